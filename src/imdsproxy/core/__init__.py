@@ -1,1 +1,1 @@
-"""The pure core: values in, values out; no I/O, no clock, no randomness."""
+"""Pure core: values in, values out; no I/O, no clock, no randomness."""

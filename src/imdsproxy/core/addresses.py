@@ -1,4 +1,4 @@
-"""Addresses of guests: one spelling for each, and the link-local one that a MAC gives."""
+"""Addresses of guests: their normal form, and the link-local address of a MAC."""
 
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final
@@ -12,17 +12,20 @@ _IPV6: Final = 1 << 128
 
 
 def to_number(address: IpAddress) -> int:
-    """An address of either family as one number, which takes a fifth of the memory."""
+    """Return an address of either family as one number, which takes a fifth of the memory."""
     return int(address) if isinstance(address, IPv4Address) else int(address) | _IPV6
 
 
 def from_number(number: int) -> IpAddress:
-    """The address of which `to_number` made the number."""
+    """Return the address of a number from `to_number`."""
     return IPv6Address(number ^ _IPV6) if number & _IPV6 else IPv4Address(number)
 
 
 def text_of(address: IpAddress) -> str:
-    """`str` of a normalised address; four times as fast for a link-local one that a MAC makes, as each instance has."""
+    """Return `str` of a normalised address.
+
+    Four times as fast for a MAC's link-local address, which each instance has.
+    """
     number = int(address)
     if number >> 64 != _LINK_LOCAL_PREFIX >> 64 or number >> 24 & 0xFFFF != _FILLER:
         return str(address)
@@ -32,10 +35,9 @@ def text_of(address: IpAddress) -> str:
 
 
 def normalise_address(address: IpAddress) -> IpAddress:
-    """The one spelling of an address: IPv4 for an IPv4-mapped one, and no scope (zone).
+    """Return the normal form of an address: IPv4 for an IPv4-mapped address, and no scope (zone).
 
-    A dual-stack socket reports an IPv4 peer as `::ffff:10.0.0.5`, and a link-local one as
-    `fe80::1%eth0`.
+    A dual-stack socket reports an IPv4 peer as `::ffff:10.0.0.5`, and a link-local peer as `fe80::1%eth0`.
     """
     if isinstance(address, IPv4Address):
         return address
@@ -46,7 +48,7 @@ def normalise_address(address: IpAddress) -> IpAddress:
 
 
 def link_local_of(mac: MacAddress) -> IPv6Address:
-    """The link-local address made of a MAC by modified EUI-64 (RFC 4291 appendix A)."""
+    """Return the link-local address of a MAC by modified EUI-64 (RFC 4291 appendix A)."""
     octets = int(mac.replace(":", ""), 16)
     high, low = octets >> 24, octets & 0xFFFFFF
     identifier = (high << 40 | _FILLER << 24 | low) ^ _UNIVERSAL_BIT
@@ -54,10 +56,10 @@ def link_local_of(mac: MacAddress) -> IPv6Address:
 
 
 def mac_of(address: IpAddress) -> MacAddress | None:
-    """The MAC inside a modified EUI-64 link-local address, or `None` for any other address.
+    """Return the MAC inside a modified EUI-64 link-local address, or `None` for any other address.
 
-    A random link-local address has the filler `fffe` once in 65,536 times: the answer is a hint
-    where a MAC may be found, not proof that the interface has it.
+    A random link-local address has the filler `fffe` once in 65,536 times: the result hints at the interface's MAC and
+    does not prove it.
     """
     if isinstance(address, IPv4Address) or int(address) >> 64 != _LINK_LOCAL_PREFIX >> 64:
         return None

@@ -1,4 +1,4 @@
-"""Which instances claim an address of a network."""
+"""Claims of instances on the addresses of networks."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from imdsproxy.core.observation import AddressKey
 from imdsproxy.core.packed import ClaimingPort
 
 _Claimants: TypeAlias = "InstanceId | frozenset[InstanceId]"
-"""One is the rule and is stored bare: a set each is dear."""
+"""A single claimant is stored without a set, because sets cost memory and most addresses have one claimant."""
 
 
 class Claims:
-    """Who claims an address; addresses are kept as numbers (`to_number`).
+    """Claimants by address; addresses are stored as numbers (`to_number`).
 
     Attributes:
-        contested: The addresses that more than one claims.
+        contested: Addresses with more than one claimant.
     """
 
     __slots__ = ("_networks", "contested")
@@ -28,8 +28,8 @@ class Claims:
         self.contested: set[AddressKey] = set()
 
     def items(self) -> Iterator[tuple[AddressKey, _Claimants]]:
-        """Every address that is claimed, and by whom; others may change that meanwhile."""
-        # In the order of map keys (`core.plan.record_key`), as far as the networks go.
+        """Yield every claimed address with its claimants; changes during the iteration are allowed."""
+        # Networks come in the order of map keys (`core.plan.record_key`).
         for network in sorted(self._networks, key=lambda one: f"{one}/"):
             for number in tuple(self._networks.get(network, ())):
                 found = self._networks.get(network, {}).get(number)
@@ -40,25 +40,25 @@ class Claims:
         return sum(map(len, self._networks.values()))
 
     def of(self, key: AddressKey) -> frozenset[InstanceId]:
-        """All who claim it."""
+        """Return all claimants of an address."""
         return _as_set(self.owner(key))
 
     def owner(self, key: AddressKey) -> _Claimants | None:
-        """The one who claims it, or all where it is contested."""
+        """Return the only claimant of an address, or all claimants if it is contested."""
         claims = self._networks.get(key[0])
         return None if claims is None else claims.get(to_number(key[1]))
 
     def networks(self) -> KeysView[NetworkId]:
-        """Those of which any address is claimed."""
+        """Return the networks with a claimed address."""
         return self._networks.keys()
 
     def within(self, network: NetworkId) -> Iterator[InstanceId]:
-        """Who claims any address of a network, each at least once."""
+        """Yield the claimants of a network's addresses, each at least once."""
         for found in self._networks.get(network, {}).values():
             yield from _as_set(found)
 
     def add(self, instance: InstanceId, key: AddressKey) -> None:
-        """Have an instance claim one more address."""
+        """Add an instance's claim on an address."""
         claims, number = self._networks.setdefault(key[0], {}), to_number(key[1])
         if number not in claims:
             claims[number] = instance
@@ -67,7 +67,7 @@ class Claims:
             self.contested.add(key)
 
     def remove(self, instance: InstanceId, key: AddressKey) -> None:
-        """Have an instance not claim an address any more."""
+        """Remove an instance's claim on an address."""
         claims, number = self._networks[key[0]], to_number(key[1])
         left = self.of(key) - {instance}
         if len(left) > 1:
@@ -88,7 +88,7 @@ def _as_set(claimants: _Claimants | None) -> frozenset[InstanceId]:
 
 
 def claim_places(instance: Instance) -> Iterator[tuple[AddressKey, tuple[str | int, ...]]]:
-    """Each address that the record claims, its MACs' link-local ones too, and the part of the record that does so."""
+    """Yield each address that the record claims, its MACs' link-local ones included, with its place in the record."""
     for number, port in enumerate(instance.ports):
         for index, address in enumerate(port.addresses):
             yield (port.network, address), ("ports", number, "addresses", index)
@@ -97,12 +97,12 @@ def claim_places(instance: Instance) -> Iterator[tuple[AddressKey, tuple[str | i
 
 
 def address_keys(instance: Instance) -> frozenset[AddressKey]:
-    """Every (network, address) that the instance is known by."""
+    """Return every (network, address) by which the instance is known."""
     return frozenset(key for key, _ in claim_places(instance))
 
 
 def claimed_keys(ports: Iterable[ClaimingPort]) -> set[AddressKey]:
-    """Every (network, address) that ports claim."""
+    """Return every (network, address) that the ports claim."""
     keys: set[AddressKey] = set()
     for network, mac, addresses in ports:
         for address in addresses if mac is None else (*addresses, link_local_of(mac)):

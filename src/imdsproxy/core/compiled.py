@@ -1,12 +1,12 @@
-r"""The compiled record: all that the document server needs of one instance, as the bytes of one file.
+r"""Compiled record: the document server's input for one instance, as the bytes of one file.
 
     {"revision":"<16 hex>","format":2,…,"vendor_data":[length,digest],"user_data":[length,digest]}\n
     <vendor_data><user_data>
 
-The first line is JSON in ASCII; the two pieces of data follow raw, byte for byte. `revision` is the
-BLAKE2b-8 of the rest of the line, which holds the digests of the data: it names the whole content, and it is
-the checksum that shows a damaged head. What a guest's documents need of its networks (subnet, gateway, name
-servers, MTU) is copied in, so that the document server never looks anything up.
+The first line is JSON in ASCII; the two pieces of data follow raw, byte for byte. `revision` is the BLAKE2b-8 of the
+rest of the line. The line has the digests of the data, so the revision identifies the whole content, and it detects a
+damaged head. The record also has copies of its networks' values (subnet, gateway, name servers, MTU), so that the
+document server needs no lookup.
 """
 
 import json
@@ -19,9 +19,10 @@ from imdsproxy.core.model import Instance, InstanceId, IpAddress, Network, Netwo
 from imdsproxy.errors import RecordCorrupt
 
 FORMAT: Final = 2
-"""Raise it when a document's text changes for the same instance: revisions, and with them what HAProxy has
-cached, then differ from those of the older version. During an upgrade each version reads the records of the other, so
-a key that is new here may be missing."""
+"""Raise it when a document's text changes for the same instance: revisions then differ from the older version's, and
+HAProxy's cached documents are no longer used. During an upgrade each version reads the other's records, so a new key
+may be missing.
+"""
 
 _ENCODER: Final = json.JSONEncoder(separators=(",", ":"))
 _HEAD_START: Final = b'{"revision":"'
@@ -31,11 +32,11 @@ _HEAD_REST: Final = len(_HEAD_START) + _REVISION_LENGTH
 
 @dataclass(frozen=True, slots=True)
 class CompiledRecord:
-    """An instance ready to be written.
+    """Compiled record of an instance, ready to write.
 
     Attributes:
-        revision: 16 hexadecimal digits that name `content`.
-        content: The bytes of the file.
+        revision: 16 hexadecimal digits that identify `content`.
+        content: Bytes of the file.
     """
 
     revision: str
@@ -44,21 +45,20 @@ class CompiledRecord:
 
 @dataclass(frozen=True, slots=True)
 class Blob:
-    """Where a piece of data lies in the content: `offset` and `length` in bytes."""
+    """Place of a piece of data in the content: `offset` and `length` in bytes."""
 
     offset: int
     length: int
 
     def __len__(self) -> int:
-        """In bytes."""
         return self.length
 
 
 class DocumentAddress(TypedDict):
-    """One address of a port as text, with what its subnet says.
+    """Address of a port as text, with the values of its subnet.
 
-    `ip` is IPv4 or IPv6, never a link-local one; `cidr` is the subnet that holds it, `None` when no subnet of the
-    network does.
+    `ip` is IPv4 or IPv6, never a link-local address. `cidr` is the network's subnet that contains it, `None` if there
+    is no such subnet.
     """
 
     ip: str
@@ -68,7 +68,7 @@ class DocumentAddress(TypedDict):
 
 
 class DocumentPort(TypedDict):
-    """A port with what its network says; `mtu` in bytes."""
+    """Port with the values of its network; `mtu` in bytes."""
 
     network: str
     mac: str | None
@@ -77,11 +77,11 @@ class DocumentPort(TypedDict):
 
 
 class DocumentRecord(TypedDict):
-    """A compiled record, read again: its first line, and its data.
+    """Parsed compiled record: its first line, and its data.
 
-    `revision` is empty where the record is of another format: its documents are right, but not to be cached. `region`
-    is as the settings say. `vendor_data` is bytes, `user_data` where it lies in the content; in the line both are
-    length and digest.
+    `revision` is empty if the record has another format: its documents are correct, but must not be cached. `region` is
+    the settings' region. `vendor_data` is bytes, `user_data` a place in the content; in the line both are length and
+    digest.
     """
 
     revision: str
@@ -104,18 +104,18 @@ class DocumentRecord(TypedDict):
 
 
 _KEYS: Final = tuple(key for key in DocumentRecord.__annotations__ if key != "revision")
-"""Those of the first line behind the revision, most of them as the instance has them; their order is part of it."""
+"""Keys of the first line after the revision, in the line's order; most are attributes of the instance."""
 
 
 def compile_instance(
     instance: Instance, networks: Mapping[NetworkId, Network], region: str | None = None
 ) -> CompiledRecord:
-    """The instance's record; equal instances in equal networks and regions give equal bytes.
+    """Compile an instance; equal instances in equal networks and regions give equal bytes.
 
-    A port in a network that is not in `networks` keeps its addresses and loses what the network would say.
+    A port in a network that is not in `networks` keeps its addresses and lacks the network's values.
 
     Raises:
-        SourceError: User-data that is not in memory cannot be had now.
+        SourceError: User-data that is not in memory is unavailable.
     """
     user_data = None if instance.user_data is None else bytes(instance.user_data)
     made = {
@@ -136,7 +136,7 @@ def compile_instance(
 
 
 def network_mark(network: Network) -> bytes:
-    """What tells a network from one of which a port's record would be compiled differently."""
+    """Return a digest of the network's values that are copied into its ports' compiled records."""
     return blake2b(repr((network.mtu, network.subnets)).encode(), digest_size=8).digest()
 
 
@@ -175,17 +175,17 @@ def _describe_address(address: IpAddress, network: Network | None) -> DocumentAd
 
 
 def compiled_path(instance_id: InstanceId) -> str:
-    """Where the record lies below the documents directory: `ab/<id>.rec`, spread over 256 directories."""
+    """Return the record's path below the documents directory: `ab/<id>.rec`, spread over 256 directories."""
     shard = blake2b(instance_id.encode("utf-8"), digest_size=1).hexdigest()
     return f"{shard}/{instance_id}.rec"
 
 
 def parse_compiled(content: bytes) -> DocumentRecord:
-    """Read a record and verify every byte of it.
+    """Parse a compiled record and verify all of its bytes.
 
     Raises:
-        RecordCorrupt: The content is cut short, has bytes too many, fails a checksum, or is of a format that lacks
-            what this one needs.
+        RecordCorrupt: The content is truncated, has extra bytes, fails a checksum, or has a format that lacks a
+            required key.
     """
     end = content.find(b"\n") + 1
     if not end or not content.startswith(_HEAD_START):

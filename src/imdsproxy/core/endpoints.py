@@ -1,4 +1,4 @@
-"""What HAProxy can bind, what it cannot and why, and who else listens there. Values only."""
+"""Endpoints that HAProxy can bind, networks that are not served, and sockets of other programs. Values only."""
 
 from dataclasses import dataclass
 from enum import StrEnum
@@ -10,18 +10,18 @@ from imdsproxy.core.model import IpAddress, NetworkId
 LOOPBACK = "lo"
 
 ENSLAVING: Final = frozenset({"bridge", "bond", "team", "openvswitch"})
-"""Kinds of devices that take the packets of those that belong to them."""
+"""Kinds of devices that take over the packets of their ports."""
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Something that HAProxy can bind now.
+    """Address and port that HAProxy can bind now.
 
     Attributes:
-        device: Bind to it (`interface DEV`); always set for IPv6, whose address is link-local.
-        namespace: Where; `None` is the host's own.
-        device_index: The device's index, 0 without one: another device may have the name next time,
-            and a socket that is bound to the old one hears nothing any more.
+        device: Device to bind to (`interface DEV`); always set for IPv6, whose address is link-local.
+        namespace: Namespace of the bind; `None` is the host's own.
+        device_index: Index of the device, 0 without a device. If another device gets the name later, the index differs,
+            and a socket bound to the old device receives nothing.
     """
 
     network: NetworkId
@@ -33,7 +33,7 @@ class Endpoint:
 
 
 class LeftOutCode(StrEnum):
-    """Why a network (or one family of it) is not served."""
+    """Reason why a network (or one of its families) is not served."""
 
     PENDING = "pending"
     NAMESPACE_MISSING = "namespace-missing"
@@ -57,7 +57,7 @@ class LeftOutCode(StrEnum):
 
     @property
     def silent(self) -> bool:
-        """No event says that it has come right: it has to be checked again and again.
+        """Whether no event reports the end of the problem, so that it must be polled.
 
         There are events for namespaces, devices and addresses, and none for sockets and refusals.
         """
@@ -72,13 +72,13 @@ class LeftOutCode(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """A network that cannot be listened on now.
+    """Network that is not served now.
 
     Attributes:
-        family: Only this one; both when `None`.
-        reason: What is wrong, in one sentence without a full stop.
-        hint: Who can mend it and how; empty when it mends itself.
-        sockets: Those of other programs at its address and port, as far as they are known.
+        family: Affected family; `None` for both.
+        reason: Problem, in one sentence without a full stop.
+        hint: Correction, and who can make it; empty if the problem ends by itself.
+        sockets: Sockets of other programs at its address and port, as far as known.
     """
 
     network: NetworkId
@@ -97,7 +97,7 @@ class LeftOut:
 
 @dataclass(frozen=True, slots=True)
 class Foreign:
-    """A listening socket of another program at a network's address and port."""
+    """Listening socket of another program at a network's address and port."""
 
     network: NetworkId
     family: Family

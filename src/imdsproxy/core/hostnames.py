@@ -1,4 +1,4 @@
-"""Names of everything that we create on a host, by which a later process recognises it as ours."""
+"""Names of all objects that imdsproxy creates on a host; a later process recognises its objects by them."""
 
 import hashlib
 import re
@@ -23,7 +23,7 @@ class Naming:
         prefix: 1 to 7 lower-case letters and digits, a letter first.
 
     Raises:
-        ValueError: The prefix is not of that form.
+        ValueError: The prefix has another form.
     """
 
     prefix: str = DEFAULT_PREFIX
@@ -34,40 +34,40 @@ class Naming:
 
     @property
     def inner_device(self) -> str:
-        """The veth end inside a namespace of ours; one name does, each is alone in there."""
+        """Veth end inside a namespace of ours; each is alone in its namespace, so all have the same name."""
         return f"{self.prefix}0"
 
     @property
     def protocol(self) -> int:
-        """The IFA_PROTO (1 to 255) that marks an address as added by us: 128 to 255.
+        """IFA_PROTO (1 to 255) that marks an address as added by us: 128 to 255.
 
-        The kernel's own are 1 to 3, and what else is registered is below 32.
+        The kernel's own values are 1 to 3, and all other registered values are below 32.
         """
         return 128 + _hash(self.prefix)[0] % 128
 
     def namespace(self, network: NetworkId) -> str:
-        """The namespace that we make for a bridge's network."""
+        """Return the name of the namespace for a bridge's network."""
         return f"{self.prefix}-{self._digest(network)}"
 
     def link(self, network: NetworkId) -> str:
-        """The veth end that is attached to the bridge, at most 15 bytes."""
+        """Return the name of the veth end that is attached to the bridge, at most 15 bytes."""
         return f"{self.prefix}{self._digest(network)}"
 
     def alias(self, network: NetworkId) -> str:
-        """The ifalias of what belongs to a network, for people and for `owner_of`."""
+        """Return the ifalias of a network's devices, for people and for `owner_of`."""
         return f"imdsproxy:{self.prefix}:{network}"
 
     def owner_of(self, alias: str) -> NetworkId | None:
-        """The network in an alias of ours; `None` when it is not ours."""
+        """Return the network in an alias of ours; `None` for any other alias."""
         start = f"imdsproxy:{self.prefix}:"
         return NetworkId(alias.removeprefix(start)) if alias.startswith(start) else None
 
     def is_namespace(self, name: str) -> bool:
-        """Whether a name has the form of `namespace`."""
+        """Return whether a name has the form of `namespace`."""
         return self._has_form(name, f"{self.prefix}-")
 
     def is_link(self, name: str) -> bool:
-        """Whether a name has the form of `link`."""
+        """Return whether a name has the form of `link`."""
         return self._has_form(name, self.prefix)
 
     @property

@@ -1,4 +1,4 @@
-"""The observed state of the host: namespaces, devices, addresses and listening sockets. Values only."""
+"""Observed state of the host: namespaces, devices, addresses and listening sockets. Values only."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -9,29 +9,29 @@ from typing import Final
 from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6, IpAddress
 
 REDIRECTED: Final = "*"
-"""In place of a device: the port that requests are redirected to, at every address."""
+"""Stands in place of a device: the port of redirected requests, at every address."""
 
 
 class Family(IntEnum):
-    """An address family by its version number."""
+    """Address family by its version number."""
 
     IPV4 = 4
     IPV6 = 6
 
     @property
     def metadata_address(self) -> IpAddress:
-        """The address at which guests of this family read metadata."""
+        """Address at which guests of this family read metadata."""
         return METADATA_IPV4 if self is Family.IPV4 else METADATA_IPV6
 
     @property
     def any_address(self) -> IpAddress:
-        """The address that stands for every one."""
+        """Wildcard address of the family."""
         return IPv4Address(0) if self is Family.IPV4 else IPv6Address(0)
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class NamespaceRef:
-    """A network namespace: the name in `/run/netns` and the nsfs inode, which is its identity."""
+    """Network namespace: its name in `/run/netns`, and its nsfs inode, which identifies it."""
 
     name: str
     inode: int
@@ -39,16 +39,16 @@ class NamespaceRef:
 
 @dataclass(frozen=True, slots=True)
 class ObservedDevice:
-    """A network interface.
+    """Network interface.
 
     Attributes:
-        index: The kernel's number of it within its namespace.
-        up: Administratively up (IFF_UP), with or without carrier.
+        index: Kernel's number of the interface within its namespace.
+        up: Whether the interface is administratively up (IFF_UP), with or without carrier.
         mtu: Bytes.
-        alias: Its ifalias, empty when there is none.
-        master: Index of the bridge, bond or VRF that it belongs to; 0 for none.
+        alias: The ifalias, empty if there is none.
+        master: Index of its bridge, bond or VRF; 0 for none.
         kind: `veth`, `bridge`, `dummy`, … ; empty for hardware and loopback.
-        mac: As the kernel gives it, empty when the device has none.
+        mac: MAC from the kernel, empty if the device has none.
     """
 
     name: str
@@ -62,7 +62,7 @@ class ObservedDevice:
 
 
 class AddressState(StrEnum):
-    """Whether an address can be bound."""
+    """Ability of an address to be bound."""
 
     USABLE = "usable"
     TENTATIVE = "tentative"
@@ -71,10 +71,10 @@ class AddressState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ObservedAddress:
-    """An address on a device. Only the two metadata addresses are ever observed.
+    """Address on a device. Only the two metadata addresses are ever observed.
 
     Attributes:
-        protocol: The kernel's IFA_PROTO: who added it; 0 when unknown.
+        protocol: The kernel's IFA_PROTO, the program that added the address; 0 if unknown.
     """
 
     device: str
@@ -88,46 +88,46 @@ class Effect(StrEnum):
     """Effect of a foreign listening socket on ours (see `host.sockets`)."""
 
     BLOCKS = "blocks"
-    """Ours cannot be bound."""
+    """Our socket cannot be bound."""
 
     SHARES = "shares"
-    """Both are bound (SO_REUSEPORT) and it takes some or all of the guests' connections."""
+    """Both are bound (SO_REUSEPORT), and the foreign socket gets some or all of the guests' connections."""
 
     YIELDS = "yields"
-    """Both are bound and the kernel gives every connection to ours: it is bound less precisely."""
+    """Both are bound, and the kernel gives every connection to ours: the foreign socket is bound less precisely."""
 
 
 @dataclass(frozen=True, slots=True)
 class SocketOwner:
-    """A process that holds a socket."""
+    """Process that holds a socket."""
 
     pid: int
     command: str
 
 
 class SocketState(StrEnum):
-    """What is at the path."""
+    """Kind of file at a socket's path."""
 
     MISSING = "missing"
     STALE = "stale"
-    """A socket without a listener any more."""
+    """Socket without a listener."""
 
     OURS = "ours"
     FOREIGN = "foreign"
-    """Another running process's."""
+    """Socket of another running process."""
 
     OCCUPIED = "occupied"
-    """Something that is no socket."""
+    """A file that is not a socket."""
 
 
 @dataclass(frozen=True, slots=True)
 class SeenSocket:
-    """A socket's path at one moment.
+    """State of a socket's path at one moment.
 
     Attributes:
-        owners: The processes that listen, for `FOREIGN`, as far as that can be seen.
-        orphaned: HAProxy listens on a socket that was at the path, and is not any more: no client can connect to it,
-            and the next worker would be handed the same one.
+        owners: Processes that listen, for `FOREIGN`, as far as visible.
+        orphaned: Whether HAProxy listens on a socket that is no longer at the path: no client can connect to it, and
+            the next worker would inherit it.
     """
 
     state: SocketState
@@ -137,15 +137,15 @@ class SeenSocket:
 
 @dataclass(frozen=True, slots=True)
 class ListeningSocket:
-    """A TCP socket in state LISTEN that covers a metadata address.
+    """TCP socket in state LISTEN that covers a metadata address.
 
     Attributes:
-        address: As bound; `0.0.0.0` and `::` are the wildcards.
-        device: The name of the device it is bound to, `None` for all.
+        address: Bound address; `0.0.0.0` and `::` are the wildcards.
+        device: Name of the device to which it is bound, `None` for all.
         inode: The socket's inode, as `/proc/PID/fd` shows it.
-        v6_only: An IPv6 wildcard that does not also take IPv4.
-        owners: Everybody who holds it; empty when that could not be found out.
-        ours: One of the owners is a process of ours.
+        v6_only: Whether an IPv6 wildcard does not also accept IPv4.
+        owners: All processes that hold the socket; empty if they could not be determined.
+        ours: Whether a process of imdsproxy is one of the owners.
     """
 
     address: IpAddress
@@ -159,20 +159,19 @@ class ListeningSocket:
 
 @dataclass(frozen=True, slots=True)
 class ObservedNamespace:
-    """The observed state of one namespace; the host's own when `ref` is `None` and there is a device.
+    """Observed state of one namespace. It is the host's own if `ref` is `None` and there is a device.
 
     Attributes:
-        ref: Also `None` of a name of ours without a namespace behind it, whose maker was killed.
-        devices: By name.
-        addresses: Where the metadata addresses are.
-        default_routes: (family, device) of every default route in the main table; only of namespaces of ours.
-        sockets: Who listens on a metadata address and the metadata port, ours included; where requests are redirected,
-            on a port that they are redirected to.
-        trials: The kernel's answer (errno, 0 when it went through) to a bind just like HAProxy's, made and dropped at
-            once, for each family and device that was of interest, or `REDIRECTED`.
-        problem: Why it could not be looked at; everything else is empty then.
-        own_metadata: By what it shows that the host reads metadata of its own at the same address;
-            empty when nothing shows it.
+        ref: Also `None` for a name of ours without a namespace, left by a process that was killed.
+        devices: Devices by name.
+        addresses: Metadata addresses, with their devices.
+        default_routes: (family, device) of every default route in the main table; only for namespaces of ours.
+        sockets: Sockets on a metadata address and the metadata port, ours included; if requests are redirected, sockets
+            on the port of the redirection.
+        trials: Result (errno, 0 for success) of a bind just like HAProxy's, made and closed at once, for each family
+            and device of interest, or `REDIRECTED`.
+        problem: Reason why the namespace could not be observed; all other fields are empty then.
+        own_metadata: Sign that the host reads metadata of its own at the same address; empty if there is none.
     """
 
     ref: NamespaceRef | None
@@ -187,13 +186,13 @@ class ObservedNamespace:
 
 @dataclass(frozen=True, slots=True)
 class ObservedHost:
-    """The host as it was seen.
+    """Observed state of the host.
 
     Attributes:
-        root: The namespace that the daemon runs in.
-        namespaces: By name, those that were looked at and are there.
-        asked: Every name that was looked for; `None` when the whole directory was.
-        devices: Of a part, the devices in `root` that were looked for.
+        root: Namespace of the daemon.
+        namespaces: Existing observed namespaces, by name.
+        asked: Names of a partial observation; `None` for all names in the directory.
+        devices: Devices in `root` that a partial observation covers.
     """
 
     root: ObservedNamespace = field(default_factory=lambda: ObservedNamespace(None))
@@ -203,13 +202,13 @@ class ObservedHost:
 
 
 def merge_observed(before: ObservedHost, part: ObservedHost) -> ObservedHost:
-    """Replace in `before` everything that `part` looked for."""
+    """Replace in `before` everything that `part` covers."""
     asked = part.asked
     if asked is None:
         return part
     kept = {name: seen for name, seen in before.namespaces.items() if name not in asked}
     root = _merge_root(before.root, part.root, part.devices) if part.devices else before.root
-    # Other networks than those that were looked for may listen on other devices of a namespace.
+    # Networks outside the part may listen on other devices of the namespace: keep their trials.
     for name, seen in part.namespaces.items():
         known = before.namespaces.get(name, seen)
         others = known.trials.keys() - seen.trials.keys()
@@ -225,7 +224,7 @@ def _merge_root(
     both = (before.devices, part.devices)
     indexes = {devices[name].index for devices in both for name in asked & devices.keys()}
     taken = indexes | {one.index for one in part.devices.values()}
-    # All ports of a bridge that was looked for are in the part. A device of another name may be the same one.
+    # The part has all ports of each bridge that it covers. A device under another name may be a renamed one.
     kept = {
         name: replace(one, master=0) if one.master in indexes else one
         for name, one in before.devices.items()

@@ -1,13 +1,13 @@
-"""Which guest is it? From the listener's network and the peer address that the kernel reports.
+"""Identification of a guest by the listener's network and the peer address that the kernel reports.
 
-Never from anything that the guest sends (design §3.1). Where the network checks MACs, the MAC that the
-neighbour table has for the address counts too:
+Nothing that the guest sends is used (design §3.1). If the network checks MACs, the address's MAC in the neighbour table
+counts too:
 
-- A port that lists addresses of a family has exactly those in that family, and only together with its MAC.
-- A port that lists none of a family has whatever address its MAC has in that family.
+- A port that lists addresses of a family has only those in that family, and only together with its MAC.
+- A port that lists no address of a family has any address of its MAC in that family.
 
-A link-local address that no record claims is looked up by MAC in every network: guests with privacy addresses
-(RFC 7217, RFC 8981) have no EUI-64 one.
+A link-local address that no record claims is looked up by MAC in every network: guests with privacy addresses (RFC
+7217, RFC 8981) have no EUI-64 address.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from imdsproxy.core.observation import AddressKey, Claimant, Conflict, Expired
 
 
 class How(StrEnum):
-    """By what a guest was known."""
+    """Property by which a guest was identified."""
 
     ADDRESS = "address"
     EUI64 = "eui64"
@@ -30,7 +30,7 @@ class How(StrEnum):
 
 
 class UnknownReason(StrEnum):
-    """Why no instance was found."""
+    """Reason why no instance was found."""
 
     NETWORK = "no such network"
     ADDRESS = "no instance has the address in this network"
@@ -40,7 +40,7 @@ class UnknownReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """One instance, by one of its ports."""
+    """Instance of a guest, and the port that identified it."""
 
     instance: Instance
     port: Port
@@ -49,24 +49,24 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Unknown:
-    """No instance; in a source that is not in sync it may still come."""
+    """No instance. While a source is not in sync, it may still report one."""
 
     reason: UnknownReason
 
 
 @dataclass(frozen=True, slots=True)
 class Ambiguous:
-    """More than one record claims it: answered 503, never guessed."""
+    """Several records claim the address: answered 503, never guessed."""
 
     claimants: tuple[Claimant, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """The address is an instance's, and another MAC than its port's has it: answered 403.
+    """Address of an instance, used by another MAC than its port's: answered 403.
 
     Attributes:
-        expected: The MAC of its port.
+        expected: MAC of the instance's port.
     """
 
     instance: Instance
@@ -74,11 +74,11 @@ class Mismatch:
 
 
 class Denial(StrEnum):
-    """Why a guest gets no document, as metrics name it, and with which HTTP status: the only place that decides it."""
+    """Reason why a guest gets no document, as metrics name it. Only this class decides the HTTP status."""
 
     UNKNOWN = "unknown"
     UNAVAILABLE = "unavailable"
-    """It cannot be found out now, or it is found and not in force yet."""
+    """The guest cannot be identified now, or its record is not in force yet."""
     CONFLICT = "conflict"
     MISMATCH = "mismatch"
     OVER_LIMIT = "over-limit"
@@ -86,7 +86,7 @@ class Denial(StrEnum):
 
     @property
     def status(self) -> int:
-        """Of the answer to the guest."""
+        """HTTP status of the answer to the guest."""
         return {Denial.UNKNOWN: 404, Denial.MISMATCH: 403}.get(self, 503)
 
 
@@ -95,13 +95,13 @@ Identity: TypeAlias = Found | Unknown | Ambiguous | Mismatch | Expired
 
 @dataclass(frozen=True, slots=True)
 class Learned:
-    """An address that no record claims, given to an instance until it is looked up again.
+    """Address that no record claims, assigned to an instance until the next lookup.
 
     Attributes:
-        until: When, by the monotonic clock in seconds.
-        via: For an address behind a router: the address in its own network by which the instance is known;
-            the two stand and fall together. `None` where it came from the neighbour table.
-        mac: The neighbour table's.
+        until: Expiry, by the monotonic clock in seconds.
+        via: For an address behind a router: the address in its own network that identifies the instance; the entry is
+            valid only while that address is. `None` for an address from the neighbour table.
+        mac: MAC in the neighbour table.
     """
 
     instance: InstanceId
@@ -117,15 +117,15 @@ def identify(
     *,
     neighbour_mac: MacAddress | None = None,
 ) -> Identity:
-    """Who has `address` in `network`.
+    """Return the instance that has `address` in `network`.
 
     Args:
-        inventory: Everything known.
-        network: The listener's network.
-        address: The peer address, as the kernel gives it (mapped and scoped forms are normalised).
-        neighbour_mac: What the neighbour table of the listener's namespace has for the address.
-            Where the network does not check MACs it counts for link-local addresses only: another
-            address may be a router's, whose MAC is not the guest's.
+        inventory: All records.
+        network: Network of the listener.
+        address: Peer address from the kernel (mapped and scoped forms are normalised).
+        neighbour_mac: MAC of the address in the neighbour table of the listener's namespace. If the network does not
+            check MACs, it counts for link-local addresses only: another address may be behind a router, and the MAC is
+            then the router's.
     """
     if not inventory.knows(network):
         return Unknown(UnknownReason.NETWORK)
@@ -146,11 +146,11 @@ def identify(
 
 
 def deny(identity: Unknown | Ambiguous | Mismatch | Expired, *, in_sync: bool) -> Denial:
-    """Why the guest is denied.
+    """Return the reason why the guest is denied.
 
     Args:
-        identity: What was found.
-        in_sync: All sources have reported what they have: an unknown address is not just late.
+        identity: Result of the identification.
+        in_sync: Whether all sources have reported all of their records, so that an unknown address is not merely late.
     """
     match identity:
         case Ambiguous():
@@ -164,13 +164,13 @@ def deny(identity: Unknown | Ambiguous | Mismatch | Expired, *, in_sync: bool) -
 
 
 def checks_macs(inventory: Inventory, network: NetworkId) -> bool:
-    """Whether an address counts only together with its MAC; never in a network that is only vouched for."""
+    """Return whether an address counts only together with its MAC; false for a network that is only implied."""
     record = inventory.networks.get(network)
     return record is not None and record.checks_macs
 
 
 def holds(inventory: Inventory, key: AddressKey, entry: Learned) -> bool:
-    """Whether what was learned is so by what is known now, were it looked up."""
+    """Return whether a new lookup would give the learned entry again."""
     if entry.via is not None:
         return inventory.owner(entry.via) == entry.instance
     if entry.mac is None:
@@ -180,7 +180,7 @@ def holds(inventory: Inventory, key: AddressKey, entry: Learned) -> bool:
 
 
 def port_at(instance: Instance, key: AddressKey) -> Port | None:
-    """The instance's port that lists an address, or whose MAC makes it."""
+    """Return the instance's port that lists the address, or whose MAC gives it."""
     network, address = key
     ports = [port for port in instance.ports if port.network == network]
     for port in ports:
@@ -204,7 +204,7 @@ def _found(
 def _by_neighbour(
     inventory: Inventory, network: NetworkId, address: IpAddress, mac: MacAddress
 ) -> Identity:
-    # The MAC's own link-local address has the same owner, and all of the rules for contested ones.
+    # The link-local address of the MAC has the same owner, and the rules for contested addresses apply to it.
     owner = inventory.owner((network, link_local_of(mac)))
     if isinstance(owner, Conflict):
         return Ambiguous(owner.claimants)
@@ -222,5 +222,5 @@ def _by_neighbour(
 
 
 def _lists(port: Port, version: int) -> bool:
-    """Whether the port has addresses of a family; a link-local one does not say where its others are."""
+    """Return whether the port lists addresses of a family; a link-local address does not count."""
     return any(one.version == version and not one.is_link_local for one in port.addresses)

@@ -1,23 +1,22 @@
-"""All networks and instances at one moment, and who claims which address.
+"""Merged records of all sources, and the owner of each address.
 
-Sources report `Observation`s; `Inventory.observe` folds one in and says whose data-plane records
-may have changed. What is in force is a function of the sources' present records, never of the order
-in which they came: an address or an id that two sources give to different things is a conflict, not
-a race.
+Sources report `Observation`s. `Inventory.observe` applies an observation and returns the records whose data-plane state
+may have changed. The result depends only on the sources' present records, never on the order of the observations: if
+two sources give one address or id to different things, that is a conflict, not a race.
 
 The rules, in the order in which they apply:
 
-- The same network or instance in two sources with the same content is one record. Who does not say when an
-  instance was made contradicts no source that does.
-- A network that two sources describe differently is a conflict. Where they agree on the listener it
-  stays, bare (no name, subnets or MTU), so that guests are answered; where they do not it has none.
-- An instance that two sources describe differently is a conflict: it has no documents, and every
-  address that any of the versions claims is contested. A source that defers contradicts none: what
-  it tells of an id that another source has does not count.
-- An address (or the link-local address of a MAC) that two instances claim in one network is
-  contested. Their other addresses are not.
-- A port of an unknown network claims nothing until the network comes.
-- An instance whose sources have all expired keeps its record and its addresses, and is answered 503.
+- Equal records of a network or instance in two sources are one record. A record without a creation time does not
+  contradict a record that has one.
+- Different records of a network in two sources are a conflict. If the sources agree on the listener, the network stays,
+  without name, subnets and MTU, so that guests are answered. Otherwise the network has no listener.
+- Different records of an instance in two sources are a conflict: the instance has no documents, and every address that
+  any version claims is contested. A deferring source never causes a conflict: its record is ignored if another source
+  has the id.
+- If two instances claim an address (or the link-local address of a MAC) in one network, the address is contested. Their
+  other addresses are not.
+- A port of an unknown network claims nothing until a source reports the network.
+- If all sources of an instance have expired, the instance keeps its record and its addresses, and its guests get 503.
 """
 
 from collections import Counter, defaultdict
@@ -49,7 +48,7 @@ _V = TypeVar("_V")
 
 @dataclass(slots=True)
 class Report:
-    """What one source says now: its records, and the rest as of its last `Observation`."""
+    """Present report of one source: its records, and the other fields of its last `Observation`."""
 
     networks: dict[NetworkId, Network] = field(default_factory=dict)
     instances: PackedInstances = field(default_factory=PackedInstances)
@@ -61,14 +60,14 @@ class Report:
 
 
 class Inventory:
-    """The sources' records, merged and indexed.
+    """Merged index of the sources' records.
 
-    Mutable: `observe` is its only writer. An observation costs time in proportion to what it changes (a full one: to
-    what the source has), not to what the inventory holds. The mappings given out are live views: iterate over them
-    only while nothing is observed.
+    Mutable: `observe` is its only writer. An observation takes time in proportion to its changes (a full observation:
+    to the source's records), not to the inventory's size. The returned mappings are live views: iterate over them only
+    while `observe` is not running.
 
     Args:
-        sources: Those expected to report; `in_sync` waits for each of them.
+        sources: Sources that are expected to report; `in_sync` waits for each of them.
     """
 
     def __init__(self, sources: Iterable[SourceName] = ()) -> None:
@@ -82,11 +81,11 @@ class Inventory:
         self._expired = False
         self._idle: defaultdict[NetworkId, set[InstanceId]] = defaultdict(set)
 
-    # What is in force
+    # Records in force
 
     @property
     def networks(self) -> Mapping[NetworkId, Network]:
-        """Those with a listener: reported by one source, or alike by several."""
+        """Networks with a listener: reported by one source, or identically by several."""
         return MappingProxyType(self._networks)
 
     @property
@@ -96,21 +95,21 @@ class Inventory:
 
     @property
     def instances(self) -> PackedInstances:
-        """Those with documents: reported by one source, or alike by several."""
+        """Instances with documents: reported by one source, or identically by several."""
         return self._instances
 
     @property
     def contested_instances(self) -> Mapping[InstanceId, tuple[Instance, ...]]:
-        """Those without documents, because sources describe them differently: each version."""
+        """Versions of instances that have no documents because sources describe them differently."""
         return MappingProxyType(self._instance_conflicts)
 
     @property
     def in_sync(self) -> bool:
-        """Every source has reported all that it knows (and there is a source)."""
+        """Whether every source has reported all of its records. False without sources."""
         return bool(self._reports) and all(report.in_sync for report in self._reports.values())
 
     def owner(self, key: AddressKey) -> InstanceId | Expired | Conflict | None:
-        """Whose address it is; a `Conflict` where that is contested, `None` if no record claims it."""
+        """Return the owner of an address: a `Conflict` if it is contested, `None` if no record claims it."""
         return self._judge(key, self._addresses.owner(key))
 
     @property
@@ -119,7 +118,7 @@ class Inventory:
         return self._expired
 
     def expired(self, instance: InstanceId) -> Expired | None:
-        """Whether all sources of an instance have expired."""
+        """Return an `Expired` if all sources of the instance have expired."""
         if not self._expired:
             return None
         counting = self._counting(instance)
@@ -142,9 +141,9 @@ class Inventory:
         return self.expired(claimant) or claimant
 
     def addresses(self) -> Iterator[tuple[AddressKey, InstanceId | Expired | Conflict]]:
-        """Every claimed address of a network that exists, and whose it is; network by network.
+        """Yield every claimed address of the existing networks, with its owner, network by network.
 
-        It may go on while others observe: what comes or goes meanwhile is perhaps not in it.
+        Observations are allowed during the iteration. Addresses that they add or remove may be missing.
         """
         for key, claimant in self._addresses.items():
             owner = self._judge(key, claimant)
@@ -152,11 +151,11 @@ class Inventory:
                 yield key, owner
 
     def addresses_of(self, instance: InstanceId) -> frozenset[AddressKey]:
-        """Every address that the instance's record (each version of it) claims."""
+        """Return every address that the instance's record (each version of it) claims."""
         return frozenset(claimed_keys(self._ports(instance)))
 
     def instances_in(self, network: NetworkId) -> frozenset[InstanceId]:
-        """The instances with a port in the network, conflicting ones included."""
+        """Return the instances with a port in the network, conflicting ones included."""
         return frozenset(self._addresses.within(network)) | self._idle.get(network, set())
 
     def carries_macs(self, network: NetworkId) -> bool:
@@ -164,41 +163,41 @@ class Inventory:
         return self._macs[network] > 0
 
     def knows(self, network: NetworkId) -> bool:
-        """Some source tells of the network, be it in conflict, or vouches for it."""
+        """Return whether a source reports the network, even in conflict, or implies it."""
         return (
             network in self._networks
             or network in self._network_conflicts
             or any(network in report.implied for report in self._reports.values())
         )
 
-    # Where it comes from, and what is wrong with it
+    # Sources and conflicts
 
     def sources_of_network(self, network: NetworkId) -> tuple[SourceName, ...]:
-        """The sources that tell of the network, in name order."""
+        """Return the sources that report the network, in name order."""
         return tuple(name for name, report in self._reports.items() if network in report.networks)
 
     def sources_of_instance(self, instance: InstanceId) -> tuple[SourceName, ...]:
-        """The sources whose word counts for the instance, in name order."""
+        """Return the sources that define the instance, in name order."""
         return tuple(name for name, _ in self._counting(instance))
 
     @property
     def reports(self) -> Mapping[SourceName, Report]:
-        """What each source says now, in the order of their names."""
+        """Present report of each source, in name order."""
         return MappingProxyType(self._reports)
 
     @property
     def address_count(self) -> int:
-        """How many addresses are claimed, in networks that exist or not."""
+        """Number of claimed addresses, in existing and in unknown networks."""
         return len(self._addresses)
 
     @property
     def conflict_count(self) -> int:
-        """How many contradictions there are, without telling them."""
+        """Number of conflicts, without building them."""
         contested = len(self._addresses.contested)
         return contested + len(self._network_conflicts) + len(self._instance_conflicts)
 
     def digest(self) -> bytes | None:
-        """What tells all that is in force from anything else, whatever its order; `None` where some of it is not."""
+        """Return an order-independent digest of all records in force; `None` if any is contested or expired."""
         if self.conflict_count or self._expired:
             return None
         implied = frozenset[NetworkId]().union(*(one.implied for one in self._reports.values()))
@@ -207,7 +206,7 @@ class Inventory:
         return blake2b(repr((others, len(self._instances), marks)).encode()).digest()
 
     def conflicts(self) -> tuple[Conflict, ...]:
-        """All contradictions, by kind and subject."""
+        """Return all conflicts, by kind and subject."""
         contested = sorted(
             self._addresses.contested, key=lambda key: (key[0], key[1].version, int(key[1]))
         )
@@ -218,7 +217,7 @@ class Inventory:
         )
 
     def stranded(self) -> Iterator[StrandedPort]:
-        """Every port in a network that no source tells of, by network and instance."""
+        """Yield every port in a network that no source reports, by network and instance."""
         for network in sorted(self._addresses.networks() | self._idle.keys()):
             if self.knows(network):
                 continue
@@ -229,10 +228,10 @@ class Inventory:
                         if port.network == network:
                             yield StrandedPort(source, instance, number, network)
 
-    # What changes it
+    # Changes
 
     def observe(self, observation: Observation) -> Affected:
-        """Fold in what a source saw; say whose state may have changed."""
+        """Apply an observation of a source; return the records whose state may have changed."""
         in_sync = self.in_sync
         report = self._report(observation.source)
         report.defers = observation.defers
@@ -306,7 +305,7 @@ class Inventory:
             change.networks.add(network_id)
 
     def _set_instance(self, instance: InstanceId, change: Affected) -> None:
-        """Have in force what the sources say whose word counts for an instance."""
+        """Put the instance's versions that count in force."""
         ports_before = self._ports(instance)
         if not self._put_versions(instance):
             return
@@ -330,7 +329,7 @@ class Inventory:
         change.addresses |= before | after
 
     def _put_versions(self, instance: InstanceId) -> bool:
-        """Keep the versions of an instance that count; whether they are others than before."""
+        """Store the instance's versions that count; return whether they differ from the previous ones."""
         counting = [report.instances for _, report in self._counting(instance)]
         contested = self._instance_conflicts.pop(instance, ())
         if len(counting) == 1:
@@ -343,14 +342,14 @@ class Inventory:
         return versions != (contested if before is None else (before,))
 
     def _ports(self, instance: InstanceId) -> list[ClaimingPort]:
-        """Those of the instance, of each version of it where it is contested."""
+        """Return the instance's ports; if the instance is contested, the ports of each version."""
         versions = self._instance_conflicts.get(instance)
         if versions is None:
             return self._instances.ports(instance)
         return [(one.network, one.mac, one.addresses) for each in versions for one in each.ports]
 
     def _counting(self, instance_id: InstanceId) -> Collection[tuple[SourceName, Report]]:
-        """The reports whose word counts for an id: those that defer count where no other has it."""
+        """Return the reports that define an id: a deferring source counts only if no other has the id."""
         having = [
             (name, report)
             for name, report in self._reports.items()
@@ -385,7 +384,7 @@ def _put(mapping: MutableMapping[_K, _V], key: _K, value: _V | None) -> None:
 
 
 def _distinct(records: Iterable[_V | None]) -> tuple[_V, ...]:
-    """The different ones, in their order; a plain list search, for there are as many as sources."""
+    """Return the distinct records in their order. A list search is enough: there are as many records as sources."""
     found: list[_V] = []
     for record in records:
         if record is not None and record not in found:
@@ -394,7 +393,7 @@ def _distinct(records: Iterable[_V | None]) -> tuple[_V, ...]:
 
 
 def _without_vaguer(versions: tuple[Instance, ...]) -> tuple[Instance, ...]:
-    """Those of which no other says the same and, beside it, when the instance was made."""
+    """Drop each version without a creation time that equals another version except for that time."""
     dated = [version for version in versions if version.created_at is not None]
     known = [replace(version, created_at=None) for version in dated]
     return tuple(
@@ -403,7 +402,7 @@ def _without_vaguer(versions: tuple[Instance, ...]) -> tuple[Instance, ...]:
 
 
 def _agreed(versions: tuple[Network, ...]) -> Network | None:
-    """What all versions of a network agree on, if that is enough for a listener."""
+    """Return the part of a network that all versions agree on, or `None` if it is not enough for a listener."""
     if len(versions) == 1:
         return versions[0]
     if len({version.listener for version in versions}) == 1:

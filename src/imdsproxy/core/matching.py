@@ -1,4 +1,4 @@
-"""Which instances match what an operator types, and a page of those that do. Pure."""
+"""Search for instances by an operator's text, in pages. Pure."""
 
 import re
 from bisect import bisect_right
@@ -9,17 +9,17 @@ from typing import Final
 from imdsproxy.core.model import Instance, InstanceId
 
 MOST: Final = 500
-"""Instances of a page."""
+"""Maximum instances of a page."""
 
 _OF_ADDRESSES: Final = re.compile(r"[0-9a-f:.]+")
 
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Some ids in their order.
+    """Ids of one page, in order.
 
     Attributes:
-        next: The last of them, where there are more; else `None`.
+        next: Last id of the page if more ids follow; else `None`.
     """
 
     ids: Sequence[InstanceId]
@@ -27,21 +27,21 @@ class Page:
 
 
 def cut_page(found: Sequence[InstanceId], after: str | None, limit: int) -> Page:
-    """The page that comes after an id, which need not be there any more."""
+    """Return the page after an id, which may no longer exist."""
     begin = 0 if after is None else bisect_right(found, after)
     ids = found[begin : begin + limit]
     return Page(ids, ids[-1] if len(found) > begin + limit else None)
 
 
 def matcher(text: str, project: str | None = None) -> Callable[[Instance], bool] | None:
-    """Whether an instance matches; `None` where each does.
+    """Return a predicate for instances that match; `None` if every instance matches.
 
     Args:
-        text: Words that each must be in an id, name, host name, project, MAC, address or tag, in any case.
-        project: The only one whose instances match.
+        text: Words that each must occur in an id, name, host name, project, MAC, address or tag, in any case.
+        project: Project whose instances match; `None` for all projects.
     """
     words = text.lower().split()
-    # To spell addresses is most of the work.
+    # Formatting addresses is most of the work.
     spelled = any(map(_OF_ADDRESSES.fullmatch, words))
 
     def matches(record: Instance) -> bool:

@@ -1,7 +1,7 @@
-"""The words of the design as values: networks, listeners, ports, instances.
+"""Domain model: networks, listeners, ports and instances.
 
-Everything here is frozen and hashable where it can be, so that two states compare by value. Parsing
-text into these values belongs to the edges (`imdsproxy.core.records`), acting on them to the shell.
+All values are frozen, and hashable where possible, so that two states compare by value. The edges parse text into these
+values (`imdsproxy.core.records`); the shell acts on them.
 """
 
 import re
@@ -17,13 +17,13 @@ from typing import Final, NewType, TypeAlias
 from imdsproxy.core.policy import NO_RULES, PolicyRules
 
 ID_PATTERN: Final = "^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
-"""Ids of networks, instances and projects, in every language that matches them: they stand in paths, maps, headers."""
+"""Pattern of network, instance and project ids, valid in every regex language: ids stand in paths, maps, headers."""
 
 NetworkId = NewType("NetworkId", str)
-"""1 to 64 of `A-Za-z0-9._-`, begins with a letter or digit: it is a bind's name and a map key."""
+"""1 to 64 of `A-Za-z0-9._-`, begins with a letter or digit: a bind's name and a map key."""
 
 InstanceId = NewType("InstanceId", str)
-"""1 to 64 of `A-Za-z0-9._-`, begins with a letter or digit: it is a Host value and a file name."""
+"""1 to 64 of `A-Za-z0-9._-`, begins with a letter or digit: a Host value and a file name."""
 
 MacAddress = NewType("MacAddress", str)
 """Six lower-case hexadecimal octets joined by colons."""
@@ -40,7 +40,7 @@ _UUID_NAMESPACE: Final = uuid.UUID("6a0f7a1e-52c5-5f0e-9d55-1f0b1a9fe169")
 
 
 class Dialect(StrEnum):
-    """A tree of documents that an instance can have on or off."""
+    """Tree of documents that can be on or off for an instance."""
 
     EC2 = "ec2"
     OPENSTACK = "openstack"
@@ -51,34 +51,34 @@ EVERY_DIALECT: Final = frozenset(Dialect)
 
 
 class Upstream(StrEnum):
-    """Where an instance's documents come from."""
+    """Server of an instance's documents."""
 
     EMBEDDED = "embedded"
-    """Our own document server, out of the record."""
+    """Our own document server, from the record."""
 
     NOVA = "nova"
-    """Nova's metadata API, asked with a signed request."""
+    """Nova's metadata API, by signed requests."""
 
 
 class Scope(StrEnum):
-    """What an id that is reached through one listener stands for."""
+    """Type of an id that has a listener."""
 
     NETWORK = "network"
     ROUTER = "router"
-    """A group of networks reached through one namespace; no two of them share an address."""
+    """Group of networks behind one namespace; no two of them share an address."""
 
 
 @dataclass(frozen=True, slots=True)
 class NamespaceListener:
-    """A network namespace that another program makes (`/run/netns/NAME`).
+    """Network namespace of another program (`/run/netns/NAME`).
 
     Attributes:
-        namespace: The name in `/run/netns`.
-        device: The interface inside that carries (or is to carry) the metadata addresses; without it
-            the addresses are looked for on every interface of the namespace.
-        manage_addresses: Put the metadata addresses on `device` and take them away again. Off: they
-            are left to the program that made the namespace, and reported when missing.
-        redirected: Rules in the namespace lead requests to a port of ours at every address
+        namespace: Name in `/run/netns`.
+        device: Interface in the namespace for the metadata addresses; without it every interface of the namespace may
+            have the addresses.
+        manage_addresses: Whether imdsproxy adds the metadata addresses to `device` and removes them. If false, the
+            program that made the namespace manages them, and imdsproxy reports missing ones.
+        redirected: Whether rules in the namespace redirect requests to our port at every address
             (`wire.REDIRECTED_PORT`): a router must not have the metadata addresses.
     """
 
@@ -90,14 +90,14 @@ class NamespaceListener:
 
 @dataclass(frozen=True, slots=True)
 class InterfaceListener:
-    """A host interface; the metadata addresses are added to it and removed by us."""
+    """Host interface; imdsproxy adds the metadata addresses and removes them."""
 
     device: str
 
 
 @dataclass(frozen=True, slots=True)
 class BridgeListener:
-    """A Linux bridge of the host; we make the namespace, the veth pair and the addresses."""
+    """Linux bridge of the host; imdsproxy makes the namespace, the veth pair and the addresses."""
 
     bridge: str
 
@@ -107,7 +107,7 @@ Listener: TypeAlias = NamespaceListener | InterfaceListener | BridgeListener
 
 @dataclass(frozen=True, slots=True)
 class Subnet:
-    """One address range of a network, shown to guests in `network_data.json` and `network-config`."""
+    """Address range of a network, shown to guests in `network_data.json` and `network-config`."""
 
     cidr: IpNetwork
     gateway: IpAddress | None = None
@@ -116,12 +116,12 @@ class Subnet:
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """An isolated layer 2 or 3 domain and how it is reached.
+    """Isolated layer 2 or 3 domain and its listener.
 
     Attributes:
-        scope: `ROUTER` where the id is a router's: its guests are those of the networks behind it.
-        mac_check: Believe a guest's address only together with its MAC; off where guests are behind a router.
-        policy: What its record says for its guests.
+        scope: `ROUTER` if the id is a router's: its guests are those of the networks behind it.
+        mac_check: Whether a guest's address is valid only together with its MAC; false for guests behind a router.
+        policy: Rules in the network's record for its guests.
     """
 
     id: NetworkId
@@ -136,22 +136,22 @@ class Network:
 
     @property
     def checks_macs(self) -> bool:
-        """Whether MACs count here: behind a router a guest's is unknown."""
+        """Whether imdsproxy checks MACs here: it does not know the MACs of guests behind a router."""
         return self.mac_check and self.scope is Scope.NETWORK
 
 
 @dataclass(frozen=True, slots=True)
 class Port:
-    """An instance's place in a network.
+    """Connection of an instance to a network.
 
-    A guest is known by each of `addresses`, and by the link-local address made of `mac` (EUI-64). Where the
-    network checks MACs, it is known together with `mac` only, and in a family in which it lists no address by
-    whatever address `mac` has.
+    A guest is known by each of `addresses`, and by the link-local address derived from `mac` (EUI-64). If the network
+    checks MACs, each address counts only together with `mac`. In a family without listed addresses, any address of
+    `mac` then counts.
 
     Attributes:
-        project: The port's own where it is another one than the instance's. Nova gets the port's, and
-            answers 404 where the instance is not that project's (OSSA-2013-033: a tenant that names another's
-            instance on a port of his own must get nothing).
+        project: Project of the port, if it differs from the instance's. Nova gets the port's project, and answers 404
+            if the instance belongs to another one (OSSA-2013-033: a tenant that names another tenant's instance on its
+            own port must get nothing).
     """
 
     network: NetworkId
@@ -162,7 +162,7 @@ class Port:
 
 @dataclass(frozen=True, slots=True)
 class SshKey:
-    """A public key under a name, as `public-keys/` lists it."""
+    """Public key with a name, as `public-keys/` lists it."""
 
     name: str
     key: str
@@ -173,10 +173,10 @@ class StoredBytes:
     """Bytes that are not in memory: up to 16 MiB for each of many instances. Equal to the bytes themselves.
 
     Attributes:
-        length: How many.
-        digest: Of `digest_of`.
-        owner: Whose user-data it is.
-        fetch: Gets them for an owner; raises `SourceError` where they cannot be had now.
+        length: Number of bytes.
+        digest: Result of `digest_of`.
+        owner: Instance that has this user-data.
+        fetch: Loads the bytes of an owner; raises `SourceError` if they are unavailable.
     """
 
     length: int
@@ -200,30 +200,30 @@ class StoredBytes:
 
 
 def free_name(stem: str, taken: Container[str]) -> str:
-    """The stem, or with `-2`, `-3`, … after it where that is taken."""
+    """Return the stem, with the suffix `-2`, `-3`, … if it is taken."""
     names = chain((stem,), (f"{stem}-{number}" for number in count(2)))
     return next(name for name in names if name not in taken)
 
 
 def digest_of(data: bytes) -> str:
-    """What tells two payloads apart: BLAKE2b-16, hexadecimal."""
+    """Return the digest of a payload: BLAKE2b-16, hexadecimal."""
     return blake2b(data, digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """Everything an instance's documents are made of.
+    """Input of an instance's documents.
 
     Attributes:
-        id: The operator's id; a UUID is used as such (see `uuid`).
-        user_data: The bytes as stored, at most 16 MiB, or where they are; `None` when there is none.
-        vendor_data: A YAML or JSON document as bytes for NoCloud's and OpenStack's vendor data;
-            `None` when there is none.
-        tags: Name and value pairs in name order.
-        upstream: Who has its documents. With `NOVA` all that counts of the record is `id`, `project`, `ports`,
-            `policy` and `created_at`.
-        policy: What its record says for it.
-        created_at: When it was made or built anew, Unix time; `None` where that is unknown.
+        id: Operator's id of the instance; a UUID is used as such (see `uuid`).
+        user_data: Bytes as stored, at most 16 MiB, or a reference to them; `None` if there are none.
+        vendor_data: YAML or JSON document as bytes, for the vendor data of NoCloud and OpenStack; `None` if there is
+            none.
+        tags: Pairs of name and value, in name order.
+        upstream: Server of its documents. With `NOVA`, only `id`, `project`, `ports`, `policy` and `created_at` of the
+            record are used.
+        policy: Rules in the instance's record.
+        created_at: Time of its creation or rebuild, Unix time; `None` if unknown.
     """
 
     id: InstanceId
@@ -244,13 +244,13 @@ class Instance:
 
     @property
     def served(self) -> frozenset[Dialect]:
-        """The trees of documents that there are for guests: Nova has those of EC2 and OpenStack."""
+        """Trees of documents for guests: EC2 and OpenStack if Nova serves the instance."""
         nova = self.upstream is Upstream.NOVA
         return EVERY_DIALECT - {Dialect.NOCLOUD} if nova else self.dialects
 
     @property
     def uuid(self) -> str:
-        """The id where it is a UUID, else one derived from it that never changes (RFC 9562 §5.5)."""
+        """Return the id if it is a UUID, else a UUID that is always derived from it the same way (RFC 9562 §5.5)."""
         if _CANONICAL.fullmatch(self.id):
             return self.id
         try:
@@ -260,7 +260,7 @@ class Instance:
 
     @property
     def ec2_id(self) -> str:
-        """EC2's form of the id: `i-` and 17 hexadecimal digits, derived from `uuid`."""
+        """Id in EC2's form: `i-` and 17 hexadecimal digits, derived from `uuid`."""
         if self.id.startswith("i-"):
             return self.id
         return f"i-{self.uuid.replace('-', '')[:17]}"

@@ -1,7 +1,7 @@
-"""The ini files of OpenStack's services, read as oslo.config reads them, with the line of each value.
+"""Parser for ini files of OpenStack's services, as oslo.config parses them, with the line of each value.
 
-Source: oslo.config 10, `iniparser.py` and `cfg.py` (`ConfigParser`, `Template`). What differs: a file is refused with
-all its faults at once, and control characters in it are faults.
+Source: oslo.config 10, `iniparser.py` and `cfg.py` (`ConfigParser`, `Template`). Differences: an invalid file is
+refused with all of its faults at once, and control characters are faults.
 """
 
 import re
@@ -18,19 +18,19 @@ _REFERENCE: Final = re.compile(
     re.IGNORECASE | re.ASCII,
 )
 _LINE: Final = "the line"
-"""How a line is called that cannot be read: what it says can be a secret."""
+"""Name of an unreadable line in messages, instead of its content, which can be a secret."""
 _MAX_PROBLEMS: Final = 100
 _MAX_DEPTH: Final = 10
 
 
 @dataclass(frozen=True, slots=True)
 class IniOption:
-    """One value as it is written.
+    """Option in a file.
 
     Attributes:
-        section: `DEFAULT`, or another name in lower case: oslo.config tells no cases apart there.
-        name: As it is written.
-        value: Without the blanks and one pair of quotes around it; lines that go on are joined by newlines.
+        section: `DEFAULT`, or another name in lower case: oslo.config ignores the case of other sections.
+        name: Name as written.
+        value: Value without blanks and one pair of quotes around it; continuation lines are joined by newlines.
         line: 1-based line of the name.
     """
 
@@ -42,10 +42,10 @@ class IniOption:
 
 
 def decode_ini(data: bytes, file: str) -> str:
-    """The text of a file.
+    """Decode a file.
 
     Raises:
-        ConfigUnreadable: It is not UTF-8; the message has the line.
+        ConfigUnreadable: The file is not UTF-8; the message has the line.
     """
     try:
         return data.decode("utf-8")
@@ -57,14 +57,14 @@ def decode_ini(data: bytes, file: str) -> str:
 
 
 def parse_ini(text: str, file: str) -> tuple[IniOption, ...]:
-    """Every option of the file, in its order, also those that stand more than once.
+    """Return every option of the file in its order, including repeated options.
 
     Args:
-        text: The file's text.
-        file: Its name, for messages about it.
+        text: Text of the file.
+        file: Name of the file, for messages.
 
     Raises:
-        ConfigInvalid: A line is neither section, option, comment, nor goes on with an option before it, or an option
+        ConfigInvalid: A line is neither section, option, comment, nor the continuation of an option, or an option
             stands before the first section.
     """
     options: list[IniOption] = []
@@ -105,7 +105,10 @@ def parse_ini(text: str, file: str) -> tuple[IniOption, ...]:
 
 
 def _read_line(line: str) -> tuple[str, str, tuple[str, str] | None]:
-    """A section's name or an option's name and value, or why it is neither; nothing of a comment or a blank line."""
+    """Parse a line: the name of a section, or name and value of an option, or the fault.
+
+    A comment or blank line gives empty texts.
+    """
     if not line or line[0] in "#;":
         return "", "", None
     if line[0] in " \t":
@@ -126,11 +129,13 @@ def _read_line(line: str) -> tuple[str, str, tuple[str, str] | None]:
 def find_option(
     files: Sequence[Sequence[IniOption]], names: Iterable[tuple[str, str]]
 ) -> IniOption | None:
-    """The option that is in force: of the last file that has one, its first name there, its last value.
+    """Return the option in force.
+
+    That is the last value in the last file that has any of the names; if the file has several, the first name counts.
 
     Args:
-        files: What `parse_ini` gave, in the order in which the service was given the files.
-        names: `(section, name)`, today's name before the deprecated ones.
+        files: Results of `parse_ini`, in the order in which the service reads the files.
+        names: `(section, name)`, the current name before the deprecated ones.
     """
     wanted = list(names)
     for options in reversed(files):
@@ -142,15 +147,15 @@ def find_option(
 
 
 def expand_value(value: str, look_up: Callable[[str], str | None], *, depth: int = 0) -> str:
-    r"""The value with what it refers to in its place: `$name`, `${name}`; `$$` and `\$` are a dollar.
+    r"""Expand the references in a value: `$name`, `${name}`; `$$` and `\$` are a dollar.
 
     Args:
-        value: As it is written.
-        look_up: The value, as it is written, of another option, or `None`.
-        depth: How many references led here.
+        value: Value as written.
+        look_up: Returns another option's value as written, or `None`.
+        depth: Number of references that led here.
 
     Raises:
-        ValueError: It refers to an option that is not there, or to itself.
+        ValueError: The value refers to an unknown option, or to itself.
     """
     if depth > _MAX_DEPTH:
         raise ValueError("refers to itself")

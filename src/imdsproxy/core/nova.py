@@ -1,4 +1,4 @@
-"""Which Nova an instance's requests go to, and how they are signed (nova/api/metadata/handler.py)."""
+"""Selection of the Nova metadata API for an instance, and signatures of requests (nova/api/metadata/handler.py)."""
 
 import hashlib
 import hmac
@@ -16,10 +16,10 @@ _CONTROL: Final = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
 def find_secret_fault(secret: bytes) -> str | None:
-    """Why no value of Nova's `metadata_proxy_shared_secret` looks so: Nova would refuse its signatures.
+    """Return why a secret cannot equal Nova's `metadata_proxy_shared_secret`, so that Nova would refuse its signatures.
 
     Args:
-        secret: Without blanks around it, which oslo.config removes.
+        secret: Secret without blanks around it, which oslo.config removes.
     """
     if secret.startswith(_BYTE_ORDER_MARK):
         return "begins with a byte order mark"
@@ -33,11 +33,11 @@ def find_secret_fault(secret: bytes) -> str | None:
 
 
 def sign_instance(secret: bytes, instance: InstanceId) -> str:
-    """`X-Instance-ID-Signature`: HMAC-SHA256 of the instance's id, 64 lower-case hexadecimal digits.
+    """Return `X-Instance-ID-Signature`: HMAC-SHA256 of the instance's id, 64 lower-case hexadecimal digits.
 
     Args:
         secret: Nova's `[neutron] metadata_proxy_shared_secret`.
-        instance: The id that is signed, as it stands in `X-Instance-ID`.
+        instance: Id to sign, as in `X-Instance-ID`.
 
     Raises:
         ValueError: The secret is empty: anybody could sign with it.
@@ -49,13 +49,13 @@ def sign_instance(secret: bytes, instance: InstanceId) -> str:
 
 @dataclass(frozen=True, slots=True)
 class EndpointSet:
-    """Nova metadata APIs that know the same instances.
+    """Nova metadata APIs that have the same instances.
 
     Attributes:
-        secret: What signs requests to them; never empty.
-        next_secret: What is to replace it, while that goes on.
-        networks: Networks and routers whose guests are sent here.
-        projects: Projects whose instances are sent here.
+        secret: Secret that signs requests to them; never empty.
+        next_secret: Secret that replaces it, during the replacement.
+        networks: Networks and routers whose guests use this set.
+        projects: Projects whose instances use this set.
     """
 
     name: str
@@ -65,27 +65,27 @@ class EndpointSet:
     projects: frozenset[str] = frozenset()
 
     def sign(self, instance: InstanceId) -> tuple[str, ...]:
-        """One signature, two while the secret is being replaced."""
+        """Return one signature, or two during a replacement of the secret."""
         secrets = (self.secret,) if self.next_secret is None else (self.secret, self.next_secret)
         return tuple(sign_instance(secret, instance) for secret in secrets)
 
 
 @dataclass(frozen=True, slots=True)
 class NovaRouting:
-    """All endpoint sets; the network's set wins over the project's, and `default` takes the rest."""
+    """All endpoint sets. The network's set has priority over the project's; `default` serves all others."""
 
     sets: tuple[EndpointSet, ...] = ()
     default: str = "default"
 
     def choose(self, network: NetworkId, project: str) -> EndpointSet | None:
-        """The set for a guest of this project in this network (or behind this router)."""
+        """Return the set for a guest of this project in this network (or behind this router)."""
         of_network = (one for one in self.sets if network in one.networks)
         of_project = (one for one in self.sets if project in one.projects)
         rest = (one for one in self.sets if one.name == self.default)
         return next(chain(of_network, of_project, rest), None)
 
     def record(self, network: NetworkId, instance: InstanceId, project: str) -> NovaRecord | None:
-        """The data plane's record for requests to Nova; `None` where there is no Nova to send them to."""
+        """Return the data plane's record for requests to Nova; `None` if no endpoint set serves the guest."""
         chosen = self.choose(network, project)
         if chosen is None:
             return None
@@ -93,7 +93,7 @@ class NovaRouting:
 
 
 def changed_secrets(before: NovaRouting, after: NovaRouting) -> tuple[str, ...]:
-    """The settings, by their paths, whose files hold another secret than before."""
+    """Return the paths of settings whose files hold another secret than before."""
     known = {one.name: one for one in before.sets}
     return tuple(
         f"nova.endpoint_sets.{one.name}.{setting}"

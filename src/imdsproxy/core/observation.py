@@ -1,4 +1,4 @@
-"""What sources say of networks and instances, what that changes, and where they contradict each other."""
+"""Reports of sources on networks and instances, the changes they cause, and their conflicts."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ AddressKey: TypeAlias = tuple[NetworkId, IpAddress]
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What a source saw. Sources give records, and `sources.api.Reports` the rest.
+    """Report of a source. Sources give the records; `sources.api.Reports` adds the other fields.
 
     Attributes:
-        source: Who saw it.
-        full: The mappings are everything that the source has: what is not in them is gone.
-            Otherwise they hold changes only, and `*_removed` what went (removals apply before
-            additions).
-        in_sync: The source has reported all that it knows; before that nothing may be swept, and an
-            unknown address is answered 503, not 404.
-        problems: Every record refused at this moment (the whole list, not the change).
-        implied_networks: Networks that the source vouches for without knowing how they are reached (the
-            whole set, not the change): ports in them are not stranded.
-        defers: Its instances give way to those of the same id in other sources, because who chose the id may be
-            a tenant: a port of Neutron's names any instance that its owner likes.
-        more: Another observation follows at once: what these change is looked at together.
-        moves: An address goes from one of the instances to another: they are published at once, not in pieces.
-        expired: Its instances may have been removed since it last knew: guests of instances that no other source has
-            are answered 503.
+        source: Source that reports.
+        full: Whether the mappings are all records of the source; records not in them are gone. If false, they hold
+            changes only, and `*_removed` the removals (removals apply before additions).
+        in_sync: Whether the source has reported all of its records. Before that, the controller sweeps nothing, and an
+            unknown address gets 503, not 404.
+        problems: All records that are refused now (the whole list, not the change).
+        implied_networks: Networks that the source confirms without knowing their listeners (the whole set, not the
+            change): ports in them are not stranded.
+        defers: Whether its instances give way to instances with the same id in other sources, because a tenant may have
+            chosen the id: the owner of a Neutron port can name any instance.
+        more: Whether another observation follows at once. The controller handles both together.
+        moves: Whether an address moves from one of the instances to another. The controller publishes these instances
+            at once, not in pieces.
+        expired: Whether instances may have been removed since the source's last contact: guests of instances that no
+            other source has get 503.
     """
 
     source: SourceName = ""
@@ -59,7 +59,7 @@ class Observation:
         *,
         moves: bool = False,
     ) -> Observation:
-        """What has changed, by id; `None` stands for a record that is gone."""
+        """Build an observation from changes by id; `None` stands for a removed record."""
         packed = PackedInstances()
         for key, instance in instances.items():
             if isinstance(instance, PackedInstance):
@@ -76,7 +76,7 @@ class Observation:
 
     @property
     def has_records(self) -> bool:
-        """Any record came, changed or went."""
+        """Whether any record was added, changed or removed."""
         return bool(
             self.networks or self.instances or self.networks_removed or self.instances_removed
         )
@@ -84,14 +84,14 @@ class Observation:
 
 @dataclass(slots=True)
 class Affected:
-    """Whose state may have changed; what is not named here has not.
+    """Records whose state may have changed; all others are unchanged.
 
     Attributes:
-        networks: Their listener, content or conflict.
-        instances: Their documents: the instance itself, or a network that it has a port in.
-        addresses: Who owns them, or the documents of who owns them.
-        gone: Instances that no source has any more.
-        in_sync: `Inventory.in_sync` changed.
+        networks: Networks whose listener, content or conflict changed.
+        instances: Instances whose documents changed, by their own record or that of one of their networks.
+        addresses: Addresses whose owner changed, or whose owner's documents changed.
+        gone: Instances that are in no source.
+        in_sync: Whether `Inventory.in_sync` changed.
     """
 
     networks: set[NetworkId] = field(default_factory=set)
@@ -105,7 +105,7 @@ class Affected:
 
 
 class ConflictKind(StrEnum):
-    """What two records cannot agree on."""
+    """Subject on which two records disagree."""
 
     NETWORK = "network"
     INSTANCE = "instance"
@@ -114,7 +114,7 @@ class ConflictKind(StrEnum):
 
 @dataclass(frozen=True, slots=True, order=True)
 class Claimant:
-    """Who says so: a source, by which instance's record (empty for a network's own record)."""
+    """Source of a claim, and the instance whose record claims (empty for a network's own record)."""
 
     source: SourceName
     instance: str = ""
@@ -122,12 +122,12 @@ class Claimant:
 
 @dataclass(frozen=True, slots=True)
 class Conflict:
-    """Records that contradict each other; none of them is in force where they do.
+    """Records that contradict each other; on the disputed subject, no record is in force.
 
     Attributes:
-        kind: What they contradict each other about.
-        subject: The network's id, the instance's id, or `NETWORK/ADDRESS`.
-        claimants: All of them, in order.
+        kind: Subject of the conflict.
+        subject: Id of the network, id of the instance, or `NETWORK/ADDRESS`.
+        claimants: All claimants, in order.
     """
 
     kind: ConflictKind
@@ -144,7 +144,10 @@ class Conflict:
 
 @dataclass(frozen=True, slots=True)
 class Expired:
-    """Owner of an address that is answered 503, because all its sources may have removed it since they last knew."""
+    """Owner of an address that gets 503, because all of its sources have expired.
+
+    Each source may have removed the instance since its last contact.
+    """
 
     instance: InstanceId
     sources: tuple[SourceName, ...]
@@ -152,10 +155,10 @@ class Expired:
 
 @dataclass(frozen=True, slots=True)
 class StrandedPort:
-    """A port in a network that no source tells of: it claims nothing until the network comes.
+    """Port in a network that no source reports: it claims nothing until a source reports the network.
 
     Attributes:
-        number: The port's place in the instance's record, from 0.
+        number: Index of the port in the instance's record, from 0.
     """
 
     source: SourceName
@@ -166,7 +169,7 @@ class StrandedPort:
     def problem(
         self, *, field: str = "", file: str | None = None, line: int | None = None
     ) -> Problem:
-        """What is wrong, with the place in its source where that is known."""
+        """Return the problem for operators, with the place in its source if known."""
         return Problem(
             field or f"instances.{self.instance}.ports[{self.number}].network",
             f"there is no network {self.network}",

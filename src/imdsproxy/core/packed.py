@@ -1,7 +1,7 @@
-"""Instances, and what goes with them, in a tenth of the memory: as compressed bytes, made again when asked for.
+"""Instances as compressed bytes, in a tenth of the memory, unpacked on demand.
 
-A host may have hundreds of thousands, and next to none of them is looked at in any one second. The bytes are JSON,
-compressed against a dictionary of what records commonly say: 100 bytes instead of 1,500.
+A host may have hundreds of thousands of instances, and reads few of them in any second. The bytes are JSON,
+compressed with a dictionary of common values: 100 bytes instead of 1,500.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from imdsproxy.core.model import (
 from imdsproxy.core.policy import NO_RULES, PolicyRules
 
 FORMAT: Final = 2
-"""Raise it when the bytes mean something else: stores keep them beside the records."""
+"""Raise it when the bytes change their meaning: stores keep them beside the records."""
 
 _LEVEL, _WINDOW, _MEMORY = 1, -12, 5
 _COMMON: Final = (
@@ -46,28 +46,29 @@ _COMPRESS: Final = zlib.compressobj(_LEVEL, zlib.DEFLATED, _WINDOW, _MEMORY, zdi
 _DECOMPRESS: Final = zlib.decompressobj(_WINDOW, zdict=_COMMON)
 
 _PORTS: Final = 3
-"""Where they are in a packed record."""
+"""Index of the ports in a packed record."""
 
 _KEPT: Final = 256
-"""How many unpacked instances are kept: those of the addresses that a round looks at in one go. Who asks for one often
-asks again at once, for its next address."""
+"""Maximum number of cached unpacked instances: enough for the addresses of one round. Callers often ask for an instance
+again at once, for its next address.
+"""
 
 Fetch: TypeAlias = "Callable[[InstanceId], bytes]"
-"""Gets user-data that is not in memory."""
+"""Loader of user-data that is not in memory."""
 
 ClaimingPort: TypeAlias = "tuple[NetworkId, MacAddress | None, Sequence[IpAddress]]"
-"""Of a port: its network, MAC and addresses."""
+"""Network, MAC and addresses of a port."""
 
 _Parts: TypeAlias = "tuple[bytes, bytes | Fetch | None, bytes | None, PolicyRules]"
-"""The record, its user-data, vendor data and policy."""
+"""Record, user-data, vendor data and policy."""
 
 _Packed: TypeAlias = "bytes | _Parts"
-"""The record alone where it has none of the others."""
+"""Record alone, if the instance has no other parts."""
 
 
 @dataclass(frozen=True, slots=True)
 class PackedInstance:
-    """One instance. Two are equal where the instances are."""
+    """Packed instance. Two are equal if their instances are equal."""
 
     id: InstanceId
     packed: _Packed
@@ -78,12 +79,12 @@ class PackedInstance:
         return cls(instance.id, _pack(instance))
 
     def open(self) -> Instance:
-        """Make the instance again."""
+        """Unpack the instance."""
         return _unpack(self.id, self.packed)
 
 
 class PackedInstances(MutableMapping[InstanceId, Instance]):
-    """Instances by id. What is given out is equal to what was put in."""
+    """Packed instances by id. Each read returns an instance equal to the stored one."""
 
     __slots__ = ("_packed",)
 
@@ -111,37 +112,37 @@ class PackedInstances(MutableMapping[InstanceId, Instance]):
         return key in self._packed
 
     def packed(self, key: InstanceId) -> _Packed:
-        """One as it is kept."""
+        """Return the packed form of an instance."""
         return self._packed[key]
 
     def put(self, one: PackedInstance) -> None:
-        """Put in one that is packed."""
+        """Store a packed instance."""
         self._packed[one.id] = one.packed
 
     def part(self, keys: Iterable[InstanceId]) -> PackedInstances:
-        """Some of them."""
+        """Return the instances with these ids."""
         part = PackedInstances()
         part._packed = {key: self._packed[key] for key in keys}
         return part
 
     def plain(self, key: InstanceId) -> bytes | None:
-        """One as bytes that `put_plain` takes; `None` where that is not all of it."""
+        """Return an instance as bytes for `put_plain`; `None` if the bytes would lack a part of it."""
         data, user_data, vendor_data, policy = _parts(self._packed[key])
         whole = not isinstance(user_data, bytes) and (vendor_data, policy) == (None, NO_RULES)
         return data if whole else None
 
     def ports(self, key: InstanceId) -> list[ClaimingPort]:
-        """What an instance's ports claim, without the instance being made; nothing where it is not here."""
+        """Return the claims of an instance's ports without unpacking it; empty if the instance is unknown."""
         packed = self._packed.get(key)
         ports = () if packed is None else _decompress(_parts(packed)[0])[_PORTS]
         return [(network, mac, [*map(from_number, numbers)]) for network, mac, numbers, _ in ports]
 
     def digest(self, key: InstanceId, salt: bytes) -> bytes:
-        """What tells one from any other, its policy and its id apart; `salt` goes into it."""
+        """Return the salted digest of an instance without its policy and id."""
         packed = self._packed[key]
         data, user_data, vendor_data, _ = _parts(packed)
         made_of = blake2b(salt, digest_size=16)
-        # Of user-data that is fetched, length and digest are in the record.
+        # The record has length and digest of user-data that is fetched.
         for part in (data, user_data, vendor_data):
             if isinstance(part, bytes):
                 made_of.update(b"%d:" % len(part))
@@ -151,23 +152,23 @@ class PackedInstances(MutableMapping[InstanceId, Instance]):
         return made_of.digest()
 
     def mark(self, key: InstanceId) -> int:
-        """What tells an instance with its id and policy from any other: 128 bits."""
+        """Return a 128-bit digest of an instance with its id and policy."""
         policy = _parts(self._packed[key])[3]
         salt = key if policy is NO_RULES else f"{key} {policy!r}"
         return int.from_bytes(self.digest(key, salt.encode()))
 
     def put_plain(self, key: InstanceId, data: bytes, fetch: Fetch | None) -> None:
-        """Put in what `plain` gave, in this process or an earlier one of the same `FORMAT`.
+        """Store the bytes that `plain` returned, in this process or an earlier one of the same `FORMAT`.
 
         Args:
-            key: The instance.
-            data: The bytes.
-            fetch: Gets its user-data, where it has any.
+            key: Id of the instance.
+            data: Bytes of `plain`.
+            fetch: Loads the user-data, if the instance has any.
         """
         self._packed[key] = data if fetch is None else (data, fetch, None, NO_RULES)
 
     def take(self, key: InstanceId, other: Mapping[InstanceId, Instance]) -> bool:
-        """Have what `other` has for a key; whether that changed anything here."""
+        """Copy the instance from `other`; return whether it differs from the stored one."""
         packed = other.packed(key) if isinstance(other, PackedInstances) else _pack(other[key])
         if self._packed.get(key) == packed:
             return False
@@ -176,9 +177,9 @@ class PackedInstances(MutableMapping[InstanceId, Instance]):
 
 
 class PackedPairs(MutableMapping[NetworkId, Mapping[IpAddress, MacAddress]]):
-    """Which MAC goes with which address, by network. The network that was used last is not packed.
+    """MAC of each address, by network. The most recently used network stays unpacked.
 
-    Guests of one network mostly ask one after the other, and a start adds a network's pairs some at a time.
+    Requests of one network mostly come one after the other, and a start adds a network's pairs in several parts.
     """
 
     __slots__ = ("_changed", "_count", "_open", "_packed")
@@ -224,7 +225,7 @@ class PackedPairs(MutableMapping[NetworkId, Mapping[IpAddress, MacAddress]]):
 
     @property
     def total(self) -> int:
-        """How many pairs there are in all networks."""
+        """Number of pairs in all networks."""
         return self._count.total()
 
 
@@ -270,7 +271,7 @@ def _pack(instance: Instance) -> _Packed:
 @lru_cache(_KEPT)
 def _unpack(key: InstanceId, packed: _Packed) -> Instance:
     data, user_data, vendor_data, policy = _parts(packed)
-    # What comes out is what `_pack` has put in.
+    # The record has the fields that `_pack` wrote.
     record: list[Any] = _decompress(data)
     name, hostname, project, ports, ssh_keys, tags, zone, kind, *rest = record
     dialects, upstream, created, stored = rest

@@ -1,7 +1,7 @@
-"""What operators say of single paths: written plainly, folded over scopes, and looked up under every spelling.
+"""Rules of operators for single paths: checked spelling, merged scopes, and lookup under every spelling.
 
-A rule is about a path and all that is beneath it. `latest` stands for every version: Nova and our documents give the
-same under each, and what is no version today may be one tomorrow.
+A rule applies to a path and everything below it. `latest` stands for every version: Nova and our documents serve the
+same under each version, and an unknown version of today may be valid tomorrow.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Final, TypeAlias, TypeVar
 
 MOST_PATH_RULES: Final = 64
-"""Of one scope."""
+"""Maximum number of one scope's path rules."""
 
 _LONGEST: Final = 255
 _ID_LENGTH: Final = 16
@@ -22,7 +22,7 @@ TOKEN_PATH: Final = "/latest/api/token"  # noqa: S105 - where tokens are, not on
 """AWS, "Use the Instance Metadata Service to access instance metadata"."""
 
 WITHIN_OTHER_TREES: Final = ("/openstack", "/nocloud")
-"""All else is EC2's."""
+"""Roots of the other trees; all other paths belong to EC2's tree."""
 
 _ESCAPE: Final = re.compile(rb"%([0-9A-Fa-f]{2})?")
 _ODD: Final = re.compile(rb"%|//|/\.|^/ec2")
@@ -40,41 +40,41 @@ _Scope = TypeVar("_Scope")
 
 
 class PathWord(StrEnum):
-    """What a rule says of a path, and of all that is beneath it."""
+    """Effect of a rule on a path and everything below it."""
 
     DENY = "deny"
-    """403, with a token too."""
+    """403, also with a token."""
 
     ALLOW = "allow"
-    """Served, with or without a token as the tree's mode has it: it undoes a rule for more paths."""
+    """Served in the tree's token mode: undoes a rule for more paths."""
 
     REQUIRED = "required"
-    """401 without a token; in other trees than EC2's once the boot is over."""
+    """401 without a token; in the other trees only after the boot."""
 
     OPTIONAL = "optional"
-    """Served without a token although the tree takes one."""
+    """Served without a token although the tree requires one."""
 
     @property
     def letter(self) -> str:
-        """As HAProxy has it."""
+        """Letter of the word in HAProxy's maps."""
         return self.value[0]
 
 
 PathRules: TypeAlias = tuple[tuple[str, PathWord], ...]
-"""Each path once, in their order."""
+"""Each path once, in the rules' order."""
 
 
 def undo_spelling(path: bytes) -> bytes | None:
-    """The path without what Nova or our documents undo; `None` where an escape is broken.
+    """Normalise a path as Nova and our documents do; return `None` if an escape is broken.
 
-    HAProxy does the same (`core/haproxy/access_rules.cfg`), and a test holds the two together.
+    HAProxy does the same (`core/haproxy/access_rules.cfg`); a test compares the two.
     """
     spelled = _spell_out(path)
     return None if spelled is None else _EC2.sub(b"", spelled)
 
 
 def is_below_ec2(path: bytes) -> bool:
-    """Whether a path is below `/ec2`, where Nova has a second way to EC2's tree."""
+    """Return whether a path is below `/ec2`, Nova's second root of EC2's tree."""
     return (_spell_out(path) or b"").startswith(b"/ec2/")
 
 
@@ -88,10 +88,10 @@ def _spell_out(path: bytes) -> bytes | None:
 
 
 def plain_path(undone: bytes) -> bytes:
-    """With `latest` in the place of the version, whatever stands there: a path as rules have it.
+    """Replace the version by `latest`, whatever the version is: the form of paths in rules.
 
     Args:
-        undone: What `undo_spelling` gave.
+        undone: Result of `undo_spelling`.
     """
     for version, latest in _VERSIONS:
         undone = version.sub(latest, undone)
@@ -99,7 +99,7 @@ def plain_path(undone: bytes) -> bytes:
 
 
 def find_path_fault(path: str) -> tuple[str, str] | None:
-    """Why a rule cannot be for the path, and what would be right; `None` where it can."""
+    """Return why a rule cannot be for the path, and the correct form; `None` if the path is valid."""
     if not _WRITABLE.fullmatch(path):
         hint = _right(path, "letters, digits and ._~+,=:@- between slashes, a slash first")
         return "is no path as rules have it", hint
@@ -126,36 +126,36 @@ def _find_odd_spelling(path: str) -> tuple[str, str] | None:
 
 
 def _right(path: str, otherwise: str) -> str:
-    """The spelling that would be right, where there is one."""
+    """Return the correct spelling if there is one."""
     undone = undo_spelling(path.partition("?")[0].encode("utf-8", "replace"))
     if undone is None or not path.startswith("/"):
         return otherwise
     right = plain_path(undone)
     if right != undone and not _DATED.match(undone):
-        # More likely without any version than with one of this name.
+        # The path more likely lacks a version than has one of this name.
         return otherwise
     found = right.decode("utf-8", "replace").rstrip("/") or ROOT
     return found if found != path and find_path_fault(found) is None else otherwise
 
 
 def covers(rule: str, path: str) -> bool:
-    """Whether a rule for the one path is about the other: it is that, or beneath it."""
+    """Return whether a rule's path is the path or one of its parents."""
     return rule in (ROOT, path) or path.startswith(f"{rule}/")
 
 
 def find_rule(rules: PathRules, plain: str) -> tuple[str, PathWord] | None:
-    """The rule that decides: the longest that covers the path."""
+    """Return the rule that applies: the longest that covers the path."""
     found = [rule for rule in rules if covers(rule[0], plain)]
     return max(found, key=lambda rule: len(rule[0]), default=None)
 
 
 def fold_paths(scopes: Iterable[tuple[_Scope, PathRules]]) -> dict[str, tuple[PathWord, _Scope]]:
-    """Rules of which the longest that covers a path is that of the most specific scope which says something of it.
+    """Merge scopes so that the longest rule that covers a path is that of the most specific scope with a rule for it.
 
-    A rule for a path removes the rules of less specific scopes for it and for what is beneath it.
+    A rule for a path removes the rules of less specific scopes for the same path and for paths below it.
 
     Args:
-        scopes: From the least specific to the most.
+        scopes: Scopes from the least to the most specific.
     """
     folded: dict[str, tuple[PathWord, _Scope]] = {}
     for scope, rules in scopes:
@@ -166,20 +166,20 @@ def fold_paths(scopes: Iterable[tuple[_Scope, PathRules]]) -> dict[str, tuple[Pa
 
 
 def path_rule_name(path: str) -> str:
-    """How a rule is called where the rules of a policy have names."""
+    """Return the name of a path rule among the rules of a policy."""
     return f"{_NAMED}{path}"
 
 
 def set_id(rules: PathRules) -> str:
-    """What a record refers to them by: made of all that they say, so that a set never changes."""
+    """Return the id by which records refer to a rule set: a digest of its rules, so that a set never changes."""
     text = "".join(f"{path} {word.letter}\n" for path, word in rules)
     return hashlib.sha256(text.encode()).hexdigest()[:_ID_LENGTH]
 
 
 def render_set(rules: PathRules) -> dict[str, str]:
-    """Map entries, of which HAProxy takes the one with the longest key that begins `ID|PLAIN-PATH/`.
+    """Render the map entries of a set. HAProxy takes the entry with the longest key that begins `ID|PLAIN-PATH/`.
 
-    One for `/` is always there: where none is found, the set is not there.
+    The entry for `/` always exists: if HAProxy finds no entry, the set is missing.
     """
     name = set_id(rules)
     entries = {f"{name}|/": PathWord.ALLOW.letter}
@@ -188,7 +188,7 @@ def render_set(rules: PathRules) -> dict[str, str]:
 
 
 def group_sets(entries: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """Map entries by the set that they are of."""
+    """Group map entries by their rule set."""
     sets: dict[str, dict[str, str]] = {}
     for key, value in entries.items():
         sets.setdefault(key.partition("|")[0], {})[key] = value

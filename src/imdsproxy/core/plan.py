@@ -1,4 +1,4 @@
-"""From the inventory to what the data plane must hold: map entries, binds, sizes."""
+"""Planner for the data plane: from the inventory to the records in HAProxy's maps."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,11 +17,11 @@ from imdsproxy.core.wire import MAP_CONFLICT, EmbeddedRecord, MapRecord, render_
 
 @dataclass(frozen=True, slots=True)
 class PlannedRecords:
-    """What HAProxy's maps are to say.
+    """Planned content of HAProxy's maps.
 
     Attributes:
-        values: Of records, by map key; `None` where there is to be none.
-        sets: The path rules that they refer to, by id (`core.path_rules.set_id`).
+        values: Records by map key; `None` for a key without a record.
+        sets: Path rules to which the records refer, by id (`core.path_rules.set_id`).
     """
 
     values: dict[str, str | None]
@@ -29,13 +29,13 @@ class PlannedRecords:
 
 
 def record_key(key: AddressKey) -> str:
-    """The map key of one (network, address): the bind's name, a slash, the address as HAProxy prints it."""
+    """Return the map key of one (network, address): the bind's name, a slash, the address as HAProxy prints it."""
     network, address = key
     return f"{network}/{text_of(address)}"
 
 
 def parse_record_key(key: str) -> AddressKey | None:
-    """The reverse of `record_key`; `None` for what is none of ours."""
+    """Parse the result of `record_key`; `None` for a foreign key."""
     network, _, address = key.rpartition("/")
     try:
         return NetworkId(network), ip_address(address)
@@ -45,15 +45,15 @@ def parse_record_key(key: str) -> AddressKey | None:
 
 @dataclass(frozen=True, slots=True)
 class RecordPlanner:
-    """Says what the data plane must know of addresses.
+    """Planner of the data plane's records.
 
     Attributes:
-        inventory: Everything known.
-        revisions: The compiled record of each instance whose documents are ours; one that has none cannot be
-            served yet.
-        learned: Addresses that something else than a record gave to an instance.
-        routing: Where requests go whose documents Nova has.
-        policies: What settings and operators say of guests.
+        inventory: All records.
+        revisions: Revision of the compiled record of each instance that our document server serves. An instance without
+            a revision cannot be served yet.
+        learned: Addresses that were assigned to an instance without a record of the address.
+        routing: Endpoint sets for instances that Nova serves.
+        policies: Rules of settings and operators for guests.
     """
 
     inventory: Inventory
@@ -63,20 +63,20 @@ class RecordPlanner:
     policies: PolicyBook = field(default_factory=PolicyBook)
 
     def plan_record(self, key: AddressKey) -> MapRecord | Conflict | Expired | None:
-        """The record of one address, or `None` where the data plane must not know it."""
+        """Return the record of one address, or `None` if the data plane must not know the address."""
         guest = self._guest(key)
         return self._plan(key[0], *guest) if isinstance(guest, tuple) else guest
 
     def plan_records(self, keys: Iterable[AddressKey]) -> PlannedRecords:
-        """`plan_record` for many addresses."""
+        """Plan the records of many addresses."""
         values: dict[str, str | None] = {}
         sets: dict[str, PathRules] = {}
-        # An instance's addresses have the same record where its ports in their network are of one project.
+        # If all of an instance's ports in a network have one project, their addresses have the same record.
         shared: dict[tuple[InstanceId, NetworkId, NetworkId], str | None] = {}
         for key in keys:
             guest = self._guest(key)
             if not isinstance(guest, tuple):
-                # `MAP_CONFLICT` for one that has expired, too: HAProxy answers 503 by itself.
+                # An expired instance also gets `MAP_CONFLICT`: HAProxy answers it with 503.
                 values[record_key(key)] = None if guest is None else MAP_CONFLICT
                 continue
             owner, place = guest
@@ -94,7 +94,7 @@ class RecordPlanner:
         return PlannedRecords(values, sets)
 
     def _guest(self, key: AddressKey) -> tuple[InstanceId, AddressKey] | Conflict | Expired | None:
-        """Whose address it is, and the address by which its port is found."""
+        """Return the address's owner, and the address that identifies the owner's port."""
         owner = self.inventory.owner(key)
         if owner is not None:
             return (owner, key) if isinstance(owner, str) else owner
@@ -103,7 +103,7 @@ class RecordPlanner:
             return expired
         if entry is None or not holds(self.inventory, key, entry):
             return None
-        # Of an address that a MAC has, the port is the one with the MAC, as for the address that the MAC makes.
+        # If a MAC identifies the address, the port is found by the MAC's link-local address.
         by_mac = key if entry.mac is None else (key[0], link_local_of(entry.mac))
         return entry.instance, entry.via or by_mac
 
@@ -124,13 +124,13 @@ class RecordPlanner:
 def policy_place(
     inventory: Inventory, network: NetworkId, project: str | None, instance: Instance
 ) -> PolicyPlace:
-    """The scopes whose policies apply to an instance.
+    """Return the scopes whose policies apply to an instance.
 
     Args:
-        inventory: Everything known.
-        network: The listener's, or the router whose guests it has.
-        project: The port's.
-        instance: Whose address it is.
+        inventory: All records.
+        network: Network or router of the listener.
+        project: Project of the port.
+        instance: Owner of the address.
     """
     known = inventory.networks.get(network)
     of_network = NO_RULES if known is None else known.policy
@@ -138,7 +138,7 @@ def policy_place(
 
 
 def _project_at(instance: Instance, place: AddressKey) -> str | None:
-    """The project of the port that has the address."""
+    """Return the project of the port that has the address."""
     projects = _projects_in(instance, place[0])
     if len(projects) == 1:
         return projects.pop()

@@ -1,4 +1,4 @@
-"""What guests may read and how: the rules of a policy, set for the host, networks, projects and instances.
+"""Rules for guests' reads: policies of the host, networks, projects and instances.
 
 `_Rules` is the table of rules. Settings, records, the admin API, command line flags, reference pages and the policy
 word (`core.policy_word`) are derived from it. An instance whose policy is `DEFAULT` has no word.
@@ -21,29 +21,29 @@ LONGEST_BOOT_S: Final = 604_800
 """A week."""
 
 BOOT_GRACE_S: Final = 900
-"""Seconds that a boot may take: a stock image under emulation needs five minutes, a slow disk as long again."""
+"""Default seconds for a boot: a stock image under emulation needs five minutes, a slow disk as long again."""
 
 
 class TokenMode(StrEnum):
-    """Whether reading takes a session token (EC2's `HttpTokens`, which has no `off`)."""
+    """Mode of session tokens for reads (EC2's `HttpTokens`, which has no `off`)."""
 
     OFF = "off"
-    """There is no token route, and a token is a header like any other."""
+    """No token route; HAProxy ignores a token header."""
 
     OPTIONAL = "optional"
-    """Who sends a token must send a good one."""
+    """A client that sends a token must send a valid one."""
 
     REQUIRED = "required"
-    """Nothing is read without one."""
+    """Every read needs a valid token."""
 
 
 class PolicyScope(StrEnum):
-    """Where a rule is set; a later scope is more specific."""
+    """Scope of a rule, from the least to the most specific."""
 
     FLEET = "fleet"
     HOST = "host"
     FLEET_HOST = "fleet-host"
-    """Of this host, as its fleet says: as specific as `HOST`."""
+    """The fleet's rules for this host: as specific as `HOST`."""
 
     NETWORK = "network"
     PROJECT = "project"
@@ -56,12 +56,12 @@ class Rule:
     """One rule of a policy.
 
     Attributes:
-        name: The key in settings and records; the flag is the same with hyphens.
+        name: Key in settings and records; the flag has hyphens instead of underscores.
         kind: `bool`, `TokenMode`, `int` (within `bounds`), or `tuple` for path rules.
-        help: The first sentence is all that `--help` shows.
-        part: Where the policy word has it; `None` where parts of the word are computed from it.
+        help: Description; `--help` shows only the first sentence.
+        part: Part of the policy word that holds the rule; `None` if parts of the word are computed from the rule.
         since: As `core.records.schema.Key.since`.
-        limits: As `Key.limits`: a host that ignored the rule would serve what it is to refuse.
+        limits: As `Key.limits`: a host that ignored the rule would serve documents that it must refuse.
     """
 
     name: str
@@ -74,13 +74,13 @@ class Rule:
 
 
 def _rule(default: object, text: str, **more: Any) -> Any:  # noqa: ANN401 - as dataclasses.field: it takes the type it stands beside
-    """A field of `_Rules` with what else its `Rule` has."""
+    """Return a field of `_Rules`, with the attributes of its `Rule`."""
     return field(default=default, metadata={"help": text, **more})
 
 
 @dataclass(frozen=True, slots=True)
 class _Rules(Generic[_Open]):
-    """The table of rules; `_Open` is what stands for a rule that is not set, `Never` where each is."""
+    """Table of rules. `_Open` is the type of a rule that is not set; `Never` if every rule is set."""
 
     endpoint: bool | _Open = _rule(
         True,
@@ -159,18 +159,18 @@ class _Rules(Generic[_Open]):
 
 
 class Policy(_Rules[Never]):
-    """The effective policy of one instance in one network.
+    """Effective policy of one instance in one network.
 
-    A limit that is `None` is that of the settings' section `limits`.
+    A limit that is `None` is taken from the settings' section `limits`.
     """
 
     __slots__ = ()
 
 
 class PolicyRules(_Rules[None]):
-    """What one scope sets; `None` leaves a rule to the less specific scopes.
+    """Rules of one scope; for a rule that is `None`, the less specific scopes decide.
 
-    Path rules of one scope are added to those of another (`core.path_rules.fold_paths`).
+    Path rules of several scopes are merged (`core.path_rules.fold_paths`).
     """
 
     __slots__ = ()
@@ -192,27 +192,27 @@ _SIMPLE: Final = tuple(name for name in RULES if name != "paths")
 
 @dataclass(frozen=True, slots=True)
 class OperatorOverride:
-    """What an operator did about one instance; it outlives every restart.
+    """Operator's override for one instance; it survives every restart.
 
     Attributes:
-        epoch: How often its tokens were revoked; each token is of one epoch.
-        reopened_at: When an operator let it boot anew, Unix time; 0 for never.
+        epoch: Number of times that its tokens were revoked; each token belongs to one epoch.
+        reopened_at: Time at which an operator started a new boot, Unix time; 0 for never.
     """
 
     epoch: int = 0
     reopened_at: int = 0
 
 
-# Of each record that is planned, one of each would be made.
+# Shared, because otherwise every planned record would make its own.
 UNTOUCHED: Final = OperatorOverride()
 
 
 @dataclass(frozen=True, slots=True)
 class Folded:
-    """A policy, and which scope each of its rules comes from; a rule without a scope is the default.
+    """Effective policy and the scope of each of its rules; a rule without a scope is the default.
 
     Attributes:
-        origins: By the rule's name; that of one for a path is as `path_rule_name` has it.
+        origins: Scope by rule name; `path_rule_name` gives the names of path rules.
     """
 
     policy: Policy
@@ -223,10 +223,10 @@ _NOTHING_FOLDED: Final = Folded(DEFAULT)
 
 
 def fold_policy(scopes: Iterable[tuple[PolicyScope, PolicyRules]]) -> Folded:
-    """For each rule, and for each path (`core.path_rules.fold_paths`), the most specific scope wins.
+    """Merge scopes: for each rule, and for each path (`core.path_rules.fold_paths`), the most specific scope wins.
 
     Args:
-        scopes: From the least specific to the most. One may come twice, and then its later rules win.
+        scopes: Scopes from the least to the most specific. If a scope comes twice, its later rules win.
     """
     values: dict[str, object] = {}
     origins: dict[str, PolicyScope] = {}
@@ -252,11 +252,11 @@ def fold_policy(scopes: Iterable[tuple[PolicyScope, PolicyRules]]) -> Folded:
 
 @dataclass(frozen=True, slots=True)
 class FleetRules:
-    """What a fleet says of guests of this host.
+    """Rules of a fleet for guests of this host.
 
     Attributes:
-        everywhere: Of guests of each host of the fleet.
-        host: Of all guests of this host.
+        everywhere: Rules for guests of every host in the fleet.
+        host: Rules for all guests of this host.
     """
 
     everywhere: PolicyRules = NO_RULES
@@ -269,11 +269,11 @@ _NO_FLEET: Final = FleetRules()
 
 @dataclass(frozen=True, slots=True)
 class PolicyBook:
-    """All that settings, operators and the fleet say; what records say of themselves comes with the records.
+    """All rules of the settings, operators and the fleet; records bring their own rules.
 
     Attributes:
-        networks: By the id of a network, or of a router whose guests come through one listener.
-        overrides: What operators did, by instance.
+        networks: Rules by the id of a network, or of a router whose guests share one listener.
+        overrides: Operators' overrides by instance.
     """
 
     host: PolicyRules = NO_RULES
@@ -284,21 +284,21 @@ class PolicyBook:
     fleet: FleetRules = _NO_FLEET
 
     def fold(self, place: PolicyPlace) -> Folded:
-        """What is in force for an instance there."""
+        """Return the effective policy of an instance."""
         return fold_policy(self._scopes(place))
 
     def override(self, instance: str) -> OperatorOverride:
-        """What an operator did about an instance, or nothing."""
+        """Return the operator's override for an instance, or an empty one."""
         return self.overrides.get(instance, UNTOUCHED)
 
     def word(self, place: PolicyPlace, created_at: int | None) -> tuple[str, PathRules]:
-        """The word of `render_policy_word`, and the path rules that it refers to."""
+        """Return the policy word (`render_policy_word`) and its path rules."""
         policy = self.fold(place).policy
         return render_policy_word(policy, self.override(place.instance), created_at), policy.paths
 
     def _scopes(self, place: PolicyPlace) -> Iterator[tuple[PolicyScope, PolicyRules]]:
-        # Settings come after the record of the same scope: the host's operator decides last. What a fleet says of the
-        # same scope comes after both.
+        # Settings follow the record of the same scope, because the host's operator overrides it. The fleet's rules of
+        # the scope follow both.
         yield PolicyScope.FLEET, self.fleet.everywhere
         yield PolicyScope.HOST, self.host
         yield PolicyScope.FLEET_HOST, self.fleet.host
@@ -313,12 +313,12 @@ class PolicyBook:
 
 @dataclass(frozen=True, slots=True)
 class PolicyPlace:
-    """An instance as one network sees it.
+    """Instance in one network.
 
     Attributes:
-        project: The port's.
-        of_network: What the network's record says.
-        of_instance: What the instance's record says.
+        project: Project of the port.
+        of_network: Rules in the network's record.
+        of_instance: Rules in the instance's record.
     """
 
     network: str
@@ -329,42 +329,42 @@ class PolicyPlace:
 
 
 def boot_ends_at(policy: Policy, override: OperatorOverride, created_at: int | None) -> int | None:
-    """When the boot is over, Unix time; `None` without a known begin: then it is over.
+    """Return the end of the boot, Unix time; `None` if its start is unknown, so that the boot is over.
 
     Args:
-        policy: What is in force.
-        override: What an operator did.
-        created_at: Of the instance, Unix time. Without it, boot counts as finished.
+        policy: Effective policy.
+        override: Operator's override for the instance.
+        created_at: Creation time of the instance, Unix time. Without it, the boot counts as over.
     """
     begun = max(created_at or 0, override.reopened_at)
     return begun + policy.boot_grace_s if begun else None
 
 
 def boot_is_over(ends_at: int | None, now: int) -> bool:
-    """As HAProxy's rules see it: in the second that a boot ends it has ended.
+    """Return whether the boot is over, as HAProxy's rules decide: it is over in the second of its end.
 
-    One that would go on for longer than any may is over too: then a clock is wrong, the one by which the instance was
-    made or this host's, and a clock that is set back is to open nothing.
+    A boot with an end beyond the longest boot is over too: the clock that gave the creation time or this host's clock
+    is wrong, and a clock that is set back must not open anything.
 
     Args:
-        ends_at: What `boot_ends_at` says.
+        ends_at: Result of `boot_ends_at`.
         now: Unix time.
     """
     return ends_at is None or not 0 < ends_at - now <= LONGEST_BOOT_S
 
 
 def render_policy_word(policy: Policy, override: OperatorOverride, created_at: int | None) -> str:
-    """The word that HAProxy's rules read (`core.policy_word`); empty for the default policy.
+    """Render the word for HAProxy's rules (`core.policy_word`); empty for the default policy.
 
     Args:
-        policy: What is in force.
-        override: What an operator did.
+        policy: Effective policy.
+        override: Operator's override for the instance.
         created_at: As of `boot_ends_at`.
     """
     if (policy is DEFAULT or policy == DEFAULT) and override.epoch == 0:
         return ""
     modes = (policy.tokens, policy.openstack_tokens, policy.nocloud_tokens)
-    # `optional` in the other trees is their default: it is no reason to give tokens where EC2's tree has none.
+    # `optional` is the default of the other trees, so it does not bring the token route back if EC2's tree has `off`.
     needed = [path for path, word in policy.paths if word is PathWord.REQUIRED]
     route = policy.tokens is not TokenMode.OFF or TokenMode.REQUIRED in modes or bool(needed)
     boot_counts = TokenMode.REQUIRED in modes[1:] or any(
@@ -392,5 +392,5 @@ def _part_text(part: Part, value: object) -> str:
 
 
 def rule_set_of(value: str) -> str | None:
-    """The id of the set of path rules in a policy word, or in a map value that begins with one."""
+    """Return the id of the path rule set in a policy word, or in a map value that begins with one."""
     return policy_word.PATH_SET.read(word_of(value)) or None

@@ -1,7 +1,7 @@
-"""A policy as `explain` shows it: each rule with the scope that sets it, and what it does to one request.
+"""Policy for `explain`: each rule with the scope that sets it, and the policy's effect on one request.
 
-HAProxy's rules (`core/haproxy/access_rules.cfg`) do not say which of them refused. `decide_read` decides by the same
-policy word; an integration test holds the two together.
+HAProxy's rules (`core/haproxy/access_rules.cfg`) do not report which of them refused a request. `decide_read` evaluates
+the same policy word; an integration test compares the two.
 """
 
 import re
@@ -21,17 +21,17 @@ from imdsproxy.core.policy import (
 RuleValue: TypeAlias = bool | int | str | tuple[str, ...]
 
 DEFAULT_ORIGIN: Final = "default"
-"""The origin of a rule that no scope sets."""
+"""Origin of a rule that no scope sets."""
 
 
 @dataclass(frozen=True, slots=True)
 class RuleInForce:
-    """One rule.
+    """Rule in force.
 
     Attributes:
-        name: As the settings have it; each path rule has one of its own (`path_rule_name`).
-        origin: The scope that set it: `host`, `network`, `project` or `instance`, of a fleet `fleet`, `fleet-host` or
-            `fleet-project`; `default` where none did.
+        name: Name in the settings; each path rule has a name of its own (`path_rule_name`).
+        origin: Scope that set the rule: `host`, `network`, `project` or `instance`; `fleet`, `fleet-host` or
+            `fleet-project` of a fleet; `default` if no scope set it.
     """
 
     name: str
@@ -41,15 +41,15 @@ class RuleInForce:
 
 @dataclass(frozen=True, slots=True)
 class PolicyInForce:
-    """What a guest may read, and which scope sets it.
+    """Policy in force for a guest, with the scope of each rule.
 
     Attributes:
-        token_epoch: How often the instance's tokens were revoked.
-        boot_ends_at: When the boot is over, Unix time; `None` without a creation time.
-        boot_over: What is locked after the boot is locked.
-        reopened_at: When an operator let it boot anew, Unix time; `None` for never.
-        word: What HAProxy goes by, empty where that is the default.
-        of_fleet: A fleet's keys sign its tokens, and the fleet's operators revoke them.
+        token_epoch: Number of times that the instance's tokens were revoked.
+        boot_ends_at: End of the boot, Unix time; `None` without a creation time.
+        boot_over: Whether the boot is over, so that the rules for the time after it apply.
+        reopened_at: Time at which an operator started a new boot, Unix time; `None` for never.
+        word: Policy word for HAProxy, empty for the default.
+        of_fleet: Whether a fleet's keys sign the tokens, so that the fleet's operators revoke them.
     """
 
     rules: tuple[RuleInForce, ...]
@@ -64,12 +64,12 @@ class PolicyInForce:
 def report_policy(
     folded: Folded, override: OperatorOverride, created_at: int | None, now: int
 ) -> PolicyInForce:
-    """A policy with its origins.
+    """Return a policy with its origins.
 
     Args:
-        folded: For one instance in one network.
-        override: What an operator did about the instance.
-        created_at: Of the instance, Unix time, if known.
+        folded: Effective policy for one instance in one network.
+        override: Operator's override for the instance.
+        created_at: Creation time of the instance, Unix time, if known.
         now: Unix time.
     """
     origins: dict[str, str] = dict(folded.origins)
@@ -102,13 +102,13 @@ _USER_DATA: Final = re.compile(rb"/(?:openstack/[^/]+/user_data|[^/]+/user-data)
 
 @dataclass(frozen=True, slots=True)
 class Decided:
-    """What the policy says to a GET; whether there is such a document is another question.
+    """Decision of the policy on a GET. It does not say whether the document exists.
 
     Attributes:
-        status: It is refused with; `None` where the policy lets it pass.
-        rule: The rule that decides, as the settings have it, one for a path by `path_rule_name`; `path` where the path
-            itself is refused; empty where nothing is.
-        why: The reason in a few words.
+        status: Status of the refusal; `None` if the policy allows the request.
+        rule: Deciding rule, by its name in the settings or by `path_rule_name`; `path` if the path itself is refused;
+            empty if nothing is refused.
+        why: Reason in a few words.
     """
 
     status: int | None
@@ -120,17 +120,17 @@ _PASSES: Final = Decided(None)
 
 
 def decide_read(word: str, now: int, target: str, *, token: bool, paths: PathRules = ()) -> Decided:
-    """What is answered to `GET target`.
+    """Return the policy's decision on `GET target`.
 
     Args:
-        word: Of the record (`core.policy.render_policy_word`).
+        word: Policy word of the record (`core.policy.render_policy_word`).
         now: Unix time.
-        target: As the guest would write it, with its query.
-        token: It sends a good one.
-        paths: The rules of the set that the word refers to.
+        target: Path and query as the guest would send them.
+        token: Whether the request has a valid token.
+        paths: Path rules of the set to which the word refers.
     """
     path = target.partition("?")[0].encode()
-    # With tokens off and all else as by default there is nothing to check.
+    # With tokens off and defaults otherwise there is nothing to check.
     nothing = word.startswith(policy_word.ONLY_TOKENS_OFF) if word else not token
     if nothing and path != _TOKEN_ROUTE:
         return _PASSES

@@ -1,16 +1,16 @@
-"""The layout of the policy word, for Python and for HAProxy's rules.
+"""Layout of the policy word, for Python and for HAProxy's rules.
 
-A record in HAProxy's maps begins with this word where its policy is not the default:
+A record in HAProxy's maps begins with this word if its policy is not the default:
 
     +1troo-sb:2:1795697569:64
 
-`+` and at least eight letters, then fields between colons: the token epoch (empty for the first), the end of the
-boot in Unix time, and the hop limit. The three limits follow where one of them is set, each empty where it is not;
-other fields follow up to the last one that is set:
+`+` and at least eight letters, then fields between colons: the token epoch (empty for the first), the end of the boot
+in Unix time, and the hop limit. If any of the three limits is set, all three follow, those that are not set empty.
+Other fields follow up to the last that is set:
 
     +1tooo---p::0:64::20::9f86d081884c7d65
 
-A part that HAProxy's rules read has a name here. Python reads it with `read`, HAProxy with the expression `sample`.
+Each part that HAProxy's rules read has a name here. Python reads it with `read`, HAProxy with the expression `sample`.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 POLICY_WORD: Final = "+"
-"""How a record begins that has a policy word. No instance id and no other kind of record begins so."""
+"""Prefix of a record with a policy word. No instance id and no other kind of record begins so."""
 
 _VARIABLE: Final = "var(txn.policy)"
 
@@ -28,7 +28,7 @@ class Letter:
     """One character of the word, `on` or `off`.
 
     Attributes:
-        index: From 0, which is the `+`.
+        index: Position from 0, the position of the `+`.
     """
 
     index: int
@@ -36,35 +36,35 @@ class Letter:
     off: str = "-"
 
     def sample(self) -> str:
-        """The letter as a HAProxy expression."""
+        """Return the HAProxy expression for the letter."""
         return f"{_VARIABLE},bytes({self.index},1)"
 
     def is_on(self, word: str) -> bool:
-        """Whether the word has it on; off where the word is shorter."""
+        """Return whether the letter is on in the word; off if the word is too short."""
         return word[self.index : self.index + 1] == self.on
 
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """A text between colons.
+    """Text between colons.
 
     Attributes:
-        number: From 1, which is `+` with the letters, as HAProxy's converter `field` counts.
+        number: Number from 1, which is `+` with the letters, as in HAProxy's converter `field`.
     """
 
     number: int
 
     def sample(self, word: str = _VARIABLE) -> str:
-        """The field as a HAProxy expression, of a word that another expression gives."""
+        """Return the HAProxy expression for the field, in a word that another expression gives."""
         return f"{word},field({self.number},:)"
 
     def read(self, word: str) -> str:
-        """The field in a word; empty where the word is shorter."""
+        """Return the field in a word; empty if the word is too short."""
         fields = word.split(":")
         return fields[self.number - 1] if self.number <= len(fields) else ""
 
     def replace(self, word: str, text: str) -> str:
-        """The word with another text in this field, which it must have."""
+        """Return the word with another text in this field, which the word must have."""
         fields = word.split(":")
         fields[self.number - 1] = text
         return ":".join(fields)
@@ -74,7 +74,7 @@ Part: TypeAlias = Letter | Field
 
 ENDPOINT: Final = Letter(1, "1", "0")
 TOKEN_ROUTE: Final = Letter(2, "t")
-"""Tokens are given: some tree or path takes one, or may."""
+"""HAProxy gives tokens, because a tree or path requires or allows them."""
 
 TOKENS: Final = Letter(3, "r", "o")
 OPENSTACK_TOKENS: Final = Letter(4, "r", "o")
@@ -82,10 +82,10 @@ NOCLOUD_TOKENS: Final = Letter(5, "r", "o")
 FORWARDED: Final = Letter(6, "g")
 SEALED: Final = Letter(7, "s")
 BOOT_COUNTS: Final = Letter(8, "b")
-"""Something depends on the end of the boot."""
+"""A rule depends on the end of the boot."""
 
 HAS_PATHS: Final = Letter(9, "p")
-"""There are path rules, and `PATH_SET` names them."""
+"""Path rules exist; `PATH_SET` has their set's id."""
 
 EPOCH: Final = Field(2)
 BOOT_END: Final = Field(3)
@@ -94,14 +94,14 @@ REQUESTS_PER_S: Final = Field(5)
 BURST: Final = Field(6)
 CONNECTIONS: Final = Field(7)
 PATH_SET: Final = Field(8)
-"""The id of the set of path rules in their own map (`core.path_rules.render_set`)."""
+"""Id of the set of path rules in their own map (`core.path_rules.render_set`)."""
 
 _LETTERS: Final = BOOT_COUNTS.index
 _FIELDS: Final = HOP_LIMIT.number
 
 
 def render_parts(parts: Mapping[Part, str]) -> str:
-    """The word of these parts; those that are missing are off or empty."""
+    """Return the word of these parts; missing parts are off or empty."""
     letters = {part.index: text for part, text in parts.items() if isinstance(part, Letter)}
     fields = {part.number: text for part, text in parts.items() if isinstance(part, Field) and text}
     last_letter = max([_LETTERS, *(index for index, text in letters.items() if text != "-")])
@@ -115,9 +115,9 @@ def render_parts(parts: Mapping[Part, str]) -> str:
 
 
 ONLY_TOKENS_OFF: Final = f"{POLICY_WORD}1-ooo---:"
-"""How a word begins where tokens are off and nothing else differs from the default."""
+"""Prefix of a word with tokens off and defaults otherwise."""
 
 
 def word_of(value: str) -> str:
-    """The policy word of a map value (`core.wire.render_map_value`); empty where it has none."""
+    """Return the policy word of a map value (`core.wire.render_map_value`); empty if the value has none."""
     return value.partition("|")[0] if value.startswith(POLICY_WORD) else ""

@@ -1,9 +1,9 @@
-"""Token epochs of instances that are gone, in a fixed space. Pure.
+"""Token epochs of instances that no longer exist, in a fixed space. Pure.
 
-A token is good in its instance's epoch only. So an instance that comes again under its id must not get an epoch that it
-had before, whatever the host's clock says by then. To keep each id would take space for ever. A Bloom filter of fixed
-size says of an id that it is not retired, or that it may be. In the second case the instance has an epoch above all
-that were ever retired. An instance for which the filter is wrong gets that epoch too, which does no harm.
+A token is valid only in its instance's epoch. If an instance with the same id appears again, it must not get an epoch
+that it had before, whatever the host's clock shows by then. A list of all ids would grow for ever. A Bloom filter of
+fixed size tells that an id was not retired, or that it may have been. In the second case the instance gets an epoch
+above all that were ever retired. An instance with a false positive gets that epoch too, which does no harm.
 """
 
 import base64
@@ -15,33 +15,33 @@ from typing import Final, Self
 from imdsproxy.core.policy import UNTOUCHED, OperatorOverride
 
 _BYTES: Final = 8192
-"""The filter is wrong about one id in a hundred after 5,000 retired ones."""
+"""Size of the filter: false for one id in a hundred after 5,000 retired ids."""
 
 _BITS_OF_AN_ID: Final = 3
 _MOST_KEPT: Final = 1_000
-"""Overrides of instances that are gone, before they are retired."""
+"""Maximum number of overrides of instances that no longer exist; above it these are retired."""
 
 
 @dataclass(frozen=True, slots=True)
 class Retired:
-    """The retired instances.
+    """Filter of the retired instances.
 
     Attributes:
-        epoch: Of each that comes again; above all that they had.
-        bits: The filter; empty while there are none.
+        epoch: Epoch of each instance that appears again; above all of their earlier epochs.
+        bits: The filter; empty while no instance is retired.
     """
 
     epoch: int = 0
     bits: bytes = b""
 
     def override(self, instance: str) -> OperatorOverride:
-        """Return what is in force for an instance without an override of its own."""
+        """Return the override in force for an instance without an override of its own."""
         if not self.bits or not all(self.bits[at] & bit for at, bit in _places(instance)):
             return UNTOUCHED
         return OperatorOverride(self.epoch)
 
     def render(self) -> list[object]:
-        """Return the reverse of `parse_retired`."""
+        """Return a JSON value for `parse_retired`."""
         return [self.epoch, base64.b64encode(self.bits).decode()]
 
 
@@ -50,41 +50,39 @@ _NOBODY: Final = Retired()
 
 @dataclass(frozen=True, slots=True)
 class Overrides(Mapping[str, OperatorOverride]):
-    """What operators did, by instance; a retired instance, which is not listed, has one too.
+    """Operators' overrides by instance; a retired instance, which is not listed, has one too.
 
     Attributes:
-        listed: By instance.
+        listed: Overrides by instance.
     """
 
     listed: Mapping[str, OperatorOverride] = field(default_factory=dict)
     retired: Retired = _NOBODY
 
     def __getitem__(self, instance: str) -> OperatorOverride:
-        """Return what is in force for an instance."""
+        """Return the override in force for an instance."""
         found = self.listed.get(instance) or self.retired.override(instance)
         if instance not in self.listed and found == UNTOUCHED:
             raise KeyError(instance)
         return found
 
     def __iter__(self) -> Iterator[str]:
-        """Iterate over listed instances."""
         return iter(self.listed)
 
     def __len__(self) -> int:
-        """Return how many instances are listed."""
         return len(self.listed)
 
     def replace(self, instance: str, override: OperatorOverride) -> Self:
-        """Return these with another override of an instance."""
+        """Return the overrides with a new override for an instance."""
         return replace(self, listed={**self.listed, instance: override})
 
     def retire(self, here: Iterable[str]) -> Self:
-        """Return these without instances that are gone, once there are many of them.
+        """Return the overrides without instances that no longer exist, once there are many such instances.
 
-        No instance that is here gets another epoch by that.
+        The epochs of existing instances do not change.
 
         Args:
-            here: Every instance that a source reports.
+            here: All instances that a source reports.
         """
         present = frozenset(here)
         gone = {name: one for name, one in self.listed.items() if name not in present}
@@ -104,10 +102,10 @@ class Overrides(Mapping[str, OperatorOverride]):
 
 
 def parse_retired(value: object) -> Retired:
-    """Return the retired instances out of a file.
+    """Parse the retired instances from a file's value.
 
     Raises:
-        ValueError: There is something else.
+        ValueError: The value has another form.
     """
     match value:
         case [int(epoch), str(text)] if epoch >= 0:
@@ -118,7 +116,7 @@ def parse_retired(value: object) -> Retired:
 
 
 def _places(instance: str) -> Iterator[tuple[int, int]]:
-    """Byte and bit of the filter, of each bit that stands for an instance."""
+    """Yield byte and bit of the filter for each bit that represents an instance."""
     digest = hashlib.blake2b(
         instance.encode(errors="surrogatepass"), digest_size=_BITS_OF_AN_ID * 4
     ).digest()

@@ -1,4 +1,4 @@
-"""How far long work has come, how long work took, and how long to wait between attempts that fail."""
+"""Progress and durations of long tasks, and the backoff between failed attempts."""
 
 import math
 from collections import Counter
@@ -9,7 +9,7 @@ from typing import Final
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One piece of work under way: `done` of `of` (0: not known how many)."""
+    """Running task: `done` of `of` units (`of` is 0 if the total is unknown)."""
 
     what: str
     done: int
@@ -18,21 +18,19 @@ class Step:
 
 @dataclass(slots=True)
 class Progress:
-    """What is under way now. Threads may note as well: each step is noted by one of them."""
+    """Tasks that are running now. Threads may call it: each task is reported by one thread."""
 
     _steps: dict[str, Step] = field(default_factory=dict)
 
     def note(self, what: str, done: int, of: int) -> None:
-        """Say how far a step has come."""
+        """Report the progress of a task."""
         self._steps[what] = Step(what, done, of)
 
     def end(self, what: str) -> None:
-        """The step is over."""
         self._steps.pop(what, None)
 
     @property
     def steps(self) -> tuple[Step, ...]:
-        """All of them."""
         return tuple(self._steps.values())
 
 
@@ -42,33 +40,32 @@ _BOUNDS_S: Final = (*(bound / 1000 for bound in _BOUNDS_MS), math.inf)
 
 @dataclass(slots=True)
 class Durations:
-    """How often something was done, by how long it took.
+    """Histogram of an operation's durations.
 
     Attributes:
-        counts: By the smallest bound, in seconds, that each was within.
-        total_s: All of them added up.
+        counts: Number of operations by the smallest bound, in seconds, that each stayed within.
+        total_s: Sum of all durations.
     """
 
     counts: Counter[float] = field(default_factory=Counter)
     total_s: float = 0.0
 
     def add(self, seconds: float) -> None:
-        """It was done once more."""
         self.counts[next(bound for bound in _BOUNDS_S if seconds <= bound)] += 1
         self.total_s += seconds
 
     def within(self) -> dict[float, int]:
-        """How often it took at most so long, for each bound."""
+        """Return the cumulative number of operations within each bound."""
         return dict(zip(_BOUNDS_S, accumulate(self.counts[one] for one in _BOUNDS_S), strict=True))
 
 
 @dataclass(slots=True)
 class Backoff:
-    """Pauses between attempts: each twice as long as the one before, up to the longest.
+    """Exponential backoff: each pause is twice the previous one, up to the longest.
 
     Attributes:
-        first_s: The pause after the first failure, in seconds.
-        longest_s: The longest of them.
+        first_s: Pause after the first failure, in seconds.
+        longest_s: Maximum pause, in seconds.
     """
 
     first_s: float
@@ -76,11 +73,10 @@ class Backoff:
     _next_s: float = 0.0
 
     def fail(self) -> float:
-        """An attempt has failed: the pause before the next one."""
+        """Record a failed attempt; return the pause before the next one."""
         pause = min(self._next_s or self.first_s, self.longest_s)
         self._next_s = pause * 2
         return pause
 
     def succeed(self) -> None:
-        """An attempt has succeeded."""
         self._next_s = 0.0

@@ -18,7 +18,7 @@ from imdsproxy.core.policy_report import decide_read
 _GUESTS_KEPT: Final = 50_000
 _READERS_KEPT: Final = 10_000
 _GUEST_PARTS: Final = 2
-# The first part of the key of a row that is kept.
+# First part of a stored row's key.
 _SUM, _SEEN, _TOTAL, _MODE = "sum", "seen", "total", "mode"
 _OPEN_TREES_SHOWN: Final = 100
 _EC2: Final = "/latest"
@@ -26,18 +26,18 @@ _TREES: Final = {Dialect.EC2: _EC2, Dialect.OPENSTACK: "/openstack", Dialect.NOC
 
 _Key: TypeAlias = tuple[str, ...]
 Kept: TypeAlias = tuple[float, ...]
-"""The numbers of a row that outlives the controller."""
+"""Numbers of a row that outlives the controller."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReaderWithoutToken:
-    """A client of a guest, at one branch of a tree.
+    """Client program of a guest, at one branch of a tree.
 
     Attributes:
-        path: Its first three segments; letters that are odd are `_`.
-        client: User-Agent, the same way; empty where there was none.
-        seen: How often it was looked at closely.
-        refused: So many of these because a token is required.
+        path: First three segments of the path; unusual characters are replaced by `_`.
+        client: User-Agent, with the same replacement; empty if the requests had none.
+        seen: Number of requests that were examined closely.
+        refused: Number of these that were refused because a token is required.
         last_at: Unix time.
     """
 
@@ -50,13 +50,13 @@ class ReaderWithoutToken:
 
 @dataclass(frozen=True, slots=True)
 class GuestWithoutToken:
-    """A guest that reads without tokens.
+    """Guest that reads without tokens.
 
     Attributes:
-        reads: So many that were not refused; an estimate where one in so many is counted.
-        refused: Each read that was refused because a token is required.
+        reads: Number of reads that were not refused; an estimate if only one in several is counted.
+        refused: Number of reads that were refused because a token is required; each is counted.
         last_at: Unix time.
-        readers: Its clients, the last one first.
+        readers: Client programs, the most recent first.
     """
 
     network: str
@@ -69,7 +69,7 @@ class GuestWithoutToken:
 
 @dataclass(frozen=True, slots=True)
 class OpenTree:
-    """User-data takes a token in EC2's tree, or is denied somewhere, and this tree serves it without one.
+    """Tree that serves user-data without a token, though EC2's tree requires one or a path rule denies it.
 
     Attributes:
         tree: `/latest` (EC2's), `/openstack` or `/nocloud`.
@@ -82,14 +82,14 @@ class OpenTree:
 
 @dataclass(frozen=True, slots=True)
 class TokenVerdict:
-    """Whether `tokens: required` would refuse a client that reads today.
+    """Answer to the question whether `tokens: required` would refuse a client that reads today.
 
     Attributes:
-        scope: What the policy would be for.
-        id: The network's, project's or instance's; empty of the host.
-        ready: `unknown` where not enough was counted to say so.
-        because: Why, in one sentence without a full stop.
-        guests: How many guests read without a token.
+        scope: Scope of the policy.
+        id: Id of the network, project or instance; empty for the host.
+        ready: `unknown` if too little was counted for an answer.
+        because: Reason, in one sentence without a full stop.
+        guests: Number of guests that read without a token.
     """
 
     scope: Literal["host", "network", "project", "instance"]
@@ -101,17 +101,17 @@ class TokenVerdict:
 
 @dataclass(frozen=True, slots=True)
 class TokenReport:
-    """Attributes as of their classes.
+    """Report on guests that read without tokens, for the whole host.
 
     Attributes:
-        since: Since when reads are counted, over restarts of the controller, Unix time; what is a week old is
-            forgotten.
-        guests: The last seen first.
+        since: Start of the count, over restarts of the controller, Unix time; counts older than a week are dropped.
+        guests: Guests, the most recent first.
         open_trees: At most a hundred of `open_tree_count`.
-        one_in: Of so many reads that are not refused one is counted now; 0 for none (`tokens.count_reads`).
-        all_since: Since when each read is counted, Unix time; `None` while not each is.
-        days: For the verdict yes, no guest may have read without a token for so long.
-        verdicts: Of the host first; of the networks and projects then those that are no first, at most a hundred.
+        one_in: Sampling rate: one in so many reads that are not refused is counted now; 0 for none
+            (`tokens.count_reads`).
+        all_since: Time since which every read is counted, Unix time; `None` if only some reads are counted.
+        days: Days without any read without a token that the verdict yes requires.
+        verdicts: Verdict of the host first; then at most a hundred of networks and projects, those with no first.
     """
 
     since: float
@@ -126,14 +126,14 @@ class TokenReport:
 
 @dataclass(frozen=True, slots=True)
 class InstanceTokens:
-    """How one instance reads without session tokens.
+    """Report on one instance's reads without session tokens.
 
     Attributes:
-        since: As of a `TokenReport`, as the next.
-        one_in: Of so many reads one is counted.
-        verdict: Whether tokens can be required of it.
-        guests: What it read in each of its networks.
-        open_trees: Those of it alone.
+        since: As of a `TokenReport`.
+        one_in: As of a `TokenReport`.
+        verdict: Answer whether tokens can be required of the instance.
+        guests: Reads of the instance in each of its networks.
+        open_trees: Open trees of this instance only.
     """
 
     since: float
@@ -145,7 +145,7 @@ class InstanceTokens:
 
 @dataclass(slots=True)
 class _Sums:
-    """Counts by key, over workers that each begin at 0 and forget entries as they please."""
+    """Counts by key over all workers. Each worker begins at 0 and may drop entries at any time."""
 
     kept: int
     changed: dict[_Key, Kept | None]
@@ -155,14 +155,14 @@ class _Sums:
     def add(
         self, worker: str, rows: Iterable[CountedRow], now: float
     ) -> list[tuple[_Key, int, int]]:
-        """Take in one worker's table; what is more than at its last look."""
+        """Add one worker's table; return the increases since that worker's previous table."""
         before, seen = self.before.get(worker, {}), dict[_Key, CountedRow]()
         for row in rows:
-            # Clients whose names differ only where they are not shown are one.
+            # Names that differ only in their replaced characters count as one client.
             seen[row.key] = row.plus(seen[row.key]) if row.key in seen else row
         self.before[worker] = seen
         self.changed.update({(_SEEN, worker, *key): None for key in before.keys() - seen.keys()})
-        # Where an entry is new, or was forgotten and made anew.
+        # The base for an entry that is new, or that the worker dropped and made again.
         nothing = CountedRow((), 0, 0, 0)
         grown: list[tuple[_Key, int, int]] = []
         for key, row in seen.items():
@@ -185,23 +185,23 @@ class _Sums:
         return grown
 
     def forget_others(self, workers: Collection[str]) -> None:
-        """Forget how far workers had counted that are gone."""
+        """Drop the previous tables of workers that have ended."""
         for gone in self.before.keys() - set(workers):
             self.changed.update({(_SEEN, gone, *key): None for key in self.before.pop(gone)})
 
 
 @dataclass(slots=True)
 class TokenLedger:
-    """What all workers have counted since `since`; bounded, as their tables are.
+    """Counts of all workers since `since`; bounded, as the workers' tables are.
 
-    A worker is named by what no later one has. How far each had counted is kept with the sums, so that the next
-    controller goes on where this one ended.
+    A worker's name is unique: no later worker has it. The ledger stores each worker's last table with the sums, so that
+    the next controller continues the count.
 
     Attributes:
         read: Reads by network, as of `GuestWithoutToken`; only ever grows.
         refused: Refused reads by network; only ever grows.
-        all_since: Since when each read is counted, Unix time; `None` while only some are, or none.
-        changes: Rows to be kept by their keys, `None` for those that are gone; who keeps them clears it.
+        all_since: Time since which every read is counted, Unix time; `None` if some or all reads are not counted.
+        changes: Changed rows to store, by key; `None` for removed rows. The caller that stores them clears it.
     """
 
     since: float
@@ -218,7 +218,7 @@ class TokenLedger:
         self._readers = _Sums(_READERS_KEPT, self.changes)
 
     def recall(self, rows: Iterable[tuple[_Key, Kept]]) -> None:
-        """Take over what an earlier controller kept; to be called before anything else."""
+        """Restore the rows that an earlier controller stored; call it before any other method."""
         for (kind, *key), numbers in rows:
             if kind == _MODE:
                 since, all_since, one_in = numbers
@@ -237,7 +237,7 @@ class TokenLedger:
         return self._guests if len(key) == _GUEST_PARTS else self._readers
 
     def note_mode(self, one_in: int, now: float) -> None:
-        """Of so many reads one is counted from now on."""
+        """Set the sampling rate: one in so many reads is counted from now on."""
         if one_in == self._one_in:
             return
         if one_in and self._one_in == 0:
@@ -247,14 +247,14 @@ class TokenLedger:
         self.changes[_MODE,] = (self.since, self.all_since or 0, one_in)
 
     def keep_workers(self, workers: Collection[str]) -> None:
-        """Forget how far others had counted: they are gone."""
+        """Drop the previous tables of all other workers: those have ended."""
         for sums in (self._guests, self._readers):
             sums.forget_others(workers)
 
     def add(
         self, worker: str, guests: Iterable[CountedRow], readers: Iterable[CountedRow], now: float
     ) -> None:
-        """Take in one worker's tables, of guests and of their clients."""
+        """Add one worker's tables: guests, and their client programs."""
         for (network, _), reads, refused in self._guests.add(worker, guests, now):
             self.read[network] += reads
             self.refused[network] += refused
@@ -262,7 +262,7 @@ class TokenLedger:
         self._readers.add(worker, readers, now)
 
     def report(self, trees: Iterable[OpenTree]) -> TokenReport:
-        """What is known of all of it."""
+        """Build the report from all counts."""
         readers: dict[_Key, list[ReaderWithoutToken]] = {}
         for (network, instance, path, client), counted in self._readers.totals.items():
             one = ReaderWithoutToken(path, client, *counted)
@@ -290,12 +290,12 @@ class TokenLedger:
 def open_trees(
     inventory: Inventory, book: PolicyBook, only: InstanceId | None = None
 ) -> list[OpenTree]:
-    """Where user-data is had without a token although another tree keeps it (`open_user_data`).
+    """List the trees that serve user-data without a token though another tree protects it (`open_user_data`).
 
     Args:
-        inventory: Everything known.
-        book: The policies in force.
-        only: One instance, of all that there are.
+        inventory: All records.
+        book: Policies in force.
+        only: Single instance to check; `None` for all.
     """
     found: list[OpenTree] = []
     for one in sorted(inventory.instances) if only is None else (only,):
@@ -318,16 +318,16 @@ USER_DATA: Final[Mapping[str, str]] = {
     "/openstack": "/openstack/latest/user_data",
     "/nocloud": "/nocloud/user-data",
 }
-"""Where each tree has it."""
+"""Path of user-data in each tree."""
 
 
 @dataclass(frozen=True, slots=True)
 class OpenUserData:
-    """The same user-data is kept in one place and given in others.
+    """User-data that is protected in one tree and open in others.
 
     Attributes:
-        denied: Paths under which it is denied.
-        trees: Those that give it without a token: `/latest` for EC2's, `/openstack`, `/nocloud`.
+        denied: User-data paths that a path rule denies.
+        trees: Trees that serve it without a token: `/latest` for EC2's, `/openstack`, `/nocloud`.
     """
 
     denied: tuple[str, ...]
@@ -336,14 +336,14 @@ class OpenUserData:
 
 @lru_cache(1024)
 def open_user_data(policy: Policy, served: frozenset[str] = frozenset(USER_DATA)) -> OpenUserData:
-    """What a policy leaves open; no `trees` where it keeps user-data nowhere, or everywhere.
+    """List the trees where a policy leaves user-data open; none if the policy protects it nowhere, or everywhere.
 
-    Who denies a tree as a whole has it turned off, and keeps nothing by that. Sealed user-data does not count: after
-    the boot it is not served, and no tree asks for tokens before.
+    A rule that denies a whole tree turns the tree off, which does not count as protection. Sealed user-data does not
+    count either: after the boot it is not served, and before that the other trees require no token.
 
     Args:
-        policy: What is in force.
-        served: The trees that there are.
+        policy: Effective policy.
+        served: Trees that the instance has.
     """
     if not policy.endpoint or policy.seal_user_data:
         return OpenUserData(denied=(), trees=())

@@ -1,4 +1,4 @@
-"""Whether session tokens can be required: of the host, of each network, of each project."""
+"""Verdicts on whether session tokens can be required: of the host, each network and each project."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ _NAMED: Final = 3
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """How long reads have been counted, and how.
+    """Mode of counting reads, and its start.
 
     Attributes:
-        since: Since when any are, Unix time.
-        all_since: Since when each of them is; `None` while only a sample is.
-        one_in: Of so many reads one is counted now; 0 for none.
+        since: Start of any count, Unix time.
+        all_since: Start of the count of every read; `None` while only a sample is counted.
+        one_in: Sampling rate: one in so many reads is counted now; 0 for none.
     """
 
     since: float
@@ -39,19 +39,19 @@ def judge_tokens(
     now: float,
     days: int,
 ) -> list[TokenVerdict]:
-    """A verdict on the host, then on each network, then on each project.
+    """Return a verdict on the host, then on each network, then on each project.
 
-    A guest that is gone does not count, nor does one whose own policy is `optional` or `off`: the latter would go on
-    reading.
+    Instances that no longer exist do not count. Guests whose own policy is `optional` or `off` do not count either:
+    they could still read.
 
     Args:
-        guests: Who read without tokens.
-        inventory: Everything known.
-        book: The policies in force.
-        counted: How they were counted.
-        projects: See `projects_of`, of all instances.
+        guests: Guests that read without tokens.
+        inventory: All records.
+        book: Policies in force.
+        counted: Mode of counting.
+        projects: Projects of all instances (`projects_of`).
         now: Unix time.
-        days: For so long none may have read.
+        days: Days for which no guest may have read without a token.
     """
     late = [one for one in guests if one.last_at >= now - days * _DAY_S]
     in_the_way = [(one, theirs) for one in late if (theirs := _concerned(one, inventory, book))]
@@ -73,7 +73,7 @@ def judge_tokens(
 
 
 def projects_of(instance: Instance) -> set[str]:
-    """The projects of an instance and of its ports."""
+    """Return the projects of an instance and of its ports."""
     found = {instance.project, *(port.project for port in instance.ports)}
     return {one for one in found if one is not None}
 
@@ -86,7 +86,7 @@ def judge_instance(
     now: float,
     days: int,
 ) -> TokenVerdict:
-    """A verdict on one instance alone, whatever its policy says now; arguments as of `judge_tokens`."""
+    """Return a verdict on one instance, whatever its present policy; arguments as of `judge_tokens`."""
     late = [one for one in guests if one.last_at >= now - days * _DAY_S]
     return _judge("instance", instance, late, _enough(counted, now, days), days)
 
@@ -94,7 +94,7 @@ def judge_instance(
 def _concerned(
     guest: GuestWithoutToken, inventory: Inventory, book: PolicyBook
 ) -> frozenset[str | None]:
-    """The projects in which a policy of a wider scope would apply to it; none where its own one does."""
+    """Return the guest's projects in which a policy of a wider scope would apply; none if its own policy decides."""
     instance = inventory.instances.get(InstanceId(guest.instance))
     if instance is None:
         return frozenset()
@@ -110,7 +110,7 @@ def _concerned(
 
 
 def _enough(counted: Counted, now: float, days: int) -> str | None:
-    """Why what was counted does not suffice to say yes; `None` where it does."""
+    """Return why the counts do not suffice for the verdict yes; `None` if they suffice."""
     if counted.one_in == 0:
         return "reads are not counted: tokens.count_reads is off"
     if counted.all_since is None:
@@ -146,7 +146,7 @@ def _judge(
 
 
 def _named(guests: list[GuestWithoutToken]) -> Iterator[str]:
-    """The first ones with their clients, and how many more."""
+    """Yield the first guests with their client programs, and the number of the others."""
     for one in guests[:_NAMED]:
         client = next((reader.client for reader in one.readers if reader.client), "")
         yield f"{one.instance} ({client})" if client else one.instance

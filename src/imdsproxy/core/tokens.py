@@ -1,8 +1,8 @@
-"""Session tokens, as HAProxy makes and checks them: `KID.EXPIRY.MAC`, bound to network, instance and epoch.
+"""Session tokens as HAProxy makes and checks them: `KID.EXPIRY.MAC`, bound to network, instance and epoch.
 
-A token holds no data and is stored nowhere: any process that has the key can verify it. So it outlives reloads and
-restarts, and works on every host that has the key. (AWS, "Use the Instance Metadata Service to access instance
-metadata"; the form of a token is nowhere prescribed.)
+A token holds no data and is stored nowhere: any process that has the key can verify it. A token therefore survives
+reloads and restarts, and is valid on every host that has the key. (AWS, "Use the Instance Metadata Service to access
+instance metadata"; no standard prescribes the form of a token.)
 """
 
 import base64
@@ -18,7 +18,7 @@ from imdsproxy.core.model import InstanceId
 
 TOKEN_HEADER: Final = "x-aws-ec2-metadata-token"  # noqa: S105 - a header's name
 TTL_HEADER: Final = "x-aws-ec2-metadata-token-ttl-seconds"
-"""In a request for a token, and in the answers to one: how long it is valid."""
+"""Lifetime of a token, in a token request and in its answer."""
 
 TTL_LIMIT_S: Final = 21_600
 """Six hours, EC2's own limit."""
@@ -27,10 +27,10 @@ KEY_BYTES: Final = 32
 """As long as the MAC: longer adds nothing (RFC 2104 §3)."""
 
 KEPT_KEYS: Final = 3
-"""The one in force and the two before it. A token made just before a change lives six hours longer."""
+"""The key in force and the two before it. A token made just before a rotation is valid for six more hours."""
 
 CURRENT: Final = "@current"
-"""The key map's name for the kid that new tokens have; no kid begins so."""
+"""Name of the kid for new tokens in the key map; no kid begins so."""
 
 _OF_INSTANCE: Final = b"imdsproxy instance key|"
 
@@ -40,12 +40,12 @@ _LINE: Final = re.compile(r"[A-Za-z0-9+/]{43}=")
 
 
 class TokenKeysUnreadable(ValueError):
-    """A key file holds something else than keys; says where, without a word of it."""
+    """A key file holds something other than keys. The message names the line and shows no content."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenKey:
-    """What signs tokens.
+    """Key that signs tokens.
 
     Attributes:
         secret: `KEY_BYTES` random bytes.
@@ -59,20 +59,20 @@ class TokenKey:
 
     @property
     def kid(self) -> str:
-        """Eight hexadecimal digits that name the key: of its own bytes, so that hosts that share it agree."""
+        """Eight hexadecimal digits that identify the key, derived from its bytes: hosts with the same key agree."""
         return hashlib.sha256(b"imdsproxy kid" + self.secret).hexdigest()[:8]
 
     @property
     def text(self) -> str:
-        """Base64, as key file and key map have it."""
+        """Base64, the form in key file and key map."""
         return base64.b64encode(self.secret).decode("ascii")
 
 
 def parse_token_keys(text: str) -> tuple[TokenKey, ...]:
-    """The keys of a file: one a line in base64, the one in force first; blank lines and `#` comments are skipped.
+    """Parse a key file: one key per line in base64, the key in force first; blank lines and `#` comments are skipped.
 
     Raises:
-        TokenKeysUnreadable: A line is no key, a key is there twice, or there is none.
+        TokenKeysUnreadable: A line is not a key, a key occurs twice, or the file has no key.
     """
     keys: list[TokenKey] = []
     for number, raw in enumerate(text.splitlines(), start=1):
@@ -91,39 +91,39 @@ def parse_token_keys(text: str) -> tuple[TokenKey, ...]:
 
 
 def render_token_keys(keys: Iterable[TokenKey]) -> str:
-    """The reverse of `parse_token_keys`."""
+    """Render a key file."""
     head = "# imdsproxy: keys of session tokens, the one in force first; a reader of this file can make tokens\n"
     return head + "".join(f"{key.text}\n" for key in keys)
 
 
 def rotate_token_keys(keys: Iterable[TokenKey], fresh: TokenKey) -> tuple[TokenKey, ...]:
-    """`fresh` in force; those before it go on being believed, the oldest no longer."""
+    """Put `fresh` in force; earlier keys stay valid, except the oldest."""
     return (fresh, *(key for key in keys if key != fresh))[:KEPT_KEYS]
 
 
 InstanceKeys: TypeAlias = Mapping[InstanceId, tuple[TokenKey, ...]]
-"""Token keys of a fleet's instances, of each the one in force first."""
+"""Token keys of a fleet's instances; for each instance the key in force comes first."""
 
 _NONE: Final[InstanceKeys] = MappingProxyType({})
 
 
 def instance_key(fleet_key: TokenKey, instance: str) -> TokenKey:
-    """The key that signs tokens of one instance of a fleet, on whatever host it is.
+    """Derive the key that signs tokens of one fleet instance, on any host.
 
-    HMAC-SHA256 of the instance's id, by the fleet's key: a process that has it can compute neither that key nor another
-    instance's.
+    HMAC-SHA256 of the instance's id with the fleet's key: a process that has the result can compute neither the fleet's
+    key nor another instance's.
     """
     message = _OF_INSTANCE + instance.encode()
     return TokenKey(hmac.digest(fleet_key.secret, message, hashlib.sha256))
 
 
 def render_key_map(keys: Iterable[TokenKey], of_instances: InstanceKeys = _NONE) -> dict[str, str]:
-    """What HAProxy looks up: each kid's key, and after the keys the kid in force, which refers to one of them.
+    """Render HAProxy's key map: the key of each kid, then the kid in force, which refers to one of them.
 
     Args:
-        keys: The host's own, the one in force first.
-        of_instances: Their entries' names end with `|INSTANCE`. An instance that has any is signed for by none of the
-            host's own keys.
+        keys: The host's own keys, the key in force first.
+        of_instances: Keys of instances; their entries' names end with `|INSTANCE`. The host's own keys sign no tokens
+            for these instances.
     """
     entries = _entries(tuple(keys), "")
     for instance, own in of_instances.items():
@@ -137,7 +137,7 @@ def _entries(keys: tuple[TokenKey, ...], whose: str) -> dict[str, str]:
 
 
 def parse_key_map(entries: Mapping[str, str]) -> dict[InstanceId, tuple[TokenKey, ...]]:
-    """The keys of instances in a key map."""
+    """Return the keys of instances in a key map."""
     found: dict[InstanceId, list[TokenKey]] = {}
     for name, text in entries.items():
         kid, _, instance = name.partition("|")
