@@ -1,8 +1,8 @@
-"""What a change of a fleet's records writes to etcd, and why it is refused. Pure.
+"""Planner for fleet writes: etcd transactions and refusals. Pure.
 
-Each instance claims its addresses: `layout.address_claim` is written together with the record, where it is absent. Who
-holds a claim is changed by nothing but a write that finds the holder's record unchanged. So two hubs never give an
-address to two instances.
+Each instance claims its addresses: its record and an absent `layout.address_claim` are written in one transaction. A
+claim changes its owner only in a write that finds the owner's record unchanged. So two hubs never give an address to
+two instances.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ from imdsproxy.hub.scopes import Scope, new_ports, read_grant, read_scope
 from imdsproxy.sources.in_force import taken_address, taken_id
 
 MOST_OPERATIONS: Final = 128
-"""Of one transaction (etcd's `--max-txn-ops`)."""
+"""Maximum per transaction (etcd's `--max-txn-ops`)."""
 
 MOST_BYTES: Final = 1024 * 1024
-"""Of the values of one transaction; etcd takes 1.5 MiB (`--max-request-bytes`)."""
+"""Maximum size of one transaction's values; etcd accepts requests of 1.5 MiB (`--max-request-bytes`)."""
 
 _SHOWN: Final = 5
 _T = TypeVar("_T")
@@ -65,12 +65,12 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class Transaction:
-    """What is written if every compare holds.
+    """Transaction that etcd commits if all comparisons hold.
 
     Attributes:
-        revision: Of the newest record that is as it is to be already.
-        hosts: Where something may change: those of the records before and after.
-        scope: As `Terms.scope`.
+        revision: Newest revision of the records that need no change.
+        hosts: Hosts of the records, before and after the write.
+        scope: See `Terms.scope`.
     """
 
     compares: tuple[Compare, ...] = ()
@@ -82,20 +82,20 @@ class Transaction:
 
     @property
     def fits(self) -> bool:
-        """Whether etcd takes it at once."""
+        """Return whether the transaction is within etcd's limits."""
         most = max(len(self.compares), len(self.puts) + len(self.deletes))
         return most <= MOST_OPERATIONS and sum(map(len, self.puts.values())) <= MOST_BYTES
 
 
 @dataclass(frozen=True, slots=True)
 class InstancePut:
-    """An instance that is to be stored.
+    """Instance to store.
 
     Attributes:
-        record: Without its user data; no host leaves it where it is.
-        user_data: Where that is: its chunks are there already.
-        chunk_revision: Of the first of them: while it is unchanged, no hub has swept them.
-        path: Where the record is in its document.
+        record: Record to store, without its user data. If it names no host, the stored hosts stay.
+        user_data: Reference to the user data, whose chunks etcd has already.
+        chunk_revision: Revision of the first chunk. While it is unchanged, no hub has swept the chunks.
+        path: Path of the record in its document.
     """
 
     record: PlacedInstance
@@ -106,14 +106,14 @@ class InstancePut:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """How records are to be written.
+    """Conditions of a write.
 
     Attributes:
-        request: Names the write.
+        request: Id of the write.
         now: Unix time.
-        create: There must be none of these ids.
-        revision: Of the record that is there; `None` for any.
-        scope: The project that the operator is limited to; `None` for all.
+        create: Refuse ids that exist.
+        revision: Required revision of the stored record; `None` for any.
+        scope: Project that the operator is limited to; `None` for all.
     """
 
     request: str
@@ -125,7 +125,7 @@ class Terms:
 
 @dataclass(slots=True)
 class _Draft:
-    """A transaction in the making."""
+    """Transaction while it is planned."""
 
     view: View
     terms: Terms
@@ -138,12 +138,12 @@ class _Draft:
     taken: dict[str, InstanceId] = field(default_factory=dict)
 
     def finish(self) -> Transaction:
-        """All of it; nothing is compared where nothing is written."""
+        """Return the transaction; it compares nothing if it writes nothing."""
         if not (self.puts or self.deletes):
             hosts = frozenset(self.hosts)
             return Transaction(revision=self.revision, hosts=hosts, scope=self.terms.scope)
         if self.terms.scope is not None:
-            # What the write uses may not be taken from the project meanwhile.
+            # The project's grant must not shrink between plan and commit.
             self.hold(layout.grant_key(self.terms.scope))
         return Transaction(
             (refuse_suspect(self.view), *self.compares),
@@ -156,13 +156,13 @@ class _Draft:
         )
 
     def hold(self, key: str) -> None:
-        """The key must be as it is known."""
+        """Require that the key still has the revision in the view."""
         found = self.view(key)
         self.compares[unchanged(key, 0 if found is None else found[1])] = None
 
 
 def read_instance(view: View, instance: InstanceId) -> tuple[StoredInstance, int] | None:
-    """An instance as it is stored, and its revision; `None` where there is none, or it was removed."""
+    """Return a stored instance and its revision; `None` if it does not exist or was removed."""
     found = view(layout.instance_key(instance))
     if found is None:
         return None
@@ -171,7 +171,7 @@ def read_instance(view: View, instance: InstanceId) -> tuple[StoredInstance, int
 
 
 def read_network(view: View, network: NetworkId) -> tuple[StoredNetwork, int] | None:
-    """The same of a network."""
+    """Return a stored network and its revision; `None` if it does not exist or was removed."""
     found = view(layout.network_key(network))
     if found is None:
         return None
@@ -180,7 +180,7 @@ def read_network(view: View, network: NetworkId) -> tuple[StoredNetwork, int] | 
 
 
 def record_of(stored: StoredInstance) -> Instance:
-    """The record without its user data; `SourceCorrupt` where another program has written it."""
+    """Return the record without its user data; raise `SourceCorrupt` if another program wrote it."""
     parsed = parse_instance(stored.record)
     if isinstance(parsed, Refused):
         raise SourceCorrupt(
@@ -190,12 +190,12 @@ def record_of(stored: StoredInstance) -> Instance:
 
 
 def in_scope(record: Mapping[str, object], scope: str | None) -> bool:
-    """Whether a record is of the project that an operator is limited to."""
+    """Return whether a record belongs to the project that an operator is limited to."""
     return scope is None or record.get("project") == scope
 
 
 def claims_of(instance: Instance) -> dict[str, AddressKey | None]:
-    """The keys that an instance claims, and the address that each is of; `None` of a port that has none."""
+    """Return the keys that an instance claims, with their addresses; `None` for a port without an address."""
     claims: dict[str, AddressKey | None] = {
         layout.address_claim(*key): key for key, _ in claim_places(instance)
     }
@@ -206,12 +206,12 @@ def claims_of(instance: Instance) -> dict[str, AddressKey | None]:
 
 
 def next_epoch(epoch: int, incarnation: int) -> int:
-    """An epoch that no host has had: a backup that was restored may have lost revocations that hosts remember."""
+    """Return an epoch that no host has seen, even if a restored backup lost revocations that hosts remember."""
     return max(epoch, (incarnation - 1) * EPOCHS) + 1
 
 
 def refuse_suspect(view: View) -> Compare:
-    """Return the comparison that no further claim of a restore was written meanwhile.
+    """Return a comparison that fails if another claim of a restore was written meanwhile.
 
     Raises:
         RestoreSuspected: A hub, or two hosts, claim that etcd was restored.
@@ -227,7 +227,7 @@ def refuse_suspect(view: View) -> Compare:
 
 
 def _suspicion(view: View) -> Suspicion | None:
-    """Return the suspicion as it counts now; what another program wrote in its place suspects nothing."""
+    """Return the suspicion in force; a value that another program wrote counts as none."""
     try:
         return read_suspicion(view)
     except layout.Unreadable:
@@ -245,18 +245,18 @@ def plan_put(
     """Store networks and instances, all or none.
 
     Args:
-        view: What is known.
-        networks: Their records.
-        instances: Theirs. Of two with one id, or one address, the second is refused.
-        terms: How.
-        at_once: An address may go from one of these instances to another one.
+        view: Known keys of etcd.
+        networks: Network records.
+        instances: Instance records. If two share an id or an address, the second is refused.
+        terms: Conditions of the write.
+        at_once: Allow an address to move between these instances.
 
     Raises:
-        AccessDenied: A record is not the operator's project's, or the project may not use a listener.
-        AlreadyExists: There is one of an id, and only new ones are to be made; or the id is another project's.
+        AccessDenied: A record belongs to another project, or the project may not use a listener.
+        AlreadyExists: An id exists although `terms.create` is set, or belongs to another project.
         RestoreSuspected: etcd may be restored from a backup.
-        RevisionOutdated: A record is another one than `terms.revision`.
-        RecordConflict: An address is taken, or an id is there twice (`problems` has the fields).
+        RevisionOutdated: The stored record does not have `terms.revision`.
+        RecordConflict: An address is taken, or an id occurs twice (`problems` has the fields).
         SourceRefused: A network is unknown, or a host is not enrolled.
     """
     refuse_suspect(view)
@@ -275,7 +275,7 @@ def plan_put(
         problems += _port_problems(draft, one, before, coming, scope)
         problems += _unknown_hosts(view, one.record.hosts, hosts, (*one.path, "hosts"), scope)
     if scope is not None:
-        # Whether an id or an address is taken learns only who could have it.
+        # Operators learn that an id or address is taken only if their project could use it.
         _refuse(problems)
     for one in writing:
         key = layout.instance_key(one.record.id)
@@ -294,7 +294,7 @@ def plan_put(
 
 
 def plan_removal(view: View, instance: InstanceId, terms: Terms) -> Transaction:
-    """Remove an instance, and free its addresses; raises as `plan_put`, and `NotFound`."""
+    """Remove an instance and free its addresses; raise `NotFound`, and the errors of `plan_put`."""
     refuse_suspect(view)
     view = _only_own(view, terms.scope)
     draft = _Draft(view, terms)
@@ -317,7 +317,7 @@ def plan_removal(view: View, instance: InstanceId, terms: Terms) -> Transaction:
         StoredInstance((), project, request=terms.request, removed_at=terms.now, left=left)
     )
     password = layout.password_key(instance)
-    # Also where there is none: a host may write one at the same moment.
+    # Compare the password even if it is absent: a host may write one at the same moment.
     draft.hold(password)
     if (posted := view(password)) is not None and not is_cleared(posted[0]):
         draft.puts[password] = render_password(StoredPassword(None, terms.request, terms.now))
@@ -330,15 +330,15 @@ def plan_network_removal(
     """Remove a network.
 
     Args:
-        view: What is known.
-        network: Which.
-        terms: How.
-        users: Instances that have a port in it, some of them; none as far as it is known.
+        view: Known keys of etcd.
+        network: Network to remove.
+        terms: Conditions of the write.
+        users: Some of the instances with a port in the network; empty if none is known.
 
     Raises:
-        RecordConflict: It has such.
-        NotFound: There is none.
-        RevisionOutdated: As `plan_put`, as the rest.
+        RecordConflict: Instances have ports in the network.
+        NotFound: The network does not exist.
+        RevisionOutdated: See `plan_put`, also for other errors.
     """
     refuse_suspect(view)
     view = _only_own(view, terms.scope)
@@ -356,7 +356,7 @@ def plan_network_removal(
     if users:
         shown = ", ".join(users[:_SHOWN]) + (" and others" if len(users) > _SHOWN else "")
         if terms.scope is not None:
-            # They may be instances of other projects.
+            # The users may be instances of other projects.
             shown = f"imdsproxy --fleet URL instance list --network {network}"
         raise RecordConflict(
             f"instances have ports in network {network}: {shown}",
@@ -377,16 +377,16 @@ def plan_hosts(
     choose: Callable[[tuple[HostId, ...]], tuple[HostId, ...]],
     terms: Terms,
 ) -> Transaction:
-    """Place an instance on other hosts, and leave its record.
+    """Place an instance on other hosts without changing its record.
 
     Args:
-        view: What is known.
-        instance: Which.
-        choose: The hosts that it is to be on, given those where it is; may refuse.
-        terms: How.
+        view: Known keys of etcd.
+        instance: Instance to place.
+        choose: Function from the current hosts to the new hosts; it may raise.
+        terms: Conditions of the write.
 
     Raises:
-        ImdsproxyError: As `plan_put`, and what `choose` raises.
+        ImdsproxyError: Errors of `plan_put` and of `choose`.
     """
     refuse_suspect(view)
     view = _only_own(view, terms.scope)
@@ -415,12 +415,12 @@ def plan_guard(
     change: Callable[[OperatorOverride], OperatorOverride],
     terms: Terms,
 ) -> tuple[Transaction, int]:
-    """Change what operators did about an instance; also how often its tokens were revoked then.
+    """Change the operator override of an instance; also return its new epoch.
 
-    An instance that was removed keeps it: one that comes again under its id must not get its old tokens back.
+    A removed instance keeps its override, so that a new instance with the same id does not accept its tokens.
 
     Raises:
-        ImdsproxyError: As `plan_put`, and `NotFound`.
+        ImdsproxyError: `NotFound`, and the errors of `plan_put`.
     """
     refuse_suspect(view)
     view = _only_own(view, terms.scope)
@@ -439,7 +439,7 @@ def plan_guard(
 
 
 def read_policy(view: View, place: str) -> tuple[Mapping[str, Any], int]:
-    """The rules of a scope, and their revision; none of revision 0 where there never were any."""
+    """Return the rules of a scope and their revision; no rules and revision 0 if it never had any."""
     found = view(layout.POLICIES + place)
     if found is None:
         return {}, 0
@@ -461,7 +461,7 @@ def plan_policy(
     if scope == "host" and (problems := _unknown_hosts(view, [subject], (), ("host",), None)):
         raise SourceRefused("the fleet refuses the policy", problems=problems)
     unread = is_unread(view, layout.POLICIES + place, parse_policy) and not change({})
-    # Rules that cannot be read are cleared, and not lost by the change of another one.
+    # Unreadable rules can only be cleared: a change of one rule must not lose the others.
     old, revision = ({}, 0) if unread else read_policy(view, place)
     new = {} if unread else change(old)
     draft = _Draft(view, terms, revision=revision)
@@ -478,11 +478,11 @@ def plan_grant(
     """Change what a project's operators may use.
 
     Raises:
-        ImdsproxyError: As `plan_put`, and what `change` raises.
+        ImdsproxyError: Errors of `plan_put` and of `change`.
     """
     refuse_suspect(view)
     key = layout.grant_key(project)
-    # Nothing is given by what cannot be read, and it is written over.
+    # An unreadable grant allows nothing, and the write replaces it.
     unread = is_unread(view, key, parse_grant)
     old, revision = (NO_GRANT, 0) if unread else read_grant(view, project)
     _refuse_other_revision("grant", project, revision, terms)
@@ -504,14 +504,14 @@ def plan_grant(
 
 
 def plan_acceptance(view: View, known: Meta) -> Transaction:
-    """Accept what etcd has as the truth: raise the incarnation, and remove the suspicion.
+    """Accept the restored contents of etcd: raise the incarnation and remove the suspicion.
 
     The new incarnation is above that of every hub and host that claims a restore. A backup may be older than several
     acceptances, and hosts refuse an incarnation below their own.
 
     Args:
-        view: What etcd has.
-        known: The fleet as this hub knows it. It is written again if etcd lost it.
+        view: Keys of etcd.
+        known: This hub's copy of the fleet's metadata, written again if etcd lost it.
 
     Raises:
         RequestRefused: No restore is suspected.
@@ -527,7 +527,7 @@ def plan_acceptance(view: View, known: Meta) -> Transaction:
             f"etcd has another fleet, {now.fleet}", hint=f"restore a backup of fleet {known.fleet}"
         )
     newest = max(now.incarnation, known.incarnation)
-    # More than that no honest host knows.
+    # No honest host has seen a higher incarnation.
     newest = max(newest, min(suspicion.incarnation, newest + MOST_AHEAD))
     after = replace(now, incarnation=newest + 1)
     return Transaction(
@@ -543,15 +543,15 @@ def plan_acceptance(view: View, known: Meta) -> Transaction:
 def choose_move(
     instance: InstanceId, to: HostId | None, *, finish: bool, cancel: bool
 ) -> Callable[[tuple[HostId, ...]], tuple[HostId, ...]]:
-    """Which hosts an instance is on, one step of its move later.
+    """Return a function from an instance's hosts to its hosts after one step of a move.
 
     Args:
-        instance: Which.
-        to: Where it moves; may be omitted at the end, as it is on two hosts then.
-        finish: The guest is there: the other host no longer serves it.
-        cancel: The guest stays where it was.
+        instance: Instance that moves.
+        to: Target host. It may be omitted to finish or cancel, when the instance is on two hosts.
+        finish: The guest has arrived: the source host no longer serves it.
+        cancel: The guest stays on the source host.
 
-    A move that has ended may be finished or canceled again, as long as it has ended so: its answer may have been lost.
+    A finished move may be finished again, and a canceled move canceled again: the first answer may have been lost.
     """
 
     def choose(hosts: tuple[HostId, ...]) -> tuple[HostId, ...]:
@@ -594,15 +594,15 @@ def choose_move(
 def choose_departure(
     instance: InstanceId, host: HostId, *, cancel: bool
 ) -> Callable[[tuple[HostId, ...]], tuple[HostId, ...]]:
-    """Which hosts an instance is on once one of them says how a migration has ended.
+    """Return a function from an instance's hosts to its hosts after a host reports the end of a migration.
 
-    A host takes away nothing but itself, and that only where another host serves the instance. So what a captured host
-    says changes nothing for guests of other hosts.
+    A host can remove only itself, and only if another host serves the instance. So the report of a captured host
+    changes nothing for guests of other hosts.
 
     Args:
-        instance: Which.
-        host: Who says so. Where the instance is not on it, it is answered as if there were none.
-        cancel: The migration to this host has failed; else its guest has gone to another one.
+        instance: Instance that was migrated.
+        host: Reporting host. If the instance is not on it, the error is the same as for an unknown instance.
+        cancel: The migration to this host has failed; otherwise the guest has left this host.
     """
 
     def choose(hosts: tuple[HostId, ...]) -> tuple[HostId, ...]:
@@ -656,7 +656,7 @@ def _put_network(draft: _Draft, network: Network, scope: Scope | None) -> None:
 def _is_done(
     draft: _Draft, put: InstancePut, known: tuple[StoredInstance, int] | None, terms: Terms
 ) -> bool:
-    """Whether the record is as it is to be; raises where it may not be written."""
+    """Return whether the record needs no change; raise if it may not be written."""
     identity = put.record.id
     if known is None:
         if terms.revision is not None:
@@ -682,7 +682,7 @@ def _put_instance(
 ) -> None:
     key, stored = layout.instance_key(put.record.id), _stored(put, known, terms)
     if known is None and (removed := draft.view(key)) is not None:
-        # Under the id of one that was removed.
+        # An instance that was removed had this id.
         left: tuple[HostId, ...] = (layout.ANYWHERE,)
         with suppress(layout.Unreadable):
             left = layout.parse_instance(removed[0]).leaves(stored.hosts)
@@ -700,7 +700,7 @@ def _put_instance(
 
 
 def _end_tokens(draft: _Draft, instance: InstanceId) -> None:
-    """Have no token of the instance that had the id before be good for the one that has it now."""
+    """Revoke the tokens of the removed instance that had this id."""
     key = layout.guard_key(instance)
     found = draft.view(key)
     guard = OperatorOverride() if found is None else _read_guard(draft.view, found)
@@ -712,7 +712,7 @@ def _end_tokens(draft: _Draft, instance: InstanceId) -> None:
 def _stored(
     put: InstancePut, known: tuple[StoredInstance, int] | None, terms: Terms
 ) -> StoredInstance:
-    """The value; of a record that was there before, a time that is not known is not made up."""
+    """Return the value to store; only a new record gets the current time as its creation time."""
     created_at, hosts = put.record.created_at, tuple(HostId(one) for one in put.record.hosts)
     if known is None:
         created_at = terms.now if created_at is None else created_at
@@ -740,7 +740,7 @@ def _port_problems(
     coming: Collection[str],
     scope: Scope | None,
 ) -> list[Problem]:
-    """Networks that are not there, and addresses that the operator's project may not use."""
+    """Return problems of unknown networks, and of addresses that the operator's project may not use."""
     problems: list[Problem] = []
     record, before = put.record, None if known is None else record_of(known[0])
     new = dict(new_ports(record, before))
@@ -757,7 +757,7 @@ def _port_problems(
             problems.append(Problem(where, reason, "write the whole network again"))
             continue
         found = _owned_or_shared(draft.view, port.network)
-        # An operator of all projects may have placed it where this one's project has nothing.
+        # Old ports are not limited: an operator of all projects may have added them beyond the grant.
         limit = scope if number in new else None
         if found is None or (limit is not None and not limit.knows_network(found[0].record)):
             where = render_path((*put.path, "ports", number, "network"))
@@ -766,7 +766,7 @@ def _port_problems(
             continue
         if limit is not None and found[0].record.get("project") is None:
             problems += limit.address_problems(record, number, put.path)
-        # It cannot be removed meanwhile.
+        # The network must not be removed meanwhile.
         draft.hold(layout.network_key(port.network))
     return problems
 
@@ -774,12 +774,15 @@ def _port_problems(
 def _unknown_hosts(
     view: View, hosts: Sequence[str], before: Sequence[str], path: Path, scope: Scope | None
 ) -> list[Problem]:
-    """Hosts that are not there, or that the operator's project may not use: of which it learns nothing."""
+    """Return problems of hosts that are not enrolled, or not granted to the project.
+
+    The operator does not learn whether a host that is not granted exists.
+    """
     where = render_path(path)
     if not hosts and not before:
         return [Problem(where, "it is on no host", "name one: --host HOST, or `hosts: [HOST]`")]
     problems: list[Problem] = []
-    # Where it is already it may stay, also when the host was revoked meanwhile.
+    # An instance may stay on its current hosts, even if one of them was revoked meanwhile.
     for host in (one for one in hosts if one not in before):
         if scope is not None and not scope.grant.has_host(host):
             hint = f"imdsproxy --fleet URL grant show {scope.project}"
@@ -796,7 +799,7 @@ def _unknown_hosts(
 def _freed(
     writing: Sequence[InstancePut], known: Mapping[InstanceId, tuple[StoredInstance, int] | None]
 ) -> dict[str, InstanceId]:
-    """The claims that records of this write have now and let go of, and whose they are."""
+    """Return the claims that this write releases, with their owners."""
     freed: dict[str, InstanceId] = {}
     for one in writing:
         before = known[one.record.id]
@@ -812,7 +815,7 @@ def _claim(
     put: InstancePut,
     known: tuple[StoredInstance, int] | None,
 ) -> list[Problem]:
-    """Claim what the record has and had not; what others have is a problem each."""
+    """Claim the record's new addresses; return a problem for each address that is taken."""
     instance = put.record
     before = {} if known is None else claims_of(record_of(known[0]))
     problems: list[Problem] = []
@@ -820,7 +823,7 @@ def _claim(
         found = draft.view(key)
         holder = draft.taken.setdefault(key, instance.id)
         if holder == instance.id and (key in before or key in draft.freed):
-            # The record that has it now is compared, its own or the one that lets go of it.
+            # The write compares the claim's present owner: this record, or the record that releases it.
             if key in draft.freed:
                 draft.puts[key] = instance.id.encode()
             continue
@@ -833,7 +836,7 @@ def _claim(
                 problems.append(Problem(where, reason, f"etcdctl del {key}, if no instance has it"))
                 continue
             if holder != instance.id and _is_void(draft.view, key, holder):
-                # As after a record that could not be read was written over: its holder must stay without it.
+                # Such a claim is left when an unreadable record is replaced. The holder must not regain the address.
                 draft.hold(layout.instance_key(holder))
                 holder = instance.id
         if holder != instance.id and address is not None:
@@ -860,11 +863,11 @@ def _taken(
 def read_owned(
     view: View, instance: InstanceId, project: str | None
 ) -> tuple[StoredInstance, int] | None:
-    """An instance as it is stored; `None` as well where it is not of the project that an operator is limited to.
+    """Return a stored instance and its revision; `None` also if it does not belong to the operator's project.
 
     Raises:
-        SourceCorrupt: The record cannot be read. Whose project it is of is not known, so only an operator of all learns
-            of it.
+        SourceCorrupt: The record cannot be read. Its project is unknown, so only operators of all projects get this
+            error.
     """
     view = _only_own(view, project)
     if project is not None and is_unread(
@@ -876,9 +879,9 @@ def read_owned(
 
 
 def _only_own(view: View, project: str | None) -> View:
-    """A view without records of other projects.
+    """Return a view without records of other projects.
 
-    They are not parsed: that takes the longer the larger a record is, and would show that there is one.
+    Records of other projects are not parsed: the time for a large record would reveal that it exists.
     """
     if project is None:
         return view
@@ -895,7 +898,7 @@ def _only_own(view: View, project: str | None) -> View:
 def _owned_or_unread(
     view: View, instance: InstanceId, terms: Terms
 ) -> tuple[StoredInstance, int] | None:
-    """As `read_owned`; `None` also of a record that cannot be read: an operator of all projects writes over it."""
+    """Call `read_owned`; return `None` for an unreadable record, which an operator of all projects replaces."""
     if is_unread(view, layout.instance_key(instance), layout.parse_instance):
         return None
     return read_owned(view, instance, terms.scope)
@@ -904,19 +907,19 @@ def _owned_or_unread(
 def _owned_network(
     view: View, network: NetworkId, terms: Terms
 ) -> tuple[StoredNetwork, int] | None:
-    """The same of a network."""
+    """Return a network and its revision; `None` if unreadable, or not of the operator's project."""
     known = _owned_or_shared(view, network)
     return known if known is not None and in_scope(known[0].record, terms.scope) else None
 
 
 def _owned_or_shared(view: View, network: NetworkId) -> tuple[StoredNetwork, int] | None:
-    """As `read_network`; `None` also of a record that cannot be read."""
+    """Call `read_network`; return `None` also for an unreadable record."""
     unread = is_unread(view, layout.network_key(network), layout.parse_network)
     return None if unread else read_network(view, network)
 
 
 def is_unread(view: View, key: str, parse: Callable[[bytes], object]) -> bool:
-    """Whether there is a value of a key that cannot be read."""
+    """Return whether a key has an unreadable value."""
     found = view(key)
     if found is None:
         return False
@@ -928,7 +931,7 @@ def is_unread(view: View, key: str, parse: Callable[[bytes], object]) -> bool:
 
 
 def _is_void(view: View, key: str, holder: InstanceId) -> bool:
-    """Whether a claim is of an instance that there is not, or that does not have the address."""
+    """Return whether the holder of a claim does not exist, or does not have the address."""
     if is_unread(view, layout.instance_key(holder), layout.parse_instance):
         return False
     known = read_instance(view, holder)
@@ -939,11 +942,11 @@ def _is_void(view: View, key: str, holder: InstanceId) -> bool:
 
 
 def _read_guard(view: View, found: tuple[bytes, int]) -> OperatorOverride:
-    """What operators did about an instance; where that cannot be read, no less than they can have done."""
+    """Return an operator override; if it is unreadable, one that revokes all tokens."""
     try:
         return layout.parse_guard(found[0])
     except layout.Unreadable:
-        # Each revocation was a write: there were fewer than revisions.
+        # Each revocation was a write, so there were fewer revocations than revisions.
         return OperatorOverride(next_epoch(0, _incarnation(view)) + found[1])
 
 
@@ -955,7 +958,7 @@ def _incarnation(view: View) -> int:
 def _last_record(
     view: View, key: str, parse: Callable[[bytes], StoredInstance | StoredNetwork]
 ) -> Mapping[str, object] | None:
-    """A record, or what is left of one that was removed: its project; of one that cannot be read, nothing."""
+    """Return a record, or the project that a removed record left; empty if unreadable, `None` if absent."""
     found = view(key)
     if found is None:
         return None
@@ -963,7 +966,7 @@ def _last_record(
 
 
 def _project_alone(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Parts of a removed record that stay: no later instance may be taken for it."""
+    """Return the part of a record that stays after its removal, so that no other project reuses the id."""
     return {key: record[key] for key in ("project",) if key in record}
 
 
@@ -975,7 +978,7 @@ def _refuse_taken(subject: str, last: Mapping[str, object] | None, terms: Terms)
 def _refuse_other_project(
     kind: str, subject: str, record: Mapping[str, object], terms: Terms
 ) -> None:
-    """Refuse a record that is to be written; what is stored says nothing here."""
+    """Refuse a new record of another project; the stored record does not matter here."""
     if not in_scope(record, terms.scope):
         raise AccessDenied(
             f"{kind} {subject} is not of project {terms.scope}, to which this certificate is limited",
@@ -992,7 +995,7 @@ def _refuse_other_revision(kind: str, subject: str, revision: int, terms: Terms)
 
 
 def _removed_by(view: View, key: str, terms: Terms) -> int | None:
-    """The revision of a removal that this request has written."""
+    """Return the revision of a removal that this request wrote."""
     found = view(key)
     if found is None or not terms.request:
         return None
@@ -1004,7 +1007,7 @@ def _removed_by(view: View, key: str, terms: Terms) -> int | None:
 
 
 def no_such(kind: str, subject: str) -> NotFound:
-    """The error to raise where there is no network or instance of this id."""
+    """Return the error for an unknown network or instance."""
     return NotFound(f"the fleet has no {kind} {subject}", hint=f"imdsproxy --fleet URL {kind} list")
 
 

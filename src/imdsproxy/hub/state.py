@@ -1,6 +1,6 @@
-"""What etcd has of a fleet, folded from its changes, and which of it each host gets.
+"""In-memory copy of a fleet's records, and the subset for each host.
 
-Memory holds the values as they are in etcd; they are parsed again when a host needs them.
+The copy holds the values as stored in etcd and parses them again when a host needs them.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ from imdsproxy.hub.etcd_messages import Deleted, KeyValue
 from imdsproxy.listeners.plan import place_of
 
 Item: TypeAlias = tuple[int, Json]
-"""Its revision and value."""
+"""Revision and value of an item."""
 
 InstanceKeys: TypeAlias = "Callable[[InstanceId], Item | None]"
-"""The token keys of an instance, as an item; `None` while the fleet has none that the hub can read."""
+"""Function that returns an instance's token keys as an item; `None` while the hub can read no token keys."""
 
 _FLEET_POLICY: Final = "policy/fleet"
 _KINDS: Final[Mapping[str, str]] = {
@@ -57,19 +57,19 @@ _KINDS: Final[Mapping[str, str]] = {
 }
 _SWEPT: Final = (layout.INSTANCES, layout.NETWORKS, layout.POLICIES, layout.PASSWORDS)
 _DAY_S: Final = 86_400
-"""No clock of an honest host's hub was further ahead when a boot was reopened."""
+"""Maximum lead of a hub's clock when it reopens a boot; a later time is refused."""
 
 _OF_INSTANCE: Final = ("instance", "guard", "keys", "password")
 _NEEDED: Final = ("network/", "policy/")
-"""Items that hosts have because of instances."""
+"""Prefixes of the items that hosts get because their instances need them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A key's new value; `None` where the key was deleted, which hubs never do.
+    """New value of a key; `None` if the key was deleted.
 
     Attributes:
-        create_revision, version: As `etcd_messages.KeyValue`; 0 where they are not known.
+        create_revision, version: See `etcd_messages.KeyValue`; 0 if unknown.
     """
 
     key: str
@@ -80,7 +80,7 @@ class Change:
 
 
 def change_of(event: KeyValue | Deleted) -> Change:
-    """Return the change that an event of a watch, or a key that was read, is."""
+    """Convert a watch event, or a key that was read, to a change."""
     if isinstance(event, Deleted):
         return Change(event.key, None, event.mod_revision)
     return Change(event.key, event.value, event.mod_revision, event.create_revision, event.version)
@@ -95,10 +95,10 @@ class _Entry:
 
 @dataclass(frozen=True, slots=True)
 class Unread:
-    """What etcd has of a key, where that cannot be read.
+    """Unreadable value of a key in etcd.
 
     Attributes:
-        why: In words.
+        why: Reason for the operator.
     """
 
     value: bytes
@@ -108,7 +108,7 @@ class Unread:
 
 @dataclass(frozen=True, slots=True)
 class _Placement:
-    """Where an instance is, and the items of others that it needs: networks, and policies of projects."""
+    """Hosts of an instance, and the shared items that it needs: networks and policies of projects."""
 
     hosts: tuple[HostId, ...] = ()
     needs: tuple[ItemKey, ...] = ()
@@ -121,12 +121,12 @@ _NOWHERE: Final = _Placement()
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """What a host that says hello gets.
+    """Answer to a host's hello.
 
     Attributes:
-        batch: All of it.
-        suspicious: Why etcd seems to be restored from a backup: the host has what etcd lacks. What cannot be read is
-            none of that.
+        batch: Changes for the host, and the items that it keeps for a reason.
+        suspicious: Reason to suspect that etcd was restored from a backup: an item of the host that etcd lacks or has
+            in an older revision. Unreadable values do not count.
     """
 
     batch: Batch
@@ -138,20 +138,21 @@ class FleetState:
     """All keys below `layout.PREFIX`, as of `revision`.
 
     A key is readable, removed (its value says so), absent, or unreadable. An unreadable key keeps its last good value,
-    where this hub has one, and is never taken for absent.
+    if this hub has one, and never counts as absent.
 
     Args:
         keys_of: See `InstanceKeys`.
-        keys_problem: Why the newest token keys cannot be read.
-        open_password: Gives a password as hosts get it, of its key and what is sealed; `None` where it does not open.
+        keys_problem: Returns the reason why the newest token keys cannot be read.
+        open_password: Decrypts a password, given its key and the sealed bytes; returns `None` on failure.
 
     Attributes:
-        unreadable: By key, values that another program wrote.
-        lost: By key, those that were deleted, or are older than before, as after a restore: what was before counts.
-        ahead: Lasting keys (`core.fleet.lasting`) of which etcd has an older value or none: the newest counts. Each
-            with the revision of etcd's value, 0 for none.
+        unreadable: Values that another program wrote, by key.
+        lost: Reasons by key, for keys that were deleted or got an older value, as after a restore. The value from
+            before stays in force.
+        ahead: Lasting keys (`core.fleet.lasting`) for which etcd has an older value or none, with the revision of
+            etcd's value (0 for none). The newest value stays in force.
         doubted: This hub has noticed a restore that no operator has accepted.
-        removed: Keys of records that were removed; they stay in etcd for a while, so that hosts learn of it.
+        removed: Keys of removed records. They stay in etcd for a while, so that hosts learn about the removal.
     """
 
     keys_of: InstanceKeys = lambda _: None
@@ -173,7 +174,7 @@ class FleetState:
 
     @property
     def problems(self) -> dict[str, str]:
-        """By key, why what etcd has is not in force here: it is unreadable, or `lost`."""
+        """Reasons by key why this hub does not use etcd's value: it is unreadable or `lost`."""
         unread = self.unreadable.items()
         found = {
             key: f"not readable: {one.why} (revision {one.mod_revision})" for key, one in unread
@@ -181,7 +182,7 @@ class FleetState:
         return found | self.lost
 
     def copy(self) -> FleetState:
-        """One that may be changed apart from this one, until this one `become`s it."""
+        """Return an independent copy to change; `become` takes the changed copy over."""
         return replace(
             self,
             unreadable=dict(self.unreadable),
@@ -197,7 +198,7 @@ class FleetState:
         )
 
     def successor(self) -> FleetState:
-        """Return a state for all that etcd has after an acceptance: only lasting values stay."""
+        """Return an empty state to load from etcd after an acceptance; it keeps the lasting values only."""
         next_state = FleetState(self.keys_of, self.keys_problem, self.open_password)
         next_state.remember(
             {key: entry.value for kind in LASTING for key, entry in self._kin(kind).items()}
@@ -205,13 +206,13 @@ class FleetState:
         return next_state
 
     def remember(self, values: Mapping[str, bytes]) -> None:
-        """Take over lasting values from before a restart or an acceptance, which etcd may have lost."""
+        """Load lasting values from before a restart or an acceptance, which etcd may have lost."""
         for key, value in values.items():
             self._kin(key)[key] = _Entry(value, 0)
             self.ahead[key] = 0
 
     def regain(self, other: FleetState) -> None:
-        """Join lasting values that the other state has got since this one was begun."""
+        """Join lasting values that the other state received since this state was created."""
         for kind in LASTING:
             for key, entry in other._kin(kind).items():
                 mine = self._kin(key).get(key)
@@ -222,12 +223,12 @@ class FleetState:
                     self.ahead.setdefault(key, revision)
 
     def become(self, other: FleetState) -> None:
-        """Have all that the other one has, which is not used any more."""
+        """Take over all fields of another state, which must not be used afterwards."""
         for one in fields(self):
             setattr(self, one.name, getattr(other, one.name))
 
     def differs(self, change: Change, newest: int) -> bool:
-        """Whether a key is not as in `change`, and its value here not newer than revision `newest`."""
+        """Return whether a key differs from `change`, unless its value here is newer than revision `newest`."""
         entry = self.unreadable.get(change.key) or self._kin(change.key).get(change.key)
         if entry is None:
             return change.value is not None
@@ -236,14 +237,14 @@ class FleetState:
         return (entry.mod_revision, entry.value) != (change.mod_revision, change.value)
 
     def keys_beyond(self, found: Collection[str]) -> list[str]:
-        """Every key that is not among those."""
+        """Return all keys that are not in `found`."""
         return [key for key in self.keys(layout.PREFIX) if key not in found]
 
     def apply(self, revision: int, changes: Iterable[Change]) -> dict[HostId, set[ItemKey]]:
-        """Fold changes in that are complete up to `revision`.
+        """Apply changes that are complete up to `revision`.
 
         Returns:
-            By host, items that may be others than before; `every_host` items come under the name `*`.
+            Items that may have changed, by host; items for every host have the name `*`.
         """
         touched: dict[HostId, set[ItemKey]] = {}
         for change in changes:
@@ -275,7 +276,7 @@ class FleetState:
             removed = key.startswith(_SWEPT) and layout.removal_time(change.value) is not None
         except Unreadable as error:
             self.unreadable[key] = Unread(change.value, change.mod_revision, str(error))
-            # Not lost: an operator writes over it.
+            # An unreadable value is not lost: an operator replaces it.
             self.ahead.pop(key, None)
             return
         self.unreadable.pop(key, None)
@@ -297,7 +298,7 @@ class FleetState:
     def _join(
         self, change: Change, value: bytes, before: _Entry, touched: dict[HostId, set[ItemKey]]
     ) -> None:
-        """Fold in etcd's value of a lasting key, as far as it is newer."""
+        """Join etcd's value of a lasting key with the known value."""
         key, joined = change.key, join_values(change.key, before.value, value)
         # Hosts refuse a guard of a lower revision than their own.
         revision = max(change.mod_revision, before.mod_revision)
@@ -307,7 +308,7 @@ class FleetState:
             self.ahead.pop(key, None)
             if joined != before.value:
                 revision = change.mod_revision
-        # Hosts get a value again whose revision alone is another: digests compare revisions.
+        # Hosts get the value again even if only its revision differs: digests compare revisions.
         if (joined, revision) != (before.value, before.mod_revision):
             self._fold(key, parse_value(key, joined), touched)
         self._kin(key)[key] = _Entry(joined, revision, change.version)
@@ -315,9 +316,9 @@ class FleetState:
     def raise_guards(
         self, host: HostId, guards: Mapping[InstanceId, OperatorOverride], now: float
     ) -> list[str]:
-        """Join guards that a host has in force; return the keys of those that etcd has lost.
+        """Join guards that a host has in force; return the keys of the guards that etcd has lost.
 
-        A host may be captured, so it has a say about its own instances only, and none that makes numbers overflow.
+        The host may be captured, so guards count only for its own instances and only within plausible bounds.
         """
         raised: list[str] = []
         epochs, latest = (self.meta.incarnation + MOST_AHEAD) * EPOCHS, int(now) + _DAY_S
@@ -335,7 +336,7 @@ class FleetState:
         return raised
 
     def _kin(self, key: str) -> dict[str, _Entry]:
-        """The entries of a key's kind."""
+        """Return the entries of a key's kind."""
         kind = key[: key.find("/", len(layout.PREFIX)) + 1]
         return self._entries.setdefault(kind, {})
 
@@ -407,29 +408,29 @@ class FleetState:
             touched.setdefault(host, set()).add(item)
 
     def _hosts(self, item: ItemKey) -> Collection[HostId]:
-        """Every host that an item reaches by its instances."""
+        """Return the hosts that get an item because of their instances."""
         kind, _, rest = item.partition("/")
         if kind in _OF_INSTANCE:
             return self._placements.get(InstanceId(rest), _NOWHERE).hosts
         return self._where.get(item, ())
 
-    # What hosts get
+    # Items of hosts
 
     def reaches(self, host: HostId, item: ItemKey) -> bool:
-        """Whether the host gets the item."""
+        """Return whether the host gets the item."""
         if item in {_FLEET_POLICY, f"policy/host/{host}"}:
             return True
         return host in self._hosts(item)
 
     def items_for(self, host: HostId) -> set[ItemKey]:
-        """Every item that the host gets, as far as there are such."""
+        """Return all items for a host, including items that etcd may not have."""
         found: set[ItemKey] = {_FLEET_POLICY, f"policy/host/{host}"}
         for instance in self._placed.get(host, ()):
             found.update(_own_items(instance), self._placements[instance].needs)
         return found
 
     def item(self, item: ItemKey) -> Item | None:
-        """An item's revision and value; `None` where etcd has none."""
+        """Return an item's revision and value; `None` if there is no value for hosts."""
         kind, _, rest = item.partition("/")
         if kind == "keys":
             return self.keys_of(InstanceId(rest))
@@ -446,7 +447,7 @@ class FleetState:
         return entry.mod_revision, value
 
     def _password(self, key: str, entry: _Entry) -> Item | None:
-        """`None` where it does not open."""
+        """Return a password as an item; `None` if it cannot be decrypted."""
         sealed = parse_password(entry.value).sealed
         opened = None if sealed is None else self.open_password(key, sealed)
         if sealed is not None and opened is None:
@@ -461,7 +462,7 @@ class FleetState:
         return self._entries.get(prefix, {}).get(prefix + rest)
 
     def _revision_of(self, item: ItemKey) -> int | None:
-        """As the first of `item`."""
+        """Return an item's revision; `None` if there is no value for hosts."""
         if item.startswith(("keys/", "password/")):
             found = self.item(item)
             return None if found is None else found[0]
@@ -469,24 +470,24 @@ class FleetState:
         return None if entry is None else entry.mod_revision
 
     def size(self, item: ItemKey) -> int:
-        """How many bytes the value of an item has in etcd; 0 where it is not there."""
+        """Return the size in bytes of an item's value in etcd; 0 if it is absent."""
         entry = self._entry(item)
         return 0 if entry is None else len(entry.value)
 
     def has_blob(self, host: HostId, sha256: str) -> bool:
-        """Whether an instance on the host has this user data."""
+        """Return whether an instance on the host has this user data."""
         placed = self._placed.get(host, ())
         return any(self._placements[one].sha256 == sha256 for one in placed)
 
     def digest(self, host: HostId, without: Collection[ItemKey]) -> str:
-        """`digest_items` of all that the host is to have, without some."""
+        """Return `digest_items` of the items for a host, except those in `without`."""
         revisions: dict[ItemKey, int] = {}
         keys: int | None = None
         for item in self.items_for(host).difference(without):
             if not item.startswith("keys/"):
                 revision = self._revision_of(item)
             else:
-                # Of all the same: to make the keys of each is most of the work.
+                # All instances' keys have the same revision, and deriving each one's keys is most of the work.
                 revision = keys = self._revision_of(item) if keys is None else keys
             if revision is not None:
                 revisions[item] = revision
@@ -495,12 +496,12 @@ class FleetState:
     def changes_for(
         self, host: HostId, items: Iterable[ItemKey], *, keeps_unread: bool = False
     ) -> Batch:
-        """The items as they are now, for a host that had everything before they were touched.
+        """Return a batch with the current values of changed items, for a host that is otherwise up to date.
 
         Args:
-            host: Which.
-            items: Those that were touched.
-            keeps_unread: The host keeps instances that cannot be read: they may need what no other instance needs.
+            host: Host to update.
+            items: Changed items.
+            keeps_unread: The host keeps unreadable instances, which may need items that no other instance needs.
         """
         put: dict[ItemKey, Item] = {}
         removed: list[ItemKey] = []
@@ -513,11 +514,11 @@ class FleetState:
         return self._batch(put, removed, {})
 
     def compare(self, host: HostId, hello: Hello) -> Difference | Bye:
-        """What a host gets that says hello."""
+        """Compare a host's items with the items for it; return the difference, or a refusal."""
         if (refused := self._refuse(hello)) is not None:
             return refused
         have, accepts = hello.items, self.meta.incarnation > hello.incarnation
-        # Of a restored etcd, until that is accepted: what the host gave up since the backup does not come back.
+        # While a restore is not accepted, items that the host removed since the backup do not come back.
         known_to = hello.revision if self.is_doubted() and not accepts else -1
         wanted = self.items_for(host)
         put: dict[ItemKey, Item] = {}
@@ -530,7 +531,7 @@ class FleetState:
                 (held if reason is None else unread)[item] = reason or why
             elif known is None and revision is not None and revision <= known_to:
                 continue
-            # A restored store gives revisions again.
+            # A restored etcd assigns the same revisions again, so equal revisions prove nothing.
             elif (revision != known or accepts) and (found := self.item(item)) is not None:
                 put[item] = found
         removed: list[ItemKey] = []
@@ -553,12 +554,12 @@ class FleetState:
         return Difference(batch, suspicious)
 
     def is_doubted(self) -> bool:
-        """Whether etcd was restored, as far as hubs know, and no operator has accepted that."""
+        """Return whether hubs suspect a restore of etcd that no operator has accepted."""
         suspicion = None if self.doubted else read_suspicion(self.value)
         return self.doubted or (suspicion is not None and suspicion.refuses)
 
     def unread(self, item: ItemKey) -> str | None:
-        """Why what etcd has of an item cannot be read; `None` where it can, or where etcd has none."""
+        """Return the reason why an item's value in etcd is unreadable; `None` if it is readable or absent."""
         kind, _, rest = item.partition("/")
         if kind == "keys":
             return self.keys_problem()
@@ -568,7 +569,7 @@ class FleetState:
         return None if found is None else found.why
 
     def unread_instances(self, items: Iterable[ItemKey]) -> frozenset[ItemKey]:
-        """Those of the items that are instances which cannot be read."""
+        """Return the unreadable instances among the items."""
         return frozenset(
             one for one in items if one.startswith("instance/") and self.unread(one) is not None
         )
@@ -576,7 +577,7 @@ class FleetState:
     def _unread_with(
         self, item: ItemKey, doubt: str | None, unread: Mapping[ItemKey, str]
     ) -> str | None:
-        """Why an item that no readable instance brings to a host stays there, because of what cannot be read."""
+        """Return the reason why unreadable instances keep an item on a host; `None` if they do not."""
         kind, _, rest = item.partition("/")
         if kind in {"guard", "keys", "password"}:
             return unread.get(f"instance/{rest}")
@@ -586,7 +587,7 @@ class FleetState:
         return "instances that cannot be read may need it" if needed else None
 
     def _refuse(self, hello: Hello) -> Bye | None:
-        """Return why a host has to be sent away; `None` if this hub is as far as the host."""
+        """Return the refusal of a host of another fleet, or of one ahead of this hub; `None` for any other."""
         meta, seen = self.meta, hello.incarnation
         if hello.fleet not in {None, meta.fleet}:
             return Bye(ByeCode.OTHER_FLEET, f"this is fleet {meta.fleet}, not {hello.fleet}")
@@ -603,9 +604,9 @@ class FleetState:
     def _doubt_removal(
         self, host: HostId, item: ItemKey, known: int, held: Mapping[ItemKey, str]
     ) -> str | None:
-        """Why an item may not be removed from a host that is not to have it: etcd has to say that it went from there.
+        """Return the reason against removing an item from a host; `None` if etcd records the removal.
 
-        To a host that asks for what it never had, the answer is the same whether there is such an instance or not.
+        A host that claims an item it never had gets the same answer whether the instance exists or not.
         """
         kind, _, rest = item.partition("/")
         if kind in {"guard", "keys", "password"}:
@@ -626,11 +627,11 @@ class FleetState:
         return Batch(self.revision, meta.fleet, meta.incarnation, put, tuple(removed), held)
 
     def held_back(self, host: HostId, items: Collection[ItemKey] | None) -> str | None:
-        """Why hosts do not get what etcd has of an item: it is among `problems`.
+        """Return the reason why a host does not get an item's newest value; `None` if no item is in `problems`.
 
         Args:
-            host: Which.
-            items: Of one of these; `None` for all that reach the host.
+            host: Host to check.
+            items: Items to check; `None` for all items of the host.
         """
         if not (self.unreadable or self.lost):
             return None
@@ -642,20 +643,20 @@ class FleetState:
                     return f"{item} is {why}"
         return None
 
-    # What operators and hubs ask
+    # Queries of operators and hubs
 
     def value(self, key: str) -> tuple[bytes, int] | None:
-        """A key's last good value and its revision; `None` where there is none."""
+        """Return a key's last good value and its revision; `None` if there is none."""
         entry = self._kin(key).get(key)
         return None if entry is None else (entry.value, entry.mod_revision)
 
     def stored(self, key: str) -> tuple[bytes, int] | None:
-        """What etcd has of a key, readable or not; `None` where it is absent."""
+        """Return a key's value in etcd, readable or not, and its revision; `None` if the key is absent."""
         found = self.unreadable.get(key)
         return self.value(key) if found is None else (found.value, found.mod_revision)
 
     def keys(self, prefix: str) -> Iterator[str]:
-        """Every key below it, readable or not; those of other kinds are not looked at."""
+        """Iterate over the keys below a prefix, readable or not, looking only at kinds that match."""
         kinds = (
             kin
             for kind, kin in self._entries.items()
@@ -667,17 +668,17 @@ class FleetState:
                 yield key
 
     def count_records(self, prefix: str) -> int:
-        """How many records there are, `layout.INSTANCES` or another kind; those that were removed do not count."""
+        """Return the number of records of a kind, such as `layout.INSTANCES`, without removed records."""
         removed = sum(1 for key in self.removed if key.startswith(prefix))
         return len(self._kin(prefix)) - removed
 
     def sealing(self) -> Sealing | None:
-        """The key with which hubs seal secrets; `None` where etcd names none; raises `Unreadable`."""
+        """Return the key with which hubs seal secrets, `None` if etcd names none; raise `Unreadable`."""
         found = self.value(layout.ENVELOPE) or self.stored(layout.ENVELOPE)
         return None if found is None else parse_sealing(found[0])
 
     def host(self, host: HostId) -> StoredHost | None:
-        """A host as it is stored, `UNREADABLE` where no good value is known; `None` where there is none."""
+        """Return a stored host, with state `UNREADABLE` if no good value is known; `None` if it is absent."""
         key = host_key(host)
         found = self.value(key)
         if found is not None:
@@ -686,7 +687,7 @@ class FleetState:
         return None if unread is None else read_host(unread.value, unread.mod_revision)
 
     def enrolled(self) -> list[HostId]:
-        """Every host that may connect, in order."""
+        """Return all enrolled hosts, sorted."""
         found = (
             key.removeprefix(layout.HOSTS)
             for key, entry in self._kin(layout.HOSTS).items()
@@ -695,39 +696,39 @@ class FleetState:
         return sorted(map(HostId, found))
 
     def hosts_of(self, instance: InstanceId) -> tuple[HostId, ...]:
-        """Where an instance is placed."""
+        """Return the hosts of an instance."""
         return self._placements.get(instance, _NOWHERE).hosts
 
     def instances_on(self, host: HostId) -> frozenset[InstanceId]:
-        """What is placed on a host."""
+        """Return the instances placed on a host."""
         return frozenset(self._placed.get(host, ()))
 
     def count_placed(self) -> int:
-        """How many instances are on hosts; one that moves counts for each of its hosts."""
+        """Return the number of placements; an instance that moves counts for each of its hosts."""
         return sum(map(len, self._placed.values()))
 
     def blobs(self) -> set[str]:
-        """The user data of all instances, by SHA-256."""
+        """Return the SHA-256 digests of all instances' user data."""
         return {one.sha256 for one in self._placements.values() if one.sha256 is not None}
 
     def count_by_host(self, item: ItemKey) -> Counter[HostId]:
-        """How many instances need an item, by host; one that moves counts for each of its hosts."""
+        """Count the instances that need an item, by host; an instance that moves counts for each of its hosts."""
         return Counter(self._where.get(item, Counter()))
 
     def count_on(self, host: HostId, item: ItemKey) -> int:
-        """How many instances on a host need an item."""
+        """Return the number of instances on a host that need an item."""
         there = self._where.get(item)
         return 0 if there is None else there.get(host, 0)
 
     def count_both(self, item: ItemKey, other: ItemKey) -> Counter[HostId]:
-        """How many instances need both items, by host."""
+        """Count the instances that need both items, by host."""
         hosts = self._where.get(item, Counter()).keys() & self._where.get(other, Counter()).keys()
         wanted = {item, other}
         placed = ((host, one) for host in hosts for one in self._placed[host])
         return Counter(host for host, one in placed if wanted <= {*self._placements[one].needs})
 
     def items_beside(self, host: HostId, item: ItemKey) -> set[ItemKey]:
-        """Every item for those instances on a host that need this item."""
+        """Return all items of those instances on a host that need this item."""
         found: set[ItemKey] = set()
         for one in self._placed.get(host, ()):
             needs = self._placements[one].needs
@@ -736,16 +737,16 @@ class FleetState:
         return found
 
     def placement(self, instance: InstanceId) -> tuple[tuple[HostId, ...], tuple[ItemKey, ...]]:
-        """An instance's hosts, and the items of others that it needs."""
+        """Return an instance's hosts, and the shared items that it needs."""
         found = self._placements.get(instance, _NOWHERE)
         return found.hosts, found.needs
 
     def networks_at(self, where: str) -> tuple[NetworkId, ...]:
-        """The networks whose listeners have a device or namespace in common (`listeners.plan.Place.where`)."""
+        """Return the networks whose listeners share a device or namespace (`listeners.plan.Place.where`)."""
         return tuple(self._sharing.get(where, ()))
 
     def hosts_with(self, item: ItemKey) -> frozenset[HostId]:
-        """Every host that an item reaches by its instances."""
+        """Return the hosts that get an item because of their instances."""
         return frozenset(self._hosts(item))
 
 
@@ -754,7 +755,7 @@ def _own_items(instance: InstanceId) -> tuple[ItemKey, ...]:
 
 
 def needs_of(record: Mapping[str, Any]) -> tuple[ItemKey, ...]:
-    """The items that a host with an instance needs beside its own: networks, and policies of projects."""
+    """Return the shared items that an instance needs: networks and policies of projects."""
     ports = record.get("ports", [])
     projects = (record.get("project"), *(port.get("project") for port in ports))
     found = {f"network/{port['network']}" for port in ports}
@@ -763,7 +764,7 @@ def needs_of(record: Mapping[str, Any]) -> tuple[ItemKey, ...]:
 
 
 def _doubt_entry(key: str, before: _Entry, change: Change) -> str | None:
-    """Why a value cannot have come after the one before it in the same etcd."""
+    """Return the reason why a value cannot follow the known value in the same etcd; `None` if it can."""
     if change.value is None:
         return None
     if key == layout.META:
@@ -773,7 +774,7 @@ def _doubt_entry(key: str, before: _Entry, change: Change) -> str | None:
         return f"of revision {revision}, and before it was of {before.mod_revision}"
     if revision == before.mod_revision:
         return f"another one than before, of the same revision {revision}"
-    # After a restore a key may have been written anew before it is read.
+    # After a restore, a key may have been rewritten before this hub reads it.
     if change.create_revision <= before.mod_revision and 0 < change.version <= before.version:
         return f"of version {change.version}, and before it was of {before.version}"
     return None
@@ -788,7 +789,7 @@ def _doubt_meta(now: Meta, before: Meta) -> str | None:
 
 
 def _may_go(key: str, value: bytes) -> bool:
-    """Whether hubs or operators delete a key: what says where a hub is, and removals that are old."""
+    """Return whether hubs or operators may delete a key: entries of hubs, the suspicion, and removed records."""
     if key.startswith((layout.HUBS, layout.KNOWN_HUBS)) or key == layout.SUSPECT:
         return True
     return key.startswith(_SWEPT) and layout.removal_time(value) is not None
@@ -799,7 +800,7 @@ def _instances_first(item: ItemKey) -> tuple[bool, ItemKey]:
 
 
 def _doubt(revision: int | None, known: int) -> str | None:
-    """Why what etcd has of an item is not newer than what a host has."""
+    """Return the reason why etcd's revision of an item is older than a host's; `None` if it is not."""
     if revision is None:
         return "the store has it no more"
     if revision < known:

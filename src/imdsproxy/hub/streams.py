@@ -1,6 +1,6 @@
-"""The streams of a hub's hosts: each gets what is placed on it, and acknowledges what is in force.
+"""Streams to hosts: the hub sends each host its items, and the host acknowledges the items in force.
 
-A host that reads slowly costs a set of item keys, not a queue: it gets the items as they are when it reads again.
+A host that reads slowly costs a set of item keys, not a queue: it gets the current items when it reads again.
 """
 
 from __future__ import annotations
@@ -48,32 +48,32 @@ from imdsproxy.hub.levels import fit_item
 from imdsproxy.hub.state import FleetState
 
 _BACKLOG: Final = 4096
-"""After a loss of the other hub, thousands of hosts come at once."""
+"""Backlog of the listener: when another hub fails, thousands of hosts connect at once."""
 
 _HEAD_BYTES: Final = 16 * 1024
 _TURNS: Final = 100
-"""Groups of hosts: one group after another is pinged."""
+"""Number of groups of streams; the hub pings one group after another."""
 
 WAITING: Final = 4
-"""Streams of one host that may wait for its hello: each may have a long line that is not finished."""
+"""Maximum streams of one host without a hello: each may buffer a long unfinished line."""
 
 AT_A_TIME_S: Final = 0.005
-"""Time for the lines of one host, until other hosts have their turn."""
+"""Maximum time for the lines of one host until other hosts have their turn, in seconds."""
 
 SHARE: Final = 10
-"""After so many times the time that its lines took, a host has its next turn."""
+"""Pause until a host's next turn, as a multiple of the time that its lines took."""
 
 _UNANSWERED_S: Final = SILENCE_S - 1.5 * PING_S
-"""At the ping that comes so long after an unanswered one, the host has been silent for `SILENCE_S` at most.
+"""Age of an unanswered ping at which the hub ends the stream, so that a host is silent for `SILENCE_S` at most.
 
-Time counts from a ping, so that a hub which hung itself takes no host for silent.
+Time counts from a ping, so that a hub that hung does not blame its hosts.
 """
 
 _UNREAD_S: Final = SILENCE_S - PING_S / 2
-"""The same for a host that reads nothing, which is sent no ping."""
+"""Time without reading after which the hub ends a stream; a host that does not read gets no pings."""
 
 AT_ONCE: Final = 200
-"""Of the hosts that a change touches; then the loop does other work: 10 ms."""
+"""Number of hosts to send to before the event loop does other work: 10 ms."""
 
 _BATCH_BYTES: Final = 256 * 1024
 _HELLO_S: Final = 30.0
@@ -85,7 +85,7 @@ _log = structlog.get_logger()
 
 @dataclass(slots=True, eq=False)
 class _Wait:
-    """For a revision to be in force on hosts; `hosts` are those where it is not yet."""
+    """Wait for a revision to be in force; `hosts` has the hosts that still lack it."""
 
     revision: int
     hosts: set[HostId]
@@ -98,19 +98,19 @@ class Streams:
     """All streams of this hub.
 
     Args:
-        state: What etcd has.
-        clock: Monotonic, and Unix time for pings.
-        admits: Whether a host's certificate of this serial number is good now.
-        suspect: Called with evidence that etcd was restored from a backup: a host has what etcd lacks.
+        state: This hub's copy of etcd.
+        clock: Monotonic time, and Unix time for pings.
+        admits: Returns whether a host's certificate with this serial number is valid now.
+        suspect: Called with evidence that etcd was restored from a backup: a host has items that etcd lacks.
         raise_guards: Called with a host and the guards that the host has in force.
-        age_s: Seconds since etcd was heard.
-        expect: Called with a revision that is waited for and that this hub has not received.
-        unready: Why no host may be served by this hub.
-        schema: What this hub knows of records.
+        age_s: Returns the seconds since the last answer of etcd.
+        expect: Called with a revision that a client waits for and that this hub has not received.
+        unready: Returns the reason why this hub may not serve hosts.
+        schema: Record schema of this hub.
 
     Attributes:
-        hosts: Streams of connected hosts: each has sent its hello.
-        differed: How often a host had other items than are placed on it.
+        hosts: Streams of connected hosts, which have sent their hello.
+        differed: Number of times that a host's digest differed.
     """
 
     state: FleetState
@@ -138,7 +138,7 @@ class Streams:
     _next_turn: Iterator[int] = field(default_factory=lambda: itertools.cycle(range(_TURNS)))
 
     async def run(self, listener: socket.socket) -> None:
-        """Serve hosts that HAProxy passes on, until cancelled."""
+        """Serve connections of hosts from HAProxy until cancelled."""
         loop = asyncio.get_running_loop()
         server = await loop.create_unix_server(
             lambda: HostStream(self), sock=listener, backlog=_BACKLOG
@@ -156,7 +156,7 @@ class Streams:
         return [stream for opened in self._opened.values() for stream in opened]
 
     def open(self, stream: HostStream) -> None:
-        """Note a stream of an admitted host, which has not sent its hello yet; it keeps its turn of being pinged."""
+        """Register a stream of an admitted host before its hello, and assign its group for pings."""
         self._refused.pop(stream.host, None)
         opened = self._opened.setdefault(stream.host, {})
         waiting = [one for one in opened if not one.greeted]
@@ -168,11 +168,11 @@ class Streams:
         self._turns[stream.turn][stream] = None
 
     def add(self, stream: HostStream) -> None:
-        """Count a host as connected by this stream, from its hello on."""
+        """Register a stream as its host's connection, after the hello."""
         self.hosts[stream.host] = stream
 
     def remove(self, stream: HostStream) -> bool:
-        """Forget a stream; return whether its host was connected by it."""
+        """Remove a stream; return whether it was its host's connection."""
         self._turns[stream.turn].pop(stream, None)
         opened = self._opened.get(stream.host, {})
         opened.pop(stream, None)
@@ -185,7 +185,7 @@ class Streams:
         return True
 
     def ping(self) -> Ping:
-        """What this hub knows, and how old that is."""
+        """Return a ping with this hub's revision and the age of its copy."""
         return Ping(self.state.revision, self.clock.now().timestamp(), round(self.age_s(), 1))
 
     def _ping(self, turn: int) -> None:
@@ -198,7 +198,7 @@ class Streams:
                 stream.leave(ByeCode.STOPPING, unready)
 
     def deliver(self, touched: Mapping[HostId, Collection[ItemKey]]) -> None:
-        """Send what `FleetState.apply` found to the hosts that are here."""
+        """Send the changed items of `FleetState.apply` to connected hosts."""
         everywhere = touched.get(_ALL, ())
         for host in self.hosts if everywhere else touched.keys() & self.hosts.keys():
             self.hosts[host].touch((*touched.get(host, ()), *everywhere))
@@ -210,7 +210,7 @@ class Streams:
                 self.progressed(host)
 
     def send_soon(self, stream: HostStream) -> None:
-        """Have a stream `flush` in its turn."""
+        """Queue a stream for `flush`."""
         self._unsent.append(stream)
         if len(self._unsent) == 1:
             asyncio.get_running_loop().call_soon(self._send_some)
@@ -223,21 +223,21 @@ class Streams:
             loop.call_soon(self._send_some)
 
     def renew_all(self) -> None:
-        """End every stream: hosts come back, and get what the fleet's new incarnation has."""
+        """End every stream; hosts reconnect and get the items of the fleet's new incarnation."""
         for stream in tuple(self.hosts.values()):
             stream.leave(ByeCode.STOPPING, "the fleet has another incarnation")
 
     def review(self, hosts: Iterable[HostId]) -> None:
-        """End streams of those of the hosts whose certificate is no longer good."""
+        """End the streams of those hosts that are no longer admitted."""
         for host in hosts:
             for stream in tuple(self._opened.get(host, ())):
                 if not self.admits(host, stream.serial):
                     stream.leave(ByeCode.REVOKED)
 
-    # What is in force where
+    # Revisions in force
 
     def note_differing(self, host: HostId, why: str | None) -> None:
-        """A host has other items than are placed on it; `None`: it has those."""
+        """Record that a host's digest differs, with the reason; `None` records that it matches."""
         self._differing.pop(host, None)
         if why is not None:
             self.differed += 1
@@ -245,21 +245,21 @@ class Streams:
             _log.error("host differs", host=host, reason=why)
 
     def differing(self) -> dict[HostId, str]:
-        """Hosts that had other items within the last hour, and have not shown here since that they have the right ones.
+        """Return hosts whose digest differed within the last hour and has not matched here since.
 
-        Each with when that was.
+        The reason includes the time.
         """
         since = self.clock.monotonic() - _SHOWN_S
         return {host: why for host, (at, why) in self._differing.items() if at > since}
 
     def note_refused(self, host: HostId, serial: str) -> None:
-        """Note that a member shows a certificate that is not good: replaced, or renewed since a backup."""
+        """Record that a member presented an invalid certificate: it was replaced, or renewed since a backup."""
         member = self.state.host(host)
         if member is not None and member.state is HostState.ENROLLED:
             self._refused[host] = self.clock.monotonic(), serial
 
     def refused(self) -> dict[HostId, str]:
-        """Return members that were refused within the last hour and were not admitted here since, with the reason."""
+        """Return members that were refused within the last hour and not admitted here since, with the reason."""
         since = self.clock.monotonic() - _SHOWN_S
         return {
             host: f"its certificate {serial} is not good: it was replaced, or etcd has lost that it was renewed; "
@@ -271,12 +271,12 @@ class Streams:
     def lacks(
         self, host: HostId, revision: int, items: Collection[ItemKey] | None = None
     ) -> str | None:
-        """Why a revision is not in force on a host, as far as it is known here; `None` where it is.
+        """Return the reason why a revision is not in force on a host, as far as this hub knows; `None` if it is.
 
         Args:
-            host: Which.
-            revision: All up to it.
-            items: What failed counts only if it is one of these; `None` for all.
+            host: Host to check.
+            revision: Revision that the host must have reached.
+            items: Items whose failures count; `None` for all.
         """
         stream = self.hosts.get(host)
         if stream is None:
@@ -292,10 +292,10 @@ class Streams:
         timeout_s: float,
         items: Collection[ItemKey] | None = None,
     ) -> dict[HostId, str]:
-        """Wait until a revision is in force on these hosts; `items` as of `lacks`.
+        """Wait until a revision is in force on these hosts; see `lacks` for `items`.
 
         Returns:
-            Those on which it is not yet, and why.
+            The hosts that still lack the revision, with reasons.
         """
         if self.state.revision < revision:
             self.expect(revision)
@@ -323,7 +323,7 @@ class Streams:
         return {host: why for host, why in found.items() if why is not None}
 
     def progressed(self, host: HostId) -> None:
-        """Look again whether a host has what is waited for."""
+        """Check again whether a host has the revisions that clients wait for."""
         for wait in self._waits.get(host, ()):
             if host in wait.hosts and self.lacks(host, wait.revision, wait.items) is None:
                 wait.hosts.discard(host)
@@ -331,7 +331,7 @@ class Streams:
                     wait.over.set()
 
     async def ask(self, host: HostId, path: str, timeout_s: float, method: str = "GET") -> Answer:
-        """What the host's admin API answers.
+        """Send a request to the host's admin API and return the answer.
 
         Raises:
             SourceUnavailable: The host is not connected here, or does not answer in time.
@@ -347,7 +347,7 @@ class Streams:
 
 
 class HostStream(asyncio.Protocol):
-    """One connection that HAProxy passes on."""
+    """Connection of a host, passed on by HAProxy."""
 
     __slots__ = (
         "_asked",
@@ -392,12 +392,10 @@ class HostStream(asyncio.Protocol):
     # asyncio.Protocol
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Of asyncio."""
         self._transport = cast("asyncio.Transport", transport)
         self._next = asyncio.get_running_loop().call_later(_HELLO_S, self._transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Of asyncio."""
         self._forget("closed" if exc is None else str(exc))
         for future in self._asked.values():
             future.cancel()
@@ -406,7 +404,7 @@ class HostStream(asyncio.Protocol):
         self._plan(None)
 
     def _plan(self, following: asyncio.TimerHandle | None) -> None:
-        """Have this be what comes next by itself, in the place of what was to come."""
+        """Replace the scheduled timer."""
         if self._next is not None:
             self._next.cancel()
         self._next = following
@@ -416,16 +414,13 @@ class HostStream(asyncio.Protocol):
             _log.info("host left", host=self.host, reason=reason)
 
     def pause_writing(self) -> None:
-        """Of asyncio."""
         self._paused_at = self._streams.clock.monotonic()
 
     def resume_writing(self) -> None:
-        """Of asyncio."""
         self._paused_at = None
         self._schedule()
 
     def data_received(self, data: bytes) -> None:
-        """Of asyncio."""
         self._buffer += data
         self._unanswered_at = None
         if not self.host and not self._read_head():
@@ -433,13 +428,13 @@ class HostStream(asyncio.Protocol):
         self._take_lines()
 
     def _take_lines(self) -> None:
-        """Take the lines that are complete; after `AT_A_TIME_S` the others wait for the host's next turn."""
+        """Process complete lines; after `AT_A_TIME_S` the rest waits for the host's next turn."""
         clock = self._streams.clock
         begin = clock.monotonic()
         try:
             while (end := self._buffer.find(b"\n", self._searched)) >= 0:
                 if self._transport is not None and self._transport.is_closing():
-                    # What came with the line that ended it.
+                    # Drop lines that follow the line that ended the stream.
                     return
                 line = bytes(self._buffer[:end])
                 del self._buffer[: end + 1]
@@ -517,12 +512,12 @@ class HostStream(asyncio.Protocol):
             case Hello():
                 raise Broken("a second hello")
             case Ack(revision, failed, digest) if self.greeted:
-                # A higher one is of before a restore that was accepted.
+                # A higher revision is from before an accepted restore.
                 if revision <= self._sent:
                     self.acked = max(self.acked, revision)
                 self.failed = failed
                 self._streams.progressed(self.host)
-                # What is on its way it cannot have yet.
+                # The digest counts only if the host has received everything sent.
                 if digest and not self._dirty and revision >= self._sent:
                     self._compare(digest)
             case Answer() as answer if self.greeted:
@@ -533,7 +528,7 @@ class HostStream(asyncio.Protocol):
                 raise Broken("the first line is no hello")
 
     def _compare(self, digest: str) -> None:
-        """Have the host say hello again if it has other items than are placed on it."""
+        """End the stream if the digests differ, so that the host sends a new hello."""
         streams = self._streams
         if streams.state.is_doubted():
             return
@@ -571,12 +566,12 @@ class HostStream(asyncio.Protocol):
         self.greeted, self._unread = True, streams.state.unread_instances(found.batch.unreadable)
         self._plan(None)
         _log.info("host joined", host=self.host, revision=hello.revision)
-        # Before the items: how old they are.
+        # Send the age of the items before the items.
         self.send(streams.ping())
         self._send_batch(found.batch)
 
     def _send_batch(self, batch: Batch) -> None:
-        """A batch, in pieces of a size that does not hold other hosts up."""
+        """Send a batch in pieces small enough not to delay other hosts."""
         piece: dict[ItemKey, tuple[int, Any]] = {}
         size = 0
         for item, (revision, value) in batch.put.items():
@@ -592,7 +587,7 @@ class HostStream(asyncio.Protocol):
     # Changes
 
     def touch(self, items: Collection[ItemKey]) -> None:
-        """These items may be others than before."""
+        """Mark items as changed and schedule sending them."""
         if self.greeted:
             self._dirty.update(items)
             self._schedule()
@@ -603,7 +598,7 @@ class HostStream(asyncio.Protocol):
             self._streams.send_soon(self)
 
     def flush(self) -> None:
-        """Send what is touched, if the host reads."""
+        """Send the changed items, if the host reads."""
         self._scheduled = False
         if self._transport is None or self._paused_at is not None or not self._dirty:
             return
@@ -613,12 +608,12 @@ class HostStream(asyncio.Protocol):
         self._send_batch(batch)
 
     def compare_mended(self) -> None:
-        """Have the host say hello again where an instance that it kept can be read again: it may be elsewhere."""
+        """End the stream if an unreadable instance became readable: the instance may have moved meanwhile."""
         if self._unread and self._unread != self._streams.state.unread_instances(self._unread):
             self.leave(ByeCode.DIFFERS, "an instance that it kept can be read again")
 
     def lacks(self, revision: int, items: Collection[ItemKey] | None = None) -> str | None:
-        """See `Streams.lacks`; of a revision that the hub has."""
+        """Check a revision that the hub has received; see `Streams.lacks`."""
         if self.acked < revision:
             if self._dirty:
                 return "not sent yet"
@@ -650,14 +645,14 @@ class HostStream(asyncio.Protocol):
         if unread or silent:
             self.leave(ByeCode.SLOW)
         elif self._paused_at is None:
-            # A ping vouches for all that came before.
+            # A ping confirms that all earlier changes were sent.
             self.flush()
             if self._unanswered_at is None:
                 self._unanswered_at = now
             self._write(ping)
 
     def leave(self, code: ByeCode, reason: str = "") -> None:
-        """End the stream; what is written and not read is lost."""
+        """End the stream; if the host does not read, unsent data is lost."""
         self.send(Bye(code, reason))
         self._forget(code.value)
         transport = self._transport
@@ -678,7 +673,7 @@ class HostStream(asyncio.Protocol):
 
 
 def _evidence_of(host: HostId, hello: Hello, code: ByeCode) -> Evidence | None:
-    """Return what a hello that is refused proves of etcd."""
+    """Return the evidence of a restored etcd in a refused hello."""
     match code:
         case ByeCode.BEHIND:
             why = f"{host} has revision {hello.revision}, which etcd has not"

@@ -1,7 +1,7 @@
-"""Changes of a fleet's records, as `plan_writes` has them: planned of what this hub knows, written where that is so.
+"""Writes of a fleet's records: `plan_writes` plans from this hub's copy, etcd commits if the copy is current.
 
-What another hub wrote meanwhile is in etcd's answer, and the write is planned again. A write whose answer is lost is
-found by its request in the record.
+If another hub wrote meanwhile, etcd's answer has the newer values, and the write is planned again. After a lost answer,
+the hub recognizes its own write by the request in the record.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _READS_AT_ONCE: Final = 16
 _LOOK_S, _LOOKS = 0.05, 200
 _KIB: Final = 1024
 _MOST_WHOLE: Final = 1000
-"""User data that is known to be whole, by the revisions of its chunks."""
+"""Maximum number of blobs remembered as intact."""
 
 
 _log = structlog.get_logger()
@@ -59,12 +59,12 @@ _log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A write is in etcd.
+    """Result of a write that etcd committed, or that was not needed.
 
     Attributes:
-        revision: With which it came, or the record's own where it was so already.
-        hosts: Where it has to come in force.
-        scope: As `plan_writes.Terms.scope`.
+        revision: Revision of the write, or of the record if nothing changed.
+        hosts: Hosts on which the write must come into force.
+        scope: See `plan_writes.Terms.scope`.
     """
 
     revision: int
@@ -73,16 +73,16 @@ class Done:
 
 
 class TooMuch(RequestRefused):
-    """etcd does not take it in one transaction."""
+    """A write exceeds etcd's limits for one transaction."""
 
 
 class _Swept(Exception):
-    """The chunks of user data went before the record was written."""
+    """A hub swept chunks of user data before the record was written."""
 
 
 @dataclass(slots=True)
 class Fresh:
-    """What the hub's copy has, and over it what etcd answered since."""
+    """View of the hub's copy, with newer values from etcd's answers on top."""
 
     state: FleetState
     read: dict[str, tuple[bytes, int] | None] = field(default_factory=dict)
@@ -93,11 +93,11 @@ class Fresh:
         """See `plan_writes.View`."""
         if key in self.read:
             return self.read[key]
-        # The copy goes on while a write waits: what is planned is all of one moment, or is refreshed against that.
+        # The copy changes while a write waits, so the first value is kept: `refresh` compares etcd with it.
         return self.asked.setdefault(key, self.state.stored(key))
 
     def take(self, compares: Iterable[Compare], kvs: Sequence[KeyValue]) -> None:
-        """What a write was refused for."""
+        """Take over the current values from etcd's refusal of a write."""
         found = {one.key: (one.value, one.mod_revision) for one in kvs}
         for one in compares:
             if one.range_end:
@@ -108,14 +108,14 @@ class Fresh:
                 self.read[one.key] = found.get(one.key)
 
     async def refresh(self, etcd: Etcd, keys: Iterable[str] | None = None) -> bool:
-        """Read these keys, or those that only the copy was asked for; whether one is another than there."""
+        """Read these keys, or by default all keys used from the copy; return whether one has changed."""
         asked = list(self.asked if keys is None else keys)
         limit, changed = asyncio.Semaphore(_READS_AT_ONCE), False
 
         async def read(key: str) -> bool:
             before = self.read[key] if key in self.read else self.asked.get(key)
             async with limit:
-                # A large value that is known takes no longer than an absent one.
+                # A known large value is not read again, so it takes no longer than an absent one.
                 kvs = (await etcd.read(key, keys_only=before is not None)).kvs
                 if before is not None and kvs:
                     if kvs[0].mod_revision == before[1]:
@@ -143,12 +143,12 @@ class Writes:
     Args:
         etcd: The store.
         state: This hub's copy of it.
-        envelope: What seals user data.
+        envelope: Encryption of user data.
         clock: Unix time.
-        user_data_kib: The largest user data of an instance.
-        schema: What this hub knows of records.
-        levels: The level of records that connected hosts read.
-        keep: Returns once values are in this hub's journal, before who wrote them is answered.
+        user_data_kib: Maximum size of an instance's user data, in KiB.
+        schema: Record schema of this hub.
+        levels: Returns the level of records that each connected host reads.
+        keep: Writes values to this hub's journal; called before the client gets its answer.
     """
 
     etcd: Etcd
@@ -169,7 +169,7 @@ class Writes:
         revision: int | None = None,
         scope: str | None = None,
     ) -> Terms:
-        """How records are to be written now; see `plan_writes.Terms`."""
+        """Return the conditions of a write at the current time; see `plan_writes.Terms`."""
         return Terms(request, int(self.clock.now().timestamp()), create, revision, scope)
 
     async def put(
@@ -184,16 +184,16 @@ class Writes:
         """Store records, or replace them: all of them, or none.
 
         Args:
-            networks: The whole records.
-            instances: The same, with their user data.
-            terms: How.
-            bulk: The field of a problem begins with the kind and number of its record.
-            finish: Adds to what is written.
+            networks: Complete network records.
+            instances: Complete instance records, with their user data.
+            terms: Conditions of the write.
+            bulk: Begin the field of each problem with the kind and number of its record.
+            finish: Function that extends the planned transaction.
 
         Raises:
-            ImdsproxyError: As `plan_writes.plan_put`.
-            RequestRefused: User data is too large, or all of it for one write.
-            SourceUnavailable: etcd does not answer, or is full, or others write the same all the time.
+            ImdsproxyError: Errors of `plan_writes.plan_put`.
+            RequestRefused: User data is too large, or the records are too many for one write.
+            SourceUnavailable: etcd does not answer or is full, or other hubs keep writing the same keys.
         """
 
         def path(number: int) -> tuple[str | int, ...]:
@@ -214,7 +214,7 @@ class Writes:
     def refuse_large(
         self, instances: Iterable[tuple[tuple[str | int, ...], PlacedInstance]]
     ) -> None:
-        """`RequestRefused` where user data is larger than hubs are set to take."""
+        """Raise `RequestRefused` if user data exceeds `user_data_kib`."""
         most = self.user_data_kib * _KIB
         problems = [
             Problem(
@@ -231,7 +231,7 @@ class Writes:
     async def prepare(
         self, instance: PlacedInstance, path: tuple[str | int, ...] = ()
     ) -> InstancePut:
-        """An instance whose user data is in etcd."""
+        """Store an instance's user data in etcd; return the instance to put."""
         if instance.user_data is None:
             return InstancePut(instance, path=path)
         found, revision = await self.store_blob(bytes(instance.user_data))
@@ -245,16 +245,16 @@ class Writes:
         *,
         keeps_data: bool,
     ) -> Done:
-        """Read an instance, change it and write it; again where another write was between.
+        """Read an instance, change it and write it; retry if another write came between.
 
         Args:
-            instance: Which.
-            make: The new record of the old one.
-            terms: How.
-            keeps_data: Its user data stays; otherwise it is the new record's.
+            instance: Instance to change.
+            make: Function from the stored instance to the new record.
+            terms: Conditions of the write.
+            keeps_data: Keep the stored user data instead of the new record's.
 
         Raises:
-            ImdsproxyError: As `put`, and what `make` raises.
+            ImdsproxyError: Errors of `put` and of `make`.
         """
         data: tuple[UserData | None, int] | None = None
         while True:
@@ -279,7 +279,7 @@ class Writes:
                 continue
 
     async def find(self, instance: InstanceId, project: str | None) -> StoredInstance:
-        """An instance as etcd has it; `NotFound` where there is none that an operator of this project may know."""
+        """Return a stored instance; raise `NotFound` if the operator's project has no such instance."""
         view = Fresh(self.state)
         known = plan_writes.read_owned(view, instance, project)
         if known is None:
@@ -291,11 +291,11 @@ class Writes:
         return known[0]
 
     async def remove_instance(self, instance: InstanceId, terms: Terms) -> Done:
-        """Remove an instance; raises as `put`, and `NotFound`."""
+        """Remove an instance; raise `NotFound`, and the errors of `put`."""
         return await self.write(lambda view: plan_writes.plan_removal(view, instance, terms))
 
     async def remove_network(self, network: NetworkId, terms: Terms) -> Done:
-        """Remove a network; raises as `put`, `NotFound`, and `SourceRefused` where instances have ports in it."""
+        """Remove a network; raise `NotFound`, `RecordConflict` if instances use it, and the errors of `put`."""
         claims = layout.claims_in(network)
 
         def plan(view: Fresh) -> Transaction:
@@ -307,11 +307,11 @@ class Writes:
         return replace(done, hosts=done.hosts | hosts)
 
     async def write(self, plan: Callable[[Fresh], Transaction]) -> Done:
-        """Write what is planned of what is known, again where that has changed.
+        """Commit a planned transaction; plan again if the keys have changed in etcd.
 
         Raises:
-            ImdsproxyError: What `plan` raises of what etcd has.
-            SourceUnavailable: As `put`.
+            ImdsproxyError: Errors of `plan` for the current keys in etcd.
+            SourceUnavailable: See `put`.
         """
         view = Fresh(self.state)
         unknown: WriteUnknown | None = None
@@ -323,7 +323,7 @@ class Writes:
                 if await view.refresh(self.etcd):
                     continue
                 if unknown is not None and isinstance(error, RestoreSuspected):
-                    # Hosts may have got it before the restore.
+                    # The write may have reached hosts before the restore.
                     raise unknown from error
                 raise
             if not (planned.puts or planned.deletes):
@@ -339,7 +339,7 @@ class Writes:
                 continue
             if isinstance(answer, Committed):
                 if answer.revision <= known:
-                    # Only after a restore, which was accepted at another hub.
+                    # This happens only after a restore that another hub accepted.
                     await self._follow_acceptance(incarnation)
                 return Done(answer.revision, planned.hosts, planned.scope)
             view.take(planned.compares, answer.kvs)
@@ -347,7 +347,7 @@ class Writes:
         raise SourceUnavailable("others write the same records all the time", hint="try again")
 
     async def _refuse(self, planned: Transaction) -> None:
-        """Raise where hosts could not do what is planned, or etcd does not take it."""
+        """Raise if hosts cannot apply the planned records, or if they exceed etcd's limits."""
         refuse_shared(self.state, planned)
         if needed := plan_levels(self.state, planned, self.schema):
             refuse_older(needed, await self.levels())
@@ -358,10 +358,10 @@ class Writes:
             )
 
     async def revoke_tokens(self, instance: InstanceId, terms: Terms) -> tuple[Done, int]:
-        """Revoke the tokens that an instance has now; raises as `put`, and `NotFound`.
+        """Revoke an instance's current tokens; raise `NotFound`, and the errors of `put`.
 
         Returns:
-            Also its new epoch.
+            The write, and the instance's new epoch.
         """
 
         def revoke(old: OperatorOverride) -> OperatorOverride:
@@ -371,7 +371,7 @@ class Writes:
         return await self._guard(instance, revoke, terms)
 
     async def reopen(self, instance: InstanceId, terms: Terms) -> tuple[Done, int]:
-        """Let an instance's boot begin now; as `revoke_tokens`."""
+        """Restart an instance's boot grace now; returns and raises as `revoke_tokens`."""
         return await self._guard(instance, lambda old: replace(old, reopened_at=terms.now), terms)
 
     async def _guard(
@@ -384,7 +384,7 @@ class Writes:
         planned = Transaction()
 
         def raised(old: OperatorOverride) -> OperatorOverride:
-            # After a restore etcd may have an older one than this hub.
+            # After a restore, etcd may have an older override than this hub.
             known = self.state.value(key)
             return change(old if known is None else join_overrides(old, parse_guard(known[0])))
 
@@ -404,23 +404,24 @@ class Writes:
 
         Args:
             place: `fleet`, `host/ID` or `project/ID`.
-            change: The new rules of the old ones, as `core.records.network.POLICY` has them; none clears it.
-            terms: How.
+            change: Function from the old rules to the new rules, in the form of `core.records.network.POLICY`; empty
+                rules clear the policy.
+            terms: Conditions of the write.
 
         Raises:
-            ImdsproxyError: As `put`, and what `change` raises.
+            ImdsproxyError: Errors of `put` and of `change`.
         """
         return await self.write(lambda view: plan_writes.plan_policy(view, place, change, terms))
 
     async def put_grant(self, project: str, change: Callable[[Grant], Grant], terms: Terms) -> Done:
-        """Change what a project's operators may use; raises as `put`, and what `change` raises."""
+        """Change the grant of a project; raise the errors of `put` and of `change`."""
         return await self.write(lambda view: plan_writes.plan_grant(view, project, change, terms))
 
     async def accept_restore(self) -> tuple[int, Mapping[str, str]]:
-        """Take what etcd has as the truth, though hosts had newer.
+        """Accept the restored contents of etcd, although hosts had newer ones.
 
         Returns:
-            The revision with which it is so, here too, and `Suspicion.regained`.
+            The revision of the acceptance, and `Suspicion.regained`. This hub's copy then has the acceptance.
         """
         known, regained = self.state.meta, dict[str, str]()
 
@@ -435,7 +436,7 @@ class Writes:
         return done.revision, regained
 
     async def _follow_acceptance(self, known: int) -> None:
-        """Wait until this hub's copy has an incarnation after `known`: acknowledgements from before it say nothing."""
+        """Wait for this hub's copy to pass incarnation `known`: acknowledgements of earlier ones do not count."""
         for _ in range(_LOOKS):
             if self.state.meta.incarnation > known:
                 break
@@ -444,10 +445,10 @@ class Writes:
     # User data
 
     async def store_blob(self, data: bytes) -> tuple[UserData, int]:
-        """Put user data into etcd, unless it is there and readable.
+        """Store user data in etcd, unless an intact copy exists.
 
         Returns:
-            Where it is, and the revision of its first chunk.
+            The reference to the user data, and the revision of its first chunk.
         """
         found = UserData(hashlib.sha256(data).hexdigest(), len(data))
         prefix, first = f"{layout.BLOBS}{found.sha256}/", layout.blob_key(found.sha256, 0)
@@ -457,7 +458,7 @@ class Writes:
             return found, chunks[first]
         keys = [layout.blob_key(found.sha256, number) for number in range(_chunks(found))]
         others, revision = [key for key in chunks if key not in keys], 0
-        # The first is the last one that is written: with it all of them are there.
+        # The first chunk is written last: its presence proves that all chunks are there.
         for number, key in reversed([*enumerate(keys)]):
             begin = number * layout.CHUNK_BYTES
             sealed = self.envelope.seal(key, data[begin : begin + layout.CHUNK_BYTES])
@@ -466,7 +467,7 @@ class Writes:
         return found, revision
 
     async def _is_whole(self, found: UserData, chunks: frozenset[tuple[str, int]]) -> bool:
-        """Whether user data is as it was written: another program may have changed a chunk."""
+        """Return whether user data is intact: another program may have changed a chunk."""
         if chunks not in self._whole:
             try:
                 await self.read_blob(found)
@@ -478,11 +479,11 @@ class Writes:
         return True
 
     async def read_blob(self, found: UserData) -> bytes:
-        """User data that is in etcd.
+        """Read user data from etcd.
 
         Raises:
-            NotFound: etcd has none of it: it was swept, or lost with a restore.
-            UserDataUnreadable: Another program has changed it, or this hub lacks the key that opens it.
+            NotFound: etcd has no chunk: the user data was swept, or lost in a restore.
+            UserDataUnreadable: Another program changed a chunk, or this hub lacks the key to decrypt it.
             SourceUnavailable: etcd does not answer.
         """
         prefix = f"{layout.BLOBS}{found.sha256}/"
