@@ -1,6 +1,6 @@
-"""What a hub counts for Prometheus, each metric a method (`admin.exposition`), and whether the hub is ready.
+"""Prometheus metrics of a hub, one method each (`admin.exposition`), and the hub's readiness.
 
-Every hub says what it sees itself: the hosts of a fleet are the sum over its hubs, what etcd has is the same on all.
+Each hub reports its own view: connected hosts add up over all hubs, while counts from etcd are the same on every hub.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _LOOK_EVERY_S: Final = 10.0
 
 @dataclass(eq=False)
 class HubMetrics(Exposed, prefix="imdsproxy_hub_"):
-    """Reads every metric when Prometheus asks for it; what takes a request is asked now and then."""
+    """Metrics of a hub, read at each scrape; values that cost a request are refreshed periodically."""
 
     hub: Hub
     peers: Peers
@@ -48,13 +48,13 @@ class HubMetrics(Exposed, prefix="imdsproxy_hub_"):
     _revision: int = 0
 
     async def run(self) -> None:
-        """Look, until cancelled."""
+        """Refresh periodically until cancelled."""
         while True:
             await self.refresh()
             await asyncio.sleep(_LOOK_EVERY_S)
 
     async def refresh(self) -> None:
-        """Ask the members of etcd and the other hubs once, and look at certificates and hosts."""
+        """Ask the members of etcd and the other hubs once, and check certificates and hosts."""
         hub = self.hub
         self.ends = await asyncio.to_thread(self._read_ends)
         self.members = await hub.etcd.status()
@@ -66,20 +66,20 @@ class HubMetrics(Exposed, prefix="imdsproxy_hub_"):
         self.behind = sum(why is not None for why in lacking)
 
     def _read_ends(self) -> Mapping[str, float]:
-        """When each certificate on this machine ends, by what it is."""
+        """Return the expiry of each certificate on this machine, by kind."""
         files, found = self.hub.files, {}
         places = {"authority": files.ca_certificate, "hub": files.hub, "operator": files.operator}
         for name, path in places.items():
             try:
                 certificate = parse_certificate(path.read_bytes(), str(path))
             except (OSError, ConfigError):
-                # Not every hub has the operator's; the others it cannot start without.
+                # Some hubs lack the operator's certificate; without the others a hub does not start.
                 continue
             found[name] = certificate.not_valid_after_utc.timestamp()
         return found
 
     def readiness(self) -> Readiness:
-        """Whether hosts and operators get what etcd has."""
+        """Return whether hosts and operators get the current records, with reasons if not."""
         replica = self.hub.replica
         if not replica.complete.is_set():
             return Readiness(ready=False, reasons=("etcd was not read yet",))
@@ -99,13 +99,11 @@ class HubMetrics(Exposed, prefix="imdsproxy_hub_"):
         return [one for one in self.members if isinstance(one, MemberStatus)]
 
     def build_info(self) -> Annotated[By, "gauge", "version"]:
-        """Always 1; the label says which version runs."""
+        """Always 1; the label has the running version."""
         return {__version__: 1}
 
     def ready(self) -> Gauge:
-        """1 while the hub follows etcd, so that hosts and operators get what it has; its /readyz has the reason for a
-        0.
-        """
+        """1 while the hub follows etcd and serves current records; for a 0, the hub's /readyz has the reason."""
         return self.readiness().ready
 
     def start_time_seconds(self) -> Gauge:
@@ -113,11 +111,11 @@ class HubMetrics(Exposed, prefix="imdsproxy_hub_"):
         return self.started_at
 
     def etcd_age_seconds(self) -> Gauge:
-        """Seconds since the last sign of etcd; five or less while it answers."""
+        """Seconds since the last change received from etcd; five or less while etcd answers."""
         return self.hub.replica.age_s()
 
     def etcd_revision(self) -> Gauge:
-        """Up to which the hub knows etcd."""
+        """Revision of etcd that the hub has reached."""
         return self.hub.state.revision
 
     def etcd_member_up(self) -> Annotated[By, "gauge", "member"]:
@@ -125,8 +123,8 @@ class HubMetrics(Exposed, prefix="imdsproxy_hub_"):
         return {one.url: isinstance(one, MemberStatus) for one in self.members}
 
     def etcd_member_problems(self) -> Annotated[By, "gauge", "member"]:
-        """What a member that answers says is wrong with it: an alarm as NOSPACE, or that it knows no leader;
-        `imdsproxy fleet status` has its words.
+        """Number of problems that an answering member reports, such as the alarm NOSPACE or no leader;
+        `imdsproxy fleet status` has the texts.
         """
         return {one.url: len(one.problems) for one in self._answering()}
 
@@ -135,16 +133,16 @@ class HubMetrics(Exposed, prefix="imdsproxy_hub_"):
         return {one.url: one.db_size for one in self._answering()}
 
     def etcd_quota_bytes(self) -> Annotated[By, "gauge", "member"]:
-        """How large it may be: then nothing is written any more."""
+        """Maximum size of a member's database; at this size etcd refuses writes."""
         return {one.url: one.quota for one in self._answering() if one.quota}
 
     def placed_instances(self) -> Gauge:
-        """Instances on hosts, as etcd has it; one that moves counts on both. All hubs have the same."""
+        """Instances placed on hosts; an instance that moves counts on both. Equal on all hubs."""
         return self.hub.state.count_placed()
 
     def hosts(self) -> Annotated[By, "gauge", "state"]:
-        """Hosts of the fleet by state: invited, enrolled, revoked, or unreadable where another program wrote its value.
-        All hubs have the same.
+        """Hosts of the fleet by state: invited, enrolled, revoked, or unreadable if another program wrote the value.
+        Equal on all hubs.
         """
         state = self.hub.state
         hosts = (
@@ -154,16 +152,16 @@ class HubMetrics(Exposed, prefix="imdsproxy_hub_"):
         return {one.value: states[one.value] for one in HostState}
 
     def connected_hosts(self) -> Gauge:
-        """Hosts that are connected to this hub."""
+        """Hosts connected to this hub."""
         return len(self.hub.streams.hosts)
 
     def behind_hosts(self) -> Gauge:
-        """Those on which something is not in force: it failed there, or was not acknowledged for ten seconds."""
+        """Connected hosts on which an item failed or a revision is unacknowledged for ten seconds."""
         return self.behind
 
     def host_differences(self) -> Count:
-        """How often a host had other items than are placed on it, and was given the difference: a fault of imdsproxy's,
-        or of its disk or memory. The hub's log and `imdsproxy fleet status` name it.
+        """Number of times that a host's items differed and the hub sent the difference: a fault of imdsproxy, or of a
+        disk or memory. The hub's log and `imdsproxy fleet status` name the host.
         """
         return self.hub.streams.differed
 
@@ -172,36 +170,35 @@ class HubMetrics(Exposed, prefix="imdsproxy_hub_"):
         return len(absent_hubs(self.hub.state))
 
     def silent_hubs(self) -> Gauge:
-        """Other hubs that follow etcd and do not answer this one; of their hosts nothing is known here."""
+        """Other hubs that follow etcd and do not answer this hub, which knows nothing about their hosts then."""
         return self.silent
 
     def restore_suspected(self) -> Gauge:
-        """1 while hubs or hosts suspect that etcd was restored from a backup; `imdsproxy fleet status` says why."""
+        """1 while hubs or hosts suspect that etcd was restored from a backup; `imdsproxy fleet status` has the reason.
+        """
         return self._suspicion() is not None
 
     def writes_stopped(self) -> Gauge:
-        """1 while nothing is written because of that, until `imdsproxy fleet accept-restore`."""
+        """1 while hubs write nothing because of a suspected restore, until `imdsproxy fleet accept-restore`."""
         found = self._suspicion()
         return found is not None and found.refuses
 
     def refused_values(self) -> Gauge:
-        """Keys of etcd that another program wrote or deleted: what was before counts. `imdsproxy fleet status` names
-        them.
+        """Keys of etcd that another program wrote or deleted; the earlier values stay in force. `imdsproxy fleet
+        status` names the keys.
         """
         return len(self.hub.state.problems)
 
     def loop_failures(self) -> Annotated[By, "counter", "loop"]:
-        """How often a part of the hub failed unexpectedly, and was started again: a fault of imdsproxy's. The hub's log
-        has it, and `imdsproxy fleet status` for an hour.
+        """Number of unexpected failures of a part of the hub, which was restarted: a fault of imdsproxy. The hub's log
+        has the failure; `imdsproxy fleet status` shows it for an hour.
         """
         return self.hub.background.failed
 
     def token_keys_unreadable(self) -> Gauge:
-        """1 while the newest keys of session tokens in etcd cannot be read: those before stay in force."""
+        """1 while the newest session token keys in etcd cannot be read; the earlier keys stay in force."""
         return self.hub.token_keys.problem is not None
 
     def certificate_end_seconds(self) -> Annotated[By, "gauge", "certificate"]:
-        """Unix time at which a certificate in the hub's directory ends: authority, hub, and operator where that one is
-        there.
-        """
+        """Unix time at which a certificate in the hub's directory expires: authority, hub, and operator if present."""
         return self.ends

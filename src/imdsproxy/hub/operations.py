@@ -1,4 +1,4 @@
-"""What the routes of a hub's API work with, and who may use them."""
+"""Operations behind the routes of a hub's API, and their results."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ WITHHELD: Final = "it is not in force there: an operator of all projects sees wh
 
 @dataclass(frozen=True, slots=True)
 class FleetWritten(Written):
-    """A change of a fleet's records.
+    """Result of a change of a fleet's records.
 
     Attributes:
-        revision: With which it came.
-        hosts: Where it has to be in force.
+        revision: Revision of the change.
+        hosts: Hosts on which the change must be in force.
     """
 
     revision: int = 0
@@ -60,11 +60,11 @@ class FleetWritten(Written):
 
 @dataclass(frozen=True, slots=True)
 class Importing:
-    """A large import that goes on, whether it is asked about or not.
+    """Large import that runs in the background.
 
     Attributes:
-        importing: Its name.
-        progress: How far it is.
+        importing: Name of the import.
+        progress: Steps with their progress.
     """
 
     importing: str
@@ -73,10 +73,10 @@ class Importing:
 
 @dataclass(frozen=True, slots=True)
 class Moved(FleetWritten):
-    """A step of a move.
+    """Result of one step of a move.
 
     Attributes:
-        serving: The hosts that the instance is on now; `hosts` has those that it left too.
+        serving: Current hosts of the instance; `hosts` also has the hosts that it left.
     """
 
     serving: tuple[str, ...] = ()
@@ -84,14 +84,14 @@ class Moved(FleetWritten):
 
 @dataclass(frozen=True, slots=True)
 class FleetHost:
-    """A host of the fleet.
+    """Host of the fleet.
 
     Attributes:
-        state: `invited`, `enrolled`, `revoked`, or `unreadable` where another program wrote its value.
-        hub: To which it is connected; `None` where to none.
-        acknowledged: The revision up to which everything is in force there.
-        instances: How many are placed on it.
-        failed: What is not in force there, and why.
+        state: `invited`, `enrolled`, `revoked`, or `unreadable` if another program wrote its value.
+        hub: Hub to which the host is connected; `None` if it is not connected.
+        acknowledged: Last revision that the host has acknowledged.
+        instances: Number of instances placed on the host.
+        failed: Items that are not in force on the host, with reasons.
     """
 
     host: str
@@ -104,28 +104,28 @@ class FleetHost:
 
 @dataclass(frozen=True, slots=True)
 class FleetStatus:
-    """A fleet at one moment, as this hub sees it.
+    """Status of a fleet at one moment, as this hub sees it.
 
     Attributes:
-        incarnation: One more each time that a restored backup was accepted.
-        revision: Up to which this hub knows etcd.
-        suspect: Why etcd may be restored from a backup.
-        writes_stopped: Nothing is written because of that; not where a single host says so.
-        hubs: Every hub, with its URL, whether it answers this one, and since when it is absent, Unix time.
-        hosts: How many are enrolled.
-        connected: How many of them are connected to a hub.
-        behind: Connected ones on which something is not in force.
-        absent: Enrolled ones that are not connected, by name.
-        renewing: Enrolled ones that have no certificate yet since the fleet's CAs were changed.
-        authority_ends: When the certificate of the CA that signs ends, Unix time; no other is good for longer.
-        regained: What etcd had lost and hubs put back, by whose it is: memberships, revocations, overrides.
-        problems: By key of etcd, values that another program wrote; by `host NAME`, that a host had other items than
-            are placed on it, or shows a certificate that is not good any more; by `loop NAME`, that a part of the hub
-            failed and was started again; by `hub NAME`, why this hub serves no host; by `etcd`, that it has no quorum.
-        token_keys: Why the newest keys of session tokens cannot be read; those before them stay in force.
-        imports: Unfinished ones: how many records of how many. None is known while etcd is away.
-        etcd: Its members: `url`, `leads`, size and quota of the database in bytes, and `problems` in words.
-        readiness: Whether changes can be made, and what is degraded: what `fleet status --check` goes by.
+        incarnation: Number that rises each time an operator accepts a restored backup.
+        revision: Revision of etcd that this hub has reached.
+        suspect: Reason to suspect that etcd was restored from a backup.
+        writes_stopped: Hubs write nothing because of the suspicion. A single host's claim does not stop writes.
+        hubs: All hubs, each with its URL, whether it answers this hub, and the start of its absence (Unix time).
+        hosts: Number of enrolled hosts.
+        connected: Number of enrolled hosts that are connected to a hub.
+        behind: Names of enrolled hosts with failed items.
+        absent: Names of enrolled hosts that are not connected.
+        renewing: Names of enrolled hosts whose certificates predate the last change of the fleet's CAs.
+        authority_ends: Expiry of the signing CA's certificate (Unix time); other certificates expire no later.
+        regained: Memberships, revocations and overrides that etcd had lost and hubs put back, by owner.
+        problems: Reasons by subject. An etcd key: another program wrote or deleted its value. `host NAME`: the host
+            had other items than its own, or presents an invalid certificate. `loop NAME`: a part of the hub failed and
+            was restarted. `hub NAME`: this hub serves no host. `etcd`: the quorum is lost.
+        token_keys: Reason why the newest keys of session tokens cannot be read; the older keys stay in force.
+        imports: Unfinished imports with the number of stored records and of all records; empty while etcd is away.
+        etcd: Members of etcd: `url`, `leads`, size and quota of the database in bytes, and `problems` in words.
+        readiness: Whether changes are possible, and reasons for a degraded state; `fleet status --check` uses it.
     """
 
     fleet: str
@@ -152,19 +152,19 @@ class FleetStatus:
 
 @dataclass(slots=True)
 class Operations:
-    """The parts of a hub that its API uses.
+    """Parts of a hub that its API uses.
 
     Args:
         etcd: The store.
-        state: This hub's copy of it.
-        streams: The hosts of this hub.
-        writes: What changes records.
-        peers: The other hubs.
-        restores: What is done about an etcd that lacks what was there.
-        clock: The time.
-        complete: Set while the copy has everything.
-        token_keys: This hub's keys of session tokens, where it has certificates and so an envelope.
-        authority: The fleet's CA, where this hub has certificates.
+        state: This hub's copy of etcd.
+        streams: Streams to this hub's hosts.
+        writes: Writes to etcd.
+        peers: Other hubs.
+        restores: Handling of a restored etcd.
+        clock: Monotonic and Unix time.
+        complete: Set once the copy is complete.
+        token_keys: Session token keys, if this hub has certificates and so an envelope.
+        authority: CA of the fleet, if this hub has certificates.
         loop_failures: See `Background.failures`.
         unready: See `Hub.unready`.
     """
@@ -184,7 +184,7 @@ class Operations:
     imports: dict[str, tuple[Import, asyncio.Task[FleetWritten]]] = field(default_factory=dict)
 
     def begin(self, one: Import) -> str:
-        """Begin an import, unless it is under way; its name."""
+        """Start an import unless it runs already; return its name."""
 
         async def run() -> FleetWritten:
             done = await one.run()
@@ -196,7 +196,7 @@ class Operations:
         return one.name
 
     def progress(self, scope: str | None) -> list[Step]:
-        """How far imports are; of an operator of one project those alone that such operators began."""
+        """Return the progress of imports; with a scope, of the imports that operators of this project started."""
         imports = (one for one, _ in self.imports.values())
         return [
             step
@@ -207,22 +207,22 @@ class Operations:
 
     @property
     def passwords(self) -> Passwords:
-        """What guests posted."""
+        """Passwords that guests posted."""
         return Passwords(self.writes)
 
     @property
     def in_force(self) -> InForce:
-        """What waits for acknowledgements."""
+        """Waits for acknowledgements of hosts."""
         return InForce(self.streams, self.peers)
 
     def refuse_unknown(self, hosts: Iterable[HostId]) -> None:
-        """`NotFound` where the fleet has not all of these hosts."""
+        """Raise `NotFound` if the fleet lacks one of these hosts."""
         for host in hosts:
             if self.state.stored(host_key(host)) is None:
                 raise no_such_host(host)
 
     def holder_of(self, name: str) -> str | None:
-        """Return who has a name that no host may have, in words; `None` if it is free."""
+        """Return a description of the hub or operator that has a name; `None` if hosts may use the name."""
         places = (f"{prefix}{name}" for prefix in (layout.HUBS, layout.KNOWN_HUBS))
         if name == self.peers.name or any(self.state.stored(one) is not None for one in places):
             return "a hub"
@@ -233,12 +233,12 @@ class Operations:
     async def confirm(
         self, done: Done, items: Collection[ItemKey] | None, **counts: int
     ) -> FleetWritten:
-        """Wait until a change is in force on its hosts, and say where it is not.
+        """Wait until a change is in force on its hosts; return the result with the pending hosts.
 
         Args:
-            done: The change.
-            items: What it changed: only these count where something failed.
-            counts: Of `Written`.
+            done: Change to wait for.
+            items: Changed items; failures of other items do not count.
+            counts: Counts for `Written`.
         """
         pending = await self.in_force.wait(done.hosts, done.revision, items)
         return self.written(done, pending, **counts)
@@ -246,7 +246,7 @@ class Operations:
     def written(
         self, done: Done, pending: Mapping[HostId, str] | None = None, **counts: int
     ) -> FleetWritten:
-        """The answer to a change; an operator of one project does not get a host's words, as in `Caller.reported`."""
+        """Return the answer to a change; operators of one project get no error texts of hosts (`Caller.reported`)."""
         reasons = {
             host: why if done.scope is None or why in COMING else WITHHELD
             for host, why in (pending or {}).items()
@@ -261,13 +261,13 @@ class Operations:
         )
 
     async def confirm_network(self, done: Done, network: NetworkId) -> FleetWritten:
-        """The same of a network: it has to be in force on every host with an instance in it."""
+        """Wait until a network is in force on every host with an instance in the network."""
         item = f"network/{network}"
         everywhere = replace(done, hosts=done.hosts | self.state.hosts_with(item))
         return await self.confirm(everywhere, {item}, networks=1)
 
     async def report_hosts(self) -> list[FleetHost]:
-        """Every host, by name."""
+        """Return all hosts, sorted by name."""
         return self._hosts(await self.in_force.report_all())
 
     def _hosts(self, reported: Reported) -> list[FleetHost]:
@@ -290,7 +290,7 @@ class Operations:
         return found
 
     async def report(self) -> FleetStatus:
-        """The fleet at one moment."""
+        """Return the status of the fleet."""
         (reported, answering), (imports, damaged), members = await asyncio.gather(
             self.in_force.ask_hubs(), self._imports(), self.etcd.status()
         )
@@ -357,12 +357,12 @@ class Operations:
         return found
 
     async def _imports(self) -> tuple[list[Journal], dict[str, str]]:
-        """Unfinished imports, and by key why a journal cannot be read."""
+        """Return unfinished imports, and the reasons for unreadable journals by key."""
         found, damaged = list[Journal](), dict[str, str]()
         try:
             journals = await self.etcd.read(layout.IMPORTS, prefix_end(layout.IMPORTS))
         except (EtcdUnavailable, Compacted):
-            # The members' problems are reported beside it.
+            # The report has the members' problems as well.
             return found, damaged
         for one in journals.kvs:
             try:
@@ -376,11 +376,10 @@ class Operations:
     async def ask_host(
         self, host: HostId, path: str, query: Mapping[str, str], method: str = "GET"
     ) -> Any:  # noqa: ANN401 - JSON
-        """What a host's admin API answers, wherever the host is connected.
+        """Return the answer of a host's admin API (`status` and `body`), whichever hub the host is connected to.
 
         Raises:
-            HostAnswered: It answered with an error.
-            SourceUnavailable: It is not connected, or does not answer.
+            SourceUnavailable: The host is not connected, or does not answer.
         """
         target = f"{path}?{urlencode(query)}" if query else path
         answer = await self.ask_here(host, target, method)
@@ -393,7 +392,7 @@ class Operations:
         return answer
 
     async def ask_here(self, host: HostId, path: str, method: str) -> dict[str, Any] | None:
-        """Its answer, where it is connected to this hub: `status` and `body`."""
+        """Return the answer (`status` and `body`) of a host that is connected to this hub, otherwise `None`."""
         if host not in self.streams.hosts:
             return None
         answer = await self.streams.ask(host, path, _ASK_S, method)
@@ -401,7 +400,7 @@ class Operations:
 
 
 def _lost_quorum(members: Collection[MemberStatus | MemberSilent]) -> str | None:
-    """Why nothing is read or written, where members answer and none of them knows a leader."""
+    """Return the reason for a lost quorum: members answer, but none knows a leader; otherwise `None`."""
     answering = [one for one in members if isinstance(one, MemberStatus) or one.leaderless]
     if not answering or any(isinstance(one, MemberStatus) and one.leader for one in answering):
         return None
@@ -427,12 +426,12 @@ def _member(member: MemberStatus | MemberSilent) -> dict[str, Any]:
 
 
 def no_such_host(host: HostId) -> NotFound:
-    """The error to raise where there is no host of this name that the caller may know."""
+    """Return the error for a host that does not exist or that the caller may not know."""
     return NotFound(f"the fleet has no host {host}", hint="imdsproxy fleet hosts")
 
 
 def path_on_host(*steps: str) -> str:
-    """A route of a host's admin API, each step quoted."""
+    """Return a path of a host's admin API, with each step quoted."""
     return "/v1/" + "/".join(quote(step, safe="") for step in steps)
 
 

@@ -1,7 +1,7 @@
-"""A hub's copy of what etcd has: read once, then followed; what etcd loses is noticed, and stays here.
+"""Replication of etcd into a hub's copy: read once, then watched. The copy keeps values that etcd loses.
 
-A hub writes two keys for itself: a beat every few seconds, by which every watch shows that it is alive, and where the
-hub is. What it writes about a restored backup is in `restores`.
+A hub writes two keys for itself: its URL, and a beat every few seconds, by which all watches show that they are alive.
+Module `restores` writes claims of a restored backup.
 """
 
 from __future__ import annotations
@@ -45,21 +45,21 @@ from imdsproxy.hub.streams import Streams
 BEAT_S: Final = 5.0
 LEASE_S: Final = 15
 SILENT_S: Final = 30.0
-"""So long after its last answer etcd is taken for gone: a beat is due every five seconds."""
+"""Seconds without an answer after which etcd counts as gone; a beat is due every five seconds."""
 
 COMPARE_S: Final = 600.0
 AT_ONCE: Final = 500
-"""Keys that are folded in before the event loop, which has hosts waiting, does other work: 10 ms."""
+"""Number of keys to apply before the event loop does other work for waiting hosts: 10 ms."""
 
 _LATE_S: Final = 1.0
-"""So long the watch may take to show what is written."""
+"""Maximum delay of the watch after a write."""
 
 _MOST_BEHIND: Final = 1000
-"""Beats of which a hub's journal may not know: it is written every five seconds."""
+"""Maximum number of beats that a hub's journal may lag behind; it is written every five seconds."""
 
 _MOST_RECOVERED: Final = 100
 _VERSIONS: Final = 5
-"""Versions of an unreadable key that are looked at."""
+"""Number of older versions of an unreadable key to try."""
 
 _LEAVE_S: Final = 2.0
 _REVIEWED: Final = (layout.BEAT, layout.HUBS, *LASTING)
@@ -69,22 +69,22 @@ _log = structlog.get_logger()
 
 @dataclass(slots=True)
 class Replica:
-    """The copy, and where its changes go.
+    """Keeps the copy in step with etcd and sends changes to hosts.
 
     Args:
         etcd: The store.
-        state: The copy.
-        streams: The hosts of this hub.
-        name: This hub's.
-        url: How others reach it.
-        clock: The time.
-        random: Jitter, and the fleet's UUID where there is none yet.
-        restores: What is done about an etcd that lacks what was there.
+        state: Copy to update.
+        streams: Streams to this hub's hosts.
+        name: Name of this hub.
+        url: URL at which other hubs reach this hub.
+        clock: Monotonic and Unix time.
+        random: Source of jitter, and of the UUID of a new fleet.
+        restores: Handling of a restored etcd.
 
     Attributes:
-        complete: Set while the copy has everything.
-        failure: Why etcd is not followed now.
-        heard: When etcd was last heard, by the monotonic clock.
+        complete: Set once the copy is complete.
+        failure: Reason why the hub does not follow etcd now.
+        heard: Time of the last change received from etcd, by the monotonic clock.
     """
 
     etcd: Etcd
@@ -110,14 +110,14 @@ class Replica:
         self.restores.fold = partial(self._fold, 0)
 
     def age_s(self) -> float:
-        """Seconds since etcd was heard."""
+        """Return the seconds since the last change received from etcd."""
         return self.clock.monotonic() - self.heard
 
     async def run(self) -> None:
-        """Follow etcd until cancelled; while it is away the copy stays.
+        """Follow etcd until cancelled; the copy stays during an outage.
 
         Raises:
-            SourceCorrupt: The fleet is of a format that this hub does not know.
+            SourceCorrupt: The fleet has an unknown format, or its own key is missing.
         """
         backoff = Backoff(0.1, 5.0)
         reading = True
@@ -126,7 +126,7 @@ class Replica:
                 if reading or self._doubtful:
                     await self._read()
                     reading, self._last = False, frozenset()
-                # What came last comes again: unless etcd has another history, which has revisions of the same numbers.
+                # The watch repeats the last events, unless etcd has another history with the same revision numbers.
                 expected = self._last
                 begin = self._at if expected else self._at + 1
                 async with (
@@ -139,7 +139,7 @@ class Replica:
                             break
                         expected = frozenset()
                         folded = [change_of(one) for one in changes.events]
-                        # All else of another incarnation is to be seen with it.
+                        # A new incarnation is read together with all its other keys.
                         if reading := self._doubtful or self._begins_anew(folded):
                             break
                         self._at = changes.revision
@@ -161,25 +161,25 @@ class Replica:
                 await asyncio.sleep(backoff.fail() * self.random.uniform(0.5, 1.0))
 
     def _begins_anew(self, changes: Iterable[Change]) -> bool:
-        """Whether the fleet gets another incarnation, as an operator accepted a restore, or is another fleet."""
+        """Return whether the changes have another fleet or incarnation; an accepted restore raises the latter."""
         metas = [_meta_of(one, self.state.meta) for one in changes if one.key == layout.META]
         known = self.state.meta.fleet, self._incarnation
         return any((one.fleet, one.incarnation) != known for one in metas)
 
     async def _read(self) -> None:
-        """Read all keys; found the fleet if etcd is empty and this hub knows none."""
+        """Read all keys; create the fleet if etcd is empty and this hub knows no fleet."""
         snapshot = await self.etcd.read(layout.PREFIX, prefix_end(layout.PREFIX))
         known = self.restores.known()
         if not known.fleet and not snapshot.kvs:
             await self._found_fleet()
             snapshot = await self.etcd.read(layout.PREFIX, prefix_end(layout.PREFIX))
         found = next((one for one in snapshot.kvs if one.key == layout.META), None)
-        # A fleet whose own key is deleted is the one that this hub knows.
+        # If the fleet's own key was deleted, this hub goes on with the fleet that it knows.
         meta_now = known if found is None else _meta_of(change_of(found), known)
         if found is not None and not meta_now.fleet:
             older = await self._last_good(layout.META, found.mod_revision)
             meta_now = known if older is None else _meta_of(older, known)
-        # Where it cannot be read, this hub says so, and serves no host until it is mended.
+        # If the key is unreadable, this hub reports that, and serves no host until it is repaired.
         if found is None and not meta_now.fleet:
             raise SourceCorrupt(
                 "etcd has records of a fleet, and not the fleet itself: its key was deleted",
@@ -195,17 +195,17 @@ class Replica:
                 hint="upgrade this hub",
             )
         if found is None or _readable(found):
-            # An unreadable beat is none that went back.
+            # An unreadable beat does not count as one that went back.
             beats = self._beats_in(snapshot)
             at = Position(meta_now.fleet, meta_now.incarnation, snapshot.revision, beats)
             self.restores.look_back(at)
         before = self._incarnation or self.restores.journal.position.incarnation
         self._incarnation = meta_now.incarnation
         if not self.state.meta.fleet:
-            # Until the fleet's own key is folded in: what has no incarnation, no host takes for an acceptance.
+            # Until the fleet's own key is applied; hosts take no fleet without an incarnation for an acceptance.
             self.state.meta = known
         if meta_now.incarnation > before:
-            # The first, or an operator accepted a restored backup: all that was held back is let go.
+            # First read, or an operator accepted a restored backup: drop all values that were held back.
             draft = self.state.successor()
             await self._replace(draft, snapshot.revision, snapshot.kvs, accepted=True)
         else:
@@ -226,7 +226,7 @@ class Replica:
         return 0
 
     async def _recover(self) -> None:
-        """Look in etcd's history for the last good values of keys that cannot be read, where this hub has none."""
+        """Search etcd's history for last good values of unreadable keys for which this hub has none."""
         unread = [one for one in self.state.unreadable.items() if self.state.value(one[0]) is None]
         for key, now in unread[:_MOST_RECOVERED]:
             older = await self._last_good(key, now.mod_revision)
@@ -236,7 +236,7 @@ class Replica:
                 _log.info("last good value found", key=key, revision=older.mod_revision)
 
     async def _last_good(self, key: str, revision: int) -> Change | None:
-        """The last value of a key before a revision, if it is readable and etcd still has it."""
+        """Return the last readable value of a key before a revision, if etcd still has it."""
         for _ in range(_VERSIONS):
             try:
                 kvs = (await self.etcd.read(key, revision=revision - 1)).kvs
@@ -257,7 +257,7 @@ class Replica:
         await self.etcd.commit([absent(layout.META)], {layout.META: meta})
 
     def _refuse_fleet(self, known: str, found: str) -> None:
-        """Take over nothing of another fleet: the hosts of this one would refuse it, and lose their hub."""
+        """Refuse another fleet's records: the hosts would refuse them, and lose their hub."""
         self.state.lost[layout.META] = f"of another fleet, {found}"
         raise EtcdUnavailable(
             f"etcd has fleet {found}, and this hub is of fleet {known}",
@@ -266,7 +266,7 @@ class Replica:
         )
 
     async def _fold_all(self, snapshot: Snapshot) -> None:
-        """Everything that etcd has: what is not in it is gone."""
+        """Apply a complete snapshot: keys that are not in the snapshot were deleted."""
         changes = await self._differing(snapshot, max(snapshot.revision, self.state.revision))
         if len(changes) <= AT_ONCE:
             self._fold(snapshot.revision, changes)
@@ -275,7 +275,10 @@ class Replica:
             await self._replace(draft, snapshot.revision, changes, accepted=False)
 
     async def _differing(self, snapshot: Snapshot, newest: int) -> list[Change]:
-        """What folding a snapshot in would change of values that are not newer than `newest`; it is used up."""
+        """Return the changes between the copy and a snapshot, except for values newer than `newest`.
+
+        The call empties the snapshot.
+        """
         found, differing = set[str](), list[Change]()
         async for part in _slices(snapshot.kvs):
             found.update(one.key for one in part)
@@ -291,7 +294,7 @@ class Replica:
         *,
         accepted: bool,
     ) -> None:
-        """Fold changes into a copy in slices, and have it take the place of the state at once."""
+        """Apply changes to a draft in slices, then replace the state with the draft at once."""
         touched: dict[HostId, set[ItemKey]] = {}
         keys: list[str] = []
         with garbage_left():
@@ -303,10 +306,10 @@ class Replica:
             draft.regain(self.state)
             draft.doubted |= self.state.doubted and not accepted
             self.state.become(draft)
-            # Only now: the revision of before an acceptance is not one of the new incarnation.
+            # Set the incarnation last: until here the revision belonged to the old incarnation.
             self.restores.incarnation = self._incarnation
         if accepted:
-            # Before waits look again: what hosts acknowledged until now says nothing of what was written since.
+            # End streams before waits look again: earlier acknowledgements do not cover the new incarnation.
             self.streams.renew_all()
         keys += [*draft.unreadable, *draft.lost, *draft.ahead]
         self._take(touched, keys, accepted=accepted)
@@ -325,9 +328,9 @@ class Replica:
         """Process changed keys.
 
         Args:
-            touched: As of `FleetState.apply`.
-            keys: All that may be others.
-            accepted: An operator has accepted what etcd has, so nothing that it lacks is suspicious.
+            touched: Result of `FleetState.apply`.
+            keys: Keys that may have changed.
+            accepted: An operator has accepted the contents of etcd, so values that etcd lacks are not suspicious.
         """
         self.heard, self.failure = self.clock.monotonic(), None
         self.restores.review(keys, accepted=accepted)
@@ -341,7 +344,7 @@ class Replica:
                     revision=unread.mod_revision,
                     reason=unread.why,
                 )
-        # The first, however many keys there are: each would be a read of etcd.
+        # Only the first lost key becomes evidence, since each evidence costs a read of etcd.
         lost = min((key for key in keys if key in self.state.lost), key=_weight, default=None)
         if lost is not None:
             self.restores.suspect(Evidence(f"{lost} is {self.state.lost[lost]}"))
@@ -349,10 +352,10 @@ class Replica:
         of_hosts = (key for key in keys if key.startswith(layout.HOSTS))
         self.streams.review(HostId(key.removeprefix(layout.HOSTS)) for key in of_hosts)
 
-    # What hubs write for themselves
+    # Keys that hubs write for themselves
 
     async def beat(self) -> None:
-        """Write the beat where no other hub does, and where this hub is; until cancelled: then it is there no more."""
+        """Write this hub's URL, and the beat if no other hub does, until cancelled; then remove the URL."""
         lease = 0
         await self.complete.wait()
         try:
@@ -361,7 +364,7 @@ class Replica:
                     if not lease or not await self.etcd.keep_alive(lease):
                         lease, granted = 0, await self.etcd.grant(LEASE_S)
                         await self._say_where(granted)
-                        # Only now: a lease without the key would be kept alive for ever.
+                        # Set the lease last: a lease without its key would be kept alive for ever.
                         lease = granted
                     elif layout.HUBS + self.name in self.state.unreadable:
                         await self._say_where(lease)
@@ -369,7 +372,7 @@ class Replica:
                         await self._beat_once()
                     await keep_hub_records(self.etcd, self.state, self.name, self.url, self.clock)
                 except EtcdUnavailable as error:
-                    # `run` reports it: the watch is silent then.
+                    # `run` reports the outage, since the watch is silent too.
                     _log.debug("beat not written", reason=error.message)
                 await asyncio.sleep(BEAT_S * self.random.uniform(0.5, 1.0))
         finally:
@@ -381,34 +384,34 @@ class Replica:
         await self.etcd.commit([], {layout.HUBS + self.name: where}, lease=lease)
 
     async def _leave(self, lease: int) -> None:
-        """Have other hubs ask this one no more."""
+        """Remove this hub's URL, so that other hubs stop asking this hub."""
         try:
             async with asyncio.timeout(_LEAVE_S):
                 await self.etcd.revoke(lease)
         except (EtcdUnavailable, TimeoutError) as error:
-            # It ends by itself, after `LEASE_S`.
+            # The lease ends by itself after `LEASE_S`.
             _log.info("lease not ended", reason=str(error))
 
     async def _beat_once(self) -> int:
-        """Write a beat, unless another hub does; its revision."""
+        """Write a beat unless another hub does; return the beat's revision."""
         found, stored = self.state.value(layout.BEAT), self.state.stored(layout.BEAT)
         count = 0 if found is None else parse_beat(found[0]).count
-        # What another program wrote there is written over: without beats all watches are silent.
+        # Replace an unreadable beat: without beats all watches are silent.
         revision = 0 if stored is None else stored[1]
         if found is None and stored is not None:
-            # Above what the journal of any hub has.
+            # Start above the count in any hub's journal.
             count = self.restores.journal.position.beats + _MOST_BEHIND
         value = render_beat(Beat(count + 1, self.name))
         done = await self.etcd.commit([unchanged(layout.BEAT, revision)], {layout.BEAT: value})
         if isinstance(done, Conflict) and any(one.mod_revision < revision for one in done.kvs):
-            # Otherwise it is by another hub, and comes by the watch. What is older, no watch would say.
+            # A newer beat is another hub's, and the watch shows it. A watch would not show an older one.
             self._doubtful = True
         if isinstance(done, Committed):
             return done.revision
         return max((one.mod_revision for one in done.kvs), default=0)
 
     def expect(self, revision: int) -> None:
-        """Look whether the watch hangs, if it does not show a revision within `_LATE_S`."""
+        """Check whether the watch hangs if it does not show a revision within `_LATE_S`."""
         self._expected = max(self._expected, revision)
         asyncio.get_running_loop().call_later(_LATE_S, self._look_for_expected)
 
@@ -417,9 +420,9 @@ class Replica:
             self.etcd.doubted.set()
 
     async def prove_watch(self) -> None:
-        """Leave a member whose watch does not show a beat that etcd has; until cancelled.
+        """Leave a member whose watch does not show a beat that etcd has, until cancelled.
 
-        A member that hangs takes connections, and would be followed until it was silent for as long as two beats take.
+        A member that hangs accepts connections, so the hub would follow it until the silence of two beats.
         """
         while True:
             await self.etcd.doubted.wait()
@@ -436,9 +439,9 @@ class Replica:
                 self._limit.reschedule(asyncio.get_running_loop().time())
 
     async def compare(self) -> None:
-        """Compare with all of etcd now and then: a watch does not show what a restore has changed; until cancelled.
+        """Compare the copy with etcd regularly, until cancelled: a watch does not show changes by a restore.
 
-        What differs is read again by `run`, between two changes.
+        If the copy differs, `run` reads etcd again between two changes.
         """
         await self.complete.wait()
         while True:
@@ -449,14 +452,14 @@ class Replica:
             except (EtcdUnavailable, Compacted) as error:
                 _log.debug("not compared", reason=str(error))
                 continue
-            # What has changed since is newer here than there.
+            # Keys that changed since are newer in the copy than in the snapshot.
             if differing := await self._differing(snapshot, max(known, snapshot.revision)):
                 _log.info("etcd differs", keys=len(differing))
                 self._doubtful = True
 
 
 def _meta_of(change: Change, known: Meta) -> Meta:
-    """The fleet as a value of `META` says it; `known` where that is not readable."""
+    """Return the fleet in a value of `META`; `known` if the value is unreadable."""
     with suppress(layout.Unreadable):
         return known if change.value is None else layout.parse_meta(change.value)
     return known
@@ -470,14 +473,14 @@ def _readable(meta: KeyValue) -> bool:
 
 
 def _weight(key: str) -> tuple[bool, bool, str]:
-    """Sort what is lost: the fleet, its records, and last what hubs write for themselves."""
+    """Return the sort key of a lost key: the fleet first, then records, then the beat."""
     return key != layout.META, key == layout.BEAT, key
 
 
 async def _slices(of: list[KeyValue] | list[Change]) -> AsyncIterator[list[Change]]:
-    """A list from its end, a part at a time, between which the loop does other work; it is empty in the end.
+    """Yield parts of a list from its end, with pauses for the event loop; the list is empty afterwards.
 
-    Backwards, so that token keys come before the instances that each of them touches.
+    The order is backwards, so that token keys come before the instances that they touch.
     """
     while of:
         yield [one if isinstance(one, Change) else change_of(one) for one in of[-AT_ONCE:]]

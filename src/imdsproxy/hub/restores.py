@@ -1,7 +1,7 @@
-"""What a hub does about an etcd that was restored: claims of it, and what is put back. Writes of its own to etcd.
+"""Reaction of a hub to a restored etcd: claims of a restore, and lost values written back to etcd.
 
-Lasting values (`core.fleet.lasting`) are put back at once, since a revocation may not wait for an operator. Records
-are not: they wait for `fleet accept-restore`.
+The hub writes lasting values (`core.fleet.lasting`) back at once, since a revocation may not wait for an operator.
+Records wait for `fleet accept-restore`.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from imdsproxy.hub.state import Change, FleetState, change_of
 
 _AGAIN_S: Final = 1.0
 _MOST_PENDING: Final = 1000
-"""Claims that wait to be written: more witnesses would change nothing."""
+"""Maximum number of claims that wait to be written; more witnesses would change nothing."""
 
 _PUT_BACK: Final = 50
 
 Fold: TypeAlias = "Callable[[Sequence[Change]], None]"
-"""Folds what etcd answered into the copy."""
+"""Function that applies an answer of etcd to the copy."""
 
 _log = structlog.get_logger()
 
@@ -54,14 +54,14 @@ class Restores:
 
     Args:
         etcd: The store.
-        state: The copy.
-        name: This hub's.
-        journal: What outlives etcd.
+        state: This hub's copy of etcd.
+        name: Name of this hub.
+        journal: Journal, which outlives etcd.
         clock: Unix time.
 
     Attributes:
         fold: See `Fold`.
-        incarnation: Of what was read of etcd last.
+        incarnation: Incarnation at the last read of etcd.
     """
 
     etcd: Etcd
@@ -76,21 +76,21 @@ class Restores:
     _settled: asyncio.Event = field(default_factory=asyncio.Event)
 
     def known(self) -> Meta:
-        """Return the fleet as this hub knows it; of no incarnation if only the journal has it."""
+        """Return the fleet's metadata known to this hub; incarnation 0 if only the journal has the fleet."""
         return self.state.meta if self.state.meta.fleet else Meta(self.journal.position.fleet, 0)
 
     def look_back(self, found: Position) -> None:
-        """Suspect a restore if etcd is not as far as this hub has seen it, perhaps before it was started again."""
+        """Suspect a restore if etcd is behind this hub's journal, which survives restarts of the hub."""
         why = self.journal.position.lacks(found)
         if why is not None:
             self.suspect(Evidence(why))
 
     def review(self, keys: Sequence[str], *, accepted: bool) -> None:
-        """Write down what has to last of changed keys, and have put back what etcd has lost.
+        """Journal lasting values of changed keys, and schedule writing lost values back to etcd.
 
         Args:
-            keys: All that may be others.
-            accepted: An operator has accepted what etcd has, so nothing that it lacks is suspicious.
+            keys: Keys that may have changed.
+            accepted: An operator has accepted the contents of etcd, so values that etcd lacks are not suspicious.
         """
         self._write_down(keys)
         ahead = [key for key in keys if key in self.state.ahead]
@@ -103,7 +103,7 @@ class Restores:
             self.suspect(Evidence(f"etcd has lost of {whose}: {what}", regained=regained))
 
     def _write_down(self, keys: Iterable[str]) -> None:
-        """Have the journal note what it has to keep of these keys, and how far etcd is."""
+        """Journal the lasting values and the hub names of these keys, and etcd's position."""
         state, values = self.state, dict[str, bytes]()
         for key in keys:
             found = state.value(key)
@@ -118,7 +118,7 @@ class Restores:
         self.journal.advance(Position(fleet, self.incarnation, state.revision, beats))
 
     def _regained(self, keys: Iterable[str]) -> dict[str, str]:
-        """Return what is put back into etcd, in words."""
+        """Describe the values that the hub puts back into etcd, by owner."""
         state = self.state
         found = ((key, state.value(key)) for key in keys)
         return dict(
@@ -128,8 +128,8 @@ class Restores:
         )
 
     def suspect(self, evidence: Evidence) -> None:
-        """Have the evidence of a restore written."""
-        # One for each host, its last: a host may say hello as often as it likes.
+        """Queue evidence of a restore to be written to etcd."""
+        # Only the last evidence of each host is kept: a host may send a hello as often as it likes.
         host, before = evidence.host, self._evidence.get(evidence.host)
         self.state.doubted |= host is None
         if before is None and host is not None and len(self._evidence) >= _MOST_PENDING:
@@ -141,7 +141,7 @@ class Restores:
         self._noticed.set()
 
     def raise_guards(self, host: HostId, guards: Mapping[InstanceId, OperatorOverride]) -> None:
-        """Join guards that a host has in force; what etcd has lost of them is put back."""
+        """Join guards that a host has in force, and put guards back that etcd has lost."""
         raised = self.state.raise_guards(host, guards, self.clock.now().timestamp())
         if raised:
             self._write_down(raised)
@@ -151,19 +151,19 @@ class Restores:
             self.suspect(Evidence(why, host, regained=regained))
 
     async def run(self) -> None:
-        """Write claims, and put back what etcd has lost, until cancelled."""
+        """Write claims, and put back values that etcd has lost, until cancelled."""
         while True:
             while not (self._evidence or self.state.ahead):
                 self._settled.set()
                 self._noticed.clear()
                 await self._noticed.wait()
             if self._evidence:
-                # Before it is put back, operators can see what.
+                # Operators can see the lost values before the hub puts them back.
                 host = next(iter(self._evidence))
                 await self._note_at_last(*self._evidence.pop(host))
             else:
                 await self._put_back()
-                # The watch shows what was written, and a captured host has its pace limited.
+                # Wait for the watch to show the write; this also limits the pace of a captured host.
                 await asyncio.sleep(_AGAIN_S)
 
     async def _note_at_last(self, evidence: Evidence, incarnation: int) -> None:
@@ -180,14 +180,14 @@ class Restores:
                 return
 
     async def _note(self, evidence: Evidence, incarnation: int) -> bool:
-        """Write evidence beside what is written already.
+        """Add evidence to the suspicion in etcd.
 
         Args:
-            evidence: What was noticed.
-            incarnation: Of what was compared with etcd.
+            evidence: Evidence to add.
+            incarnation: Incarnation of this hub's copy when the hub noticed the evidence.
 
         Returns:
-            Whether it is written, or need not be.
+            Whether the evidence is written or has become unnecessary.
         """
         found, meta = await self.etcd.read(layout.SUSPECT), await self.etcd.read(layout.META)
         meta_now = None
@@ -198,7 +198,7 @@ class Restores:
             return True
         if meta_now is not None and self.known().fleet not in {"", meta_now.fleet}:
             return True
-        # What another hub noticed earlier an operator may have accepted by now.
+        # An operator may have accepted the restore since the hub noticed the evidence.
         if meta_now is not None and meta_now.incarnation > incarnation > 0:
             return True
         at, before = 0, None
@@ -217,7 +217,7 @@ class Restores:
         return isinstance(done, Committed)
 
     def _add(self, evidence: Evidence, before: Suspicion) -> Suspicion | None:
-        """Return the suspicion with the evidence; `None` where no claim counts."""
+        """Return the suspicion with the evidence; `None` if no claim counts."""
         if evidence.host is None:
             incarnation = max(self.journal.position.incarnation, self.state.meta.incarnation)
             return before.regain(evidence.regained).add_hub(self.name, incarnation)
@@ -231,7 +231,7 @@ class Restores:
         return member_in(self.state.value, host)
 
     async def _put_back(self) -> None:
-        """Write lasting values of which etcd has an older one or none: a restore takes none of them back."""
+        """Write lasting values that etcd lacks or has in an older version, so that a restore undoes none."""
         try:
             meta = (await self.etcd.read(layout.META)).kvs
             if any(_fleet_of(one.value) != self.known().fleet for one in meta):
@@ -254,12 +254,12 @@ class Restores:
             for whose, what in regained.items():
                 _log.warning("put back into etcd", whose=whose, what=what)
             return
-        # Another hub was first, or etcd has another value than this hub knew.
+        # Another hub was first, or etcd's value differs from this hub's copy.
         there = {one.key: change_of(one) for one in done.kvs}
         self.fold([there.get(key, Change(key, None, done.revision)) for key in puts])
 
     async def settle(self, within_s: float) -> None:
-        """Wait until all claims are written, and all that etcd has lost is put back, at most so long."""
+        """Wait until all claims are written and all lost values are put back, for at most `within_s`."""
         with suppress(TimeoutError):
             async with asyncio.timeout(within_s):
                 await self._settled.wait()

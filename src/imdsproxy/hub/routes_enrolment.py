@@ -1,4 +1,4 @@
-"""The routes by which hosts come into a fleet and out of it: for hosts to enrol and renew, for operators the rest."""
+"""Routes for a fleet's membership: hosts enrol and renew, operators invite and revoke."""
 
 from typing import Annotated, TypeAlias, cast
 
@@ -36,7 +36,7 @@ class _Body(BaseModel):
 
 
 class EnrolBody(_Body):
-    """What a host sends that joins."""
+    """Request of a host to join."""
 
     host: _Name
     token: str = Field(max_length=128, description="Of its invitation; good once.")
@@ -44,33 +44,33 @@ class EnrolBody(_Body):
 
 
 class RenewBody(_Body):
-    """What a host sends that renews its certificate."""
+    """Request of a host to renew its certificate."""
 
     request: _SigningRequest
 
 
 class InviteBody(_Body):
-    """Which host is invited."""
+    """Host to invite."""
 
     host: _Name
     valid_s: float = Field(default=INVITATION_S, ge=SHORTEST_INVITATION_S, le=LONGEST_INVITATION_S)
 
 
 class RevokeBody(_Body):
-    """Which host, or which operator or hub, is not accepted any more."""
+    """Host, operator or hub to revoke."""
 
     name: _Name
 
 
 class InvitationShape(BaseModel):
-    """What a host joins with."""
+    """Invitation for a host to join with."""
 
     host: str
     invitation: str = Field(description="For `imdsproxy fleet join`. A secret, good once.")
 
 
 class RevokedShape(BaseModel):
-    """From which revision on it is so, and why the hub's journal does not have it yet."""
+    """Revision of a revocation, and the reason why the hub's journal lacks it."""
 
     name: str
     revision: int
@@ -79,13 +79,13 @@ class RevokedShape(BaseModel):
 
 @enrolment.post("/enrol")
 async def enrol(body: EnrolBody, enrolment: _Uses) -> Certified:
-    """For a host with a token: its certificate."""
+    """Issue a certificate to a host with an invitation's token."""
     return await enrolment.enrol(HostId(body.host), body.token, body.request)
 
 
 @enrolment.post("/renew")
 async def renew(body: RenewBody, caller: OfHost, enrolment: _Uses) -> Certified:
-    """For a host with a certificate: the next one."""
+    """Issue the next certificate to a host that presents its current one."""
     return await enrolment.renew(caller.identity, body.request)
 
 
@@ -93,7 +93,7 @@ async def renew(body: RenewBody, caller: OfHost, enrolment: _Uses) -> Certified:
 async def invite(
     body: InviteBody, operations: Uses, _: FleetOperator, enrolment: _Uses
 ) -> InvitationShape:
-    """A one-time token for a host, in a string with what else it needs."""
+    """Create an invitation for a host: a string with a one-time token, the hubs' URLs and the CA's fingerprint."""
     urls = [
         parse_hub(found[0]).url
         for key in operations.state.keys(layout.HUBS)
@@ -107,7 +107,7 @@ async def invite(
 async def revoke_host(
     body: RevokeBody, _: FleetOperator, enrolment: _Uses, operations: Uses
 ) -> RevokedShape:
-    """Accept a host no more: its stream is cut, its certificate and token are no longer good."""
+    """Revoke a host: hubs end its stream and refuse its certificate and token."""
     revision = await enrolment.revoke(HostId(body.name))
     problem = operations.restores.journal.problem
     return RevokedShape(name=body.name, revision=revision, not_journaled=problem)
@@ -117,7 +117,7 @@ async def revoke_host(
 async def revoke_operator(
     body: RevokeBody, _: FleetOperator, enrolment: _Uses, operations: Uses
 ) -> RevokedShape:
-    """Accept no certificate of this name of an operator or hub any more, also none that is made later."""
+    """Revoke an operator or hub: refuse all certificates of this name, including later ones."""
     revision = await enrolment.revoke_operator(body.name)
     problem = operations.restores.journal.problem
     return RevokedShape(name=body.name, revision=revision, not_journaled=problem)

@@ -1,4 +1,4 @@
-"""The routes below `/fleet`: its hosts and hubs, what is in force where, and what hubs ask each other."""
+"""Routes below `/fleet`: hosts and hubs, revisions in force, and requests between hubs."""
 
 import base64
 import uuid
@@ -38,7 +38,7 @@ _SETTLE_S: Final = 5.0
 
 
 class WaitBody(BaseModel):
-    """What has to be in force, and where."""
+    """Revision that must be in force, and the hosts to wait for."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -48,7 +48,7 @@ class WaitBody(BaseModel):
 
 
 class AppliedBody(BaseModel):
-    """As `WaitBody`, of hosts that may be connected to the hub that is asked."""
+    """Request of another hub to wait for hosts that may be connected to this hub; see `WaitBody`."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -60,7 +60,7 @@ class AppliedBody(BaseModel):
 
 
 class ResealBody(BaseModel):
-    """From where to go on."""
+    """Position from which to continue."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -68,7 +68,7 @@ class ResealBody(BaseModel):
 
 
 class AskBody(BaseModel):
-    """A request to the admin API of a host."""
+    """Request to the admin API of a host."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -78,7 +78,7 @@ class AskBody(BaseModel):
 
 
 class LeaveBody(BaseModel):
-    """Of which instance a host is no longer the place."""
+    """Instance that has left a host, or did not arrive there."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -87,7 +87,7 @@ class LeaveBody(BaseModel):
 
 
 class PasswordPost(BaseModel):
-    """What the guest of an instance posted to a host."""
+    """Password that the guest of an instance posted to a host."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -96,7 +96,7 @@ class PasswordPost(BaseModel):
 
 
 class LeftShape(BaseModel):
-    """Whether the host is no longer one of the instance's."""
+    """Whether the instance is no longer placed on the host."""
 
     left: bool
 
@@ -106,19 +106,22 @@ async def show_fleet(
     operations: Uses,
     _: Annotated[Caller, Depends(Admits(Role.OPERATOR, Role.READER, all_projects=True))],
 ) -> FleetStatus:
-    """The fleet at one moment."""
+    """Show the status of the fleet."""
     return await operations.report()
 
 
 @fleet.get("/hosts")
 async def list_hosts(operations: Uses, _: FleetReader) -> list[FleetHost]:
-    """Every host, and what is in force there."""
+    """List all hosts, with their acknowledged revisions and failed items."""
     return await operations.report_hosts()
 
 
 @fleet.post("/wait")
 async def wait(body: WaitBody, operations: Uses, caller: Reader) -> FleetWritten:
-    """Return once a revision is in force on these hosts, or say where it is not; of a project, its records alone."""
+    """Wait until a revision is in force on these hosts; return the hosts where it is pending.
+
+    For an operator of one project, only the project's records count.
+    """
     views = caller.views(operations)
     hosts = views.placed_hosts()
     if body.hosts is not None:
@@ -136,11 +139,11 @@ async def wait(body: WaitBody, operations: Uses, caller: Reader) -> FleetWritten
 
 @fleet.post("/accept-restore")
 async def accept_restore(operations: Uses, _: FleetOperator) -> FleetWritten:
-    """Accept what etcd has as the truth after a restore: hosts remove what it lacks.
+    """Accept the contents of etcd after a restore: hosts remove items that etcd lacks.
 
     Memberships, revocations and operator overrides that etcd had lost stay in force; the warnings name them.
     """
-    # What is put back before the acceptance, hosts get with it.
+    # Hosts get values with the acceptance if the hub puts them back before it.
     await operations.restores.settle(_SETTLE_S)
     revision, regained = await operations.writes.accept_restore()
     done = Done(revision, frozenset(operations.state.enrolled()))
@@ -150,31 +153,31 @@ async def accept_restore(operations: Uses, _: FleetOperator) -> FleetWritten:
 
 @fleet.post("/reseal")
 async def reseal_secrets(body: ResealBody, operations: Uses, _: FleetOperator) -> Resealed:
-    """Seal secrets with the newest key of this hub, and for some seconds those that another key has sealed."""
+    """Make all hubs seal with this hub's newest key, then reseal existing secrets for some seconds."""
     return await reseal(operations, body.after)
 
 
 @fleet.get(ALIVE_PATH.removeprefix("/fleet"), include_in_schema=False)
 async def show_alive() -> JSONResponse:
-    """For operators and hubs, before they ask what takes long: this hub does not hang."""
+    """Show that this hub does not hang; operators and hubs ask this before slow requests."""
     return JSONResponse({})
 
 
 @fleet.get("/envelope", include_in_schema=False)
 async def show_envelope(operations: Uses, _: OfHub) -> JSONResponse:
-    """For other hubs: which keys this one opens secrets with, by their fingerprints."""
+    """Show other hubs the fingerprints of the keys with which this hub opens secrets."""
     return JSONResponse(operations.writes.envelope.report())
 
 
 @fleet.get("/applied", include_in_schema=False)
 async def show_applied(operations: Uses, _: OfHub) -> JSONResponse:
-    """For other hubs: what hosts of this one have acknowledged."""
+    """Show other hubs the acknowledged revisions of this hub's hosts."""
     return JSONResponse(operations.in_force.report())
 
 
 @fleet.post("/applied", include_in_schema=False)
 async def wait_here(body: AppliedBody, operations: Uses, _: OfHub) -> JSONResponse:
-    """For other hubs: which of some hosts of this one have not a revision in force, and why."""
+    """Wait for a revision on this hub's hosts; show other hubs the hosts where it is pending, with reasons."""
     asked = [HostId(one) for one in body.hosts]
     found = await operations.in_force.here(
         asked, body.revision, body.items, body.within_s, body.incarnation
@@ -184,16 +187,16 @@ async def wait_here(body: AppliedBody, operations: Uses, _: OfHub) -> JSONRespon
 
 @fleet.post("/ask", include_in_schema=False)
 async def ask(body: AskBody, operations: Uses, _: OfHub) -> JSONResponse:
-    """For other hubs: what a host of this one answers."""
+    """Pass a request of another hub on to a host of this hub."""
     answer = await operations.ask_here(HostId(body.host), body.path, body.method)
     return JSONResponse(answer or {})
 
 
 @fleet.post("/leave", include_in_schema=False)
 async def leave(body: LeaveBody, operations: Uses, caller: OfHost) -> LeftShape:
-    """For hosts: a guest has migrated away from this one, or was to come here and has not."""
+    """Remove the calling host from an instance: its guest has migrated away, or did not arrive."""
     host, instance = HostId(caller.identity.name), InstanceId(body.instance)
-    # Looked up here first: a host must not have etcd asked about instances of others.
+    # Check the copy first: a host must not cause reads of etcd for other hosts' instances.
     if instance not in operations.state.instances_on(host):
         raise no_such("instance", instance)
     decide = choose_departure(instance, host, cancel=body.cancel)
@@ -211,7 +214,7 @@ async def leave(body: LeaveBody, operations: Uses, caller: OfHost) -> LeftShape:
 
 @fleet.post("/password", include_in_schema=False)
 async def keep_password(body: PasswordPost, operations: Uses, caller: OfHost) -> Written:
-    """For hosts: the guest of an instance on it has posted a password, which is wherever the instance is."""
+    """Store a password that the guest of an instance on the calling host has posted."""
     host, instance = HostId(caller.identity.name), InstanceId(body.instance)
     if instance not in operations.state.instances_on(host):
         raise no_such("instance", instance)
@@ -227,7 +230,7 @@ async def keep_password(body: PasswordPost, operations: Uses, caller: OfHost) ->
 
 @fleet.get("/blob/{sha256}", include_in_schema=False)
 async def show_blob(sha256: str, operations: Uses, caller: OfHost) -> Response:
-    """For hosts: user data of an instance that is placed on it."""
+    """Send user data of an instance that is placed on the calling host."""
     if not operations.state.has_blob(HostId(caller.identity.name), sha256):
         raise NotFound(f"no instance on this host has user data {sha256}")
     data = await operations.writes.read_blob(layout.UserData(sha256, 0))

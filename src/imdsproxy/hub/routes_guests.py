@@ -1,4 +1,4 @@
-"""The routes below `/v1` that are about guests: asked of the host that has them, and what revokes their tokens."""
+"""Routes below `/v1` for guests: requests to their hosts, token revocation, and policies."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -41,12 +41,12 @@ _Host = Annotated[str | None, Query(description="Which host, where it is on seve
 
 @dataclass(frozen=True, slots=True)
 class FleetGuardChange:
-    """What an operator did about one instance, everywhere.
+    """Result of changing an instance's operator override on all its hosts.
 
     Attributes:
-        epoch: How often its tokens were revoked.
-        applied: Every host that serves it has confirmed it.
-        pending: The others, and why.
+        epoch: Epoch of the instance's tokens, which rises with each revocation.
+        applied: Whether all hosts of the instance have confirmed the change.
+        pending: Hosts that have not confirmed it, with reasons.
     """
 
     instance: InstanceId
@@ -59,11 +59,11 @@ class FleetGuardChange:
 
 @dataclass(frozen=True, slots=True)
 class FleetPolicy:
-    """The rules of a scope.
+    """Rules of a scope.
 
     Attributes:
         place: `fleet`, `host/ID` or `project/ID`.
-        rules: As the policy of a record.
+        rules: Rules in the form of a record's policy.
     """
 
     place: str
@@ -75,7 +75,7 @@ class FleetPolicy:
 async def revoke_tokens(
     instance: InstanceOf, operations: Uses, terms: TermsOf, _: Operator
 ) -> FleetGuardChange:
-    """Revoke the instance's tokens, and return once every host that serves it has confirmed it."""
+    """Revoke the instance's tokens; wait until every host of the instance has confirmed that."""
     done, epoch = await operations.writes.revoke_tokens(instance, terms)
     return await _guarded(operations, instance, done, epoch)
 
@@ -84,7 +84,7 @@ async def revoke_tokens(
 async def reopen_instance(
     instance: InstanceOf, operations: Uses, terms: TermsOf, _: Operator
 ) -> FleetGuardChange:
-    """Let the instance's boot begin now, on every host."""
+    """Restart the instance's boot grace now, on all its hosts."""
     done, epoch = await operations.writes.reopen(instance, terms)
     return await _guarded(operations, instance, done, epoch)
 
@@ -93,7 +93,7 @@ async def _guarded(
     operations: Operations, instance: InstanceId, done: Done, epoch: int
 ) -> FleetGuardChange:
     state = operations.state
-    # Where its record cannot be read, the copy may still know its hosts.
+    # If the record is unreadable, the copy may still know the instance's hosts.
     hosts = done.hosts | set(state.hosts_of(instance))
     found = await operations.confirm(Done(done.revision, hosts), {f"guard/{instance}"})
     pending = found.pending
@@ -106,7 +106,7 @@ async def _guarded(
 
 @guests.post("/token-keys/rotate")
 async def rotate_token_keys(operations: Uses, _: FleetOperator) -> FleetKeyRotation:
-    """Let a new key of the fleet sign session tokens; existing tokens stay valid until they expire."""
+    """Sign session tokens with a new key of the fleet; existing tokens stay valid until they expire."""
     return await rotate_keys(operations)
 
 
@@ -118,7 +118,7 @@ async def explain_instance(
     path: _Query = None,
     probe: Annotated[bool, Query()] = False,  # noqa: FBT002 - FastAPI passes it by name
 ) -> JSONResponse:
-    """What each of its hosts explains of it, with the host's name."""
+    """Explain an instance: the answer of each of its hosts, with the host's name."""
     query = _given(path=path, probe="true" if probe else None)
     found: list[Any] = []
     for host in caller.views(operations).stored(instance)[0].hosts:
@@ -132,7 +132,7 @@ async def explain_instance(
 
 @guests.get("/instances/{instance}/password")
 async def show_password(instance: InstanceOf, operations: Uses, caller: Operator) -> JSONResponse:
-    """The password that its guest posted: the fleet's, or of the first host whose hub has not stored it yet."""
+    """Show the password that the guest posted: the fleet's, or a host's if no hub has stored it yet."""
     hosts = caller.views(operations).stored(instance)[0].hosts
     try:
         found = bodies.DocumentBody.of(operations.passwords.read(instance))
@@ -151,13 +151,13 @@ async def show_password(instance: InstanceOf, operations: Uses, caller: Operator
 
 @guests.delete("/instances/{instance}/password")
 async def clear_password(instance: InstanceOf, operations: Uses, caller: Operator) -> Written:
-    """Have the fleet and each of its hosts forget that password, so that the guest can post another."""
+    """Clear the password in the fleet and on the instance's hosts, so that the guest can post another."""
     problem: NotFound | None = None
     hosts = caller.views(operations).stored(instance)[0].hosts
     done, cleared = await operations.passwords.clear(instance, operations.writes.terms(""))
     if cleared:
         await operations.in_force.wait(done.hosts, done.revision, {f"password/{instance}"})
-    # A host whose hub has not stored it yet has another one.
+    # A host may have a password that its hub has not stored yet.
     for host in hosts:
         route = path_on_host("instances", instance, "password")
         try:
@@ -168,7 +168,7 @@ async def clear_password(instance: InstanceOf, operations: Uses, caller: Operato
         except SourceUnavailable:
             if not cleared:
                 raise
-    # What a host was sending meanwhile.
+    # A host may have sent the password meanwhile, so clear it again.
     cleared = (await operations.passwords.clear(instance, operations.writes.terms("")))[
         1
     ] or cleared
@@ -186,7 +186,7 @@ async def explain(  # noqa: PLR0917 - FastAPI passes them by name
     path: _Query = None,
     host: _Host = None,
 ) -> JSONResponse:
-    """Who has an address in a network: asked of the host of the instance that has it, or of `host`."""
+    """Explain which instance has an address in a network: the answer of the instance's host, or of `host`."""
     at, one, instance = await _host_of(operations, caller, network, address, host)
     query = _given(network=at, address=address, path=path)
     answer = _object(one, await operations.ask_host(one, "/v1/explain", query))
@@ -197,9 +197,9 @@ async def explain(  # noqa: PLR0917 - FastAPI passes them by name
 async def get_document(  # noqa: PLR0917 - FastAPI passes them by name
     network: str, address: str, path: str, operations: Uses, caller: Operator, host: _Host = None
 ) -> JSONResponse:
-    """The answer that a guest gets to `GET path`."""
+    """Show the answer that a guest gets to `GET path`."""
     at, one, instance = await _host_of(operations, caller, network, address, host)
-    # The host may not know yet that the address is another instance's now.
+    # The host may not know yet that another instance has the address now.
     owner = None if caller.scope is None else instance
     query = _given(network=at, address=address, path=path, instance=owner)
     return JSONResponse(_body(one, await operations.ask_host(one, "/v1/documents", query)))
@@ -214,7 +214,7 @@ async def watch(  # noqa: PLR0917 - FastAPI passes them by name
     instance: _Query = None,
     host: _Host = None,
 ) -> JSONResponse:
-    """What an instance's guest asked for since `cursor`, on the host of the answer before, or all guests of a host."""
+    """Show requests since `cursor`: of an instance's guest on the host of the last answer, or of a host's guests."""
     views = caller.views(operations)
     at = None if network is None else views.find_network(network)
     if instance is None:
@@ -241,7 +241,7 @@ async def watch(  # noqa: PLR0917 - FastAPI passes them by name
 
 @guests.get("/policies")
 async def list_policies(operations: Uses, caller: Reader) -> list[FleetPolicy]:
-    """Every scope that has rules."""
+    """List the policies of all scopes that have rules."""
     places = (key.removeprefix(layout.POLICIES) for key in operations.state.keys(layout.POLICIES))
     found = [_policy(operations, one) for one in sorted(places) if _may_see(caller, one)]
     return [one for one in found if one.rules]
@@ -249,7 +249,7 @@ async def list_policies(operations: Uses, caller: Reader) -> list[FleetPolicy]:
 
 @guests.get("/policies/{place:path}")
 async def show_policy(place: str, operations: Uses, caller: Reader) -> FleetPolicy:
-    """The rules of a scope: `fleet`, `host/ID` or `project/ID`."""
+    """Show the rules of a scope: `fleet`, `host/ID` or `project/ID`."""
     if not _may_see(caller, _checked(place)):
         raise NotFound(f"there is no policy of {place}")
     return _policy(operations, place)
@@ -265,7 +265,7 @@ async def patch_policy(
 
 @guests.delete("/policies/{place:path}")
 async def clear_policy(place: str, operations: Uses, terms: TermsOf, _: Operator) -> FleetWritten:
-    """Leave all rules of a scope to less specific ones."""
+    """Clear all rules of a scope; less specific scopes apply."""
     return await _put_policy(operations, place, None, terms)
 
 
@@ -322,7 +322,7 @@ def _given(**query: str | None) -> dict[str, str]:
 async def _host_of(
     operations: Operations, caller: Caller, network: str, address: str, host: str | None
 ) -> tuple[str, HostId, InstanceId | None]:
-    """The network's id, and the instance that has the address there with the host to ask."""
+    """Return the network's id, the host to ask, and the instance that has the address, if any."""
     views = caller.views(operations)
     at = views.find_network(network)
     try:
@@ -344,7 +344,10 @@ async def _host_of(
 
 
 def _holder(caller: Caller, claim: KeyValue) -> InstanceId | None:
-    """Who has an address; `None` where that cannot be read, which an operator of one project does not learn."""
+    """Return the instance that has an address.
+
+    An unreadable claim raises `SourceCorrupt`; operators of one project get `None` instead.
+    """
     try:
         return layout.parse_claim(claim.value)
     except layout.Unreadable as error:
@@ -357,14 +360,14 @@ def _holder(caller: Caller, claim: KeyValue) -> InstanceId | None:
 
 
 def _one_of(hosts: Sequence[HostId], wanted: str | None) -> HostId:
-    """The wanted host if it is one of these, else the last."""
+    """Return the wanted host if it is among `hosts`, otherwise the last host."""
     if not hosts:
         raise NotFound("the instance is on no host", hint="imdsproxy instance move ID --to HOST")
     return next((one for one in hosts if one == wanted), hosts[-1])
 
 
 def _explained(caller: Caller, answer: Json, instance: InstanceId | None) -> Json:
-    """A host's explanation; an operator of one project gets what is about the project's own instance."""
+    """Return a host's explanation; operators of one project get details of the project's own instance only."""
     is_own = answer.get("instance") == instance and not answer.get("claimants")
     if caller.scope is None or is_own:
         return answer
@@ -373,9 +376,9 @@ def _explained(caller: Caller, answer: Json, instance: InstanceId | None) -> Jso
 
 
 def _body(host: HostId, answer: Json) -> Any:  # noqa: ANN401 - JSON
-    """What a host answered; its errors are raised as it raised them.
+    """Return the body of a host's answer, or raise the host's error.
 
-    A host may be captured: what it answers is JSON that can be written again, and nothing else is known of it.
+    A host may be captured: the only guarantee is that the body can be rendered as JSON.
     """
     status, body = answer.get("status"), answer.get("body")
     if not isinstance(status, int) or not _is_json(body):
@@ -399,7 +402,7 @@ _NOT_EXPLAINED: Final[Json] = {
 
 
 def _object(host: HostId, answer: Json) -> Json:
-    """The same of an answer that is an object."""
+    """Return the body of a host's answer, which must be an object."""
     body = _body(host, answer)
     if not isinstance(body, dict):
         raise _odd(host)
