@@ -1,4 +1,4 @@
-"""Who uses a hub's API, and what each may: HAProxy has verified the certificate, and says whose it is in headers."""
+"""Callers of a hub's API and their rights. HAProxy verifies the certificate and sets headers with its subject."""
 
 import asyncio
 import uuid
@@ -24,22 +24,22 @@ _COMPLETE_S: Final = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks."""
+    """Caller of the API."""
 
     identity: Identity
 
     @property
     def scope(self) -> str | None:
-        """The project that it is limited to; `None` for all."""
+        """Project that the caller is limited to; `None` for all."""
         return self.identity.scope
 
     @property
     def reads_secrets(self) -> bool:
-        """Whether it may see user data, and what a guest is answered."""
+        """Whether the caller may see user data and the answers to guests."""
         return self.identity.role is Role.OPERATOR
 
     def require(self, *roles: Role, all_projects: bool = False) -> None:
-        """`AccessDenied` unless it has one of these roles."""
+        """Raise `AccessDenied` unless the caller has one of these roles, and no project limit if `all_projects`."""
         if self.identity.role not in roles:
             raise AccessDenied(
                 f"{self.identity.name} is {self.identity.role}, and may not do this",
@@ -52,11 +52,14 @@ class Caller:
             )
 
     def views(self, operations: Operations) -> Views:
-        """The records that it may read."""
+        """Return the records that the caller may read."""
         return Views(operations.state, self.scope)
 
     async def reported(self, operations: Operations) -> Reported:
-        """What hosts acknowledged; a host's words may name records of other projects."""
+        """Return hosts' acknowledgements, without error texts for callers of one project.
+
+        A host's error text may name records of other projects.
+        """
         reported = await operations.in_force.report_all()
         if self.scope is None:
             return reported
@@ -67,11 +70,11 @@ class Caller:
 
 
 async def admit(operations: Operations, headers: Mapping[str, str]) -> Caller:
-    """Who asks, by the headers that HAProxy set.
+    """Identify the caller by the headers that HAProxy set.
 
     Raises:
-        AccessDenied: It has no certificate, or one that is not good here.
-        SourceUnavailable: This hub has not read etcd yet.
+        AccessDenied: The caller has no certificate, or one that is not valid here.
+        SourceUnavailable: This hub has not read etcd yet, or serves no host now.
     """
     identity = read_identity(headers)
     if identity is None:
@@ -112,18 +115,18 @@ Uses: TypeAlias = Annotated[Operations, Depends(_operations)]
 
 
 class Admits:
-    """A dependency of a route: who asks, if it is one of those who may.
+    """Dependency of a route: the caller, if its role is admitted.
 
     Attributes:
-        roles: Of which it has to have one.
-        all_projects: Whether it may be limited to none.
+        roles: Admitted roles.
+        all_projects: Whether the caller must not be limited to a project.
     """
 
     def __init__(self, *roles: Role, all_projects: bool = False) -> None:
         self.roles, self.all_projects = roles, all_projects
 
     async def __call__(self, request: Request, operations: Uses) -> Caller:
-        """Of FastAPI."""
+        """Admit the caller; called by FastAPI."""
         caller = await admit(operations, request.headers)
         caller.require(*self.roles, all_projects=self.all_projects)
         return caller

@@ -1,6 +1,6 @@
-"""Journal of a hub on its own disk: what outlives an etcd that is restored from a backup.
+"""Journal of a hub on its own disk, which outlives a restore of etcd from a backup.
 
-It has the lasting values of the fleet (`core.fleet.lasting`), how far etcd was, and the names of hubs and operators.
+The journal has the fleet's lasting values (`core.fleet.lasting`), etcd's position, and names of hubs and operators.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _NOTE_EVERY_S: Final = 5.0
 _AGAIN_S: Final = 5.0
 
 Keep: TypeAlias = Callable[[Mapping[str, bytes]], Awaitable[None]]
-"""Returns once lasting values are on the disk."""
+"""Function that returns once lasting values are on the disk."""
 
 _T = TypeVar("_T")
 
@@ -48,18 +48,18 @@ _log = structlog.get_logger()
 
 
 async def keep_nothing(_: Mapping[str, bytes]) -> None:
-    """Be the `Keep` of a part that has no journal."""
+    """Do nothing: the `Keep` of a part without a journal."""
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """How far a hub has followed its fleet.
+    """Position up to which a hub has followed its fleet.
 
     Attributes:
-        fleet: The fleet's UUID; empty before the first.
-        incarnation: The highest that the hub has seen.
-        revision: The highest of that incarnation.
-        beats: How often hubs had written that they are alive.
+        fleet: UUID of the fleet; empty before the hub knows one.
+        incarnation: Highest incarnation that the hub has seen.
+        revision: Highest revision in this incarnation.
+        beats: Highest count of the hubs' beats in this incarnation.
     """
 
     fleet: str = ""
@@ -77,7 +77,7 @@ class Position:
         return Position(other.fleet, other.incarnation, revision, beats)
 
     def lacks(self, found: Position) -> str | None:
-        """Return why an etcd at `found` is older than this position; `None` if it need not be."""
+        """Return the reason why an etcd at `found` is older than this position; `None` if it is not."""
         if found.incarnation < self.incarnation:
             return f"etcd has incarnation {found.incarnation} of the fleet, and this hub has seen {self.incarnation}"
         if found.incarnation > self.incarnation:
@@ -91,13 +91,13 @@ class Position:
 
 @dataclass(slots=True, eq=False)
 class Journal:
-    """The journal at `path`.
+    """Journal at `path`.
 
     Attributes:
-        position: The furthest of the fleet.
-        names: Holders of names that no host may have, in words, by name.
-        problem: Why the file cannot be written.
-        unreadable: By key, why a value of the file is not in force: the value is damaged, or of another version.
+        position: Furthest position of the fleet.
+        names: Descriptions of the holders, by name, for names that no host may have.
+        problem: Reason why the file cannot be written.
+        unreadable: Reasons by key for values that are not in force: damaged, or of another version.
     """
 
     path: Path
@@ -137,7 +137,7 @@ class Journal:
     def _open(self) -> dict[str, bytes]:
         with store_failures(self.path):
             self._connection = open_store(self.path, (_SCHEMA,))
-            # An operator who was answered relies on it, whatever becomes of the machine.
+            # An operator relies on an answered write, even if the machine crashes.
             self._connection.execute("PRAGMA synchronous = FULL")
             execute = self._connection.execute
             row = execute("SELECT fleet, incarnation, revision, beats FROM position").fetchone()
@@ -150,7 +150,7 @@ class Journal:
         return readable
 
     def _can_read(self, key: str, value: bytes) -> bool:
-        """Whether a value of the file is in force; the row of one that is not stays until etcd has a value."""
+        """Return whether a value of the file is usable; an unusable row stays until etcd has a value."""
         try:
             parse_value(key, value)
         except Unreadable as error:
@@ -163,7 +163,7 @@ class Journal:
         return False
 
     async def close(self) -> None:
-        """Write what is not written yet, and close the file."""
+        """Write pending values, and close the file."""
         try:
             await self.flush()
         finally:
@@ -173,30 +173,30 @@ class Journal:
             self._thread.shutdown(wait=False)
 
     def advance(self, position: Position) -> None:
-        """Note how far etcd is; written with the next values, or soon."""
+        """Record etcd's position, to be written with the next values or soon."""
         self.position = self.position.advance(position)
 
     def note(self, values: Mapping[str, bytes]) -> None:
-        """Have lasting values written soon."""
+        """Queue lasting values for writing soon."""
         for key, value in values.items():
-            # At each start all of them come, and hardly one is another than here.
+            # Each start passes all values, and almost none has changed.
             if self._hashes.get(key) != hash(value):
                 self._hashes[key], self._values[key] = hash(value), value
                 self._changed.set()
 
     def note_name(self, name: str, holder: str) -> None:
-        """Have it written soon that a name is a hub's or an operator's."""
+        """Queue the holder of a name, a hub or an operator, for writing soon."""
         if self.names.get(name) != holder:
             self.names[name] = self._new_names[name] = holder
             self._changed.set()
 
     async def keep(self, values: Mapping[str, bytes]) -> None:
-        """Return once the values are on the disk; a failure is logged and reported, and the values stay pending."""
+        """Write values to the disk; a failure is logged and reported, and the values stay pending."""
         self.note(values)
         await self.flush()
 
     async def run(self) -> None:
-        """Write what was noted, until cancelled."""
+        """Write queued values until cancelled."""
         while True:
             try:
                 async with asyncio.timeout(_NOTE_EVERY_S):
@@ -208,7 +208,7 @@ class Journal:
                 await asyncio.sleep(_AGAIN_S)
 
     async def flush(self) -> None:
-        """Write what was noted."""
+        """Write queued values."""
         async with self._writing:
             self._changed.clear()
             values, names, position = self._values, self._new_names, self.position
@@ -226,7 +226,7 @@ class Journal:
                 return
             finally:
                 if not written:
-                    # Values that were noted meanwhile are newer.
+                    # Values queued meanwhile are newer.
                     self._values, self._new_names = values | self._values, names | self._new_names
             self._written, self.problem = position, None
 
@@ -247,7 +247,7 @@ class Journal:
 
 
 def find_host(path: Path, name: str) -> bool:
-    """Whether the journal at `path`, if there is one, has a host of a name; for commands on a hub's machine."""
+    """Return whether the journal at `path` exists and has a host; for commands on a hub's machine."""
     if not path.exists():
         return False
     with (

@@ -174,8 +174,7 @@ class HubMetrics(Exposed, prefix="imdsproxy_hub_"):
         return self.silent
 
     def restore_suspected(self) -> Gauge:
-        """1 while hubs or hosts suspect that etcd was restored from a backup; `imdsproxy fleet status` has the reason.
-        """
+        """1 while hubs or hosts suspect that etcd was restored from a backup; `imdsproxy fleet status` has reasons."""
         return self._suspicion() is not None
 
     def writes_stopped(self) -> Gauge:

@@ -216,7 +216,7 @@ class Operations:
         return InForce(self.streams, self.peers)
 
     def refuse_unknown(self, hosts: Iterable[HostId]) -> None:
-        """Raise `NotFound` if the fleet lacks one of these hosts."""
+        """Raise `NotFound` if the fleet lacks any host of the list."""
         for host in hosts:
             if self.state.stored(host_key(host)) is None:
                 raise no_such_host(host)

@@ -103,7 +103,7 @@ class Restores:
             self.suspect(Evidence(f"etcd has lost of {whose}: {what}", regained=regained))
 
     def _write_down(self, keys: Iterable[str]) -> None:
-        """Journal the lasting values and the hub names of these keys, and etcd's position."""
+        """Journal lasting values and hub names among these keys, and etcd's position."""
         state, values = self.state, dict[str, bytes]()
         for key in keys:
             found = state.value(key)

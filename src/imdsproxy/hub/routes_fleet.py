@@ -118,7 +118,7 @@ async def list_hosts(operations: Uses, _: FleetReader) -> list[FleetHost]:
 
 @fleet.post("/wait")
 async def wait(body: WaitBody, operations: Uses, caller: Reader) -> FleetWritten:
-    """Wait until a revision is in force on these hosts; return the hosts where it is pending.
+    """Wait until a revision is in force on these hosts; return the pending hosts.
 
     For an operator of one project, only the project's records count.
     """
@@ -177,7 +177,7 @@ async def show_applied(operations: Uses, _: OfHub) -> JSONResponse:
 
 @fleet.post("/applied", include_in_schema=False)
 async def wait_here(body: AppliedBody, operations: Uses, _: OfHub) -> JSONResponse:
-    """Wait for a revision on this hub's hosts; show other hubs the hosts where it is pending, with reasons."""
+    """Wait for a revision on this hub's hosts; show other hubs the pending hosts, with reasons."""
     asked = [HostId(one) for one in body.hosts]
     found = await operations.in_force.here(
         asked, body.revision, body.items, body.within_s, body.incarnation

@@ -1,4 +1,4 @@
-"""The routes below `/v1/grants`: what operators limited to a project may use."""
+"""Routes below `/v1/grants`: permissions of operators who are limited to a project."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -23,11 +23,11 @@ _Project = Annotated[str, Path(pattern=ID_PATTERN, description="The project's id
 
 @dataclass(frozen=True, slots=True)
 class ProjectGrant:
-    """What a project's operators may use.
+    """Grant of a project.
 
     Attributes:
-        grant: As the body of a change.
-        revision: 0 where nothing was ever given.
+        grant: Grant in the form of a change's body.
+        revision: Revision of the grant; 0 if the project never had any.
     """
 
     project: str
@@ -37,7 +37,7 @@ class ProjectGrant:
 
 @grants.get("/grants")
 async def list_grants(operations: Uses, caller: Reader) -> list[ProjectGrant]:
-    """Every project that was given anything; an operator of one project sees its own."""
+    """List all projects with a grant; operators of one project see their own."""
     keys = sorted(operations.state.keys(layout.GRANTS))
     projects = (key.removeprefix(layout.GRANTS) for key in keys)
     shown = (_show(operations, one) for one in projects if caller.scope in {None, one})
@@ -46,7 +46,7 @@ async def list_grants(operations: Uses, caller: Reader) -> list[ProjectGrant]:
 
 @grants.get("/grants/{project}")
 async def show_grant(project: _Project, operations: Uses, caller: Reader) -> ProjectGrant:
-    """What a project's operators may use."""
+    """Show the grant of a project."""
     if caller.scope not in {None, project}:
         raise NotFound(f"there is no grant of project {project}")
     return _show(operations, project)
@@ -56,7 +56,7 @@ async def show_grant(project: _Project, operations: Uses, caller: Reader) -> Pro
 async def put_grant(
     project: _Project, body: bodies.JsonBody, operations: Uses, terms: TermsOf, _: FleetOperator
 ) -> FleetWritten:
-    """Say what a project's operators may use: nothing else. What they have made with more stays as it is."""
+    """Replace the grant of a project. Existing records that needed a larger grant stay as they are."""
     read = bodies.read_record("grant", GRANT.read, body)
     return await _put(operations, project, read, terms)
 
@@ -65,7 +65,7 @@ async def put_grant(
 async def clear_grant(
     project: _Project, operations: Uses, terms: TermsOf, _: FleetOperator
 ) -> FleetWritten:
-    """Take everything from a project's operators; what they have made stays as it is."""
+    """Remove the grant of a project; existing records stay as they are."""
     return await _put(operations, project, NO_GRANT, terms)
 
 

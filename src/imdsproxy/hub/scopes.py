@@ -1,4 +1,4 @@
-"""Rules for operators who are limited to a project: what they may use, and what they know. Pure."""
+"""Rules for operators who are limited to a project: permissions and visible records. Pure."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ _View: TypeAlias = Callable[[str], tuple[bytes, int] | None]
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """A project, and what the fleet gives it."""
+    """Project with its grant."""
 
     project: str
     grant: Grant
 
     def knows_network(self, record: Mapping[str, object]) -> bool:
-        """Whether a network is the project's, or a shared one with addresses for the project."""
+        """Return whether a network belongs to the project, or is shared and has addresses for the project."""
         project = record.get("project")
         if project is None:
             return self.grant.has_network(str(record.get("id")))
         return project == self.project
 
     def refuse_listener(self, network: Network) -> None:
-        """`AccessDenied` unless the project may have the listener of a network."""
+        """Raise `AccessDenied` unless the project may use the listener of a network."""
         if not self.grant.has_listener(network.listener):
             kind, _, name = spell_listener(network.listener).partition(" ")
             raise AccessDenied(
@@ -42,7 +42,7 @@ class Scope:
             )
 
     def refuse_projects(self, ports: Mapping[int, Port]) -> None:
-        """`AccessDenied` where one of the ports is another project's: Nova would answer for that one."""
+        """Raise `AccessDenied` if a port belongs to another project, for which Nova would answer."""
         for number, port in ports.items():
             if port.project not in {None, self.project}:
                 raise AccessDenied(
@@ -51,7 +51,7 @@ class Scope:
                 )
 
     def address_problems(self, instance: Instance, number: int, path: Path) -> Iterator[Problem]:
-        """Addresses of a port in a shared network that the project has not; its MAC counts as an address."""
+        """Yield problems of a port's addresses and MAC that are not granted in a shared network."""
         for (network, address), part in claim_places(instance):
             if part[1] == number and not self.grant.has_address(network, address):
                 shown = instance.ports[number].mac if part[-1] == "mac" else address
@@ -63,10 +63,10 @@ class Scope:
 
 
 def read_grant(view: _View, project: str) -> tuple[Grant, int]:
-    """What the fleet gives a project, and the revision of that: 0 where nothing was ever written.
+    """Return the grant of a project and its revision; revision 0 if the grant was never written.
 
     Raises:
-        SourceCorrupt: Another program has written it.
+        SourceCorrupt: Another program wrote the grant.
     """
     found = view(layout.grant_key(project))
     if found is None:
@@ -79,12 +79,12 @@ def read_grant(view: _View, project: str) -> tuple[Grant, int]:
 
 
 def read_scope(view: _View, project: str | None) -> Scope | None:
-    """The scope of an operator; `None` for one of all projects. Raises as `read_grant`."""
+    """Return the scope of an operator, `None` for all projects; raise the errors of `read_grant`."""
     return None if project is None else Scope(project, read_grant(view, project)[0])
 
 
 def new_ports(instance: Instance, before: Instance | None) -> Iterator[tuple[int, Port]]:
-    """Ports that the record before had not, by their places."""
+    """Yield the ports that the earlier record does not have, with their indexes."""
     had = () if before is None else before.ports
     for number, port in enumerate(instance.ports):
         if port not in had:

@@ -1,8 +1,8 @@
-"""Which writes would have two networks of a host share a listener: the host would serve only one of them. Pure.
+"""Check for writes after which two networks share a listener on a host, which can serve only one. Pure.
 
-Networks of one listener are fine where no host has instances in both. An operator of one project must not bring a
-network to a host where another project's network may need the listener later. Of what another hub writes at the same
-moment nothing is known here: then the host acknowledges that it cannot serve the second one.
+Two networks may have the same listener if no host has instances in both. An operator of one project must not bring a
+network to a host where another project's network may need the listener later. This check does not see concurrent
+writes of other hubs: in that case the host reports that it cannot serve the second network.
 """
 
 from __future__ import annotations
@@ -28,14 +28,16 @@ from imdsproxy.listeners.plan import find_shared, place_of
 _ITEM: Final = "network/"
 _NAMING: Final = Naming()
 _BY_NAME: Final = ObservedHost()
-"""Nothing is known of hosts here: networks share a listener by its names."""
+"""Host without observed devices: the check compares listeners by name only."""
 
 
 def refuse_shared(state: FleetState, planned: Transaction) -> None:
-    """Refuse a write by which a host has two networks with one listener; `RecordConflict` names both.
+    """Refuse a write that gives a host two networks with one listener.
 
     Raises:
-        AlreadyExists: An operator of one project makes a network whose objects on hosts would have another one's names.
+        AlreadyExists: An operator of one project creates a network whose objects on hosts would have the names of
+            another network's objects.
+        RecordConflict: Two networks share a listener; the error names both.
     """
     after = _After(state, planned)
     problems = list(after.problems())
@@ -46,7 +48,7 @@ def refuse_shared(state: FleetState, planned: Transaction) -> None:
 
 
 def _refuse_names(state: FleetState, written: Collection[NetworkId]) -> None:
-    """Names are made of short digests, for which another id can be found in days."""
+    """Refuse ids with the same digest in names: another id for a short digest can be found within days."""
     new = {one for one in written if state.value(layout.network_key(one)) is None}
     links = {_NAMING.link(one): one for one in new}
     for key in state.keys(layout.NETWORKS) if links else ():
@@ -57,7 +59,7 @@ def _refuse_names(state: FleetState, written: Collection[NetworkId]) -> None:
 
 @dataclass(slots=True)
 class _After:
-    """A fleet as it is after a write."""
+    """Fleet after a planned write."""
 
     state: FleetState
     planned: Transaction
@@ -88,7 +90,7 @@ class _After:
                     self.added[host, network] += number
 
     def problems(self) -> Iterator[Problem]:
-        """One for each network that comes to a host, or changes its listener, and finds another one there."""
+        """Yield a problem for each network that is new on a host, or has a new listener, and shares it there."""
         reported = set[tuple[HostId, frozenset[NetworkId]]]()
         for host, network in sorted(self._new()):
             record = self._record(network)
@@ -102,7 +104,7 @@ class _After:
             yield self._explain(host, network, others[holder])
 
     def _new(self) -> set[tuple[HostId, NetworkId]]:
-        """Networks that come to hosts by this write, and those whose listener it changes."""
+        """Return networks with hosts, for networks that the write brings to a host or gives a new listener."""
         new = {
             (host, network)
             for (host, network), number in self.added.items()
@@ -116,7 +118,7 @@ class _After:
         return new
 
     def _others(self, host: HostId, record: Network) -> dict[NetworkId, Network]:
-        """What else the host has at the place of a network's listener."""
+        """Return other networks with a claim to the place of a network's listener on a host."""
         where, found = place_of(record).where, dict[NetworkId, Network]()
         beside = self.written_at.get(where, set())
         for one in {*self.state.networks_at(where), *beside} - {record.id}:
@@ -128,10 +130,10 @@ class _After:
         return found
 
     def _may_come(self, host: HostId, record: Network, other: Network) -> bool:
-        """Whether the listener on a host may be needed for another network, before an operator of one project takes it.
+        """Return whether another project's network may need the listener on a host later.
 
-        A network of the same project leaves it to whichever comes first. One of another project can come to those
-        hosts alone that were given to that project, where any were.
+        The check concerns writes by operators of one project. Networks of the same project take the listener first
+        come, first served. If another project has granted hosts, its networks can come to these hosts only.
         """
         scope = self.planned.scope
         if scope is None or record.project == other.project == scope:
@@ -158,7 +160,7 @@ class _After:
         if scope is None or scope.knows_network({"id": holder.id, "project": holder.project}):
             who = f"network {holder.id}"
             user = self._user(host, holder.id)
-            # An operator of a project learns of no other project's instances.
+            # Operators of one project do not learn about other projects' instances.
             if user is not None and scope is None:
                 who += f", in which instance {user} is"
         return Problem(
@@ -174,6 +176,6 @@ class _After:
 
 
 def _read(value: bytes) -> Network | None:
-    """`None` of a network that was removed, or that another program wrote."""
+    """Return a network; `None` if it was removed, or if another program wrote it."""
     read = parse_network(layout.parse_network(value).record)
     return read if isinstance(read, Network) else None

@@ -1,4 +1,4 @@
-"""In-memory copy of a fleet's records, and the subset for each host.
+"""Copy of a fleet's records in memory, and the subset for each host.
 
 The copy holds the values as stored in etcd and parses them again when a host needs them.
 """
@@ -223,7 +223,7 @@ class FleetState:
                     self.ahead.setdefault(key, revision)
 
     def become(self, other: FleetState) -> None:
-        """Take over all fields of another state, which must not be used afterwards."""
+        """Replace all fields by the other state's; the other state must not be used afterwards."""
         for one in fields(self):
             setattr(self, one.name, getattr(other, one.name))
 
@@ -728,7 +728,7 @@ class FleetState:
         return Counter(host for host, one in placed if wanted <= {*self._placements[one].needs})
 
     def items_beside(self, host: HostId, item: ItemKey) -> set[ItemKey]:
-        """Return all items of those instances on a host that need this item."""
+        """Return all items of the instances on a host that need this item."""
         found: set[ItemKey] = set()
         for one in self._placed.get(host, ()):
             needs = self._placements[one].needs

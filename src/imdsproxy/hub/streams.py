@@ -228,7 +228,7 @@ class Streams:
             stream.leave(ByeCode.STOPPING, "the fleet has another incarnation")
 
     def review(self, hosts: Iterable[HostId]) -> None:
-        """End the streams of those hosts that are no longer admitted."""
+        """End the streams of hosts that are no longer admitted."""
         for host in hosts:
             for stream in tuple(self._opened.get(host, ())):
                 if not self.admits(host, stream.serial):

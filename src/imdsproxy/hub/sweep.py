@@ -1,7 +1,7 @@
-"""What is in etcd for nothing: user data that no instance has, after an hour, and old removals.
+"""Garbage collection in etcd: user data that no instance has had for an hour, and old removals.
 
-A host that was away for longer than `REMOVED_S` keeps what was removed meanwhile, and reports it: etcd does not say any
-more that it went.
+A host that was away for longer than `REMOVED_S` keeps instances that were removed meanwhile, and reports them: etcd no
+longer records their removal.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _log = structlog.get_logger()
 
 @dataclass(slots=True)
 class Sweep:
-    """Removes both.
+    """Sweeper of unused user data and old removals.
 
     Args:
         etcd: The store.
-        state: This hub's copy of it.
-        clock: Monotonic, and Unix time.
+        state: This hub's copy of etcd.
+        clock: Monotonic and Unix time.
     """
 
     etcd: Etcd
@@ -43,11 +43,11 @@ class Sweep:
     _unused: dict[str, float] = field(default_factory=dict)
 
     async def run(self) -> None:
-        """Look now and then, until cancelled."""
+        """Sweep regularly until cancelled."""
         while True:
             await asyncio.sleep(_EVERY_S)
             if self.state.value(layout.SUSPECT) is not None:
-                # What a restored backup lacks is not unused.
+                # After a restore, user data may seem unused because its records are missing.
                 continue
             try:
                 await self.look()
@@ -56,9 +56,9 @@ class Sweep:
                 _log.warning("etcd not swept", reason=str(error))
 
     async def look(self) -> None:
-        """Remove what has had no use for long enough.
+        """Remove user data that has been unused for `UNUSED_S`.
 
-        An instance that begins to have it meanwhile writes its `blob_use_key`: then it stays.
+        A new instance with the same user data writes its `blob_use_key`, which makes the removal fail.
         """
         chunks: dict[str, dict[str, int]] = {}
         for one in (await self._keys(layout.BLOBS)).items():
@@ -69,7 +69,7 @@ class Sweep:
         for sha256, since in tuple(self._unused.items()):
             use = layout.blob_use_key(sha256)
             revision = uses.get(use, 0)
-            # A record that is newer than this hub's copy may have it.
+            # A record newer than this hub's copy may use the data.
             if now - since < UNUSED_S or revision > self.state.revision:
                 continue
             compares = [

@@ -1,6 +1,6 @@
-"""The fleet's keys of session tokens: sealed in etcd, and for hosts made into keys of single instances.
+"""Session token keys of the fleet: sealed in etcd, and derived into keys per instance for hosts.
 
-The next key is on every connected host before it signs, so a token is good wherever its instance moves.
+The next key reaches every connected host before it signs, so a token stays valid wherever its instance moves.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ _log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class FleetKeys:
-    """The keys that make those of instances.
+    """Keys from which hubs derive the keys of instances.
 
     Attributes:
-        current: Signs.
-        pending: Signs once every connected host has it.
-        old: Are believed, the last one first.
+        current: Key that signs.
+        pending: Key that signs once every connected host has it.
+        old: Keys that only verify, the newest first.
     """
 
     current: TokenKey
@@ -57,11 +57,11 @@ class FleetKeys:
     old: tuple[TokenKey, ...] = ()
 
     def begin_rotation(self, fresh: TokenKey) -> FleetKeys:
-        """With `fresh` as the next one, unless one is pending already."""
+        """Return the keys with `fresh` pending, unless another key is pending already."""
         return FleetKeys(self.current, self.pending or fresh, self.old)
 
     def end_rotation(self, confirmed: TokenKey) -> FleetKeys:
-        """Let the pending key sign, if it is the one that hosts confirmed; as many are believed as of a host's own.
+        """Make the pending key sign, if it is the confirmed key; keep `KEPT_KEYS` keys, like a single host.
 
         Another rotation may have ended this one and begun anew: its pending key is not confirmed.
         """
@@ -70,7 +70,7 @@ class FleetKeys:
         return FleetKeys(confirmed, None, (self.current, *self.old)[: KEPT_KEYS - 1])
 
     def item_of(self, instance: InstanceId) -> Json:
-        """What hosts get for an instance (`core.fleet.stream`)."""
+        """Return an instance's keys for hosts (`core.fleet.stream`)."""
         pending = () if self.pending is None else (self.pending,)
         own = [instance_key(key, instance) for key in (self.current, *pending, *self.old)]
         kids = [key.kid for key in own]
@@ -81,14 +81,14 @@ class FleetKeys:
 
 
 def seal_keys(keys: FleetKeys, envelope: Envelope) -> bytes:
-    """The value of `layout.TOKEN_KEYS`."""
+    """Return the value of `layout.TOKEN_KEYS`."""
     pending = None if keys.pending is None else keys.pending.text
     shape = {"current": keys.current.text, "pending": pending, "old": [k.text for k in keys.old]}
     return render_sealed_keys(SealedKeys(envelope.seal(PLACE, json.dumps(shape).encode())))
 
 
 def sealed_keys(value: bytes) -> bytes:
-    """What the envelope opens of it; `SourceCorrupt` where another program wrote it."""
+    """Return the sealed part of a value of `layout.TOKEN_KEYS`; raise `SourceCorrupt` if another program wrote it."""
     try:
         return parse_sealed_keys(value).sealed
     except layout.Unreadable as error:
@@ -96,16 +96,16 @@ def sealed_keys(value: bytes) -> bytes:
 
 
 def open_keys(value: bytes, envelope: Envelope) -> FleetKeys:
-    """The reverse of `seal_keys`.
+    """Reverse `seal_keys`.
 
     Raises:
-        SourceCorrupt: Another program wrote it, or no key of the envelope opens it.
+        SourceCorrupt: Another program wrote the value, or no key of the envelope opens it.
     """
     opened = envelope.open(PLACE, sealed_keys(value))
     try:
         return _parse_keys(json.loads(opened))
     except ValueError:
-        # Its cause would show a part of the secret.
+        # The exception's cause would show a part of the secret.
         raise SourceCorrupt(f"{PLACE} has no keys that this version reads", hint=_ANEW) from None
 
 
@@ -127,7 +127,7 @@ def _key(text: object) -> TokenKey:
 
 @dataclass(slots=True)
 class TokenKeyRing:
-    """The keys as this hub's copy of etcd has them; those of before while the newest cannot be read."""
+    """Token keys from this hub's copy of etcd; the earlier keys while the newest are unreadable."""
 
     state: FleetState
     envelope: Envelope
@@ -137,7 +137,7 @@ class TokenKeyRing:
     _keys: FleetKeys | None = field(default=None, repr=False)
 
     def keys(self) -> FleetKeys | None:
-        """The newest that can be read."""
+        """Return the newest readable keys."""
         found = self.state.value(PLACE)
         if found is not None and found != self._looked_at:
             self._looked_at = found
@@ -151,13 +151,13 @@ class TokenKeyRing:
 
     @property
     def problem(self) -> str | None:
-        """Why the newest ones cannot be read; those before them are in force."""
+        """Reason why the newest keys are unreadable, while the earlier keys are in force."""
         self.keys()
         unread = self.state.unreadable.get(PLACE)
         return self._problem if unread is None else f"{PLACE} is not what hubs write: {unread.why}"
 
     def item_of(self, instance: InstanceId) -> Item | None:
-        """As `FleetKeys.item_of`, with the revision of the keys that it is made of; `None` while there are no keys."""
+        """Return `FleetKeys.item_of` with the revision of the keys; `None` while there are no keys."""
         keys = self.keys()
         return None if keys is None else (self._revision, keys.item_of(instance))
 
@@ -167,7 +167,7 @@ def _fresh() -> TokenKey:
 
 
 async def make_first_key(writes: Writes) -> None:
-    """Have a key in etcd, if there is none, and say which key seals; again until it is there."""
+    """Write the first token key and the choice of the sealing key, if absent; retry until etcd has them."""
     envelope = writes.envelope
 
     def plan(view: View) -> Transaction:
@@ -194,15 +194,15 @@ async def make_first_key(writes: Writes) -> None:
 
 @dataclass(frozen=True, slots=True)
 class FleetKeyRotation:
-    """A fresh key of the fleet signs tokens; each instance has a key of its own that is made of it.
+    """Result of a key rotation: hubs derive a key of each instance from the fleet's new key.
 
     Attributes:
-        kid: Its name. Tokens begin with names of the instances' keys.
-        keys: How many keys are believed, with this one.
-        file: Where they are.
-        applied: It signs on every host that is connected.
-        pending: Hosts that have it not yet, and why. While one is connected, the key before goes on signing, and the
-            same request goes on from there.
+        kid: Name of the new key. Tokens begin with the names of instances' keys.
+        keys: Number of keys that verify tokens, including the new key.
+        file: Place of the keys.
+        applied: Whether the new key signs on every connected host.
+        pending: Hosts that lack the new key, with reasons. While a connected host lacks the key, the old key signs;
+            repeat the request to continue.
     """
 
     kid: str
@@ -213,12 +213,12 @@ class FleetKeyRotation:
 
 
 async def rotate_keys(operations: Operations) -> FleetKeyRotation:
-    """Have a fresh key on every connected host, then let it sign.
+    """Send a fresh key to every connected host, then make it sign.
 
-    Keys that another program damaged in etcd are written anew: those that this hub had before, else fresh ones.
+    If another program damaged the keys in etcd, the hub writes its last known keys again, or fresh keys.
 
     Raises:
-        ImdsproxyError: As `Writes.put`; `SourceCorrupt` where this hub lacks the key that opens them.
+        ImdsproxyError: Errors of `Writes.write`; `SourceCorrupt` if this hub lacks the envelope key.
     """
     fresh = _fresh()
     keys, waiting = await _change(operations, lambda keys: keys.begin_rotation(fresh))
@@ -226,7 +226,7 @@ async def rotate_keys(operations: Operations) -> FleetKeyRotation:
     if not all(why == NOT_CONNECTED for why in waiting.values()):
         return _rotation(key, keys, waiting, applied=False)
     keys, waiting = await _change(operations, lambda keys: keys.end_rotation(key))
-    # Who is not connected gets it with the next stream, and until then goes on by keys that are believed.
+    # A host that is not connected gets the key with its next stream, and signs with an old key until then.
     applied = all(one == NOT_CONNECTED for one in waiting.values())
     return _rotation(key, keys, waiting, applied=applied)
 
@@ -242,7 +242,7 @@ def _rotation(
 async def _change(
     operations: Operations, change: Callable[[FleetKeys], FleetKeys]
 ) -> tuple[FleetKeys, Mapping[HostId, str]]:
-    """Change the keys; those that are in etcd now, and hosts that have them not yet, with the reasons."""
+    """Change the keys; return the new keys, and the hosts that lack them, with reasons."""
     writes, first = operations.writes, FleetKeys(_fresh())
     ring = operations.token_keys
     last = None if ring is None else ring.keys()
@@ -273,7 +273,7 @@ async def _change(
 
 
 def _may_open_elsewhere(value: bytes, envelope: Envelope) -> bool:
-    """Whether another hub may have the key that opens a value: this hub must not write over it."""
+    """Return whether another hub may have the key for a value, which this hub must not replace then."""
     try:
         return name_of(parse_sealed_keys(value).sealed) not in envelope.keys
     except layout.Unreadable:

@@ -1,4 +1,4 @@
-"""What operators read of a fleet's records: out of the hub's copy of etcd, and of what hosts acknowledged."""
+"""Views of a fleet's records for operators, from the hub's copy of etcd and hosts' acknowledgements."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _SOURCE: Final = "fleet"
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Which instances a list is to have; see `core.matching.matcher`."""
+    """Filter for a list of instances; see `core.matching.matcher`."""
 
     text: str = ""
     network: NetworkId | None = None
@@ -42,20 +42,20 @@ class Wanted:
 
 @dataclass(frozen=True, slots=True)
 class Views:
-    """The records that an operator may read.
+    """Records that an operator may read.
 
     Args:
         state: This hub's copy of etcd.
-        scope: The project that the operator is limited to; `None` for all.
+        scope: Project that the operator is limited to; `None` for all.
     """
 
     state: FleetState
     scope: str | None = None
 
-    # Which there are
+    # Lists and names
 
     def networks(self) -> Iterator[NetworkId]:
-        """Every network that the operator may know, by id."""
+        """Iterate over the networks that the operator may know, sorted by id."""
         scope = read_scope(self.state.value, self.scope)
         for key in sorted(self.state.keys(layout.NETWORKS)):
             network = NetworkId(key.removeprefix(layout.NETWORKS))
@@ -66,7 +66,7 @@ class Views:
     async def instances(
         self, wanted: Wanted
     ) -> AsyncIterator[tuple[InstanceId, StoredInstance, int]]:
-        """Every instance that matches with its revision, by id; other work of the event loop goes on."""
+        """Iterate over matching instances with their revisions, sorted by id; yields to the event loop."""
         word = b"" if wanted.network is None else f'"network":"{wanted.network}"'.encode()
         matches = matcher(wanted.text, wanted.project)
         if wanted.host is None:
@@ -84,15 +84,15 @@ class Views:
             try:
                 fits = matches is None or matches(record_of(known[0]))
             except SourceCorrupt:
-                continue  # its hosts refuse it, and report so
+                continue  # its hosts refuse the record, and report that
             if fits:
                 yield instance, *known
 
     def find_network(self, text: str) -> NetworkId:
-        """The id of the network that has this id or name; the text itself where none has that the operator may know.
+        """Return the id of the network with this id or name; the text itself if the operator may know no such network.
 
         Raises:
-            RequestRefused: Several have the name.
+            RequestRefused: Several networks have the name.
         """
         if self._known_network(NetworkId(text)) is not None:
             return NetworkId(text)
@@ -100,7 +100,7 @@ class Views:
         return NetworkId(self._find(text, layout.NETWORKS, networks, self._network_name))
 
     def find_instance(self, text: str) -> InstanceId:
-        """The same for instances."""
+        """Return the id of the instance with this id or name; see `find_network`."""
         if self.known(InstanceId(text)) is not None:
             return InstanceId(text)
         keys = self.state.keys(layout.INSTANCES)
@@ -112,7 +112,7 @@ class Views:
     def _find(
         self, text: str, prefix: str, keys: Iterable[str], name_of: Callable[[str], object]
     ) -> str:
-        # Most values are not parsed: a fleet has hundreds of thousands.
+        # The search for the name avoids parsing most values: a fleet has hundreds of thousands.
         word = layout.encode({"name": text})[1:-1]
         found = []
         for key in keys:
@@ -133,25 +133,29 @@ class Views:
         return None if known is None else known[0].record.get("name")
 
     def known(self, instance: InstanceId) -> tuple[StoredInstance, int] | None:
-        """An instance and its revision; `None` where there is none that the operator may know."""
+        """Return an instance and its revision; `None` if the operator may know no such instance."""
         if not self._may_know(instance):
             return None
         return read_owned(self.state.value, instance, self.scope)
 
     def _may_know(self, instance: InstanceId) -> bool:
-        """Whether an instance may be the operator's; others' records are not looked into, however large they are."""
+        """Return whether an instance may belong to the operator's project, without parsing its record."""
         needs = self.state.placement(instance)[1]
         return self.scope is None or _policy_of(self.scope) in needs
 
     def _known_network(self, network: NetworkId) -> tuple[StoredNetwork, int] | None:
-        """The same of a network."""
+        """Return a network and its revision; `None` if the operator may know no such network."""
         known = read_network(self.state.value, network)
         scope = read_scope(self.state.value, self.scope)
         hidden = known is None or (scope is not None and not scope.knows_network(known[0].record))
         return None if hidden else known
 
     def hosts(self) -> frozenset[HostId]:
-        """Hosts that the operator may know: enrolled ones, of a project's those with its instances or granted to it."""
+        """Return the hosts that the operator may know.
+
+        Operators of all projects know all enrolled hosts; others know hosts granted to, or with instances of, the
+        project.
+        """
         enrolled = frozenset(self.state.enrolled())
         scope = read_scope(self.state.value, self.scope)
         if scope is None:
@@ -160,20 +164,20 @@ class Views:
         return granted | self.state.hosts_with(_policy_of(scope.project))
 
     def placed_hosts(self) -> frozenset[HostId]:
-        """Hosts on which something has to be in force: enrolled ones, of a project's those with its instances."""
+        """Return the hosts to wait for: all enrolled hosts, or for one project the hosts with its instances."""
         if self.scope is None:
             return frozenset(self.state.enrolled())
         return self.state.hosts_with(_policy_of(self.scope))
 
     def items_on(self, hosts: Iterable[HostId]) -> set[ItemKey] | None:
-        """Items that the operator may know on these hosts; `None` for all."""
+        """Return the items that the operator may know on these hosts; `None` for all."""
         if self.scope is None:
             return None
         item = _policy_of(self.scope)
         return {one for host in hosts for one in self.state.items_beside(host, item)}
 
     def stored(self, instance: InstanceId) -> tuple[StoredInstance, int]:
-        """An instance and its revision; `NotFound` where there is none that the operator may know."""
+        """Return an instance and its revision; raise `NotFound` if the operator may know no such instance."""
         known = self.known(instance)
         if known is None:
             self._refuse_unread("instance", layout.instance_key(instance))
@@ -181,7 +185,7 @@ class Views:
         return known
 
     def _refuse_unread(self, kind: str, key: str) -> None:
-        """`SourceCorrupt` where a record is there and cannot be read; whose project it is of is not known."""
+        """Raise `SourceCorrupt` for an unreadable record; its project is unknown, so only without a scope."""
         found = self.state.unreadable.get(key)
         if found is not None and self.scope is None:
             raise SourceCorrupt(
@@ -189,10 +193,10 @@ class Views:
                 hint=f"write the whole record again: imdsproxy --fleet URL {kind} add",
             )
 
-    # What is shown of one
+    # Single records
 
     def network(self, network: NetworkId, reported: Reported) -> Json:
-        """As the view of a host's admin API, and its hosts and revision; `NotFound` otherwise."""
+        """Return a network in the form of a host's admin API, with its hosts and revision; raise `NotFound`."""
         known = self._known_network(network)
         if known is None:
             self._refuse_unread("network", layout.network_key(network))
@@ -214,7 +218,7 @@ class Views:
         }
 
     def _use(self, item: ItemKey, record: Json) -> Counter[HostId]:
-        """How many instances have ports in a network, by host; of a shared one the operator's own."""
+        """Count the instances in a network by host; in a shared network only those of the operator's project."""
         if self.scope is None or record.get("project") == self.scope:
             return self.state.count_by_host(item)
         return self.state.count_both(item, _policy_of(self.scope))
@@ -222,13 +226,13 @@ class Views:
     def instance(
         self, instance: InstanceId, reported: Reported, user_data: bytes | None = None
     ) -> Json:
-        """The same of an instance; of its user data what is given."""
+        """Return an instance in the form of a host's admin API, with the given user data; raise `NotFound`."""
         stored, revision = self.stored(instance)
         record = replace(record_of(stored), user_data=user_data)
         return _describe(record, stored, revision, reported)
 
     def summary(self, stored: StoredInstance, revision: int, reported: Reported) -> Json:
-        """The same without payloads."""
+        """Return an instance without payloads, but with their sizes."""
         record = record_of(stored)
         sizes = {
             "user_data_bytes": 0 if stored.user_data is None else stored.user_data.size,
@@ -237,7 +241,7 @@ class Views:
         return _describe(replace(record, vendor_data=None), stored, revision, reported) | sizes
 
     async def summaries(self, wanted: Wanted, reported: Reported) -> AsyncIterator[Json]:
-        """Those of all instances that match, by id."""
+        """Iterate over the summaries of matching instances, sorted by id."""
         async for _, stored, revision in self.instances(wanted):
             try:
                 shown = self.summary(stored, revision, reported)
@@ -247,7 +251,7 @@ class Views:
 
 
 def _policy_of(project: str) -> ItemKey:
-    """The item that every host with an instance of a project needs."""
+    """Return the item that every host with an instance of a project needs."""
     return f"policy/project/{project}"
 
 

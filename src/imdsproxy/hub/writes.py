@@ -97,7 +97,7 @@ class Fresh:
         return self.asked.setdefault(key, self.state.stored(key))
 
     def take(self, compares: Iterable[Compare], kvs: Sequence[KeyValue]) -> None:
-        """Take over the current values from etcd's refusal of a write."""
+        """Store the current values from etcd's refusal of a write."""
         found = {one.key: (one.value, one.mod_revision) for one in kvs}
         for one in compares:
             if one.range_end:
@@ -142,7 +142,7 @@ class Writes:
 
     Args:
         etcd: The store.
-        state: This hub's copy of it.
+        state: This hub's copy of etcd.
         envelope: Encryption of user data.
         clock: Unix time.
         user_data_kib: Maximum size of an instance's user data, in KiB.
@@ -181,7 +181,7 @@ class Writes:
         bulk: bool = False,
         finish: Callable[[Transaction], Transaction] = lambda planned: planned,
     ) -> Done:
-        """Store records, or replace them: all of them, or none.
+        """Store or replace records, all or none.
 
         Args:
             networks: Complete network records.
