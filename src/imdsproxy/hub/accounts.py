@@ -1,6 +1,6 @@
-"""Accounts of a hub: its own, and another one for HAProxy in front of it, which cannot read the fleet's keys.
+"""Accounts of a hub: its own, and another for HAProxy in front of the hub, which cannot read the fleet's keys.
 
-A hub that root starts takes its account before it speaks with anything. The process of HAProxy is there by then.
+A hub that root starts takes its account before any communication. HAProxy's process exists by then.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ class Accounts:
         return None if self.haproxy is None else (-1, self.haproxy.group)
 
     def assume(self) -> None:
-        """Become the hub's account for good; it is in the group of HAProxy's account.
+        """Switch to the hub's account permanently, with the group of HAProxy's account.
 
         Raises:
             OSError: The kernel refuses.
@@ -100,7 +100,7 @@ class Places:
 
 
 def give_places(settings: HubSettings, accounts: Accounts) -> Places:
-    """Make the directories of a hub its own, as root.
+    """Create the directories of a hub; as root, give them to the hub's account.
 
     Raises:
         HostRefused: The file system refused.
@@ -109,7 +109,7 @@ def give_places(settings: HubSettings, accounts: Accounts) -> Places:
     if accounts.hub is not None:
         owner = accounts.hub.user, (accounts.haproxy or accounts.hub).group
         files = FleetFiles(settings.directory)
-        # Without a fleet the hub says so when it reads the files.
+        # If there is no fleet, the hub reports that when it reads the files.
         if settings.directory.is_dir():
             _give(settings.directory, files.of_hub, accounts.hub)
         with refusing(f"have the hub read {files.operator}"), _regular(files.operator) as file:
@@ -132,7 +132,7 @@ def _give(directory: Path, paths: Iterable[Path], account: Account) -> None:
 
 @contextlib.contextmanager
 def _regular(path: Path) -> Iterator[int | None]:
-    """Open a file that has this name alone; `None` for any other, as a link that the account has put there."""
+    """Open a regular file without other names; yield `None` otherwise, for example for a link the account created."""
     try:
         file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -148,7 +148,7 @@ def _regular(path: Path) -> Iterator[int | None]:
 
 
 def fill_places(places: Places, files: FleetFiles, accounts: Accounts) -> None:
-    """Write what HAProxy reads of the fleet's files: the hub's certificate with its key, and the CA certificates.
+    """Copy the fleet's files that HAProxy reads: the hub's certificate with its key, and the CA certificates.
 
     Raises:
         HostRefused: A file cannot be written.

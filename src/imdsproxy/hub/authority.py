@@ -1,7 +1,7 @@
 """The fleet's certificate authority: certificates of hubs, hosts and operators.
 
-All keys are ECDSA on P-256. A certificate's subject says who it is: OU the role, CN the name, O the project that an
-operator is limited to. Whose certificates are accepted is for hubs to decide, too: they keep a host's serial numbers.
+The keys of these certificates are ECDSA on P-256. A certificate's subject has the role (OU), the name (CN), and the
+project that an operator is limited to (O). Hubs also check a host's certificate against the serial numbers they keep.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ HUB_LIFE: Final = timedelta(days=90)
 OPERATOR_LIFE: Final = timedelta(days=365)
 AUTHORITY_LIFE: Final = timedelta(days=3650)
 MAX_REQUEST: Final = 8192
-"""Bytes of a certificate signing request; one of P-256 has some 400."""
+"""Maximum size of a certificate signing request in bytes; a request with a P-256 key has some 400."""
 
 _SKEW: Final = timedelta(hours=1)
-"""Certificates are good from so long before, for hosts whose clocks are behind."""
+"""Lead of a certificate's validity, for hosts whose clocks are behind."""
 
 _NAME: Final = re.compile(ID_PATTERN)
 _DNS_NAME: Final = re.compile(r"(?=.{1,253}$)[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*")
@@ -59,10 +59,10 @@ class _Life:
 
 @dataclass(frozen=True, slots=True)
 class Authority:
-    """A CA: its certificate, and the key that signs.
+    """CA with its certificate and its signing key.
 
     Attributes:
-        others: Certificates of CAs that are trusted beside it, while one takes the place of another.
+        others: Certificates of other CAs that are trusted during a rotation.
     """
 
     certificate: x509.Certificate
@@ -74,48 +74,48 @@ class Authority:
 
     @property
     def fingerprint(self) -> str:
-        """As `fingerprint` of its certificate."""
+        """Fingerprint of the CA's certificate."""
         return fingerprint(self.certificate)
 
     @property
     def trusted(self) -> bytes:
-        """Certificates of all CAs whose certificates are good, PEM; its own is the first."""
+        """Certificates of all trusted CAs in PEM, this CA's first."""
         return b"".join(map(render_certificate, (self.certificate, *self.others)))
 
     @property
     def trusted_digest(self) -> str:
-        """By what one sees whether a host knows all of these, in this order."""
+        """Digest of `trusted`, which shows whether a host has the current CAs."""
         return hashlib.sha256(self.trusted).hexdigest()[:16]
 
     def has_signed(self, certificate: x509.Certificate) -> bool:
-        """Whether a certificate is of this CA, and not of one of the others."""
+        """Return whether this CA, and not one of the others, issued a certificate."""
         return is_issued_by(certificate, self.certificate)
 
     def certify_hub(
         self, key: PublicKey, name: str, addresses: Sequence[str], now: datetime
     ) -> x509.Certificate:
-        """A hub's certificate, with which it is a server, and a client of other hubs.
+        """Issue a hub's certificate, for a server and for a client of other hubs.
 
         Args:
             key: The hub's public key.
             name: The hub's id.
-            addresses: DNS names and IP addresses by which hosts and operators reach it.
-            now: The time.
+            addresses: DNS names and IP addresses by which hosts and operators reach the hub.
+            now: Current time.
 
         Raises:
-            RequestRefused: The name or an address is none.
+            RequestRefused: The name or an address is invalid.
         """
         subject = _subject(Role.HUB, name)
         return self._sign(key, subject, _BOTH, _Life(now, HUB_LIFE), addresses)
 
     def certify_host(self, key: PublicKey, name: str, now: datetime) -> x509.Certificate:
-        """A host's certificate; `RequestRefused` where the name is none."""
+        """Issue a host's certificate; raise `RequestRefused` for an invalid name."""
         return self._sign(key, _subject(Role.HOST, name), _CLIENT, _Life(now, HOST_LIFE))
 
     def certify_operator(
         self, key: PublicKey, name: str, role: Role, scope: str | None, now: datetime
     ) -> x509.Certificate:
-        """An operator's certificate, limited to the project `scope`; `RequestRefused` where a name is none."""
+        """Issue an operator's certificate, limited to project `scope`; raise `RequestRefused` for an invalid name."""
         return self._sign(key, _subject(role, name, scope), _CLIENT, _Life(now, OPERATOR_LIFE))
 
     def _sign(
@@ -133,7 +133,7 @@ class Authority:
             .issuer_name(own.subject)
             .public_key(key)
             .serial_number(x509.random_serial_number())
-            # Python's ssl and OpenSSL refuse what is good longer than what signed it only when that has ended.
+            # Python's ssl and OpenSSL notice a CA that expires before its certificates only once it has expired.
             .not_valid_before(max(life.begin - _SKEW, own.not_valid_before_utc))
             .not_valid_after(min(life.begin + life.length, own.not_valid_after_utc))
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
@@ -144,13 +144,13 @@ class Authority:
         )
         if addresses:
             names = x509.SubjectAlternativeName([_general_name(one) for one in addresses])
-            # Where a subject is empty the standard wants it critical (RFC 5280, 4.2.1.6).
+            # With an empty subject the extension must be critical (RFC 5280, 4.2.1.6).
             builder = builder.add_extension(names, critical=not list(subject))
         return builder.sign(self.key, hashes.SHA256())
 
 
 def make_authority(name: str, now: datetime) -> Authority:
-    """A new CA with a certificate that it signs itself."""
+    """Create a CA with a self-signed certificate."""
     key = make_key()
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     public = key.public_key()
@@ -171,10 +171,10 @@ def make_authority(name: str, now: datetime) -> Authority:
 
 
 def parse_authority(certificate: bytes, key: bytes, where: str) -> Authority:
-    """A CA out of the PEM of its certificate and its key.
+    """Parse a CA's certificate and key in PEM.
 
     Raises:
-        ConfigInvalid: They are none, don't belong together, or may not sign certificates.
+        ConfigInvalid: They are invalid, do not match, may not sign certificates, or another CA signed the certificate.
     """
     own, secret = parse_certificate(certificate, where), parse_key(key, where)
     if secret.public_key() != own.public_key():
@@ -193,11 +193,11 @@ def parse_authority(certificate: bytes, key: bytes, where: str) -> Authority:
 
 
 def parse_key(key: bytes, where: str) -> PrivateKey:
-    """The key of a CA whose certificate is called `where`; raises as `parse_authority`."""
+    """Parse the key of a CA with the certificate `where`; raise the errors of `parse_authority`."""
     try:
         secret = serialization.load_pem_private_key(key, None)
     except (ValueError, TypeError, UnsupportedAlgorithm):
-        # Its cause may show parts of the key.
+        # The exception's cause may show parts of the key.
         raise ConfigInvalid(
             f"the key of {where} cannot be read",
             hint="it has to be in PEM and not encrypted: openssl pkey -in KEY",
@@ -218,12 +218,12 @@ def _may_sign(own: x509.Certificate) -> bool:
 
 
 def parse_request(pem: str) -> PublicKey:
-    """The key of a certificate signing request, whose owner has proved that it has the private one.
+    """Return the public key of a certificate signing request, whose signature proves that the sender has the key.
 
-    Subject and extensions that are asked for are ignored: a hub knows who asks.
+    The requested subject and extensions are ignored, since the hub knows the caller.
 
     Raises:
-        RequestRefused: It is no such request, not signed by its own key, or the key is not on P-256.
+        RequestRefused: The request is invalid, not signed by its own key, or its key is not on P-256.
     """
     hint = "make it with `imdsproxy fleet join`"
     if len(pem) > MAX_REQUEST:

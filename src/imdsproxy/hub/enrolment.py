@@ -1,6 +1,6 @@
-"""How hosts come into a fleet and out of it: invited with a one-time token, certified, renewed, revoked.
+"""Membership of hosts in a fleet: invitation with a one-time token, certificate, renewal, revocation.
 
-What becomes of a host's value is decided in `core.fleet.members`; here it is read and written, again where another hub
+Module `core.fleet.members` decides the new value of a host. This module reads and writes it, and retries if another hub
 was faster.
 """
 
@@ -49,7 +49,7 @@ _log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class Certified:
-    """What a host gets: its certificate, and those of all CAs that it is to trust, PEM."""
+    """Certificate of a host, and the certificates of all CAs that the host must trust, in PEM."""
 
     certificate: str
     authority: str
@@ -57,15 +57,16 @@ class Certified:
 
 @dataclass(frozen=True, slots=True)
 class Enrolment:
-    """The hosts of a fleet, and who may not be an operator any more.
+    """Membership of hosts, and revocation of operators and hubs.
 
     Args:
-        etcd: Where they are.
-        authority: What signs.
+        etcd: The store.
+        authority: CA that signs certificates.
         clock: Unix time.
-        holder: Returns who has a name that is not a host's, in words; hubs, operators and hosts share one space.
-        known: What this hub knows of a key, which etcd may have lost.
-        keep: Returns once values are in this hub's journal, before who wrote them is answered.
+        holder: Returns a description of the hub or operator that has a name; hosts, hubs and operators share one
+            namespace.
+        known: This hub's copy, which may have values that etcd has lost.
+        keep: Writes values to this hub's journal; called before the client gets its answer.
     """
 
     etcd: Etcd
@@ -78,16 +79,16 @@ class Enrolment:
     async def invite(
         self, host: HostId, urls: Sequence[str], life_s: float = INVITATION_S
     ) -> Invitation:
-        """A new token for a host, in the place of one before.
+        """Create a token for a host, which replaces an earlier one.
 
         Args:
-            host: A name as `model.ID_PATTERN`.
-            urls: Of the hubs.
-            life_s: How long the token is good.
+            host: Name that matches `model.ID_PATTERN`.
+            urls: URLs of the hubs.
+            life_s: Lifetime of the token in seconds.
 
         Raises:
             AlreadyExists: The name is a hub's or an operator's.
-            SourceUnavailable: etcd does not answer, or others write the host all the time.
+            SourceUnavailable: etcd does not answer, or other hubs keep writing the same host.
         """
         self._refuse_taken(host)
         token = secrets.token_urlsafe(_TOKEN_BYTES)
@@ -97,18 +98,18 @@ class Enrolment:
         return Invitation(host, tuple(urls), self.authority.fingerprint, token)
 
     async def enrol(self, host: HostId, token: str, request: str) -> Certified:
-        """A certificate for a host that has its token, once.
+        """Issue a host's first certificate; the token is valid once.
 
         Args:
-            host: Its name.
-            token: Of its invitation.
-            request: Its certificate signing request, PEM.
+            host: Name of the host.
+            token: Token of the host's invitation.
+            request: Certificate signing request in PEM.
 
         Raises:
-            AccessDenied: The token is not good.
-            AlreadyExists: As `invite`.
-            RequestRefused: The request is none.
-            SourceUnavailable: As `invite`.
+            AccessDenied: The token is invalid.
+            AlreadyExists: See `invite`.
+            RequestRefused: The request is invalid.
+            SourceUnavailable: See `invite`.
         """
         self._refuse_taken(host)
         key, now, trusts = parse_request(request), self.clock.now(), self.authority.trusted_digest
@@ -121,12 +122,12 @@ class Enrolment:
         return self._certified(render_certificate(signed))
 
     async def renew(self, identity: Identity, request: str) -> Certified:
-        """The next certificate for a host that has shown one.
+        """Issue the next certificate to a host that presented its current one.
 
         Raises:
-            AccessDenied: The one that it has shown is not good any more.
-            RequestRefused: The request is none.
-            SourceUnavailable: As `invite`.
+            AccessDenied: The presented certificate is no longer valid.
+            RequestRefused: The request is invalid.
+            SourceUnavailable: See `invite`.
         """
         host, key = HostId(identity.name), parse_request(request)
         trusts = self.authority.trusted_digest
@@ -139,21 +140,21 @@ class Enrolment:
         return self._certified(render_certificate(signed))
 
     async def revoke(self, host: HostId) -> int:
-        """Accept no certificate and no token of a host any more; hubs cut its stream when they see it.
+        """Revoke the certificates and the token of a host; hubs then end its stream.
 
         Returns:
-            The revision from which on it is so.
+            The revision of the revocation.
 
         Raises:
             NotFound: The fleet has no such host.
-            SourceUnavailable: As `invite`.
+            SourceUnavailable: See `invite`.
         """
         revision = await self._write(host, lambda stored: plan_revocation(host, stored))
         _log.warning("host revoked", host=host)
         return revision
 
     async def revoke_operator(self, name: str) -> int:
-        """Accept no certificate of an operator's or hub's name any more; the revision from which on it is so."""
+        """Revoke all certificates of an operator's or hub's name; return the revision of the revocation."""
         value = render_operator(StoredOperator(int(self.clock.now().timestamp())))
         done = await self.etcd.commit((), {operator_key(name): value})
         await self.keep({operator_key(name): value})
@@ -173,7 +174,7 @@ class Enrolment:
         for attempt in range(_ATTEMPTS):
             found = (await self.etcd.read(key)).kvs
             if found and found[0].value == written:
-                # Though etcd did not confirm it.
+                # An earlier attempt succeeded, though etcd did not confirm it.
                 await self.keep({key: written})
                 return found[0].mod_revision
             written = render_host(plan(self._newest(key, found[0] if found else None)))
@@ -189,7 +190,7 @@ class Enrolment:
         raise SourceUnavailable(f"host {host} could not be written", hint="try again")
 
     def _newest(self, key: str, found: KeyValue | None) -> StoredHost | None:
-        """Return a host as etcd has it, or as this hub knows it, if etcd's value is older or unreadable."""
+        """Return etcd's value of a host joined with this hub's, or this hub's if etcd's is absent or unreadable."""
         known = self.known(key)
         if known is None:
             return None if found is None else read_host(found.value, found.mod_revision)

@@ -1,7 +1,7 @@
-"""Secrets as they are in etcd: sealed with a key that only hubs have (AES-256-GCM).
+"""Encryption of secrets in etcd with a key that only hubs have (AES-256-GCM).
 
-A sealed value is bound to its key in etcd: in another place it does not open. It names the key that opens it, so that
-keys can be replaced one after the other.
+A sealed value is bound to its key in etcd and does not open under another key of etcd. The value names its encryption
+key, so that an operator can replace encryption keys one by one.
 """
 
 import base64
@@ -26,16 +26,16 @@ _LINE: Final = re.compile(r"([a-z0-9-]{1,32}) ([A-Za-z0-9+/]{43}=)")
 
 
 def _nothing() -> None:
-    """Answer as an etcd that names no key."""
+    """Return no choice, like an etcd that names no key."""
 
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """The keys, by their names.
+    """Encryption keys by name.
 
     Args:
-        keys: In the order of the file.
-        chosen: What etcd says of the one that seals: `None` for the first; raises `Unreadable`.
+        keys: Keys in the order of the file.
+        chosen: Returns etcd's choice of the key that seals, `None` for the first key; raises `Unreadable`.
     """
 
     keys: Mapping[str, bytes]
@@ -46,7 +46,7 @@ class Envelope:
 
     @property
     def sealing(self) -> str | None:
-        """The name of the key that seals; `None` where etcd's choice cannot be read."""
+        """Name of the key that seals; `None` if etcd's choice is unreadable."""
         try:
             chosen = self.chosen()
         except Unreadable:
@@ -54,7 +54,7 @@ class Envelope:
         return next(iter(self.keys)) if chosen is None else chosen.key
 
     def missing(self) -> str | None:
-        """Say that this hub does not have the key that seals; `None` where it has, and where that cannot be read."""
+        """Return a message if this hub lacks the key that seals, otherwise `None`; also if the choice is unreadable."""
         try:
             chosen = self.chosen()
         except Unreadable:
@@ -64,17 +64,21 @@ class Envelope:
         return f"the fleet seals secrets with the key {chosen.key}, which this hub does not have"
 
     def fingerprint(self, name: str) -> str | None:
-        """SHA-256 of a key, hexadecimal; `None` where this hub has none of that name."""
+        """Return the SHA-256 of a key in hexadecimal; `None` if this hub has no key of that name."""
         key = self.keys.get(name)
         return None if key is None else hashlib.sha256(key).hexdigest()
 
     def report(self) -> dict[str, Any]:
-        """For other hubs: `sealing`, and `keys`, by whose fingerprints two hubs see that they have the same."""
+        """Return `sealing` and the fingerprints of `keys`, by which other hubs compare their keys."""
         keys = {name: self.fingerprint(name) for name in self.keys}
         return {"sealing": self.sealing, "keys": keys}
 
     def seal(self, place: str, secret: bytes) -> bytes:
-        """A secret as it may be written to the key `place` of etcd; `SourceCorrupt` where this hub lacks the key."""
+        """Encrypt a secret for the key `place` of etcd.
+
+        Raises:
+            SourceCorrupt: This hub lacks the key that seals, or etcd's choice is unreadable.
+        """
         if (missing := self.missing()) is not None:
             raise SourceCorrupt(missing, hint=COPY_KEY)
         if (name := self.sealing) is None:
@@ -87,10 +91,10 @@ class Envelope:
         return name.encode() + b"\0" + nonce + sealed
 
     def open(self, place: str, sealed: bytes) -> bytes:
-        """The reverse of `seal`.
+        """Decrypt a sealed value.
 
         Raises:
-            SourceCorrupt: No key opens it here: it was changed, moved from another place, or sealed by another fleet.
+            SourceCorrupt: The value was changed, moved from another place, or sealed with a key that this hub lacks.
         """
         rest = sealed.partition(b"\0")[2]
         key = self.keys.get(name_of(sealed))
@@ -106,29 +110,29 @@ class Envelope:
 
 
 def name_of(sealed: bytes) -> str:
-    """Of the key that opens a sealed value."""
+    """Return the name of the key that opens a sealed value."""
     return sealed.partition(b"\0")[0].decode("latin-1")
 
 
 def add_key(text: bytes, where: str) -> tuple[bytes, str]:
-    """The text of a file with one more key, which does not seal yet, and its name; raises as `parse_envelope`."""
+    """Add a key that does not seal yet to a file's text; return text and name; raise as `parse_envelope`."""
     known = parse_envelope(text, where).keys
-    # Never one that a key had before: backups name it.
+    # A name is never reused, since backups may refer to the old key.
     name = str(1 + max((int(one) for one in known if one.isdecimal()), default=0))
     return text.rstrip() + b"\n" + make_envelope(name), name
 
 
 def make_envelope(name: str = "1") -> bytes:
-    """The text of a file with one new key."""
+    """Return the text of a file with one new key."""
     key = base64.b64encode(os.urandom(_KEY_BYTES)).decode()
     return f"{name} {key}\n".encode()
 
 
 def parse_envelope(text: bytes, where: str) -> Envelope:
-    """Keys out of a file: a line each, `NAME BASE64`.
+    """Parse the keys of a file, one line `NAME BASE64` each.
 
     Raises:
-        SecretUnreadable: A line is none; `where` names the file. The message has nothing of its content.
+        SecretUnreadable: A line is invalid; `where` names the file. The message shows none of the file's content.
     """
     keys: dict[str, bytes] = {}
     for number, line in enumerate(text.decode("latin-1").splitlines(), 1):

@@ -1,7 +1,7 @@
-"""A client of etcd v3 by its JSON gateway: reads at one revision, writes by compare-and-swap, leases, and watches.
+"""Client of etcd v3 by the JSON gateway: reads at one revision, writes by compare-and-swap, leases, and watches.
 
-What a stale, full, lost or restarted member answers is never taken for the state of etcd: it is an outage
-(`EtcdUnavailable`), and the next member is asked.
+The client never takes the answer of a stale, full, lost or restarted member for the state of etcd: such an answer is an
+outage (`EtcdUnavailable`), and the client asks the next member.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from imdsproxy.hub.members import START_MEMBERS, Members
 T = TypeVar("T")
 
 _ANSWER_S: Final = 2.0
-"""How long a member has for an answer before the next one is asked."""
+"""Timeout for a member's answer before the client asks the next member."""
 
 _PAGE_BYTES: Final = 512 * 1024
 _FIRST_PAGE: Final = 100
@@ -45,7 +45,7 @@ _FULL: Final = "etcd is full: nothing can be written"
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Keys as they were at one revision, in the order of their names."""
+    """Keys at one revision, sorted by name."""
 
     revision: int
     kvs: list[KeyValue]
@@ -53,14 +53,14 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """A write is done, at this revision."""
+    """Result of a committed write."""
 
     revision: int
 
 
 @dataclass(frozen=True, slots=True)
 class Conflict:
-    """A compare did not hold, and nothing was written; `kvs` are the compared keys as they are (ten of a range)."""
+    """Result of a write whose comparison failed; `kvs` has the current compared keys (ten of a range)."""
 
     revision: int
     kvs: list[KeyValue]
@@ -68,11 +68,11 @@ class Conflict:
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """All that one or several transactions have changed, none in part.
+    """Changes of one or several complete transactions.
 
     Attributes:
-        revision: Of the last of them.
-        events: In their order; each has its own revision.
+        revision: Revision of the last transaction.
+        events: Events in order, each with its own revision.
     """
 
     revision: int
@@ -81,10 +81,10 @@ class Changes:
 
 @dataclass(frozen=True, slots=True)
 class MemberSilent:
-    """A member that does not answer what was asked.
+    """Member that failed to answer.
 
     Attributes:
-        leaderless: It says that it knows no leader.
+        leaderless: Whether the member reported that it knows no leader.
     """
 
     url: str
@@ -93,7 +93,7 @@ class MemberSilent:
 
 
 class Compacted(Exception):
-    """etcd has no more what was asked for; `oldest` is the oldest revision that it has, where it says so."""
+    """The revision was compacted; `oldest` is etcd's oldest revision, 0 if unknown."""
 
     def __init__(self, oldest: int = 0) -> None:
         super().__init__(f"compacted up to {oldest}")
@@ -101,29 +101,29 @@ class Compacted(Exception):
 
 
 class LeaseGone(EtcdUnavailable):
-    """A lease has ended, and its keys with it: grant another one."""
+    """A lease has ended with its keys; the caller needs a new lease."""
 
 
 class Behind(EtcdUnavailable):
-    """More than half of the members answer what is older, by its revision or raft term, than what was known.
+    """More than half of the members answer with an older revision or raft term than known.
 
-    etcd was restored from a backup: `Etcd.accept_older` makes it readable. A member that lags does not cause it.
+    etcd was restored from a backup: `Etcd.accept_older` makes it readable. One lagging member does not cause this.
     """
 
 
 class Etcd:
-    """A client for one etcd, whatever member answers.
+    """Client for one etcd, whichever member answers.
 
     Args:
-        endpoints: Of the JSON gateways, `https://HOST:PORT`; with `--listen-client-http-urls`, those.
+        endpoints: URLs of the JSON gateways, `https://HOST:PORT`; those of `--listen-client-http-urls` if set.
         tls: See `open_tls`.
-        user: With its password, where etcd has authentication enabled.
+        user: User name, with `password`, if etcd has authentication enabled.
         random: Order of the members, and jitter of pauses.
-        timeout_s: How long all members together have for an answer.
-        silence_s: After so long without an event a watch is taken for broken. Something must be written that often.
+        timeout_s: Timeout for an answer from any member.
+        silence_s: Seconds without an event after which a watch counts as broken; writes must be more frequent.
 
     Attributes:
-        doubted: Set when the member whose changes are followed does not answer another request: its watch may hang.
+        doubted: Set when the watched member does not answer another request: its watch may hang.
     """
 
     def __init__(
@@ -147,11 +147,11 @@ class Etcd:
         self.doubted = asyncio.Event()
 
     async def close(self) -> None:
-        """End all connections; those that wait for an answer fail."""
+        """Close all connections; pending requests fail."""
         await self._gateway.close()
 
     def accept_older(self) -> None:
-        """Believe the next answer, whatever revision and term it has: etcd was restored, and that is known."""
+        """Accept any revision and term in the next answer, after a known restore of etcd."""
         self._newest = Header(0, 0)
         for url in self._members.urls:
             self._members.succeed(url)
@@ -159,10 +159,10 @@ class Etcd:
     async def read(
         self, key: str, range_end: str = "", *, revision: int = 0, keys_only: bool = False
     ) -> Snapshot:
-        """A key, or all from it to before `range_end` (`prefix_end`), as of one revision.
+        """Read a key, or all keys from `key` to before `range_end` (`prefix_end`), at one revision.
 
-        With `revision` 0 it is the newest: nothing that was committed before the call is missing. With `keys_only` the
-        values are empty.
+        Revision 0 means the newest, with everything that was committed before the call. With `keys_only` the values
+        are empty.
 
         Raises:
             Behind: etcd was restored from a backup.
@@ -173,7 +173,7 @@ class Etcd:
             try:
                 return await self._read_pages(key, range_end, revision, keys_only=keys_only)
             except Compacted:
-                # A revision that was only chosen here: it is read again at a newer one.
+                # The client chose the compacted revision itself, so it can retry at a newer one.
                 if revision or attempt == _WHOLE_READS - 1:
                     raise
         raise AssertionError
@@ -203,51 +203,51 @@ class Etcd:
         *,
         lease: int = 0,
     ) -> Committed | Conflict:
-        """Write all of it in one transaction if all compares hold.
+        """Commit puts and deletes in one transaction if all comparisons hold.
 
-        etcd takes 128 operations and 1.5 MiB at once. The written keys end with `lease`, if one is given.
+        etcd accepts at most 128 operations and 1.5 MiB per transaction. The written keys end with `lease`, if given.
 
         Raises:
-            WriteUnknown: No answer came: it may be written or not, now or within seconds. Read, and compare again.
-            EtcdFull: Nothing can be written until an operator acts.
+            WriteUnknown: No answer came: etcd may have written, or may write within seconds. Read, and compare again.
+            EtcdFull: etcd refuses writes until an operator acts.
             EtcdUnavailable: No member answers; nothing was written.
             LeaseGone: The lease has ended.
-            SourceRefused: It is too large.
+            SourceRefused: The transaction is too large.
         """
         body = messages.render_commit(compares, puts or {}, deletes, lease)
         return await self._ask("/v3/kv/txn", body, _parse_commit, linear=True, write=True)
 
     async def grant(self, ttl_s: int) -> int:
-        """A new lease, by its id: keys written with it go when it is not kept alive for `ttl_s`."""
+        """Grant a lease and return its id; its keys are deleted unless the lease is kept alive every `ttl_s`."""
         body = {"TTL": str(ttl_s)}
         return await self._ask("/v3/lease/grant", body, messages.parse_lease)
 
     async def keep_alive(self, lease: int) -> int:
-        """Begin the time of a lease again; its length in seconds, or 0: it has ended, with its keys."""
+        """Renew a lease; return its length in seconds, or 0 if the lease has ended with its keys."""
         body = {"ID": str(lease)}
         return await self._ask("/v3/lease/keepalive", body, messages.parse_keep_alive)
 
     async def revoke(self, lease: int) -> None:
-        """End a lease with its keys; it may have ended already."""
+        """Revoke a lease with its keys, if it has not ended already."""
         with contextlib.suppress(LeaseGone):
             await self._ask("/v3/lease/revoke", {"ID": str(lease)}, lambda _: None)
 
     async def status(self) -> tuple[MemberStatus | MemberSilent, ...]:
-        """What each member says of itself, in the order of their endpoints."""
+        """Return the status of each member, sorted by endpoint."""
         return tuple(
             await asyncio.gather(*(self._status(url) for url in sorted(self._members.urls)))
         )
 
     async def follow(self, prefix: str, start_revision: int) -> AsyncGenerator[Changes, None]:
-        """All changes below a prefix from a revision on, from one member, for as long as that is sound.
+        """Watch a prefix from a revision on at one member, while its watch is reliable.
 
-        Go on after the last revision that it has given. What was received in part is given whole then.
+        Continue after the last yielded revision: a transaction received in part is yielded complete then.
 
         Raises:
-            Compacted: Changes are missing: read all of it again.
+            Compacted: Changes are missing: read the prefix again.
             Behind: etcd was restored from a backup.
-            EtcdFull: No change comes, because nothing can be written.
-            EtcdUnavailable: It ended, was silent or lagged; the next attempt takes another member.
+            EtcdFull: The watch is silent because etcd refuses writes.
+            EtcdUnavailable: The watch ended, was silent or lagged; the next attempt takes another member.
         """
         url = await self._choose(self._clock.monotonic() + self._timeout_s)
         token = self._gateway.token
@@ -258,20 +258,20 @@ class Etcd:
                     yield changes
         except Failed as failed:
             if failed.silent and await self._is_full(url):
-                # Every other member would be as silent.
+                # Every other member would be silent, too.
                 raise EtcdFull(_FULL) from failed
             if failed.fault.kind in _RIGHTS and self._gateway.drop_token(token):
-                # A member may know an older state of users and rights: the next attempt logs in anew.
+                # A member may have older users and rights: the next attempt logs in anew.
                 self._members.fail(url, str(failed), answers=messages.is_leaderless(failed.fault))
             else:
                 self._give_up(url, failed)
             if failed.behind:
-                # A member may lag behind the others; whether all of them do, a read shows.
+                # One member may lag; the read raises `Behind` if most members do.
                 await self.read(prefix)
             raise self._outage(f"{url}: {failed}") from failed
 
     def leave(self, reason: str) -> None:
-        """Let the member whose changes were followed rest, because its watch is not sound."""
+        """Let the watched member rest, because its watch is not reliable."""
         self._members.fail(self._followed, reason)
 
     async def _watch(
@@ -317,9 +317,10 @@ class Etcd:
         linear: bool = False,
         write: bool = False,
     ) -> T:
-        """The answer of the first member that gives one, as `parse` reads it.
+        """Return the first answer of a member, parsed by `parse`.
 
-        `linear`: a member answers it when it is as far as etcd was. `write`: what may be done is not sent again.
+        With `linear`, the client refuses answers of a member that lags behind earlier answers. With `write`, the
+        client does not repeat a request that may have been carried out.
         """
         deadline = self._clock.monotonic() + self._timeout_s
         logged_in_anew = False
@@ -369,7 +370,7 @@ class Etcd:
             return parse(answer)
 
     async def _choose(self, deadline: float) -> str:
-        """The member to ask, after its pause."""
+        """Return the member to ask, after its pause."""
         url, pause_s = self._members.choose()
         if self._clock.monotonic() + pause_s >= deadline:
             raise self._outage(self._members.failures)
@@ -377,7 +378,7 @@ class Etcd:
         return url
 
     def _give_up(self, url: str, failed: Failed, *, write: bool = False) -> None:
-        """Raise what no other member would answer otherwise; else let the member rest."""
+        """Raise an error that any other member would answer too; otherwise let the member rest."""
         reason = f"{url}: {failed}"
         match failed.fault.kind:
             case Kind.COMPACTED:
@@ -389,7 +390,7 @@ class Etcd:
             case Kind.REFUSED:
                 raise SourceRefused(f"etcd refuses it: {reason}") from failed
             case Kind.AUTHENTICATE | Kind.DENIED:
-                # Hosts are served on; an operator changes it while the hub runs.
+                # Hosts are still served, and an operator can correct the rights while the hub runs.
                 hint = "check the user, its password and its role in etcd"
                 raise EtcdUnavailable(f"etcd refuses it: {reason}", hint=hint) from failed
             case Kind.OUTAGE:

@@ -1,6 +1,6 @@
-"""What etcd's JSON gateway takes and answers, as values. Pure.
+"""Requests and answers of etcd's JSON gateway. Pure.
 
-Bytes are base64, 64-bit integers are strings, and what is zero, empty or false is not there (etcd's `rpc.proto`, the
+Bytes are base64, 64-bit integers are strings, and zero, empty or false values are absent (etcd's `rpc.proto`, the
 mapping of protobuf to JSON). Errors have other fields in etcd 3.5 than in 3.6.
 """
 
@@ -16,18 +16,18 @@ Json: TypeAlias = dict[str, Any]
 
 
 class Garbled(ValueError):
-    """An answer is not one of etcd's: another program is at the address."""
+    """An answer is not etcd's: another program listens at the address."""
 
 
 @dataclass(frozen=True, slots=True)
 class KeyValue:
-    """A key that is there.
+    """Existing key with its value.
 
     Attributes:
-        mod_revision: Of the transaction that wrote it last.
-        create_revision: Of the one that made it.
-        lease: The lease that it ends with, or 0.
-        version: How often it was written since it was made; 0 where that is not known.
+        mod_revision: Revision of the last write.
+        create_revision: Revision of the creation.
+        lease: Lease of the key, or 0.
+        version: Number of writes since the creation; 0 if unknown.
     """
 
     key: str
@@ -40,7 +40,7 @@ class KeyValue:
 
 @dataclass(frozen=True, slots=True)
 class Deleted:
-    """A key that the transaction of a revision deleted."""
+    """Key deleted at a revision."""
 
     key: str
     mod_revision: int
@@ -48,7 +48,7 @@ class Deleted:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """How far the member was that answered."""
+    """Revision and raft term of the member that answered."""
 
     revision: int
     term: int
@@ -56,10 +56,10 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Compare:
-    """A condition of a write: all keys of a range have this revision, where 0 is that of no key.
+    """Condition of a write: all keys of a range have this revision; 0 stands for an absent key.
 
     Attributes:
-        range_end: The first key behind the range; empty for the one key.
+        range_end: First key after the range; empty for a single key.
     """
 
     key: str
@@ -69,23 +69,23 @@ class Compare:
 
 
 def unchanged(key: str, mod_revision: int) -> Compare:
-    """The key was last written at this revision; 0: it is not there."""
+    """Require that the key was last written at this revision; 0 requires that it is absent."""
     return Compare(key, "MOD", mod_revision)
 
 
 def absent(key: str) -> Compare:
-    """The key is not there."""
+    """Require that the key is absent."""
     return Compare(key, "CREATE", 0)
 
 
 def none_below(prefix: str) -> Compare:
-    """No key begins so."""
+    """Require that no key has this prefix."""
     return Compare(prefix, "CREATE", 0, prefix_end(prefix))
 
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Keys of a range, in their order; `more` follow."""
+    """Part of a range in order; `more` says whether further keys follow."""
 
     revision: int
     kvs: list[KeyValue]
@@ -93,7 +93,7 @@ class Page:
 
 
 class Kind(enum.Enum):
-    """What an error of etcd's asks of the client."""
+    """Kind of an etcd error, by the reaction of the client."""
 
     AUTHENTICATE = enum.auto()
     DENIED = enum.auto()
@@ -102,15 +102,15 @@ class Kind(enum.Enum):
     COMPACTED = enum.auto()
     NO_LEASE = enum.auto()
     OUTAGE = enum.auto()
-    """The member, or etcd, can't answer now. So is every error that is not known."""
+    """Outage of the member or of etcd; every unknown error counts as one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """An error that etcd answered.
+    """Error in an answer of etcd.
 
     Attributes:
-        certain: Whether nothing was written for certain.
+        certain: Whether it is certain that nothing was written.
     """
 
     kind: Kind
@@ -120,13 +120,13 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class WatchMessage:
-    """One line of a watch.
+    """Line of a watch.
 
     Attributes:
-        created: It is the first one; its revision is the member's, and says nothing of events.
-        fragment: The next message belongs to the same revision.
-        fault: Why the watch has ended.
-        compacted: The oldest revision that etcd still has, where that is why.
+        created: Whether this is the first line; its revision is the member's, not an event's.
+        fragment: Whether the next message belongs to the same revision.
+        fault: Reason for the end of the watch.
+        compacted: Oldest revision that etcd still has, if compaction ended the watch.
     """
 
     header: Header
@@ -139,15 +139,15 @@ class WatchMessage:
 
 @dataclass(frozen=True, slots=True)
 class MemberStatus:
-    """A member that answers.
+    """Status of a member that answers.
 
     Attributes:
-        url: Its endpoint.
-        db_size: Of its database's file, in bytes.
-        in_use: The part of it that is not free, in bytes.
-        quota: The largest `db_size`, in bytes; 0 where the member does not say it.
-        problems: Alarms, and that it knows no leader, in etcd's words.
-        leader: The leader's id, or 0.
+        url: Endpoint of the member.
+        db_size: Size of the database file in bytes.
+        in_use: Used part of the database file in bytes.
+        quota: Maximum `db_size` in bytes; 0 if the member does not report it.
+        problems: Alarms, or the lack of a leader, in etcd's words.
+        leader: Id of the leader, or 0.
     """
 
     url: str
@@ -162,7 +162,7 @@ class MemberStatus:
 
     @property
     def full(self) -> bool:
-        """Whether nothing can be written until an operator acts."""
+        """Return whether the member refuses writes until an operator acts."""
         return any("NOSPACE" in one for one in self.problems)
 
 
@@ -184,7 +184,7 @@ _CERTAIN: Final = frozenset(
         _UNAUTHENTICATED,
     )
 )
-"""Numbers of gRPC that etcd answers with before a write, or in place of it."""
+"""gRPC status codes that etcd answers before a write or instead of it."""
 
 _BY_WORDS: Final = (
     ("invalid auth token", Kind.AUTHENTICATE),
@@ -201,25 +201,25 @@ _BY_WORDS: Final = (
 
 
 def prefix_end(prefix: str) -> str:
-    """The first key behind all that begin so; a prefix ends in ASCII."""
+    """Return the first key after all keys with this prefix, which must end in ASCII."""
     return prefix[:-1] + chr(ord(prefix[-1]) + 1)
 
 
 def encode(text: str | bytes) -> str:
-    """A key or value as the gateway takes it."""
+    """Encode a key or value for the gateway."""
     data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape")
     return base64.b64encode(data).decode()
 
 
 def render_range(key: str, range_end: str = "") -> Json:
-    """A key, or all from it to before `range_end`."""
+    """Return the fields for a key, or for all keys from `key` to before `range_end`."""
     return {"key": encode(key)} | ({"range_end": encode(range_end)} if range_end else {})
 
 
 def render_commit(
     compares: Iterable[Compare], puts: Mapping[str, bytes], deletes: Iterable[str], lease: int
 ) -> Json:
-    """A transaction that writes if all compares hold, and reads the compared keys if not."""
+    """Return a transaction that writes if all comparisons hold, and otherwise reads the compared keys."""
     compared = tuple(compares)
     return {
         "compare": [
@@ -252,7 +252,7 @@ def render_commit(
 
 
 def parse_header(answer: Json) -> Header:
-    """How far the member was that answered; raises `Garbled`."""
+    """Parse the header of an answer; raise `Garbled`."""
     found = answer.get("header")
     if not isinstance(found, dict):
         raise Garbled("an answer without header")
@@ -260,13 +260,13 @@ def parse_header(answer: Json) -> Header:
 
 
 def parse_page(answer: Json) -> Page:
-    """The answer to a range; raises `Garbled`."""
+    """Parse the answer to a range; raise `Garbled`."""
     kvs = parse_keys(answer)
     return Page(parse_header(answer).revision, kvs, more=bool(answer.get("more") and kvs))
 
 
 def parse_keys(answer: Json) -> list[KeyValue]:
-    """The keys of an answer to a range; raises `Garbled`."""
+    """Parse the keys in the answer to a range; raise `Garbled`."""
     try:
         return [_key_value(one) for one in answer.get("kvs", ())]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -274,13 +274,13 @@ def parse_keys(answer: Json) -> list[KeyValue]:
 
 
 def parse_conflict(answer: Json) -> list[KeyValue]:
-    """The compared keys, of the answer to a transaction whose compares did not hold."""
+    """Parse the compared keys in the answer to a transaction whose comparison failed."""
     parts = (one.get("response_range", {}) for one in answer.get("responses", ()))
     return [found for part in parts for found in parse_keys(part)]
 
 
 def parse_fault(answer: Json) -> Fault:
-    """The error of an answer without success, or of a line of a stream.
+    """Parse the error in a failed answer or in a line of a stream.
 
     etcd 3.5: `{error, code, message}`, and in a stream `{error: {grpc_code, message}}`; etcd 3.6: `{code, message}`,
     and in a stream `{error: {code, message}}`.
@@ -293,12 +293,12 @@ def parse_fault(answer: Json) -> Fault:
 
 
 def is_leaderless(fault: Fault) -> bool:
-    """Whether a member says that it has no quorum: it knows no leader, or none has confirmed a request in time."""
+    """Return whether a member reports a lost quorum: no leader, or a request that timed out."""
     return "no leader" in fault.message or "etcdserver: request timed out" in fault.message
 
 
 def parse_watch(line: Json) -> WatchMessage:
-    """One line of a watch; raises `Garbled`."""
+    """Parse a line of a watch; raise `Garbled`."""
     if "error" in line:
         return WatchMessage(Header(0, 0), fault=parse_fault(line))
     found = line.get("result")
@@ -309,7 +309,7 @@ def parse_watch(line: Json) -> WatchMessage:
     if compacted:
         fault = Fault(Kind.COMPACTED, f"compacted up to {compacted}", certain=True)
     elif found.get("canceled"):
-        # Some releases give the whole text of a gRPC error here, number and all.
+        # Some releases put the whole text of a gRPC error here, including its number.
         fault = _fault(0, str(found.get("cancel_reason") or "canceled without a reason"))
     try:
         events = tuple(_event(one) for one in found.get("events", ()))
@@ -326,7 +326,7 @@ def parse_watch(line: Json) -> WatchMessage:
 
 
 def parse_status(url: str, answer: Json) -> MemberStatus:
-    """What a member says of itself; raises `Garbled`. etcd 3.5 does not say its quota here."""
+    """Parse a member's status; raise `Garbled`. etcd 3.5 does not report the quota here."""
     header = answer.get("header")
     return MemberStatus(
         url,
@@ -342,7 +342,7 @@ def parse_status(url: str, answer: Json) -> MemberStatus:
 
 
 def parse_quota(metrics: bytes) -> int:
-    """The quota of a member's database in bytes, out of its metrics; 0 where it is not there."""
+    """Parse the database quota in bytes from a member's metrics; 0 if absent."""
     name = b"etcd_server_quota_backend_bytes "
     for line in metrics.splitlines():
         if line.startswith(name):
@@ -351,12 +351,12 @@ def parse_quota(metrics: bytes) -> int:
 
 
 def parse_lease(answer: Json) -> int:
-    """The id of a lease that was granted; raises `Garbled`."""
+    """Parse the id of a granted lease; raise `Garbled`."""
     return _int(answer, "ID")
 
 
 def parse_keep_alive(answer: Json) -> int:
-    """How long a lease lasts from now on, in seconds; 0 when it has ended. Raises `Garbled`."""
+    """Parse the remaining seconds of a lease, 0 if it has ended; raise `Garbled`."""
     found = answer.get("result")
     if not isinstance(found, dict):
         raise Garbled("an answer without result")
@@ -369,7 +369,7 @@ def _fault(code: int, message: str) -> Fault:
         kind = {_UNAUTHENTICATED: Kind.AUTHENTICATE, _DENIED: Kind.DENIED}.get(code)
     if kind is None:
         kind = Kind.REFUSED if code == _INVALID else Kind.OUTAGE
-    # Without a leader a member refuses before it begins.
+    # A member without a leader refuses a write before it starts.
     return Fault(kind, message, certain=code in _CERTAIN or message.endswith("no leader"))
 
 

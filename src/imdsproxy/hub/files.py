@@ -1,4 +1,4 @@
-"""The files of a fleet on a hub: `fleet init` makes them, a hub reads them, and renews its own certificate."""
+"""Files of a fleet on a hub: `fleet init` creates them; a hub reads them and renews its own certificate."""
 
 import os
 from dataclasses import dataclass, replace
@@ -39,52 +39,52 @@ _OPEN: Final = 0o644
 
 @dataclass(frozen=True, slots=True)
 class FleetFiles:
-    """What is in the directory of a fleet; all but `ca.crt` is secret."""
+    """Files in the directory of a fleet; all but `ca.crt` are secret."""
 
     directory: Path
 
     @property
     def ca_certificate(self) -> Path:
-        """The CA certificate, which every host and operator gets."""
+        """CA certificate, which every host and operator gets."""
         return self.directory / "ca.crt"
 
     @property
     def ca_key(self) -> Path:
-        """With which hubs sign hosts' certificates."""
+        """Key with which hubs sign hosts' certificates."""
         return self.directory / "ca.key"
 
     @property
     def next_key(self) -> Path:
-        """Of the CA that takes the place of the one before, until it does."""
+        """Key of the next CA during a rotation, until that CA signs."""
         return self.directory / "ca-next.key"
 
     @property
     def hub(self) -> Path:
-        """The certificate and key of the hub on this machine."""
+        """Certificate and key of the hub on this machine."""
         return self.directory / "hub.pem"
 
     @property
     def envelope_key(self) -> Path:
-        """What seals secrets in etcd, the same on all hubs."""
+        """Keys that seal secrets in etcd, the same on all hubs."""
         return self.directory / "envelope.key"
 
     @property
     def operator(self) -> Path:
-        """The certificate of the first operator, for commands on this hub."""
+        """Key and certificate of the first operator, for commands on this hub."""
         return self.directory / "operator.pem"
 
     @property
     def of_hub(self) -> tuple[Path, ...]:
-        """Every file that a hub needs."""
+        """All files that a hub needs."""
         return (self.ca_certificate, self.ca_key, self.next_key, self.envelope_key, self.hub)
 
     def read(self, path: Path) -> bytes:
-        """Read one of the secrets, which may belong to the owner of the directory; raises as `read_secret`."""
+        """Read a secret, which may belong to the owner of the directory; raise the errors of `read_secret`."""
         owner = self.directory.stat().st_uid if self.directory.exists() else None
         return read_secret(path, owner=owner)
 
     def write(self, path: Path, data: bytes, *, mode: int = _SECRET) -> None:
-        """Write one of the files; root gives it to the owner of the directory, which may be the hub's account.
+        """Write a file; if run by root, give it to the owner of the directory, which may be the hub's account.
 
         Raises:
             HostRefused: The file cannot be written.
@@ -94,31 +94,31 @@ class FleetFiles:
         write_atomic(path, data, mode=mode, owner=owner, durable=True)
 
     def load_authority(self) -> Authority:
-        """The CA.
+        """Load the CA.
 
         Raises:
-            ConfigUnreadable: There is no certificate.
-            ConfigInvalid: The files are no CA.
-            SecretUnreadable: The key cannot be read, or others may.
+            ConfigUnreadable: The certificate does not exist or cannot be read.
+            ConfigInvalid: The files are not a CA's.
+            SecretUnreadable: The key cannot be read, or other accounts may read it.
         """
         certificate = _read(self.ca_certificate)
         return parse_authority(certificate, self.read(self.ca_key), str(self.ca_certificate))
 
     def load_envelope(self) -> Envelope:
-        """The keys that seal; `SecretUnreadable` where they cannot be read, or others may."""
+        """Load the keys that seal; raise `SecretUnreadable` if unreadable, or readable by other accounts."""
         return parse_envelope(self.read(self.envelope_key), str(self.envelope_key))
 
     def load_hub(self) -> x509.Certificate:
-        """This hub's certificate; raises as `load_authority`."""
+        """Load this hub's certificate; raise `ConfigInvalid` or `SecretUnreadable`."""
         return parse_certificate(self.read(self.hub), str(self.hub))
 
 
 def refuse_shared_authority(authority: Authority, etcd_ca: Path) -> None:
-    """Refuse a CA of etcd's that is the fleet's: with it a host's certificate would open etcd, all of it.
+    """Refuse the fleet's CA as etcd's CA: etcd would accept every host's certificate.
 
     Raises:
-        ConfigInvalid: It is, or the file is no certificate.
-        ConfigUnreadable: It cannot be read.
+        ConfigInvalid: The CAs are the same, or the file has no certificate.
+        ConfigUnreadable: The file cannot be read.
     """
     try:
         found = x509.load_pem_x509_certificates(_read(etcd_ca))
@@ -134,14 +134,14 @@ def refuse_shared_authority(authority: Authority, etcd_ca: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class HubNames:
-    """How a hub is called: its id, and the DNS names and IP addresses by which it is reached."""
+    """Id of a hub, and the DNS names and IP addresses at which others reach the hub."""
 
     name: str
     addresses: tuple[str, ...]
 
 
 def read_hub_names(certificate: x509.Certificate) -> HubNames:
-    """The names that are in a hub's certificate."""
+    """Return the names in a hub's certificate."""
     (name,) = certificate.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
     found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     dns = found.get_values_for_type(x509.DNSName)
@@ -150,7 +150,7 @@ def read_hub_names(certificate: x509.Certificate) -> HubNames:
 
 
 def make_hub_pem(authority: Authority, names: HubNames, now: datetime) -> bytes:
-    """A new key with its certificate; `RequestRefused` where a name is none."""
+    """Create a hub's key and certificate; raise `RequestRefused` for an invalid or missing name."""
     if not names.addresses:
         raise RequestRefused("a hub needs an address", hint="--address hub1.example.net")
     key = make_key()
@@ -159,13 +159,13 @@ def make_hub_pem(authority: Authority, names: HubNames, now: datetime) -> bytes:
 
 
 def make_renewed_hub(files: FleetFiles, authority: Authority, now: datetime) -> bytes | None:
-    """Make the next certificate of this hub, if two thirds of its life are over or another CA has signed it.
+    """Create the next certificate of this hub, if two thirds of its life are over or another CA has signed it.
 
     Returns:
-        The certificate with its key, for `Front.replace_certificate`, then `write_hub`; `None` if it is not time yet.
+        The certificate with its key, for `Front.replace_certificate`, then `write_hub`; `None` if it is not due yet.
 
     Raises:
-        ConfigInvalid: The file is no certificate.
+        ConfigInvalid: The file has no certificate.
         SecretUnreadable: The file cannot be read.
     """
     certificate = files.load_hub()
@@ -175,20 +175,20 @@ def make_renewed_hub(files: FleetFiles, authority: Authority, now: datetime) -> 
 
 
 def write_hub(files: FleetFiles, pem: bytes) -> None:
-    """Write this hub's certificate with its key; `HostRefused` where that cannot be done."""
+    """Write this hub's certificate with its key; raise `HostRefused` on failure."""
     files.write(files.hub, pem, mode=_SECRET)
 
 
 def init_fleet(files: FleetFiles, given: Authority | None, hub: HubNames, now: datetime) -> str:
-    """Make a fleet: its CA, unless one is given, its first hub's and operator's certificates, and the key that seals.
+    """Create a fleet: a CA unless given, certificates of the first hub and operator, and the key that seals.
 
     Returns:
-        The CA certificate's fingerprint.
+        The fingerprint of the CA certificate.
 
     Raises:
-        AlreadyExists: There is a fleet in the directory.
+        AlreadyExists: The directory has a fleet.
         HostRefused: A file cannot be written.
-        RequestRefused: A name is none.
+        RequestRefused: A name is invalid.
     """
     there = [
         one
@@ -204,7 +204,7 @@ def init_fleet(files: FleetFiles, given: Authority | None, hub: HubNames, now: d
             hint="a fleet is made once; --directory names another place",
         )
     authority = given or make_authority("imdsproxy fleet", now)
-    # Whatever else is in the file of a CA that is given, the fleet trusts that one.
+    # The file of a given CA may have further certificates, which the fleet does not trust.
     authority = replace(authority, others=())
     pem = make_hub_pem(authority, hub, now)
     operator = make_operator_pem(authority, FIRST_OPERATOR, Role.OPERATOR, None, now)
@@ -214,11 +214,11 @@ def init_fleet(files: FleetFiles, given: Authority | None, hub: HubNames, now: d
 
 
 def add_hub(files: FleetFiles, output: Path, hub: HubNames, now: datetime) -> None:
-    """Put what a further hub needs into a new directory: all that this one has, and a certificate of its own.
+    """Write the files of a further hub to a new directory: this hub's shared files, and a certificate of its own.
 
     Raises:
-        AlreadyExists: The directory is there.
-        ImdsproxyError: As `FleetFiles.load_authority`, `make_hub_pem` and `write_atomic`.
+        AlreadyExists: The directory exists.
+        ImdsproxyError: Errors of `FleetFiles.load_authority`, `make_hub_pem` and `write_atomic`.
     """
     if output.exists():
         raise AlreadyExists(f"{output} is there already", hint="--output names another directory")
@@ -229,11 +229,11 @@ def add_hub(files: FleetFiles, output: Path, hub: HubNames, now: datetime) -> No
 
 
 def add_envelope_key(files: FleetFiles) -> str:
-    """Put a further key that seals into the file of such keys; its name.
+    """Add a key to the file of the keys that seal; return the new key's name.
 
     Raises:
         HostRefused: The file cannot be written.
-        SecretUnreadable: It cannot be read, or others may.
+        SecretUnreadable: The file cannot be read, or other accounts may read it.
     """
     text, name = add_key(files.read(files.envelope_key), str(files.envelope_key))
     files.write(files.envelope_key, text, mode=_SECRET)
@@ -243,10 +243,10 @@ def add_envelope_key(files: FleetFiles) -> str:
 def make_operator_pem(
     authority: Authority, name: str, role: Role, scope: str | None, now: datetime
 ) -> bytes:
-    """All that an operator needs, in one file: key, certificate, and at its end the CA certificate.
+    """Create an operator's file: key, certificate, and at the end the CA certificates.
 
     Raises:
-        RequestRefused: The name or the project is none.
+        RequestRefused: The name or the project is invalid.
     """
     key = make_key()
     signed = authority.certify_operator(key.public_key(), name, role, scope, now)
@@ -254,11 +254,11 @@ def make_operator_pem(
 
 
 def write_secret(path: Path, pem: bytes) -> None:
-    """A new file that is for this account only.
+    """Write a new file that only this account can read.
 
     Raises:
-        AlreadyExists: It is there.
-        HostRefused: It cannot be written.
+        AlreadyExists: The file exists.
+        HostRefused: The file cannot be written.
     """
     if path.exists():
         raise AlreadyExists(f"{path} is there already", hint="--output names another file")
@@ -267,7 +267,7 @@ def write_secret(path: Path, pem: bytes) -> None:
 
 def _write_hub(files: FleetFiles, authority: Authority, envelope: bytes, pem: bytes) -> None:
     ensure_directory(files.directory, mode=0o700)
-    # The CA certificate is last: with it the fleet is there.
+    # The CA certificate is written last, as it completes the fleet.
     files.write(files.ca_key, render_key(authority.key), mode=_SECRET)
     files.write(files.envelope_key, envelope, mode=_SECRET)
     files.write(files.hub, pem, mode=_SECRET)
@@ -275,11 +275,11 @@ def _write_hub(files: FleetFiles, authority: Authority, envelope: bytes, pem: by
 
 
 def begin_rotation(files: FleetFiles, now: datetime) -> None:
-    """Make the next CA, which is trusted beside the one that signs.
+    """Create the next CA, which is trusted in addition to the signing CA.
 
     Raises:
-        ImdsproxyError: As `FleetFiles.load_authority` and `write_atomic`.
-        RequestRefused: There are two already.
+        ImdsproxyError: Errors of `FleetFiles.load_authority` and `write_atomic`.
+        RequestRefused: A rotation is under way.
     """
     present = files.load_authority()
     if present.others or files.next_key.exists():
@@ -294,13 +294,13 @@ def begin_rotation(files: FleetFiles, now: datetime) -> None:
 
 
 def switch_rotation(files: FleetFiles, now: datetime) -> None:
-    """Have the next CA sign, and the one before trusted beside it; and make the first operator's certificate anew.
+    """Make the next CA sign, keep the old CA trusted, and reissue the first operator's certificate.
 
-    It may be done again where it was broken off.
+    An interrupted switch can be repeated.
 
     Raises:
-        ImdsproxyError: As `begin_rotation`.
-        RequestRefused: There is no next one.
+        ImdsproxyError: Errors of `begin_rotation`.
+        RequestRefused: There is no next CA.
     """
     if not files.next_key.exists():
         raise RequestRefused(
@@ -310,7 +310,7 @@ def switch_rotation(files: FleetFiles, now: datetime) -> None:
     key, known = files.read(files.next_key), _read(files.ca_certificate)
     old, new = parse_certificates(known, str(files.ca_certificate))
     if parse_key(key, files.next_key.name).public_key() == old.public_key():
-        old, new = new, old  # it was broken off
+        old, new = new, old  # an earlier switch was interrupted
     authority = replace(
         parse_authority(render_certificate(new), key, str(files.ca_certificate)), others=(old,)
     )
@@ -323,7 +323,7 @@ def switch_rotation(files: FleetFiles, now: datetime) -> None:
 
 
 def finish_rotation(files: FleetFiles) -> None:
-    """Trust the CA that signs alone; raises as `begin_rotation`, and `RequestRefused` where it has not taken over."""
+    """Trust only the signing CA; raise the errors of `begin_rotation`, and `RequestRefused` before a switch."""
     present = files.load_authority()
     if files.next_key.exists() or not present.others:
         raise RequestRefused(

@@ -1,4 +1,4 @@
-"""Requests to the JSON gateways of etcd's members: HTTP, lines of watches, TLS, and tokens where etcd has users."""
+"""Requests to the JSON gateways of etcd's members: HTTP, lines of watches, TLS, and tokens if etcd has users."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _NAMES: Final[dict[type[Exception], str]] = {
 
 
 class Failed(Exception):
-    """A member did not answer as it should.
+    """A member failed to answer correctly.
 
     Attributes:
-        behind: It answered what was so once.
-        silent: It answered nothing.
+        behind: Whether the answer had an older revision or raft term than known.
+        silent: Whether no answer came in time.
     """
 
     def __init__(self, fault: Fault, *, behind: bool = False, silent: bool = False) -> None:
@@ -41,10 +41,10 @@ class Failed(Exception):
 
 
 def open_tls(ca: Path, certificate: Path | None = None, key: Path | None = None) -> ssl.SSLContext:
-    """What members are verified by, and the certificate that they are shown.
+    """Return a TLS context with the CA of members, and with the client's certificate, if given.
 
     Raises:
-        OSError: A file cannot be read, or is no certificate or key (`ssl.SSLError`).
+        OSError: A file cannot be read, or has no certificate or key (`ssl.SSLError`).
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_verify_locations(ca)
@@ -54,16 +54,16 @@ def open_tls(ca: Path, certificate: Path | None = None, key: Path | None = None)
 
 
 class Gateway:
-    """All members' gateways, each by its URL.
+    """Client of all members' gateways.
 
     Args:
         tls: See `open_tls`.
-        user: With its password, where etcd has authentication enabled.
+        user: User name, with `password`, if etcd has authentication enabled.
     """
 
     def __init__(self, *, tls: ssl.SSLContext | None, user: str, password: str) -> None:
         self._pool = httpcore.AsyncConnectionPool(
-            # One that waits here for another's connection would take the member for one that fails.
+            # Without a limit, since a request that waits for a connection would count as the member's failure.
             ssl_context=tls,
             max_connections=None,
             max_keepalive_connections=64,
@@ -74,24 +74,24 @@ class Gateway:
         self.token = ""
 
     async def close(self) -> None:
-        """End all connections."""
+        """Close all connections."""
         await self._pool.aclose()
 
     def drop_token(self, token: str) -> bool:
-        """Log in again before the next request, unless that was done; whether there is a user at all."""
+        """Log in again before the next request, unless done already; return whether there is a user at all."""
         if self.token == token:
             self.token = ""
         return bool(self._user)
 
     async def ask(self, url: str, path: str, body: Json, timeout_s: float) -> Json:
-        """A member's answer; raises `Failed`."""
+        """Return a member's answer; raise `Failed`."""
         await self._log_in(url)
         return await self._send(url, path, body, timeout_s)
 
     async def follow(
         self, url: str, path: str, body: Json, silence_s: float
     ) -> AsyncGenerator[Json, None]:
-        """The objects of a stream, one a line, however they are cut into chunks; raises `Failed`."""
+        """Yield the objects of a stream, one per line, whatever the chunks; raise `Failed`."""
         with failing():
             await self._log_in(url)
             async with self._pool.stream(
@@ -112,7 +112,7 @@ class Gateway:
                     rest.append(last)
 
     async def quota(self, url: str) -> int:
-        """Of a member's database, in bytes, or 0; raises `Failed`."""
+        """Return the quota of a member's database in bytes, or 0; raise `Failed`."""
         with failing():
             response = await self._pool.request(
                 "GET", f"{url}/metrics", extensions={"timeout": _limits(_SMALL_S)}
@@ -138,10 +138,10 @@ class Gateway:
     @property
     def _headers(self) -> list[tuple[str, str]]:
         headers = [
-            # Without it etcd takes the request for one of the user that its own certificate names.
+            # Without this header, etcd takes the user from the gateway's own certificate.
             ("Accept", "application/json"),
             ("Content-Type", "application/json"),
-            # A member that has lost its leader refuses, in place of waiting for it.
+            # A member without a leader then refuses at once instead of waiting.
             ("Grpc-Metadata-hasleader", "true"),
         ]
         return [*headers, ("Authorization", self.token)] if self.token else headers
@@ -157,13 +157,13 @@ class Gateway:
                 if "not enabled" not in failed.fault.message:
                     raise Failed(replace(failed.fault, certain=True)) from failed
                 answer = {}
-            # Without authentication etcd takes any token, and refuses this one once it is enabled.
+            # Without authentication etcd accepts any token, and refuses this one once authentication is enabled.
             self.token = str(answer.get("token", "none"))
 
 
 @contextmanager
 def failing() -> Iterator[None]:
-    """Raise what goes wrong with a connection or an answer as `Failed`."""
+    """Convert errors of connections and answers to `Failed`."""
     try:
         yield
     except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
@@ -177,7 +177,7 @@ def failing() -> Iterator[None]:
         fault = Fault(Kind.OUTAGE, _words(error), certain=False)
         raise Failed(fault, silent=isinstance(error, httpcore.ReadTimeout)) from error
     except ValueError as error:
-        # `Garbled`, and what json cannot read.
+        # `Garbled`, or invalid JSON.
         fault = Fault(Kind.OUTAGE, f"no answer of etcd's: {error}", certain=False)
         raise Failed(fault) from error
 
@@ -197,7 +197,7 @@ def _refused(status: int, content: bytes) -> Failed:
     try:
         return Failed(messages.parse_fault(_object(content)))
     except ValueError:
-        # Of what is before the gateway: etcd's checks of certificates and host names, or another program.
+        # The answer comes from etcd's checks of certificates and host names, or from another program.
         words = quoted(content.decode(errors="replace").strip())
         return Failed(Fault(Kind.OUTAGE, f"it answers {status}, {words}", certain=False))
 

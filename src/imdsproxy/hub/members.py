@@ -1,4 +1,4 @@
-"""Which member of etcd is asked: one that answers, the next one in a random order when it fails."""
+"""Choice of the etcd member to ask: the same while it answers, then the next in a random order."""
 
 from __future__ import annotations
 
@@ -29,17 +29,18 @@ START_MEMBERS: Final = (
 
 
 def spell_outage(answering: int, of: int) -> str:
-    """Say that etcd has no leader, though some members answer."""
+    """Describe an etcd without a leader of which some members answer."""
     what = "no leader" if answering > of // 2 else "no quorum"
     return f"{what}: {answering} of {of} members answer"
 
 
 class Members:
-    """The members, as far as this client knows them.
+    """Members of etcd, as far as this client knows them.
 
     Args:
-        urls: Of their JSON gateways, `https://HOST:PORT`.
-        random: Where hubs begin, and how long they wait: hubs that lose a member must not all go to the same next one.
+        urls: URLs of the JSON gateways, `https://HOST:PORT`.
+        random: Order of the members, and jitter of pauses: hubs that lose a member must not all choose the same next
+            member.
     """
 
     def __init__(self, urls: Sequence[str], *, random: Random, clock: Clock) -> None:
@@ -49,39 +50,39 @@ class Members:
 
     @property
     def urls(self) -> tuple[str, ...]:
-        """All of them."""
+        """URLs of all members."""
         return tuple(one.url for one in self._members)
 
     @property
     def failures(self) -> str:
-        """What was last wrong with each that fails, in words."""
+        """Last errors of the failing members."""
         return "; ".join(f"{one.url}: {one.failure}" for one in self._members if one.failure)
 
     @property
     def lost_quorum(self) -> str | None:
-        """Why no member can answer, where one says that it knows no leader; `None` where one may, or none answers."""
+        """Description of a lost quorum, if all members fail and at least one answers; otherwise `None`."""
         answering = [one for one in self._members if one.answers]
         if not answering or not all(one.failure for one in answering):
             return None
         return spell_outage(len(answering), len(self._members))
 
     def choose(self) -> tuple[str, float]:
-        """The member to ask, and in how many seconds: the one before while it answers."""
+        """Return the member to ask, and the pause before, in seconds; the member stays the same while it answers."""
         now = self._clock.monotonic()
-        # `min` takes the first of equal ones, and those that failed go to the end.
+        # `min` takes the first of equal members, and failed members move to the end.
         best = min(self._members, key=lambda one: max(one.rests_until, now))
         return best.url, max(0.0, best.rests_until - now)
 
     def fail(self, url: str, reason: str, *, answers: bool = False) -> None:
-        """Let a member rest that has not answered as it should, for longer each time: others come first.
+        """Let a failed member rest, for longer each time, so that others come first.
 
         Args:
-            url: Of the member.
-            reason: In words.
-            answers: The member says that it knows no leader.
+            url: URL of the member.
+            reason: Error of the member.
+            answers: Whether the member answers, but knows no leader.
         """
         member = self._find(url)
-        # Where others fail as well, it is asked again after its pause.
+        # If the others fail as well, this member is asked again after its pause.
         self._members.remove(member)
         self._members.append(member)
         member.failure, member.answers = reason, answers
@@ -89,7 +90,7 @@ class Members:
         member.rests_until = self._clock.monotonic() + pause
 
     def succeed(self, url: str) -> None:
-        """It has answered."""
+        """Record that a member has answered."""
         member = self._find(url)
         member.backoff.succeed()
         member.rests_until, member.failure, member.answers = 0.0, "", True

@@ -1,6 +1,6 @@
-"""Passwords that guests posted, sealed in etcd: on each host of their instance, and gone with it.
+"""Passwords that guests posted: sealed in etcd, sent to each host of their instance, and removed with the instance.
 
-A guest encrypts its password with its ssh key. Hubs seal it all the same, as everything that is an instance's secret.
+A guest encrypts its password with its ssh key. Hubs seal it nevertheless, like every secret of an instance.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ def plan_password(
     """Store a password that a host has received from a guest.
 
     Args:
-        view: What is known.
-        instance: Whose.
-        host: Where its guest posted it.
-        sealed: The password.
-        is_same: Whether a sealed password is the same one.
-        terms: How.
+        view: Known keys of etcd.
+        instance: Instance of the guest.
+        host: Host to which the guest posted the password.
+        sealed: Sealed password.
+        is_same: Returns whether a stored sealed password is the same password.
+        terms: Conditions of the write.
 
     Raises:
-        AlreadyExists: It has another one, which stays until an operator clears it.
-        NotFound: There is no such instance on the host.
+        AlreadyExists: The instance has another password, which stays until an operator clears it.
+        NotFound: The host has no such instance.
     """
     unsuspected, stored = refuse_suspect(view), read_instance(view, instance)
     if stored is None or host not in stored[0].hosts:
@@ -64,7 +64,7 @@ def plan_password(
 
 
 def plan_clearing(view: View, instance: InstanceId, terms: Terms) -> Transaction:
-    """Forget a password, so that the guest can post another; nothing where there is none."""
+    """Clear a password, so that the guest can post another; do nothing if there is none."""
     unsuspected, stored = refuse_suspect(view), read_instance(view, instance)
     key = layout.password_key(instance)
     found = view(key)
@@ -78,7 +78,7 @@ def plan_clearing(view: View, instance: InstanceId, terms: Terms) -> Transaction
 
 
 def _sealed_in(found: tuple[bytes, int] | None) -> bytes | None:
-    """A password as etcd has it; `None` also where the value cannot be read: a new one mends that."""
+    """Return a sealed password; `None` also for an unreadable value, which a new password replaces."""
     with suppress(layout.Unreadable):
         return None if found is None else parse_password(found[0]).sealed
     return None
@@ -86,12 +86,12 @@ def _sealed_in(found: tuple[bytes, int] | None) -> bytes | None:
 
 @dataclass(frozen=True, slots=True)
 class Passwords:
-    """Reads and writes them."""
+    """Access to the passwords in etcd."""
 
     writes: Writes
 
     async def keep(self, instance: InstanceId, host: HostId, password: bytes) -> None:
-        """Store a password; raises as `plan_password`, and as `Writes.write`."""
+        """Store a password; raise the errors of `plan_password` and `Writes.write`."""
         key, envelope = layout.password_key(instance), self.writes.envelope
         sealed = envelope.seal(key, password)
 
@@ -107,22 +107,22 @@ class Passwords:
         )
 
     async def clear(self, instance: InstanceId, terms: Terms) -> tuple[Done, bool]:
-        """Forget a password, also one that cannot be read; and return whether there was one."""
+        """Clear a password, even if unreadable; also return whether there was one."""
         stored = self.writes.state.stored(layout.password_key(instance))
         there = stored is not None and not is_cleared(stored[0])
         return await self.writes.write(lambda view: plan_clearing(view, instance, terms)), there
 
     def sealed(self, instance: InstanceId) -> bytes | None:
-        """A password as etcd has it."""
+        """Return the sealed password of an instance; `None` if there is none."""
         found = self.writes.state.value(layout.password_key(instance))
         return None if found is None else parse_password(found[0]).sealed
 
     def read(self, instance: InstanceId) -> bytes:
-        """A password.
+        """Return the password of an instance.
 
         Raises:
-            NotFound: The fleet has none of the instance.
-            SourceCorrupt: No key of this hub opens it.
+            NotFound: The instance has no password in the fleet.
+            SourceCorrupt: No key of this hub opens the password.
         """
         sealed = self.sealed(instance)
         if sealed is None:
@@ -131,7 +131,7 @@ class Passwords:
 
 
 def password_item(envelope: Envelope, place: str, sealed: bytes) -> str | None:
-    """A password as hosts get it; `None` where no key of the envelope opens it."""
+    """Return a password in the form for hosts; `None` if no key of the envelope opens it."""
     try:
         return base64.b64encode(envelope.open(place, sealed)).decode()
     except SourceCorrupt:
@@ -139,10 +139,10 @@ def password_item(envelope: Envelope, place: str, sealed: bytes) -> str | None:
 
 
 def reseal_password(envelope: Envelope, place: str, value: bytes, key: str) -> bytes | None:
-    """The value with the password sealed by another key; `None` where it is so, or where there is no password.
+    """Reseal a stored password with `key`; return `None` if it has that key already, or if there is no password.
 
     Raises:
-        SourceCorrupt: No key of the envelope opens it.
+        SourceCorrupt: No key of the envelope opens the password.
     """
     stored = parse_password(value)
     if stored.sealed is None:

@@ -1,6 +1,6 @@
-"""Another key for what is sealed in etcd: all hubs seal with it from one moment on, then each value is sealed anew.
+"""Replacement of the key that seals secrets in etcd: all hubs switch to the new key, then one hub reseals each value.
 
-A value names the key that opens it. So this can be broken off anywhere, and begun again.
+A value names the key that opens it, so an interrupted replacement can start again.
 """
 
 from __future__ import annotations
@@ -35,14 +35,15 @@ _log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class Resealed:
-    """How far it is.
+    """Progress of resealing.
 
     Attributes:
-        key: The name of the key that seals.
-        done: How many parts of user data were looked at, of `of`.
-        changed: How many values were sealed anew by this request.
-        after: From where the next request goes on; `None` where nothing is left.
-        unreadable: Keys of values that no key of this hub opens, of this request: they stay as they are.
+        key: Name of the key that seals.
+        done: Number of passwords and parts of user data checked so far.
+        of: Number of all passwords and parts of user data.
+        changed: Number of values that this request resealed.
+        after: Position for the next request; `None` at the end.
+        unreadable: Keys of values in this request that no key of this hub opens; these values stay unchanged.
     """
 
     key: str
@@ -54,15 +55,16 @@ class Resealed:
 
 
 async def reseal(operations: Operations, after: str) -> Resealed:
-    """Have all hubs seal with the newest key of this one, and seal anew what another one has sealed, for some seconds.
+    """Make all hubs seal with this hub's newest key, then reseal values of other keys for some seconds.
 
     Args:
-        operations: Of this hub.
-        after: Of the answer before; empty at first.
+        operations: Parts of this hub.
+        after: Position from the last answer; empty at first.
 
     Raises:
-        ImdsproxyError: As `Writes.write`.
+        ImdsproxyError: Errors of `Writes.write`.
         RequestRefused: A hub lacks the key, or does not answer.
+        SourceUnavailable: A hub still seals with another key.
     """
     key, unreadable = list(operations.writes.envelope.keys)[-1], list[str]()
     await _ask_hubs(operations, key)
@@ -101,7 +103,7 @@ async def reseal(operations: Operations, after: str) -> Resealed:
 
 
 async def _ask_hubs(operations: Operations, key: str) -> list[str]:
-    """Those hubs that seal with another key yet; each has to open what is sealed with this one."""
+    """Return the hubs that still seal with another key; raise `RequestRefused` if a hub lacks this key."""
     fingerprint = operations.writes.envelope.fingerprint(key)
     answers = await operations.peers.ask_all(ENVELOPE_PATH, {}, CONNECT_S)
     for name in operations.peers.urls():
@@ -156,7 +158,7 @@ async def _reseal_token_keys(operations: Operations, key: str, unreadable: list[
 async def _reseal_value(
     operations: Operations, place: str, key: str, unreadable: list[str]
 ) -> bool:
-    """Whether it was sealed with another key; one that goes meanwhile, or is written anew, needs it no more."""
+    """Reseal a value; return whether this call did. A value that changes meanwhile needs no resealing."""
     etcd, envelope = operations.etcd, operations.writes.envelope
     anew = reseal_password if place.startswith(layout.PASSWORDS) else _reseal_chunk
     for one in (await etcd.read(place)).kvs:
@@ -172,6 +174,6 @@ async def _reseal_value(
 
 
 def _reseal_chunk(envelope: Envelope, place: str, value: bytes, key: str) -> bytes | None:
-    """As `reseal_password`, of a part of user data."""
+    """Reseal a part of user data with `key`; return `None` if the part has that key already."""
     opened = envelope.open(place, value)
     return None if name_of(value) == key else envelope.seal(place, opened)
