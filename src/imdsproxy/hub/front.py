@@ -1,7 +1,8 @@
-"""HAProxy in front of a hub: it ends TLS, verifies certificates, and says in headers whose they are.
+"""HAProxy in front of a hub: it terminates TLS, verifies certificates, and passes their subjects in headers.
 
-A process of its own account, in front of two sockets: of streams, and of all else (`front.cfg`). A renewed certificate
-is put in place by a command, so that no stream ends. It ends with the hub, also when that is killed.
+HAProxy runs under an account of its own, in front of two sockets: one for streams, one for all other requests
+(`front.cfg`). A command installs a renewed certificate, so that no stream ends. HAProxy ends with the hub, even if the
+hub is killed.
 """
 
 import asyncio
@@ -29,56 +30,56 @@ from imdsproxy.hub.accounts import Accounts
 from imdsproxy.hub.front_process import FrontProcess
 
 MAX_CONNECTIONS: Final = 40_000
-"""Of 10,000 hosts two each, which is what hosts may have of all: `SHARE_OF_HOSTS`."""
+"""Maximum number of connections: two for each of 10,000 hosts fit in `SHARE_OF_HOSTS`."""
 UNVERIFIED: Final = 256
-"""Connections without a verified certificate that one prefix may have: an IPv4 address, or an IPv6 /64.
+"""Maximum connections without a verified certificate per prefix: an IPv4 address, or an IPv6 /64.
 
-A thousand hosts behind one NAT that come back at once are in after a few attempts.
+A thousand hosts behind one NAT that reconnect at once are admitted after a few attempts.
 """
 
 UNVERIFIED_OF_MEMBERS: Final = 1024
-"""The same for an address that has shown a certificate."""
+"""Maximum connections without a verified certificate per prefix, for an address that has shown a certificate."""
 
 CONNECTS: Final = 3000
-"""New connections of a prefix that are admitted in ten seconds: a thousand hosts, three times each."""
+"""Maximum new connections of a prefix in ten seconds: a thousand hosts, three times each."""
 
 STRANGERS: Final = 64
-"""Connections without a certificate, with TLS established, that one prefix may have."""
+"""Maximum established TLS connections without a certificate per prefix."""
 
 ENROLMENTS_A_MINUTE: Final = 240
-"""From one prefix."""
+"""Maximum requests to enrol per prefix in a minute."""
 
 CONNECTIONS_OF_HOST: Final = 16
-"""By one certificate: a host needs two or three, and its old ones may not have ended yet."""
+"""Maximum connections per host certificate: a host needs two or three, and old ones may still be open."""
 
 CONNECTS_OF_HOST: Final = 120
-"""New connections by one certificate in a minute."""
+"""Maximum new connections per host certificate in a minute."""
 
 REQUESTS_OF_HOST: Final = 2000
-"""By one certificate in ten seconds: one for the user data of each instance. A host that is refused goes on later."""
+"""Maximum requests per host certificate in ten seconds: one per instance for user data. A refused host retries."""
 
 WRITES_OF_HOST: Final = 600
-"""Renewals, and instances that left, by one certificate in a minute."""
+"""Maximum writes per certificate in a minute: enrolments, renewals, passwords, and instances that left."""
 
 CONNECTIONS_OF_OPERATOR: Final = 512
-"""By one certificate."""
+"""Maximum connections per certificate of an operator or hub."""
 
 HANDSHAKE_S: Final = 10
-"""Time to establish TLS."""
+"""Timeout for the TLS handshake."""
 
 SHARE_OF_STRANGERS: Final = 0.15
-"""Part of all connections: above, an address that has not shown a certificate gets no further one."""
+"""Limit of all unverified connections, as a share of the maximum, for an address that has not shown a certificate."""
 
 SHARE_OF_UNVERIFIED: Final = 0.3
-"""Part of all connections: above, an address that only hosts' certificates came from gets no further one."""
+"""Limit of all unverified connections, as a share of the maximum, for an address with only hosts' certificates."""
 
 SHARE_OF_HOSTS: Final = 0.6
-"""Part of all connections. What is left is for operators and hubs."""
+"""Share of all connections for hosts; the rest is for operators and hubs."""
 
 _ENROLMENT_BYTES: Final = 16_384
 
 _ANSWER_S: Final = 330
-"""How long a hub may take to answer: an operator may wait for hosts."""
+"""Timeout for a hub's answer: an operator may wait for hosts."""
 
 _CHECK_S: Final = 10.0
 _START_S: Final = 20.0
@@ -91,7 +92,7 @@ _FREE_PORTS: Final = 1024
 _NO_ADDRESS: Final = ("Address already in use", "Cannot assign requested address")
 _LOG_EVERY_S: Final = 10.0
 LOGGED: Final = 100
-"""Failed connections in ten seconds that are logged each: strangers can have any number of them."""
+"""Maximum failed connections to log individually in ten seconds: clients without a certificate can cause any number."""
 
 _SERIOUS: Final = ("[ALERT]", "[EMERG]")
 _JSON: Final = "application/problem+json"
@@ -126,17 +127,17 @@ _log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class FrontSpec:
-    """Everything that the configuration is a function of.
+    """Parameters of HAProxy's configuration.
 
     Attributes:
-        listen: Addresses with ports, as HAProxy's `bind` takes them: `192.0.2.1:8469`, `[::]:8469`.
+        listen: Addresses with ports in the form of HAProxy's `bind`: `192.0.2.1:8469`, `[::]:8469`.
         certificate: PEM file of the hub's certificate and key.
         authority: PEM file of the CA certificate.
         stream_socket: Unix socket of hosts' streams.
-        api_socket: Unix socket of all else.
-        control: Where HAProxy takes commands.
-        maxconn: The most connections at once.
-        nbthread: HAProxy's threads.
+        api_socket: Unix socket of all other requests.
+        control: Unix socket of HAProxy's runtime API.
+        maxconn: Maximum number of concurrent connections.
+        nbthread: Number of HAProxy's threads.
     """
 
     listen: Sequence[str]
@@ -150,14 +151,14 @@ class FrontSpec:
 
 
 def fitting_maxconn(descriptors: int) -> int:
-    """The most connections with so many open files (-1: no limit); each needs two."""
+    """Return the maximum connections for a limit of open files (-1: no limit); each connection needs two files."""
     if descriptors < 0:
         return MAX_CONNECTIONS
     return max(1, min(MAX_CONNECTIONS, (descriptors - _OWN_DESCRIPTORS) // 2))
 
 
 def render_front(spec: FrontSpec) -> str:
-    """The configuration's text; raises `UnquotableWord` where a path holds a control character."""
+    """Render the configuration; raise `UnquotableWord` if a path has a control character."""
     template = (pkgutil.get_data(__package__, "front.cfg") or b"").decode()
     blocks = blocks_of(template)
     values: dict[str, Value] = {
@@ -165,7 +166,7 @@ def render_front(spec: FrontSpec) -> str:
         **{f"role_{role.name.lower()}": role.value for role in identity.Role},
         **{name: _problem(name) for name in _ANSWERS},
         "json": _JSON,
-        # In PCRE `$` is also before a line break at the end.
+        # In PCRE `$` also matches before a line break at the end.
         "name": ID_PATTERN.replace("$", r"\z"),
         "own_headers": "x-imdsproxy-",
         "stream_path": stream.STREAM_PATH,
@@ -210,13 +211,13 @@ def _problem(name: str) -> str:
 
 
 class Front:
-    """HAProxy, from its start to its end.
+    """HAProxy in front of a hub, from start to end.
 
     Args:
         program: HAProxy's path.
-        spec: What it does.
-        config: Where its configuration is written.
-        accounts: The hub's, and HAProxy's.
+        spec: Parameters of the configuration.
+        config: Path of the configuration to write.
+        accounts: Accounts of the hub and of HAProxy.
 
     Attributes:
         program: HAProxy's path.
@@ -232,7 +233,7 @@ class Front:
         self._last: deque[str] = deque(maxlen=_LINES)
 
     def prepare(self) -> None:
-        """Make HAProxy's process while this one may still give it an account; `start` does it where that is not needed.
+        """Create HAProxy's process while this process may still assign an account; otherwise `start` creates it.
 
         Raises:
             HaproxyMissing: A program cannot be run.
@@ -242,13 +243,13 @@ class Front:
         self._process = FrontProcess(command, self._accounts.haproxy, low_port=low)
 
     async def start(self) -> None:
-        """Check the configuration, start, and wait until connections are taken.
+        """Check the configuration, start HAProxy, and wait until it accepts connections.
 
         Raises:
-            ConfigRejected: HAProxy refuses, in its own words, for one a certificate.
-            HaproxyMissing: It cannot be run.
-            HostRefused: An address is in use or not there, the file cannot be written, or a check does not end.
-            RuntimeUnavailable: It doesn't come up in time.
+            ConfigRejected: HAProxy refuses the configuration or a certificate; the error has HAProxy's words.
+            HaproxyMissing: HAProxy cannot be run.
+            HostRefused: An address is in use or missing, the file cannot be written, or the check does not end.
+            RuntimeUnavailable: HAProxy does not come up in time.
         """
         if self._process is None:
             self.prepare()
@@ -257,7 +258,7 @@ class Front:
         try:
             write_atomic(self._config, text, mode=0o640, owner=self._accounts.shared)
             await self._check()
-            # That of a HAProxy before may still answer.
+            # The socket of an earlier HAProxy may still answer.
             remove_file(self._spec.control, "remove the socket of a HAProxy before")
             self._reading = asyncio.create_task(self._read(await front.begin()))
             async with asyncio.timeout(_START_S):
@@ -314,7 +315,7 @@ class Front:
                 more += 1
 
     async def wait(self) -> str:
-        """Wait until it has ended; why it did."""
+        """Wait until HAProxy has ended; return the reason."""
         if self._process is None or self._reading is None:
             return "it was not started"
         status = await self._process.wait()
@@ -323,10 +324,10 @@ class Front:
         return f"exit status {status}: {words}"
 
     async def replace_certificate(self, pem: bytes) -> None:
-        """Show this certificate (with its key, PEM) on new connections; those that are open stay.
+        """Use a certificate (with its key, PEM) for new connections; open connections stay.
 
         Raises:
-            ConfigRejected: HAProxy refuses it; the one before stays.
+            ConfigRejected: HAProxy refuses the certificate, and the old one stays.
             RuntimeUnavailable: HAProxy does not answer.
         """
         path = self._spec.certificate
@@ -346,7 +347,7 @@ class Front:
         return answer.decode("utf-8", "replace")
 
     async def stop(self) -> None:
-        """End it, with all connections."""
+        """Stop HAProxy with all its connections."""
         if self._process is not None:
             await self._process.stop()
         if self._reading is not None:

@@ -1,8 +1,8 @@
-"""The process of HAProxy in front of a hub, with an account of its own.
+"""Process of HAProxy in front of a hub, with an account of its own.
 
-A shell takes the account and waits for the hub's word, because the hub may not give accounts any more when it has read
-etcd. HAProxy ends when the hub closes the pipe to the shell, or is killed: a process may not send signals to another
-account's.
+A shell takes the account and waits for the hub's line, because the hub can no longer assign accounts once it has read
+etcd. HAProxy ends when the hub closes the pipe to the shell, or is killed: the hub may not send signals to another
+account's processes.
 """
 
 import asyncio
@@ -28,12 +28,12 @@ _STOP_S: Final = 5.0
 
 
 class FrontProcess:
-    """A shell that becomes the parent of HAProxy.
+    """Shell that becomes the parent of HAProxy.
 
     Args:
         command: HAProxy's command line.
-        account: The account that it takes; `None` for the present one.
-        low_port: Whether it binds ports below 1024.
+        account: Account of HAProxy; `None` for the present account.
+        low_port: Whether HAProxy binds ports below 1024.
 
     Raises:
         HaproxyMissing: The shell cannot be run.
@@ -61,7 +61,7 @@ class FrontProcess:
             ) from error
 
     async def begin(self) -> asyncio.StreamReader:
-        """Start HAProxy; return what it writes to standard error."""
+        """Start HAProxy; return the stream of its standard error."""
         assert self._child.stdin is not None  # noqa: S101 - it is a pipe
         self._begun = True
         reader = asyncio.StreamReader()
@@ -97,12 +97,12 @@ class FrontProcess:
             async with asyncio.timeout(_STOP_S):
                 await self.wait()
         except TimeoutError:
-            # Of another account, systemd ends it.
+            # If HAProxy has another account, systemd ends the process.
             with contextlib.suppress(PermissionError):
                 self._child.kill()
 
     def close(self) -> None:
-        """Have HAProxy end, or not begin."""
+        """Close the pipe, so that HAProxy ends or does not start."""
         assert self._child.stdin is not None  # noqa: S101 - it is a pipe
         assert self._child.stderr is not None  # noqa: S101 - as above
         with contextlib.suppress(BrokenPipeError):
