@@ -1,1 +1,1 @@
-"""The hub of a fleet: between etcd and the hosts, each of which gets only what is placed on it."""
+"""Hub of a fleet, between etcd and the hosts; each host gets only the records of its own instances."""

@@ -1,7 +1,7 @@
-"""The API of a hub: for operators the routes of a host's admin API, for the whole fleet, and those of `fleet`.
+"""API of a hub: the routes of a host's admin API for the whole fleet, and the routes below `/fleet`.
 
-HAProxy has verified who asks, and says so in headers (`core.fleet.identity`); it listens nowhere else. Every answer
-from 400 up is one `ProblemBody`.
+HAProxy verifies the caller's certificate and sets headers (`core.fleet.identity`); the API has no other listener. Every
+answer with status ≥ 400 is a `ProblemBody`.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ ROUTERS: Final = (
     (fleet, "/fleet"),
     (enrolment, "/fleet"),
 )
-"""All routes, and how their paths begin."""
+"""All routers with the prefixes of their paths."""
 
 
 def build_api(hub: Hub) -> FastAPI:
-    """The application of a hub."""
+    """Build the application of a hub."""
     replica = hub.replica
     restores = replica.restores
     keep, largest = restores.journal.keep, hub.settings.user_data_kib
@@ -63,16 +63,16 @@ def build_api(hub: Hub) -> FastAPI:
 
 
 def peers_of(hub: Hub) -> Peers:
-    """The other hubs, as this one asks them."""
+    """Return a client for the other hubs."""
     files = hub.files.hub, hub.files.ca_certificate
     return Peers(hub.state, hub.replica.name, hub.clock, files)
 
 
 def operators_app(operations: Operations | None) -> FastAPI:
-    """The application; `/openapi.json` describes it.
+    """Build the application that `/openapi.json` describes.
 
     Args:
-        operations: What its routes use; `None` where it is only described.
+        operations: Operations for the routes; `None` to generate only the description.
     """
     app = new_app("imdsproxy hub API", "Networks, instances and the state of a fleet.")
     app.state.operations = operations

@@ -26,8 +26,8 @@ _log = structlog.get_logger()
 class Background:
     """Supervisor of a hub's loops.
 
-    A loop gets a value that it cannot handle, or has a fault of its own: that is one loop, and neither the hub nor its
-    hosts may end by it.
+    A loop may get a value that it cannot handle, or have a fault. Neither the hub nor its hosts may fail because of one
+    loop.
 
     Args:
         clock: Monotonic, and the time for reports.
@@ -51,9 +51,9 @@ class Background:
         """Run a loop until it returns or is cancelled; start it again, with backoff, after an exception.
 
         Args:
-            name: Of the loop, for reports.
-            work: Begins the loop anew.
-            final: Exceptions by which the hub is to end.
+            name: Name of the loop, for reports.
+            work: Function that starts the loop.
+            final: Exceptions that end the hub.
         """
         backoff = Backoff(_FIRST_S, _LONGEST_S)
         while True:

@@ -39,7 +39,7 @@ class Caller:
         return self.identity.role is Role.OPERATOR
 
     def require(self, *roles: Role, all_projects: bool = False) -> None:
-        """Raise `AccessDenied` unless the caller has one of these roles, and no project limit if `all_projects`."""
+        """Raise `AccessDenied` unless the caller's role is listed; with `all_projects`, refuse limited callers too."""
         if self.identity.role not in roles:
             raise AccessDenied(
                 f"{self.identity.name} is {self.identity.role}, and may not do this",

@@ -1,4 +1,4 @@
-"""`imdsproxy hub`, from start to end: HAProxy in front, etcd behind, hosts and operators served between."""
+"""Process of `imdsproxy hub`: it serves hosts and operators, behind HAProxy and from etcd."""
 
 import asyncio
 import contextlib
@@ -68,7 +68,7 @@ from imdsproxy.serving.http import serve
 
 _FIRST_READ_S: Final = 60.0
 _RENEW_EVERY_S: Final = 60.0
-"""Soon after a clock that was ahead at the last renewal is set right."""
+"""Interval of the check; short, so that a renewal follows soon after a clock that was ahead is corrected."""
 
 _LOOK_EVERY_S: Final = 1.0
 _THREADS: Final = 4
@@ -78,11 +78,11 @@ _log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class Hub:
-    """The parts of a hub, which its routes use.
+    """Parts of a hub, which its routes use.
 
     Attributes:
-        names: Its name, and the addresses by which it is reached.
-        url: How others reach it.
+        names: Name and addresses of the hub.
+        url: URL at which others reach the hub.
     """
 
     settings: HubSettings
@@ -100,9 +100,9 @@ class Hub:
     background: Background
 
     def unready(self) -> str | None:
-        """Say why this hub may serve no host, though it has read etcd; `None` where it may.
+        """Return the reason why this hub may not serve hosts, though it has read etcd; `None` if it may.
 
-        What it cannot read it could neither send nor tell from what etcd lacks.
+        A hub could neither send unreadable values nor distinguish them from absent values.
         """
         if not self.state.meta.fleet:
             why = self.state.problems.get(layout.META, "it is not there")
@@ -112,10 +112,10 @@ class Hub:
 
 
 def open_etcd(settings: EtcdSettings, clock: Clock) -> Etcd:
-    """The client of the store.
+    """Create the client of etcd.
 
     Raises:
-        SecretUnreadable: The password cannot be read, or others may.
+        SecretUnreadable: The password cannot be read, or other accounts may read it.
         SourceUnavailable: A file for TLS cannot be used.
     """
     tls = None
@@ -141,11 +141,11 @@ def open_etcd(settings: EtcdSettings, clock: Clock) -> Etcd:
 
 
 def build_hub(settings: HubSettings, clock: Clock) -> Hub:
-    """Read the files of the fleet, and make the parts.
+    """Read the files of the fleet, and create the parts of the hub.
 
     Raises:
-        ConfigError: A file is missing or not what it should be.
-        SourceUnavailable: As `open_etcd`.
+        ConfigError: A file is missing or invalid.
+        SourceUnavailable: See `open_etcd`.
     """
     files = FleetFiles(settings.directory)
     authority, envelope = files.load_authority(), files.load_envelope()
@@ -194,7 +194,7 @@ def build_hub(settings: HubSettings, clock: Clock) -> Hub:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """Parts of a hub that root makes: it reads secrets, has low ports, and gives HAProxy's process an account."""
+    """Parts of a hub that root creates: root can read secrets, bind low ports, and assign HAProxy an account."""
 
     hub: Hub
     places: Places
@@ -204,12 +204,12 @@ class Prepared:
 
 
 def prepare(settings: Settings, haproxy: str, clock: Clock) -> Prepared:
-    """Make what may need root, and take the hub's account.
+    """Create the parts that may need root, then take the hub's account.
 
     Raises:
         ConfigError: A file of the fleet cannot be used.
-        DataplaneError: There is no such account, a directory cannot be made, or HAProxy cannot be run.
-        SourceUnavailable: As `open_etcd`.
+        DataplaneError: An account does not exist, a directory cannot be created, or HAProxy cannot be run.
+        SourceUnavailable: See `open_etcd`.
     """
     accounts = find_accounts(settings.hub)
     places = give_places(settings.hub, accounts)
@@ -265,13 +265,13 @@ async def run_hub(prepared: Prepared, environment: Mapping[str, str], clock: Clo
         group = await stack.enter_async_context(asyncio.TaskGroup())
         replica, keep = hub.replica, hub.background.keep
         tasks = [
-            # A fleet of a format that is not known is for another version of this program.
+            # A fleet of an unknown format needs another version of this program.
             group.create_task(keep("etcd", replica.run, final=(SourceCorrupt,)), name="etcd"),
             group.create_task(heartbeat.run(), name="heartbeat"),
         ]
         gc.disable()
         await _first_read(hub, ended)
-        # Hosts would wait half a second for a look through 300,000 instances.
+        # Otherwise hosts would wait half a second for each garbage collection over 300,000 instances.
         freeze_garbage()
         if not ended.is_set():
             writes = Writes(hub.etcd, hub.state, hub.envelope, clock)
@@ -315,7 +315,7 @@ async def run_hub(prepared: Prepared, environment: Mapping[str, str], clock: Clo
 
 @contextlib.asynccontextmanager
 async def _remembering(hub: Hub) -> AsyncIterator[Journal]:
-    """Have what the journal remembers in force before etcd is read, and the journal written until the end."""
+    """Load the journal's values before etcd is read, and close the journal at the end."""
     journal = hub.replica.restores.journal
     hub.state.remember(await journal.open())
     try:
@@ -325,7 +325,7 @@ async def _remembering(hub: Hub) -> AsyncIterator[Journal]:
 
 
 async def _first_read(hub: Hub, ended: asyncio.Event) -> None:
-    """Wait until all of etcd was read."""
+    """Wait until the hub has read all of etcd."""
     waits = {asyncio.ensure_future(one.wait()) for one in (hub.replica.complete, ended)}
     done: set[asyncio.Future[Any]] = set()
     try:
@@ -333,7 +333,7 @@ async def _first_read(hub: Hub, ended: asyncio.Event) -> None:
             done, _ = await asyncio.wait(
                 waits, timeout=_FIRST_READ_S, return_when=asyncio.FIRST_COMPLETED
             )
-            # Very many keys take longer; they come while nothing fails.
+            # Very many keys take longer, so only a failure ends the wait.
             if not done and (failure := hub.replica.failure) is not None:
                 raise SourceUnavailable(
                     f"etcd was not read in {_FIRST_READ_S:g} s: {failure.reason}",
@@ -354,7 +354,7 @@ async def _watch_front(front: Front, ended: asyncio.Event) -> None:
 
 
 async def _report_readiness(hub: Hub, notifier: ServiceNotifier, status: str) -> None:
-    """Say in the log and to the service manager when this hub may serve no host, and when it may again."""
+    """Report to the log and the service manager when the hub stops or resumes serving hosts."""
     before: str | None = None
     while True:
         if (why := hub.unready()) != before:
@@ -387,7 +387,7 @@ async def renew_certificate(
 
 
 async def _renew(hub: Hub, front: Front) -> None:
-    """Keep this hub's own certificate good."""
+    """Renew this hub's certificate in time, until cancelled."""
     while True:
         try:
             if await renew_certificate(hub.files, hub.authority, front, hub.clock.now()):
@@ -398,10 +398,10 @@ async def _renew(hub: Hub, front: Front) -> None:
 
 
 def run(settings: Settings, environment: Mapping[str, str]) -> None:
-    """Be a hub until stopped.
+    """Run a hub until stopped.
 
     Raises:
-        ImdsproxyError: It cannot start, or cannot go on; says who must act.
+        ImdsproxyError: The hub cannot start or continue.
     """
     clock, log = Clock(), settings.log
     journal = is_journal(sys.stderr, environment)

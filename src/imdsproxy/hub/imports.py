@@ -1,7 +1,7 @@
-"""Many records at once: all checked first, then written in parts, each with how far the import is.
+"""Import of many records: a check of all of them, then writes in parts, each with the import's progress.
 
-An import that broke off is sent again as it was: what it has written is known by its request, and it goes on. Its name
-is made of its content, so any hub can go on.
+To continue an interrupted import, the client sends the same records again: the hub recognizes written records by their
+request. The name of an import is a digest of its content, so any hub can continue.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ _log = structlog.get_logger()
 
 @dataclass(slots=True)
 class Import:
-    """One import.
+    """Import of networks and instances.
 
     Args:
-        writes: What writes its parts.
-        networks: All of them are written before the first instance.
-        instances: With their user data.
-        terms: How; the request is the import's name.
-        name: As of `make_name`.
-        progress: How far it is.
+        writes: Writes to etcd.
+        networks: Networks, which are all written before the first instance.
+        instances: Instances with their user data.
+        terms: Conditions of the writes; `run` replaces the request by the import's name.
+        name: Result of `make_name`.
+        progress: Progress of the import.
     """
 
     writes: Writes
@@ -57,23 +57,23 @@ class Import:
     progress: Progress = field(default_factory=Progress)
 
     async def run(self) -> Done:
-        """Check and write all of it.
+        """Check all records, then write them.
 
         Raises:
-            ImdsproxyError: As `Writes.put`; before the first part is written nothing is.
+            ImdsproxyError: Errors of `Writes.put`; a failed check leaves all records unwritten.
         """
         request = self.name
         key = layout.import_key(request)
         of = len(self.networks) + len(self.instances)
         try:
             begun = bool((await self.writes.etcd.read(key)).kvs)
-            # A new one finds other records where they are; one that goes on finds its own.
+            # Only an import that continues recognizes written records as its own.
             terms = replace(self.terms, request=request if begun else f"{request}+")
             await self._check(terms)
             terms = replace(terms, request=request)
             await self.writes.etcd.commit((), {key: _journal(0, of, terms.now)})
             done = await self._write(key, of, terms)
-            # Where the answer was lost the same records are sent once more, and are no new ones.
+            # Keep the journal for a while: after a lost answer, the client sends the same records again.
             lease = await self.writes.etcd.grant(_KNOWN_S)
             await self.writes.etcd.commit((), {key: _journal(of, of, terms.now)}, lease=lease)
         finally:
@@ -95,7 +95,7 @@ class Import:
         return digest.hexdigest()[:32]
 
     async def _check(self, terms: Terms) -> None:
-        """Refuse all of it where one record is not acceptable."""
+        """Refuse the whole import if one record is not acceptable."""
         writes = self.writes
         writes.refuse_large(
             (("instances", number), one) for number, one in enumerate(self.instances)
@@ -112,7 +112,7 @@ class Import:
             InstancePut(one, path=("instances", number))
             for number, one in enumerate(self.instances)
         ]
-        # Its parts are written one after the other: an address may not go from one of its records to another one.
+        # Parts are written one after the other, so an address may not move between records of one import.
         planned = await asyncio.to_thread(
             plan_writes.plan_put, view, self.networks, puts, terms, at_once=False
         )
@@ -146,12 +146,12 @@ class Import:
 
 
 def _parts(instances: Sequence[PlacedInstance]) -> Iterator[Sequence[PlacedInstance]]:
-    """Instances as many at a time as etcd takes in one transaction."""
+    """Yield parts of the instances that fit into one transaction of etcd."""
     begin, operations, size = 0, 0, 0
     for number, one in enumerate(instances):
-        # The record, and the guard of an instance that had its id before.
+        # The record, and the guard of a removed instance with the same id.
         most = 2 + len(plan_writes.claims_of(one)) + len({port.network for port in one.ports})
-        # A record's payload of its own is all that may be large.
+        # Only the vendor data in a record can be large.
         length = 1024 + len(one.vendor_data or b"") * 2
         if number > begin and (operations + most > _OPERATIONS or size + length > _BYTES):
             yield instances[begin:number]

@@ -1,4 +1,4 @@
-"""Whether a change is in force on its hosts, whichever hub each is connected to."""
+"""Check and wait for changes to be in force on hosts, whichever hub each host is connected to."""
 
 from __future__ import annotations
 
@@ -15,28 +15,27 @@ from imdsproxy.hub.streams import Streams
 APPLIED_PATH: Final = "/fleet/applied"
 WAIT_S: Final = 10.0
 _ABSENT_S: Final = 3.0
-"""A host that is connected to no hub may be on its way to another one."""
+"""Time to wait for hosts without a hub: such a host may be about to connect to another hub."""
 
 _AGAIN_S: Final = 0.1
 _ROUND_S: Final = 1.0
-"""Then hosts are looked for anew: one may have gone to another hub."""
+"""Time until the next search for hosts, since a host may have moved to another hub."""
 
 NOT_CONNECTED: Final = "not connected"
 COMING: Final = frozenset((NOT_CONNECTED, "not received", "not sent yet", "not acknowledged yet"))
-"""What may pass by itself; the rest are failures on a host, in its words."""
+"""Transient reasons. All other reasons are failures on a host, in the host's words."""
 
 Reported: TypeAlias = Mapping[HostId, Mapping[str, Any]]
-"""By host what it has acknowledged, what failed there, and the name of its hub; those that are connected to none are
-missing."""
+"""Acknowledged revision, failed items and hub's name of each host; hosts without a connection are missing."""
 
 
 @dataclass(slots=True)
 class InForce:
-    """Waits for acknowledgements.
+    """Acknowledgements of all hosts of the fleet.
 
     Args:
-        streams: The hosts of this hub.
-        peers: The other hubs.
+        streams: Streams to this hub's hosts.
+        peers: Other hubs.
     """
 
     streams: Streams
@@ -52,13 +51,13 @@ class InForce:
         """Wait until a revision is in force on these hosts.
 
         Args:
-            hosts: Which.
-            revision: All up to it.
-            items: What failed counts only if it is one of these; `None` for all.
-            timeout_s: How long at most.
+            hosts: Hosts to wait for.
+            revision: Revision that the hosts must have reached.
+            items: Items whose failures count; `None` for all.
+            timeout_s: Maximum time to wait.
 
         Returns:
-            Those on which it is not yet, and why, in the order of their names.
+            The pending hosts with reasons, sorted by name.
         """
         loop = asyncio.get_running_loop()
         begun, pending = loop.time(), dict.fromkeys(sorted(hosts), NOT_CONNECTED)
@@ -84,12 +83,12 @@ class InForce:
         items: Collection[ItemKey] | None,
         timeout_s: float,
     ) -> dict[HostId, str]:
-        """What each hub says of those of the hosts that are connected to it; empty where it is in force."""
+        """Ask all hubs; return a reason for each connected host, empty if the revision is in force."""
         elsewhere = hosts - self.streams.hosts.keys()
         mine = self.here(hosts, revision, items, timeout_s)
         if not (elsewhere and self.peers.urls()):
             return await mine
-        # In a body: a URL with the names of thousands of hosts is refused.
+        # A body, since a URL with the names of thousands of hosts would be refused.
         body = {
             "revision": revision,
             "hosts": sorted(elsewhere),
@@ -112,9 +111,10 @@ class InForce:
         timeout_s: float,
         incarnation: int = 0,
     ) -> dict[HostId, str]:
-        """The same of this hub, where it is as far as the fleet's incarnation: revisions of an older one say nothing.
+        """Wait for hosts of this hub; return a reason for each, empty if the revision is in force.
 
-        Hosts that are not connected to it are missing.
+        Hosts that are not connected to this hub are missing. If this hub lags behind `incarnation`, all of its hosts
+        are pending: revisions of an older incarnation prove nothing.
         """
         mine = [one for one in hosts if one in self.streams.hosts]
         if self.streams.state.meta.incarnation < incarnation:
@@ -123,7 +123,7 @@ class InForce:
         return {host: pending.get(host, "") for host in mine}
 
     def report(self) -> dict[HostId, dict[str, Any]]:
-        """Each host of this hub: what it has acknowledged, and what failed there."""
+        """Return the acknowledged revision and the failed items of each host of this hub."""
         return {
             host: {
                 "acknowledged": one.acked,
@@ -135,17 +135,17 @@ class InForce:
         }
 
     async def levels(self) -> Mapping[HostId, int]:
-        """The level of records that each connected host reads; of one that another hub does not say it, the first."""
+        """Return the level of records that each connected host reads; 1 if another hub does not report it."""
         reported = await self.report_all()
         levels = {host: one.get("level", 1) for host, one in reported.items()}
         return {host: one if isinstance(one, int) else 1 for host, one in levels.items()}
 
     async def report_all(self) -> Reported:
-        """The same of all hubs; each with the name of its hub."""
+        """Return the reports of all hubs, with the name of each host's hub."""
         return (await self.ask_hubs())[0]
 
     async def ask_hubs(self) -> tuple[Reported, Collection[str]]:
-        """As `report_all`, and which of the other hubs answered."""
+        """Return the reports of all hubs, and the names of the other hubs that answered."""
         answers = await self.peers.ask_all(APPLIED_PATH, {}, CONNECT_S)
         found = {host: {**one, "hub": self.peers.name} for host, one in self.report().items()}
         for name, answer in answers.items():
@@ -157,7 +157,7 @@ class InForce:
 
 
 def _parse_report(answer: Mapping[str, Any]) -> dict[HostId, dict[str, Any]]:
-    """As `InForce.report` of another hub, which may be of another version: what is none of it is not known."""
+    """Parse another hub's `InForce.report`; skip hosts that this version cannot parse."""
     found: dict[HostId, dict[str, Any]] = {}
     for host, one in answer.items():
         match one:

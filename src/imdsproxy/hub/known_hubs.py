@@ -1,6 +1,6 @@
-"""Record of each hub in etcd, which stays when the hub ends: a hub that is lost is shown as absent, not forgotten.
+"""Record of each hub in etcd, which stays when the hub ends: status shows a lost hub as absent.
 
-A key with a lease says that a hub runs (`layout.HUBS`). This record has no lease, so that it outlives the hub.
+A key with a lease shows that a hub runs (`layout.HUBS`). The record has no lease, so that it outlives the hub.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _log: Final = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class HubRecord:
-    """A record to write, if the compares hold."""
+    """Record to write if the comparisons hold."""
 
     key: str
     record: KnownHub
@@ -32,13 +32,13 @@ class HubRecord:
 
 
 def known_hub(state: FleetState, name: str) -> KnownHub | None:
-    """Record of a hub; `None` for a name that no hub has had."""
+    """Return the record of a hub; `None` for a name that no hub has had."""
     found = state.value(layout.KNOWN_HUBS + name)
     return None if found is None else parse_known_hub(found[0])
 
 
 def absent_hubs(state: FleetState) -> dict[str, KnownHub]:
-    """Hubs that do not run and were not revoked, by name."""
+    """Return the hubs that do not run and were not revoked, by name."""
     names = sorted(key.removeprefix(layout.KNOWN_HUBS) for key in state.keys(layout.KNOWN_HUBS))
     found = {
         name: known_hub(state, name)
@@ -49,14 +49,14 @@ def absent_hubs(state: FleetState) -> dict[str, KnownHub]:
 
 
 def plan_hub_records(state: FleetState, name: str, url: str, now: float) -> Iterator[HubRecord]:
-    """Plan the records that the hub `name`, which runs at `url`, has to write."""
+    """Plan the records that the hub `name`, which runs at `url`, must write."""
     own = KnownHub(url)
     if known_hub(state, name) != own or layout.KNOWN_HUBS + name in state.unreadable:
         yield HubRecord(layout.KNOWN_HUBS + name, own)
     for other, record in absent_hubs(state).items():
         key, stored = layout.KNOWN_HUBS + other, state.stored(layout.KNOWN_HUBS + other)
         if other != name and record.absent_since is None and stored is not None:
-            # Another hub may note it as well, and the hub itself may come back.
+            # Another hub may write the absence as well, and the absent hub may come back.
             compares = unchanged(key, stored[1]), absent(layout.HUBS + other)
             yield HubRecord(key, KnownHub(record.url, int(now)), compares)
 
@@ -64,7 +64,7 @@ def plan_hub_records(state: FleetState, name: str, url: str, now: float) -> Iter
 async def keep_hub_records(
     etcd: Etcd, state: FleetState, name: str, url: str, clock: Clock
 ) -> None:
-    """Write what `plan_hub_records` plans; raises `EtcdUnavailable`."""
+    """Write the records of `plan_hub_records`; raise `EtcdUnavailable`."""
     for one in tuple(plan_hub_records(state, name, url, clock.now().timestamp())):
         await etcd.commit(one.compares, {one.key: render_known_hub(one.record)})
         _log.info("hub noted", key=one.key, absent=one.record.absent_since is not None)
@@ -73,7 +73,7 @@ async def keep_hub_records(
 def list_hubs(
     state: FleetState, name: str, urls: Mapping[str, str], answering: frozenset[str]
 ) -> list[dict[str, Any]]:
-    """List every hub: this one, those that run by their URLs, and those that are absent."""
+    """List all hubs: this hub, other running hubs with their URLs, and absent hubs."""
     hubs: list[dict[str, Any]] = [{"name": name, "url": None, "answers": True, "absent": False}]
     hubs += (
         {"name": one, "url": url, "answers": one in answering, "absent": False}

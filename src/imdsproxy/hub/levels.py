@@ -1,4 +1,4 @@
-"""Which hosts are too old for what a write places on them. Pure."""
+"""Check for hosts that are too old for the records of a write. Pure."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _KINDS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Needed:
-    """The level of records that a host has to read.
+    """Level of records that a host must be able to read.
 
     Attributes:
-        item: For which item.
+        item: Item that needs the level.
     """
 
     level: int
@@ -34,7 +34,7 @@ class Needed:
 
 
 def fit_item(schema: Schema, item: ItemKey, value: Json, level: int) -> Json:
-    """An item's value for a host that reads records up to a level."""
+    """Return an item's value for a host that reads records up to a level."""
     kind = item.partition("/")[0]
     if kind == "policy":
         return dict(schema.fit(kind, value, level))
@@ -44,7 +44,7 @@ def fit_item(schema: Schema, item: ItemKey, value: Json, level: int) -> Json:
 
 
 def plan_levels(state: FleetState, planned: Transaction, schema: Schema) -> dict[HostId, Needed]:
-    """The level that hosts need for what a write places on them; those that need no more than the first are missing."""
+    """Return the level that hosts need for the items of a write; hosts that need only level 1 are missing."""
     if schema.level == 1:
         return {}
     written: dict[ItemKey, Json] = {}
@@ -64,7 +64,7 @@ def plan_levels(state: FleetState, planned: Transaction, schema: Schema) -> dict
 
 
 def refuse_older(needed: Mapping[HostId, Needed], levels: Mapping[HostId, int]) -> None:
-    """Refuse a write that a host would not understand; what is not known of a host that is away refuses nothing.
+    """Refuse a write that a host would not understand; hosts of unknown level, which are away, do not count.
 
     Raises:
         SourceRefused: A host is too old.
@@ -85,7 +85,7 @@ def refuse_older(needed: Mapping[HostId, Needed], levels: Mapping[HostId, int]) 
 def _reached(
     state: FleetState, item: ItemKey, value: Json
 ) -> tuple[Iterable[HostId], Iterable[ItemKey]]:
-    """The hosts that an item is for, and the items of others that they need with it."""
+    """Return the hosts that get an item, and the shared items that they need with it."""
     kind, _, rest = item.partition("/")
     if kind == "instance":
         return layout.parse_instance(layout.encode(value)).hosts, needs_of(value["record"])

@@ -1,4 +1,4 @@
-"""The other hubs of a fleet, asked over their TLS port with this hub's certificate."""
+"""Client for the other hubs of a fleet, by their TLS port and with this hub's certificate."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from imdsproxy.hub.state import FleetState
 
 _RENEWED_S: Final = 3600.0
 _REST_S: Final = 5.0
-"""A hub that did not answer is left out for so long: a hub that hangs must not cost each command two seconds."""
+"""Time for which to skip a hub that did not answer: a hub that hangs must not cost each command two seconds."""
 
 _FRESH_S: Final = 1.0
-"""A hub that answered within this time does not hang."""
+"""Maximum age of an answer that shows that a hub does not hang."""
 
 _log = structlog.get_logger()
 
 
 @dataclass(slots=True)
 class Peers:
-    """The hubs that are there beside this one.
+    """Other running hubs.
 
     Args:
-        state: Where hubs say that they are there.
-        name: This hub's.
-        clock: Monotonic.
-        files: This hub's certificate with its key, and the CA certificate; `None` where hubs speak without TLS.
+        state: Copy of etcd with the running hubs.
+        name: Name of this hub.
+        clock: Monotonic time.
+        files: This hub's certificate with its key, and the CA certificate; `None` for connections without TLS.
     """
 
     state: FleetState
@@ -51,7 +51,7 @@ class Peers:
     _rests_until: dict[str, float] = field(default_factory=dict)
 
     def urls(self) -> dict[str, str]:
-        """Each hub's URL, by its name."""
+        """Return the URLs of the other hubs, by name."""
         found: dict[str, str] = {}
         for key in self.state.keys(layout.HUBS):
             name, value = key.removeprefix(layout.HUBS), self.state.value(key)
@@ -62,7 +62,7 @@ class Peers:
     async def ask_all(
         self, path: str, query: Mapping[str, str], timeout_s: float, body: object = None
     ) -> dict[str, Any]:
-        """What each other hub answers to a GET, or to a POST of a body; those that do not answer are missing."""
+        """Send a GET, or a POST with a body, to all other hubs; return the answers of hubs that answer."""
         urls = self.urls()
         asked = (self.ask(url, path, query, timeout_s, body) for url in urls.values())
         answers = await asyncio.gather(*asked)
@@ -76,9 +76,9 @@ class Peers:
         timeout_s: float,
         body: object = None,
     ) -> Any:  # noqa: ANN401 - JSON
-        """Return what one answers, decoded; `None` where it does not answer, or refuses.
+        """Return the decoded answer of a hub; `None` if the hub does not answer, or refuses.
 
-        What may take long is asked only of a hub that shows within `CONNECT_S` that it runs.
+        A slow request is sent only to a hub that shows within `CONNECT_S` that it runs.
         """
         now, quick = self.clock.monotonic(), timeout_s <= CONNECT_S
         if now < self._rests_until.get(url, now):
@@ -116,11 +116,11 @@ class Peers:
             if timeout_s <= CONNECT_S or not isinstance(error, httpcore.ReadTimeout):
                 self._rests_until[url] = self.clock.monotonic() + _REST_S
             return None
-        # All that hubs ask each other is answered with an object.
+        # All answers between hubs are objects.
         return found if isinstance(found, dict) else None
 
     def _connections(self) -> httpcore.AsyncConnectionPool:
-        """Connections that show this hub's certificate as it is now, which is renewed now and then."""
+        """Return the connection pool; a new pool each hour uses this hub's renewed certificate."""
         now = self.clock.monotonic()
         if self._pool is None or now - self._opened > _RENEWED_S:
             tls = None if self.files is None else open_tls(self.files[1], self.files[0])

@@ -1,4 +1,4 @@
-"""The routes below `/v1`: those of a host's admin API that make sense for a fleet, with the same bodies."""
+"""Routes below `/v1`: the routes of a host's admin API that make sense for a fleet, with the same bodies."""
 
 import asyncio
 import contextlib
@@ -38,7 +38,7 @@ records = APIRouter()
 
 _IMPORT_S: Final = 1.0
 _AT_ONCE: Final = 40
-"""So many records are stored all or none."""
+"""Maximum number of records to store in one transaction."""
 
 
 async def _instance_body(request: Request, operations: Uses, caller: Operator) -> object:
@@ -50,7 +50,7 @@ _InstanceBody: TypeAlias = Annotated[object, Depends(_instance_body)]
 
 
 class MoveBody(BaseModel):
-    """One step of a move, or with `now` both at once."""
+    """Step of a move; `now` does both steps."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -66,13 +66,13 @@ class MoveBody(BaseModel):
 
 @records.get("/progress")
 async def show_progress(operations: Uses, caller: Reader) -> list[Step]:
-    """Imports that are under way on this hub; for a client that waits for its answer."""
+    """Show the progress of imports on this hub, for a client that waits for its answer."""
     return operations.progress(caller.scope)
 
 
 @records.get("/networks", responses={200: {"model": list[bodies.NetworkView]}})
 async def list_networks(operations: Uses, caller: Reader) -> JSONResponse:
-    """Every network, by id."""
+    """List all networks, sorted by id."""
     views, reported = caller.views(operations), await caller.reported(operations)
     return bodies.RecordResponse([views.network(one, reported) for one in views.networks()])
 
@@ -81,13 +81,13 @@ async def list_networks(operations: Uses, caller: Reader) -> JSONResponse:
 async def add_network(
     body: bodies.JsonBody, operations: Uses, terms: TermsOf, _: Operator
 ) -> FleetWritten:
-    """Add a network; refused when there is one of this id."""
+    """Add a network; refuse an id that exists."""
     return await _put_network(operations, _read_network(body), _creating(terms))
 
 
 @records.get("/networks/{network}", responses={200: {"model": bodies.NetworkView}})
 async def show_network(network: NetworkOf, operations: Uses, caller: Reader) -> JSONResponse:
-    """One network."""
+    """Show a network."""
     reported = await caller.reported(operations)
     return bodies.RecordResponse(caller.views(operations).network(network, reported))
 
@@ -105,7 +105,7 @@ async def put_network(
 async def patch_network(
     network: NetworkOf, body: bodies.JsonBody, operations: Uses, terms: TermsOf, _: Operator
 ) -> FleetWritten:
-    """Change some keys of a network (RFC 7396: null takes a key away)."""
+    """Change some keys of a network (RFC 7396: null removes a key)."""
     patch = bodies.refuse_unlike(body, network)
     bodies.refuse_unclearable(patch, NETWORK)
 
@@ -124,7 +124,7 @@ async def patch_network(
 async def remove_network(
     network: NetworkOf, operations: Uses, terms: TermsOf, _: Operator
 ) -> FleetWritten:
-    """Remove a network; refused while instances have ports in it."""
+    """Remove a network; refuse this while instances have ports in the network."""
     done = await operations.writes.remove_network(network, terms)
     return await operations.confirm_network(done, network)
 
@@ -138,7 +138,7 @@ async def list_instances(  # noqa: PLR0917 - FastAPI passes them by name
     project: bodies.OfProject = None,
     host: Annotated[str | None, Query(description="Only those that are placed on it.")] = None,
 ) -> StreamingResponse:
-    """Every instance that matches, by id, without payloads; each as it is when it is sent."""
+    """List matching instances, sorted by id, without payloads; each is read when it is sent."""
     views, reported = caller.views(operations), await caller.reported(operations)
     chosen = None if network is None else views.find_network(network)
     wanted = Wanted(text, chosen, project, None if host is None else HostId(host))
@@ -154,7 +154,7 @@ async def search_instances(  # noqa: PLR0917 - FastAPI passes them by name
     after: bodies.AfterPage = None,
     limit: bodies.PageSize = 50,
 ) -> JSONResponse:
-    """Instances that match, by id, a page at a time, without payloads."""
+    """Search instances: matching instances sorted by id, in pages, without payloads."""
     views, reported = caller.views(operations), await caller.reported(operations)
     chosen = None if network is None else views.find_network(network)
     found = [one async for one, _, _ in views.instances(Wanted(text, chosen))]
@@ -167,13 +167,13 @@ async def search_instances(  # noqa: PLR0917 - FastAPI passes them by name
 async def add_instance(
     body: _InstanceBody, operations: Uses, terms: TermsOf, _: Operator
 ) -> FleetWritten:
-    """Add an instance; refused when there is one of this id."""
+    """Add an instance; refuse an id that exists."""
     return await _put_instance(operations, _read_instance(body), _creating(terms))
 
 
 @records.get("/instances/{instance}", responses={200: {"model": bodies.InstanceView}})
 async def show_instance(instance: InstanceOf, operations: Uses, caller: Reader) -> JSONResponse:
-    """One instance; user data included for who may read it."""
+    """Show an instance; with user data and vendor data if the caller may read secrets."""
     views, reported = caller.views(operations), await caller.reported(operations)
     stored, _ = views.stored(instance)
     data = None
@@ -189,7 +189,7 @@ async def show_instance(instance: InstanceOf, operations: Uses, caller: Reader) 
 async def put_instance(
     instance: str, body: _InstanceBody, operations: Uses, terms: TermsOf, _: Operator
 ) -> FleetWritten:
-    """Add an instance, or replace its whole record; without `hosts` it stays where it is."""
+    """Add an instance, or replace its whole record; without `hosts` the instance stays on its hosts."""
     record = _read_instance(bodies.refuse_unlike(body, instance))
     return await _put_instance(operations, record, terms)
 
@@ -198,7 +198,7 @@ async def put_instance(
 async def patch_instance(
     instance: InstanceOf, body: _InstanceBody, operations: Uses, terms: TermsOf, _: Operator
 ) -> FleetWritten:
-    """Change some keys of an instance (RFC 7396: null takes a key away, lists are replaced)."""
+    """Change some keys of an instance (RFC 7396: null removes a key, lists are replaced)."""
     patch = bodies.refuse_unlike(body, instance)
     bodies.refuse_unclearable(patch, INSTANCE)
 
@@ -227,7 +227,7 @@ async def remove_instance(
 async def move_instance(
     instance: InstanceOf, body: MoveBody, operations: Uses, terms: TermsOf, _: Mover
 ) -> Moved:
-    """Place an instance on another host too; then, once its guest is there, on no other one."""
+    """Place an instance on a second host, then, once its guest has arrived, on that host alone."""
     if body.now + body.finish + body.cancel > 1:
         raise RequestRefused("a step of a move is one of `now`, `finish` and `cancel`")
     to = None if body.to is None else HostId(body.to)
@@ -258,11 +258,11 @@ async def put_records(
     terms: TermsOf,
     create: Annotated[bool, Query(description="Refuse ids that are there.")] = False,  # noqa: FBT002 - FastAPI passes it by name
 ) -> FleetWritten | Importing:
-    """Add or replace many networks and instances; up to some forty instances all or none.
+    """Add or replace many networks and instances; up to forty all or none, if they fit into one transaction.
 
-    More are all checked first, and then written in parts, also when nothing waits for the answer:
-    `/v1/imports/{name}` has it. What broke off is sent again as it was, and goes on. A body of type
-    `application/x-ndjson` has a record a line, and may be of any length.
+    The hub checks a larger import completely, then writes it in parts, even if the client disconnects:
+    `/v1/imports/{name}` has the answer. To continue an interrupted import, send the same records again. A body of type
+    `application/x-ndjson` has one record per line, and may have any length.
     """
     del caller
     networks: list[Network] = []
@@ -289,7 +289,7 @@ async def put_records(
 
 @records.get("/imports/{name}")
 async def show_import(name: str, operations: Uses, caller: Operator) -> FleetWritten | Importing:
-    """The answer to a large import, or how far it is."""
+    """Show the answer to a large import, or its progress."""
     known = operations.imports.get(name)
     if known is None or caller.scope not in {None, known[0].terms.scope}:
         raise SourceUnavailable(

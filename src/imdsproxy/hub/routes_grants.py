@@ -1,4 +1,4 @@
-"""Routes below `/v1/grants`: permissions of operators who are limited to a project."""
+"""Routes below `/v1/grants`: permissions of operators limited to a project."""
 
 from dataclasses import dataclass
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""Rules for operators who are limited to a project: permissions and visible records. Pure."""
+"""Rules for operators limited to a project: permissions and visible records. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The settings of a hub."""
+"""Settings of a hub."""
 
 from pathlib import Path
 from typing import Annotated, Final
@@ -44,7 +44,7 @@ _LOOPBACK: Final = ("http://127.", "http://[::1]:", "http://localhost:")
 
 
 class OperatorSettings(Section):
-    """For a machine of operators: commands on records go to a fleet."""
+    """Settings for a machine of operators: commands on records go to a fleet."""
 
     hubs: Listed[HubUrl] = setting((), Change.RESTART)
     """Hubs, asked in turn until one answers. With any, `network`, `instance`, `policy`, `token revoke`, `explain`,
@@ -52,34 +52,34 @@ class OperatorSettings(Section):
     """
 
     certificate: AbsolutePath = setting(Path("/etc/imdsproxy/fleet/operator.pem"), Change.RESTART)
-    """What `fleet operator` made: key, certificate and CA certificate."""
+    """File that `fleet operator` created: key, certificate and CA certificate."""
 
 
 class EtcdSettings(Section):
-    """The store of the fleet. Only hubs reach it."""
+    """The store of the fleet. Only hubs connect to etcd."""
 
     endpoints: Listed[EtcdUrl] = setting(("http://127.0.0.1:2379",), Change.RESTART, min_length=1)
-    """Every member, by the address of its clients; where a member has `--listen-client-http-urls`, by that one.
-    `http` only on loopback.
+    """Client URLs of all members; for a member with `--listen-client-http-urls`, the URL given there. `http` only on
+    loopback.
     """
 
     ca_file: AbsolutePath | None = setting(None, Change.RESTART)
-    """PEM file of the authority that signed the members' certificates; needed for `https`."""
+    """PEM file of the CA that signed the members' certificates; required for `https`."""
 
     certificate_file: AbsolutePath | None = setting(None, Change.RESTART)
-    """PEM file of the certificate that members are shown. Its subject needs an empty CN."""
+    """PEM file of the hub's client certificate for etcd. The CN in its subject must be empty."""
 
     key_file: AbsolutePath | None = setting(None, Change.RESTART)
-    """PEM file of its key."""
+    """PEM file of the client certificate's key."""
 
     user: str = setting("", Change.RESTART)
-    """Where etcd has authentication enabled."""
+    """User name, if etcd has authentication enabled."""
 
     password_file: AbsolutePath | None = setting(None, Change.RESTART)
-    """File with the user's password, 0600."""
+    """File with the user's password, mode 0600."""
 
     def model_post_init(self, _: object) -> None:
-        """What belongs together is given together."""
+        """Check settings that depend on each other."""
         if (self.certificate_file is None) != (self.key_file is None):
             raise cross("key_file", "a certificate needs its key", "give both or none")
         if self.user and self.password_file is None:
@@ -97,41 +97,43 @@ class EtcdSettings(Section):
 
 
 class HubSettings(Section):
-    """`imdsproxy hub`: between etcd and the hosts of a fleet."""
+    """Settings of `imdsproxy hub`, between etcd and the hosts of a fleet."""
 
     name: Identifier | None = setting(None, Change.RESTART)
-    """This hub's name in the fleet; null takes it from its certificate."""
+    """Name of this hub in the fleet; null takes the name in its certificate."""
 
     listen: Listed[ListenAddress] = setting(("0.0.0.0:8469", "[::]:8469"), Change.RESTART)
-    """Where hosts, operators and other hubs connect, with TLS and a certificate of the fleet."""
+    """Addresses and ports to which hosts, operators and other hubs connect, with TLS and certificates of the fleet."""
 
     url: HubUrl | None = setting(None, Change.RESTART)
-    """How other hubs and hosts reach this one; null makes it of the first name in its certificate."""
+    """URL at which other hubs and hosts reach this hub; null derives it from the first name in its certificate."""
 
     metrics_listen: HostEndpoint | None = setting(Endpoint("127.0.0.1", 9467), Change.RESTART)
     """Address and port of the hub's `/livez`, `/readyz` and `/metrics`, without TLS; null for none."""
 
     directory: AbsolutePath = setting(Path("/etc/imdsproxy/fleet"), Change.RESTART)
-    """What `fleet init` made: the authority, this hub's certificate, the key that seals user data in etcd. Secret."""
+    """Directory that `fleet init` created: the CA, this hub's certificate, and the key that seals secrets in etcd. All
+    files but `ca.crt` are secret.
+    """
 
     runtime_dir: AbsolutePath = setting(Path("/run/imdsproxy-hub"), Change.RESTART)
-    """Sockets between HAProxy and the hub, and what HAProxy reads."""
+    """Directory of the sockets between HAProxy and the hub, and of the files that HAProxy reads."""
 
     user: AccountName | None = setting("imdsproxy-hub", Change.RESTART)
-    """Account that the hub takes when root starts it. `hub.directory` and the fleet's files in it become its own. Null
-    keeps the present account.
+    """Account that the hub takes if root starts it. The account becomes the owner of `hub.directory` and of the fleet's
+    files there. Null keeps the present account.
     """
 
     haproxy_user: AccountName | None = setting("imdsproxy-front", Change.RESTART)
-    """Account of the hub's HAProxy, which then cannot read the fleet's keys. Null takes that of `hub.user`."""
+    """Account of the hub's HAProxy, which then cannot read the fleet's keys. Null takes the account of `hub.user`."""
 
     state_dir: AbsolutePath = setting(Path("/var/lib/imdsproxy-hub"), Change.RESTART)
-    """The hub's journal: memberships, revocations and operator overrides, which a restored backup of etcd does not take
-    back.
+    """Directory of the hub's journal: memberships, revocations and operator overrides, which survive a restored backup
+    of etcd.
     """
 
     user_data_kib: int = setting(1024, Change.RESTART, ge=16, le=16_384)
-    """The largest user data of an instance. It is in etcd, which is slow with large values."""
+    """Maximum size of an instance's user data in KiB. etcd stores user data, and is slow with large values."""
 
     etcd: EtcdSettings = section(EtcdSettings)
     """The store."""

@@ -1,4 +1,4 @@
-"""Whether a fleet works, from its status: what stops changes, and what is degraded. Pure."""
+"""Verdict on a fleet from its status: reasons that stop changes, and reasons for a degraded state. Pure."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def judge_fleet(
     """Judge whether changes can be made and come into force.
 
     Args:
-        status: The fleet.
-        members: Of etcd.
-        hub: Why the hub that says so serves no host, or does not follow etcd.
+        status: Status of the fleet.
+        members: Members of etcd.
+        hub: Reasons why the reporting hub serves no host, or does not follow etcd.
     """
     reasons = (*hub, *_stopped(status, members))
     return Readiness(not reasons, reasons, tuple(_degraded(status)))
