@@ -78,6 +78,6 @@ class Background:
         _log.error("loop failed", loop=name, reason=reason, exc_info=error)
 
     def failures(self) -> dict[str, str]:
-        """Loops that failed within the last hour, each with the time and the reason of its last failure."""
+        """Return loops that failed within the last hour, with time and reason of the last failure."""
         since = self.clock.monotonic() - _SHOWN_S
         return {name: why for name, (at, why) in self._failures.items() if at > since}

@@ -35,7 +35,7 @@ class Caller:
 
     @property
     def reads_secrets(self) -> bool:
-        """Whether the caller may see user data and the answers to guests."""
+        """Return whether the caller may see user data and the answers to guests."""
         return self.identity.role is Role.OPERATOR
 
     def require(self, *roles: Role, all_projects: bool = False) -> None:

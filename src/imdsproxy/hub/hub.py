@@ -370,13 +370,13 @@ async def _report_readiness(hub: Hub, notifier: ServiceNotifier, status: str) ->
 async def renew_certificate(
     files: FleetFiles, authority: Authority, front: Front, now: datetime
 ) -> bool:
-    """Renew a hub's certificate if it is time; return whether it was.
+    """Renew a hub's certificate if it is due; return whether it was.
 
     HAProxy gets the new certificate before the file does. If HAProxy does not take it, the file still has the old one,
     and the next attempt renews it again.
 
     Raises:
-        ImdsproxyError: As `make_renewed_hub`, `Front.replace_certificate` and `write_hub`.
+        ImdsproxyError: Errors of `make_renewed_hub`, `Front.replace_certificate` and `write_hub`.
     """
     renewed = await asyncio.to_thread(make_renewed_hub, files, authority, now)
     if renewed is None:

@@ -173,7 +173,7 @@ class Journal:
             self._thread.shutdown(wait=False)
 
     def advance(self, position: Position) -> None:
-        """Record etcd's position, to be written with the next values or soon."""
+        """Record etcd's position; `run` or the next values write it to the disk."""
         self.position = self.position.advance(position)
 
     def note(self, values: Mapping[str, bytes]) -> None:

@@ -69,7 +69,7 @@ _log = structlog.get_logger()
 
 @dataclass(slots=True)
 class Replica:
-    """Keeps the copy in step with etcd and sends changes to hosts.
+    """Replication of etcd into the copy, and delivery of changes to hosts.
 
     Args:
         etcd: The store.

@@ -128,7 +128,7 @@ class Restores:
         )
 
     def suspect(self, evidence: Evidence) -> None:
-        """Queue evidence of a restore to be written to etcd."""
+        """Queue evidence of a restore for writing to etcd."""
         # Only the last evidence of each host is kept: a host may send a hello as often as it likes.
         host, before = evidence.host, self._evidence.get(evidence.host)
         self.state.doubted |= host is None

@@ -96,7 +96,7 @@ class PasswordPost(BaseModel):
 
 
 class LeftShape(BaseModel):
-    """Whether the instance is no longer placed on the host."""
+    """Answer to a host: whether the instance is no longer placed there."""
 
     left: bool
 

@@ -48,7 +48,7 @@ def refuse_shared(state: FleetState, planned: Transaction) -> None:
 
 
 def _refuse_names(state: FleetState, written: Collection[NetworkId]) -> None:
-    """Refuse ids with the same digest in names: another id for a short digest can be found within days."""
+    """Refuse a new network whose names on hosts equal another's: an id for a short digest can be found in days."""
     new = {one for one in written if state.value(layout.network_key(one)) is None}
     links = {_NAMING.link(one): one for one in new}
     for key in state.keys(layout.NETWORKS) if links else ():
@@ -133,7 +133,7 @@ class _After:
         """Return whether another project's network may need the listener on a host later.
 
         The check concerns writes by operators of one project. Networks of the same project take the listener first
-        come, first served. If another project has granted hosts, its networks can come to these hosts only.
+        come, first served. If hosts were granted to the other project, its networks can come to them only.
         """
         scope = self.planned.scope
         if scope is None or record.project == other.project == scope:

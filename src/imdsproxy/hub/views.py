@@ -153,8 +153,8 @@ class Views:
     def hosts(self) -> frozenset[HostId]:
         """Return the hosts that the operator may know.
 
-        Operators of all projects know all enrolled hosts; others know hosts granted to, or with instances of, the
-        project.
+        Operators of all projects know all enrolled hosts. Operators of one project know the hosts that are granted to
+        the project or have its instances.
         """
         enrolled = frozenset(self.state.enrolled())
         scope = read_scope(self.state.value, self.scope)
