@@ -1,7 +1,7 @@
-"""What commands print: tables for people, JSON for programs, errors as one line and a hint.
+"""Output of commands: tables for people, JSON for programs, errors as one line and a hint.
 
-Colour and cutting to the width happen only on a terminal; rich honours NO_COLOR. Elsewhere lines
-are as long as they are, so that `grep` and `awk` see everything.
+Only output to a terminal is coloured and fitted to the width; rich honours NO_COLOR. Other output has full lines, so
+that `grep` and `awk` see everything.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from imdsproxy.errors import ImdsproxyError, Starting
 
 MOST_SHOWN: Final = 20
-"""Lines of one kind that are printed; the rest is counted."""
+"""Maximum number of printed lines of a kind; further lines are only counted."""
 
 _UNCUT: Final = 4000
 _LINE_EVERY_S: Final = 5.0
@@ -34,10 +34,10 @@ _BAR_WIDTH: Final = 16
 _USUAL_WIDTH: Final = 80
 
 Shape: TypeAlias = "Mapping[str, Any]"
-"""An object in the daemon's JSON."""
+"""Object in the daemon's JSON."""
 
 Note: TypeAlias = "Callable[[str, int, int], None]"
-"""Takes what is done, how much of it, and of how much (0: not known)."""
+"""Callback for progress: current work, amount done, and total amount (0 if not known)."""
 
 
 @dataclass(slots=True)
@@ -47,7 +47,7 @@ class Output:
     as_json: bool = False
 
     def answer(self, value: Any, show: str | Callable[[Output, Any], None]) -> None:  # noqa: ANN401 - JSON
-        """A value: JSON for programs; for people a text, or as `show` prints it."""
+        """Print a value: JSON for programs; for people the text `show`, or the output of the function `show`."""
         if self.as_json:
             self.json(value)
         elif isinstance(show, str):
@@ -56,34 +56,34 @@ class Output:
             show(self, value)
 
     def json(self, value: object) -> None:
-        """A value for programs: UTF-8 whatever the locale, half a surrogate pair as JSON's escape."""
+        """Print a value as JSON, in UTF-8 for any locale; a lone surrogate becomes a JSON escape."""
         text = json.dumps(value, indent=2, ensure_ascii=False)
         self.raw(f"{text}\n".encode(errors="backslashreplace"))
 
     def text(self, text: str) -> None:
-        """Text as it is, at once also where it goes through a pipe: the command may go on for hours."""
+        """Print unformatted text and flush, because a command behind a pipe may run for hours."""
         sys.stdout.write(text if text.endswith("\n") else f"{text}\n")
         sys.stdout.flush()
 
     def raw(self, body: bytes) -> None:
-        """Bytes as they are."""
+        """Print bytes unchanged."""
         sys.stdout.flush()
         sys.stdout.buffer.write(body)
         sys.stdout.buffer.flush()
 
     def foreign(self, body: bytes) -> None:
-        """Bytes of a guest's as they are; on a terminal, which they could steer, without control characters."""
+        """Print a guest's bytes unchanged, but escape control characters on a terminal."""
         if sys.stdout.isatty():
             self.text(_printable(body.decode(errors="replace")))
         else:
             self.raw(body)
 
     def styled(self, *lines: str) -> None:
-        """Lines with rich's markup; what is foreign in them goes through `clean` first."""
+        """Print lines with rich's markup; callers pass foreign text through `clean` first."""
         _print_lines(sys.stdout, lines)
 
     def facts(self, facts: Mapping[str, str | None], *, heading: str = "") -> None:
-        """Names and values, a line each, without those that are `None`, all markup; under a heading indented."""
+        """Print a line per name and value, with markup; skip `None` values and indent lines under a heading."""
         from rich.table import Table  # noqa: PLC0415 - `--help` need not load it
 
         self.styled(*([heading] if heading else []))
@@ -97,14 +97,14 @@ class Output:
         _print_table(grid)
 
     def confirm(self, question: str, *, instead: str) -> bool:
-        """Ask a question at a terminal; any answer but yes is no.
+        """Ask a yes/no question at the terminal; any answer but yes means no.
 
         Args:
-            question: Without its question mark.
-            instead: The option that answers yes, for programs.
+            question: Text without the question mark.
+            instead: Option that answers yes, for programs.
 
         Raises:
-            RequestRefused: There is no terminal to ask at.
+            RequestRefused: Standard input or error is no terminal, or the output is JSON.
         """
         from imdsproxy.errors import RequestRefused  # noqa: PLC0415 - as above
 
@@ -119,7 +119,7 @@ class Output:
 
     @contextlib.contextmanager
     def waiting(self, text: str) -> Iterator[None]:
-        """Something that turns on a terminal's standard error while the work takes; nothing elsewhere."""
+        """Show a spinner on standard error during the block, if that is a terminal."""
         if self.as_json or not sys.stderr.isatty():
             yield
             return
@@ -128,7 +128,7 @@ class Output:
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[Note]:
-        """How far work has come, on standard error: a bar on a terminal, elsewhere a line now and then; no JSON."""
+        """Show progress on standard error: a bar on a terminal, otherwise occasional lines; nothing with JSON."""
         if self.as_json:
             yield lambda _what, _done, _of: None
             return
@@ -151,7 +151,7 @@ class Output:
 
     @contextlib.contextmanager
     def starting(self) -> Iterator[Callable[[Starting], None]]:
-        """How far the start of a daemon has come, as `progress`."""
+        """Show the progress of a daemon's start, as `progress` does."""
         with self.progress() as note:
 
             def show(error: Starting) -> None:
@@ -172,15 +172,15 @@ class Output:
         spare: Collection[str] = (),
         apart: bool = False,
     ) -> None:
-        """Rows under headings; the cells may hold markup.
+        """Print rows under headings; cells may contain markup.
 
         Args:
-            rows: The cells by their headings, the same in all of them.
-            empty: Printed where there are no rows.
-            keep: Columns whose cells are never broken.
-            right: Columns of numbers.
-            spare: Columns that are dropped, the last first, while the terminal is too narrow for all.
-            apart: Print an empty line before the rows.
+            rows: Cells by heading; all rows have the same headings.
+            empty: Text for a table without rows.
+            keep: Columns whose cells are not wrapped.
+            right: Right-aligned columns, for numbers.
+            spare: Columns to drop, the last first, while the terminal is too narrow.
+            apart: Print an empty line before the table.
         """
         filled = list(rows)
         if not filled:
@@ -196,7 +196,7 @@ class Output:
         _print_table(table)
 
     def error(self, error: ImdsproxyError) -> None:
-        """One line, the problems, and the hint; a JSON object where the command was given --json."""
+        """Print an error as one line, its problems and its hint, or as a JSON object with --json."""
         if self.as_json:
             keys = ("field", "reason", "hint", "file", "line")
             body = {
@@ -225,46 +225,46 @@ _REST: Final = "--json has all"
 
 
 def first_lines(lines: Sequence[str], rest: str = _REST) -> list[str]:
-    """As many as are shown of one kind, and how many more there are and what shows them."""
+    """Return the lines up to `MOST_SHOWN`, and a line that counts the rest and says how to see it."""
     return [*lines[:MOST_SHOWN], *and_more(len(lines), rest)]
 
 
 def and_more(count: int, rest: str = _REST) -> list[str]:
-    """A line for what is not shown of `count`, and what shows it; none where all are shown."""
+    """Return a line that counts the lines beyond `MOST_SHOWN` and says how to see them; empty without such lines."""
     return [f"and {count - MOST_SHOWN:,} more: {rest}"] if count > MOST_SHOWN else []
 
 
 def spell_count(number: int, noun: str) -> str:
-    """`1 key`, `2 keys`."""
+    """Return number and noun: `1 key`, `2 keys`."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def spell_status(status: int) -> str:
-    """`404 Not Found`."""
+    """Return an HTTP status with its phrase: `404 Not Found`."""
     phrase = HTTPStatus(status).phrase if status in set(HTTPStatus) else ""
     return f"{status} {phrase}".rstrip()
 
 
 def spell_time(at: float, *, zone: bool = False) -> str:
-    """A moment in local time, with its zone where it is asked for."""
+    """Return a Unix time as local time, optionally with the time zone."""
     local = datetime.fromtimestamp(at, UTC).astimezone()
     return f"{local:%Y-%m-%d %H:%M:%S{' %Z' if zone else ''}}"
 
 
 def decode_bytes(shape: Mapping[str, str]) -> bytes:
-    """Bytes of the admin API, which are `text` or `base64`."""
+    """Decode bytes from the admin API, given as `text` or `base64`."""
     return base64.b64decode(shape["base64"]) if "base64" in shape else shape["text"].encode()
 
 
 def clean(text: object) -> str:
-    """Foreign text, fit for markup and a terminal: no markup, no control characters of its own."""
+    """Escape markup and control characters in foreign text."""
     from rich.markup import escape  # noqa: PLC0415 - `--help` need not load it
 
     return escape(_printable(str(text)))
 
 
 def clean_all(value: Any) -> Any:  # noqa: ANN401 - JSON
-    """`clean`, for every text in an answer of the daemon's."""
+    """Apply `clean` to every text in the daemon's answer."""
     if isinstance(value, dict):
         return {clean(name): clean_all(one) for name, one in value.items()}
     if isinstance(value, list):
@@ -280,9 +280,9 @@ def _printable(text: str) -> str:
 
 
 class BottomLine:
-    """A terminal's stream with a line at its end that stays there: what is written goes above it.
+    """Terminal stream with a status line at the bottom; other output goes above the line.
 
-    Without rich, which takes longer to load than a daemon to start.
+    It does not use rich, which takes longer to load than a daemon takes to start.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -292,13 +292,13 @@ class BottomLine:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write above the line."""
+        """Write text above the status line."""
         erase = "\r\x1b[K" if self._line else ""
         after = self._line if text.endswith("\n") else ""
         return self._stream.write(f"{erase}{text}{after}")
 
     def show_start(self, steps: Sequence[Step] | None) -> None:
-        """Show how far a daemon's start is; `None` takes the line away."""
+        """Show the progress of a daemon's start in the status line; `None` removes the line."""
         line = ""
         if steps is not None:
             width = os.get_terminal_size(self._stream.fileno()).columns or _USUAL_WIDTH
@@ -319,7 +319,7 @@ def _start_line(steps: Sequence[Step]) -> str:
 
 
 def _note_lines() -> Note:
-    """Progress as lines, the first after a few seconds."""
+    """Return a callback that prints a progress line every few seconds."""
     following = time.monotonic() + _LINE_EVERY_S
 
     def note(what: str, done: int, of: int) -> None:

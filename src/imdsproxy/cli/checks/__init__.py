@@ -1,4 +1,4 @@
-"""What `imdsproxy check` looks at, and what it finds. Nothing is changed by looking."""
+"""Subject and findings of `imdsproxy check`. Checks change nothing."""
 
 import tomllib
 from collections.abc import Mapping
@@ -25,13 +25,13 @@ _EXIT_STATUSES: Final = {kind.__name__: kind.exit_status for kind in KINDS}
 
 @dataclass(frozen=True)
 class Subject:
-    """What is checked: settings, and the daemon where one answers.
+    """Settings to check, and the daemon if it answers.
 
     Attributes:
-        settings: The defaults where the files are not acceptable.
-        loaded: The same with the files, or what is wrong with these.
-        daemon: `None` where none runs, or it cannot be asked.
-        status: What the daemon reports of itself, or why it cannot be asked; `None` where none runs.
+        settings: Settings; the defaults if the files are invalid.
+        loaded: Settings with their files, or the error of invalid files.
+        daemon: Client of the daemon; `None` if it does not run or answer.
+        status: Status from the daemon, or the error of the request; `None` if the daemon does not run.
     """
 
     settings: Settings
@@ -41,24 +41,24 @@ class Subject:
 
     @property
     def layout(self) -> Layout:
-        """The data plane's paths."""
+        """Paths of the data plane."""
         return Layout.of(self.settings)
 
     @cached_property
     def networks(self) -> list[Network]:
-        """All networks of the daemon; none where none is asked."""
+        """Networks of the daemon; empty without a daemon."""
         return [] if self.daemon is None else read_networks(self.daemon)
 
     @cached_property
     def in_files(self) -> tuple[list[Records], list[str]]:
-        """What the record files hold, and everything that is wrong with them; nothing without their directory."""
+        """Records in the record files, and all problems with them; empty if their directory does not exist."""
         source = self.settings.sources.file
         there = source.enabled and source.directory.is_dir()
         return _read_record_files(source.directory) if there else ([], [])
 
     @cached_property
     def stored(self) -> Records | SourceUnavailable | None:
-        """What the store holds, or why it cannot be read; `None` where a daemon is asked, or there is no store."""
+        """Records in the store, or the error of reading it; `None` if a daemon answers or the store is disabled."""
         if self.daemon is not None or not self.settings.sources.sqlite.enabled:
             return None
         try:
@@ -85,13 +85,13 @@ def _read_record_files(directory: Path) -> tuple[list[Records], list[str]]:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One answer.
+    """Result of a check.
 
     Attributes:
-        text: What was found.
-        hint: What helps.
-        exit_status: 0 when it is fine; else that of the error that `run` would end with.
-        warning: It is fine to start so, and an operator should look.
+        text: Description.
+        hint: Suggested fix.
+        exit_status: Exit status of the error that `run` would end with; 0 if `run` would start.
+        warning: `run` starts, but an operator should look.
     """
 
     text: str
@@ -101,12 +101,12 @@ class Finding:
 
     @property
     def ok(self) -> bool:
-        """Whether no action is needed."""
+        """Report whether `run` would start."""
         return self.exit_status == 0
 
 
 def found(name: str, /, **values: object) -> Finding:
-    """The finding of this name in findings.toml, with the values in its texts."""
+    """Return the finding of this name in findings.toml, with the values filled in."""
     row = _TEXTS[name]
     text, hint = row["text"].format(**values), row.get("hint", "").format(**values)
     status = _EXIT_STATUSES[row["error"]] if "error" in row else 0
@@ -114,7 +114,7 @@ def found(name: str, /, **values: object) -> Finding:
 
 
 def refused(error: ImdsproxyError, setting: str = "") -> list[Finding]:
-    """An error as findings: one for each of its problems, or one for itself; after the setting that it comes from."""
+    """Convert an error to findings, one per problem or one for the whole error, prefixed by the setting."""
     place = f"{setting}: " if setting else ""
     if not error.problems:
         return [Finding(f"{place}{error.message}", error.hint, error.exit_status)]

@@ -1,4 +1,4 @@
-"""All checks of one host, in the order in which they are shown."""
+"""All checks of a host, in display order."""
 
 from collections.abc import Callable
 from typing import Final
@@ -33,11 +33,11 @@ CHECKS: Final[tuple[tuple[str, tuple[Callable[[Subject], list[Finding]], ...]], 
     ("audit", (host.check_audit,)),
     ("ports", (host.check_ports,)),
 )
-"""By area."""
+"""Checks by area."""
 
 
 def run_checks(run: Invocation) -> list[tuple[str, Finding]]:
-    """Everything that is found, by area; a check that is refused is a finding too."""
+    """Run all checks; return the findings with their areas. A check that the host refuses is a finding too."""
     subject = _subject(run)
     findings: list[tuple[str, Finding]] = []
     for area, check in ((area, check) for area, checks in CHECKS for check in checks):
@@ -56,7 +56,7 @@ def _subject(run: Invocation) -> Subject:
         loaded = run.load()
         settings = loaded.settings
     except ConfigError as error:
-        # The rest is checked with the defaults: one run shows as much as can be shown.
+        # The other checks use the defaults, so that one run shows as many problems as possible.
         loaded, settings = error, Settings()
     daemon = AdminClient(run.socket or settings.admin_socket, timeout_s=_ADMIN_TIMEOUT_S)
     try:

@@ -1,4 +1,4 @@
-"""Whether guests are known, reach us, and read no more than they should: records, daemon, MACs, routes, tokens."""
+"""Checks of guests' records, reachability and access: records, daemon, MACs, routes, tokens."""
 
 import os
 import stat
@@ -31,11 +31,11 @@ _NAMES: Final = {"/latest": "EC2's tree", "/openstack": "/openstack", "/nocloud"
 _CONCERNED: Final = ("tokens", "seal_user_data", "paths", *_TREES.values())
 _SHOWN: Final = 3
 _WITH_ENDS: Final = 4
-"""A smaller range has no addresses of its own for network and broadcast (RFC 3021)."""
+"""Number of addresses from which on a subnet has a network and a broadcast address (RFC 3021)."""
 
 
 def check_records(on: Subject) -> list[Finding]:
-    """Every record file of the file source: what is refused."""
+    """Check all record files; report refused records."""
     source = on.settings.sources.file
     if not source.enabled:
         return []
@@ -48,13 +48,13 @@ def check_records(on: Subject) -> list[Finding]:
 
 
 def check_networks(on: Subject) -> list[Finding]:
-    """The networks that the running daemon does not serve."""
+    """Report networks that the running daemon does not serve."""
     status = on.status if isinstance(on.status, Mapping) else {}
     return [found("not-served", **one) for one in status.get("left_out", ())]
 
 
 def check_daemon(on: Subject) -> list[Finding]:
-    """Whether the running daemon is ready, or why it cannot be asked."""
+    """Check that the running daemon answers and is ready."""
     if on.status is None:
         return []
     if isinstance(on.status, ImdsproxyError):
@@ -65,7 +65,7 @@ def check_daemon(on: Subject) -> list[Finding]:
 
 
 def check_macs(on: Subject) -> list[Finding]:
-    """Whether the kernel can look at guests' MACs, and whether something keeps guests to theirs."""
+    """Check that the kernel supports MAC filters, and that each guest's port enforces the guest's MAC."""
     if os.geteuid() != 0:
         return []
     refusal = host_rules.try_mac_filter()
@@ -103,7 +103,7 @@ def _of_bridge(bridge: GuestBridge) -> Iterator[Finding]:
 
 
 def check_paths(on: Subject) -> list[Finding]:
-    """Whether the host's rules and routes may stand in guests' way."""
+    """Check that the host's firewall rules and routes do not block guests."""
     if os.geteuid() != 0 or on.daemon is None:
         return []
     findings = find_obstacles(
@@ -122,13 +122,15 @@ def find_obstacles(
     *,
     bridged_are_forwarded: bool,
 ) -> Iterator[Finding]:
-    """What may stand in the way, each with the rule that helps. All are warnings: what a rule lets in is not known.
+    """Yield a warning for each chain or missing route that may block guests, with the rule that helps.
+
+    A search for words in the rules cannot prove that a packet is dropped, so these are only warnings.
 
     Args:
-        networks: All of them.
-        chains: Of the host, those that drop what they do not know.
-        leads_by: Whether the host's own way to an address is by a device; `None` where there is no such device.
-        bridged_are_forwarded: `br_netfilter` is in force.
+        networks: All networks.
+        chains: Chains of the host that drop packets by default.
+        leads_by: Function that returns whether the host's route to an address uses a device; `None` without the device.
+        bridged_are_forwarded: Bridged packets pass the forward hook (`br_netfilter`).
     """
     for network in networks:
         listener = network.listener
@@ -142,7 +144,7 @@ def find_obstacles(
 def _drops(
     name: str, network: Network, device: str, chains: Sequence[DroppingChain]
 ) -> Iterator[Finding]:
-    """The chains of a hook, as the finding names it, without a rule for the device or for our address."""
+    """Yield chains of the hook in the finding's name that have no rule for the device or 169.254.169.254."""
     hook = name.removesuffix("-drops")
     for chain in chains:
         rules = chain.rules
@@ -153,7 +155,7 @@ def _drops(
                 device=device,
                 chain=chain.name,
                 address=METADATA_IPV4,
-                # Packets that pass the MAC filter are redirected to its own port (`anti_spoofing.plan`).
+                # The MAC filter redirects accepted packets to a port of its own (`anti_spoofing.plan`).
                 verified=VERIFIED_PORT,
             )
 
@@ -164,7 +166,7 @@ def _no_way_back(
     for subnet in network.subnets:
         if not isinstance(subnet.cidr, IPv4Network):
             continue
-        # One of them may be the host's own.
+        # Two addresses, because one may be the host's own.
         inner = subnet.cidr.num_addresses >= _WITH_ENDS
         some = {subnet.cidr[inner], subnet.cidr[-1 - inner]}
         if all(leads_by(guest, device) is False for guest in some):
@@ -172,11 +174,11 @@ def _no_way_back(
 
 
 def check_trees(on: Subject) -> list[Finding]:
-    """Where one tree keeps user-data, and another one gives the same (`core.token_report`): one warning a scope."""
+    """Warn about scopes whose user-data is protected in one tree and open in another (`core.token_report`)."""
     host = on.settings.policy.book().host
     findings: list[Finding] = []
     for place, scope, rules in _scopes(on):
-        # Any other scope would only repeat what is reported for the host's section.
+        # A scope without such rules would repeat the host section's finding.
         if scope is PolicyScope.HOST or any(getattr(rules, one) is not None for one in _CONCERNED):
             own = [] if scope is PolicyScope.HOST else [(scope, rules)]
             left = open_user_data(fold_policy([(PolicyScope.HOST, host), *own]).policy)
@@ -196,7 +198,10 @@ def _of_open_trees(place: str, left: OpenUserData) -> Finding:
 
 
 def check_instances(on: Subject) -> list[Finding]:
-    """The same of the daemon's instances where it runs, else of those in record files and in the store: one warning."""
+    """Warn once about instances whose user-data is protected in one tree and open in another.
+
+    The instances come from the running daemon, or else from record files and the store.
+    """
     if on.daemon is not None:
         report = on.daemon.get("/v1/token-report")
         trees, number = report["open_trees"], report["open_tree_count"]
@@ -209,7 +214,7 @@ def check_instances(on: Subject) -> list[Finding]:
 
 
 def _read_inventory(on: Subject) -> Inventory:
-    """What record files and the store hold."""
+    """Return an inventory of the record files and the store."""
     source, given = SourceName("records"), [*on.in_files[0]]
     if isinstance(on.stored, Records):
         given.append(on.stored)
@@ -221,12 +226,12 @@ def _read_inventory(on: Subject) -> Inventory:
 
 
 def check_store(on: Subject) -> list[Finding]:
-    """That the store can be read, where no daemon is asked for what it holds."""
+    """Check that the store is readable, unless a daemon answers."""
     return refused(on.stored) if isinstance(on.stored, SourceUnavailable) else []
 
 
 def check_path_rules(on: Subject) -> list[Finding]:
-    """Rules for paths that nothing has: a warning for each, since another path is perhaps meant."""
+    """Warn about rules for paths that no document has, which may be typing errors."""
     return [
         found("path-unserved", place=place, path=path)
         for place, _, rules in _scopes(on)
@@ -236,7 +241,7 @@ def check_path_rules(on: Subject) -> list[Finding]:
 
 
 def check_hop_limits(on: Subject) -> list[Finding]:
-    """Hop limits that do nothing for guests of the unix listener: a warning for each scope."""
+    """Warn about scopes whose hop limit has no effect because the unix listener is enabled."""
     return [
         found("hop-limit", place=place, limit=rules.hop_limit)
         for place, _, rules in _scopes(on)
@@ -246,7 +251,7 @@ def check_hop_limits(on: Subject) -> list[Finding]:
 
 
 def check_token_keys(on: Subject) -> list[Finding]:
-    """The file of the keys: it can be used, and only root can make tokens with it."""
+    """Check that the token key file is usable, and that only root can read it."""
     configured = on.settings.tokens.key_file
     path = configured or on.layout.token_keys
     try:
@@ -262,7 +267,7 @@ def check_token_keys(on: Subject) -> list[Finding]:
 
 
 def check_overrides(on: Subject) -> list[Finding]:
-    """What operators did about instances can be read; `run` does not start where it cannot."""
+    """Check that the file of operator overrides is readable; otherwise `run` does not start."""
     try:
         overrides, _ = read_overrides(on.layout.guards)
     except ImdsproxyError as error:

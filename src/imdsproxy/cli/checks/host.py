@@ -1,4 +1,4 @@
-"""What a host must have before imdsproxy runs on it."""
+"""Checks of the host's requirements for running imdsproxy."""
 
 import asyncio
 import os
@@ -38,7 +38,7 @@ _JOURNAL_SOCKET: Final = Path("/run/systemd/journal/socket")
 
 
 def check_settings(on: Subject) -> list[Finding]:
-    """The files; one that holds nothing is refused at a start, or the defaults are taken instead."""
+    """Check the settings files; report empty files, which `run` refuses or replaces by the defaults."""
     if isinstance(on.loaded, ConfigError):
         return refused(on.loaded)
     files = on.loaded.files
@@ -51,7 +51,7 @@ def check_settings(on: Subject) -> list[Finding]:
 
 
 def check_accounts(on: Subject) -> list[Finding]:
-    """The accounts of the settings. A number is an id, for which there need be no account."""
+    """Check that the settings' accounts exist. A number is an id and needs no account."""
     findings: list[Finding] = []
     for setting in _ACCOUNTS + (_UNIX_ACCOUNTS if on.settings.unix_listener.enabled else []):
         account = attrgetter(setting)(on.settings)
@@ -65,7 +65,7 @@ def check_accounts(on: Subject) -> list[Finding]:
 
 
 def check_haproxy(on: Subject) -> list[Finding]:
-    """Its version and features."""
+    """Check HAProxy's version and features."""
     try:
         program = asyncio.run(read_program(on.settings.haproxy.binary))
     except HaproxyMissing as error:
@@ -77,7 +77,7 @@ def check_haproxy(on: Subject) -> list[Finding]:
 
 
 def check_privileges(_on: Subject, status: Path = Path("/proc/self/status")) -> list[Finding]:
-    """Every capability that `run` needs and this process has not, by its `status` (proc_pid_status(5))."""
+    """Report capabilities that `run` needs and this process lacks, from its `status` file (proc_pid_status(5))."""
     lines = dict(line.partition(":\t")[::2] for line in status.read_text("utf-8").splitlines())
     effective = int(lines.get("CapEff", "0"), 16)
     missing = [
@@ -89,7 +89,7 @@ def check_privileges(_on: Subject, status: Path = Path("/proc/self/status")) -> 
 
 
 def check_namespaces(on: Subject, own: Path = Path("/proc/self/ns/net")) -> list[Finding]:
-    """That the kernel has network namespaces, and where named ones are."""
+    """Check that the kernel has network namespaces, and that the path for named namespaces is a directory."""
     directory = on.settings.paths.netns_dir
     if not own.exists():
         return [found("namespaces-missing")]
@@ -102,7 +102,7 @@ def check_namespaces(on: Subject, own: Path = Path("/proc/self/ns/net")) -> list
 def check_directories(
     on: Subject, access: Callable[[Path, int], bool] = os.access
 ) -> list[Finding]:
-    """That each can be made or written to, and that other accounts cannot write there."""
+    """Check that each directory can be created or written, and that other accounts cannot write to it."""
     paths, listener = on.settings.paths, on.settings.unix_listener
     wanted = {"paths.runtime_dir": paths.runtime_dir, "paths.state_dir": paths.state_dir}
     if listener.enabled:
@@ -121,18 +121,18 @@ def check_directories(
 
 
 def check_readers(on: Subject) -> list[Finding]:
-    """Whether the accounts that will read can enter the directories, tried as these accounts."""
+    """Check that HAProxy and the document server can enter their directories, by trying as their accounts."""
     documents, haproxy, layout = on.settings.documents, on.settings.haproxy, on.layout
     findings: list[Finding] = []
     for setting, path, reader, section, reads in (
         ("paths.state_dir", layout.records, "documents", documents, documents.enabled),
-        # Locked in, its worker reads nothing above its root directory.
+        # A worker in a chroot reads nothing above its root directory.
         ("paths.runtime_dir", layout.jail, "haproxy", haproxy, not haproxy.chroot),
     ):
         try:
             account = find_account(section.user, section.group) if reads else None
         except HostRefused:
-            # The accounts have a finding of their own.
+            # `check_accounts` reports missing accounts.
             continue
         closed = find_closed(account, path) if account else None
         if closed is not None:
@@ -142,13 +142,13 @@ def check_readers(on: Subject) -> list[Finding]:
 
 
 def check_ports(on: Subject) -> list[Finding]:
-    """That each endpoint can be bound, where no daemon has it already."""
+    """Check that the metrics endpoints can be bound, unless a daemon runs."""
     if on.daemon is not None:
         return []
     findings: list[Finding] = []
     for setting in ("metrics.listen", "metrics.haproxy_listen"):
         endpoint = attrgetter(setting)(on.settings)
-        # HAProxy runs on while the controller is stopped, and has its own.
+        # A HAProxy that outlives its controller keeps its endpoint bound.
         if endpoint is None or (setting == "metrics.haproxy_listen" and _haproxy_runs(on)):
             continue
         try:
@@ -165,7 +165,7 @@ def _haproxy_runs(on: Subject) -> bool:
 
 
 def check_audit(on: Subject, journal: Path = _JOURNAL_SOCKET) -> list[Finding]:
-    """Nothing where there is no log. All that is wrong is a warning: guests are served without a log, too."""
+    """Check the audit log's destination, if enabled. Problems are warnings: guests are served without a log."""
     audit = on.settings.audit
     if not audit.one_in:
         return []

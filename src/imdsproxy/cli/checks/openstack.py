@@ -1,6 +1,6 @@
-"""What a host must have before imdsproxy stands in front of Nova: secrets, certificates, endpoints, the socket.
+"""Checks of the requirements for serving Nova's metadata: secrets, certificates, endpoints, the unix socket.
 
-What is repaired on another host, or by waiting, is a warning: `run` starts without it, and serves once it is there.
+Problems that another host or time solves are warnings: `run` starts anyway, and serves once they are solved.
 """
 
 import socket
@@ -23,27 +23,27 @@ from imdsproxy.nova.upstream import read_signing_secret
 from imdsproxy.sources.neutron.client import require_library
 
 _SHORT: Final = 16
-"""Bytes; a guest that guesses the secret can forge every instance."""
+"""Minimum length of a secret in bytes; a guest that guesses the secret can impersonate every instance."""
 
 _AT_ONCE: Final = 8
 _AGENTS: Final = {
     "neutron-metadata-agent": "neutron-metadata-agent",
     "neutron-ovn-metadata-agent": "neutron-ovn-metadata-agent",
     "neutron-ovn-agent": "neutron-ovn-agent",
-    # Its module, and its file of options, however it is started.
+    # Module and options file of the agent, for agents that another program starts.
     "metadata_agent": "neutron-metadata-agent",
 }
-"""Agents of Neutron's by what is in their command line."""
+"""Names of Neutron agents, by a word in their command line."""
 
 _NO_PASSWORD: Final = ""
-"""HAProxy cannot be asked for one, and the terminal must not be."""
+"""Password for encrypted keys, which HAProxy cannot use; without one, the ssl module would ask at the terminal."""
 
 _SECRETS: Final = ("password", "secret", "passcode", "token")
-"""What is in the name of each of keystoneauth's options that is a secret."""
+"""Words in the names of keystoneauth's secret options."""
 
 
 def check_secrets(on: Subject) -> list[Finding]:
-    """Each set's secrets: readable, not empty, not open to others, and not easily guessed."""
+    """Check that each endpoint set's secrets are readable, not empty, closed to other accounts and hard to guess."""
     findings: list[Finding] = []
     for where, one in _sets(on):
         secrets: list[bytes] = []
@@ -61,7 +61,7 @@ def check_secrets(on: Subject) -> list[Finding]:
 
 
 def check_certificates(on: Subject) -> list[Finding]:
-    """Each set's files of authorities, certificate and key: readable PEM, and a key that belongs to its certificate."""
+    """Check that each endpoint set's CA, certificate and key files are readable PEM, and that the key matches."""
     findings: list[Finding] = []
     for where, one in _sets(on):
         authorities, certificate, key = one.ca_file, one.client_cert_file, one.client_key_file
@@ -81,7 +81,7 @@ def check_certificates(on: Subject) -> list[Finding]:
 
 @contextmanager
 def _noting(findings: list[Finding], setting: str, path: Path | None) -> Iterator[None]:
-    """Add to the findings what is wrong with the file of a setting."""
+    """Turn errors of the block into findings about a setting's file."""
     try:
         yield
     except ConfigError as error:
@@ -94,7 +94,7 @@ def _noting(findings: list[Finding], setting: str, path: Path | None) -> Iterato
 
 
 def check_clouds(on: Subject) -> list[Finding]:
-    """The library of the source `neutron`, and the cloud that it names."""
+    """Check the library of the source `neutron`, and its cloud in clouds.yaml."""
     source = on.settings.sources.neutron
     if not source.enabled:
         return []
@@ -123,7 +123,7 @@ def _cloud(cloud: str, path: Path) -> list[Finding]:
 
 
 def _secret_keys(data: object) -> Iterator[str]:
-    """The keys with a secret in a clouds.yaml; with `auth_type: none` there need be none."""
+    """Yield the names of secret options in a clouds.yaml; `auth_type: none` needs none."""
     for key, value in data.items() if isinstance(data, dict) else ():
         if value and any(word in str(key) for word in _SECRETS) and not isinstance(value, dict):
             yield str(key)
@@ -131,7 +131,7 @@ def _secret_keys(data: object) -> Iterator[str]:
 
 
 def check_endpoints(on: Subject) -> list[Finding]:
-    """Whether each endpoint can be reached, as far as its certificate."""
+    """Check that each endpoint accepts a connection, including TLS."""
     timeout_s = on.settings.nova.connect_timeout_s
     tried: list[Future[Finding | None]] = []
     with ThreadPoolExecutor(_AT_ONCE) as pool:
@@ -150,10 +150,10 @@ def check_endpoints(on: Subject) -> list[Finding]:
 
 
 def _tls_context(one: EndpointSetSettings) -> ssl.SSLContext | None:
-    """How the set's https endpoints are to be reached; `None` for http.
+    """Return the TLS context of an endpoint set; `None` for http.
 
     Raises:
-        OSError: A file of it cannot be read, or is no PEM file (`ssl.SSLError` is one).
+        OSError: A file of the endpoint set is unreadable or no PEM file (`ssl.SSLError` is an `OSError`).
     """
     if one.endpoints[0].url.scheme == "http":
         return None
@@ -169,7 +169,7 @@ def _tls_context(one: EndpointSetSettings) -> ssl.SSLContext | None:
 def _try_endpoint(
     place: str, url: NovaUrl, name: str, context: ssl.SSLContext | None, timeout_s: float
 ) -> Finding | None:
-    """Connect; for https with all that a request would need."""
+    """Connect to an endpoint, with a TLS handshake for https; return a finding if this fails."""
     reason = ""
     try:
         with socket.create_connection((url.host, url.port), timeout_s) as plain:
@@ -185,10 +185,10 @@ def _try_endpoint(
 def check_unix_listener(
     on: Subject, find: Callable[[Path], SocketHolder | None] = find_socket_holder
 ) -> list[Finding]:
-    """That no other process listens at the path of the listener `unix`; an agent that still does is a warning.
+    """Check that no other process listens at the unix listener's path; a Neutron agent there is only a warning.
 
-    Where the path is to be taken over it is always a warning: imdsproxy can serve guests then, and
-    the operator should see from which process it takes the path.
+    With `take_over`, any process there is a warning: imdsproxy can serve guests, but the operator should see which
+    process loses the path.
     """
     settings = on.settings.unix_listener
     if not settings.enabled:
@@ -200,7 +200,7 @@ def check_unix_listener(
         return refused(error, "unix_listener.path")
     if holder is None:
         return [found("socket", path=path)]
-    # Our HAProxy's configuration stands in its command line.
+    # Our HAProxy is identified by its configuration file in the command line.
     if str(on.layout.config) in holder.command:
         return [found("socket-ours", path=path, pid=holder.pid)]
     words = " ".join(holder.command)
@@ -208,7 +208,7 @@ def check_unix_listener(
     process = agent or words[:80] or "a process that cannot be seen"
     if holder.pid is not None:
         process += f" (pid {holder.pid})"
-    # An agent is there on the day of the move: both run for a moment, and going back is starting it again.
+    # During a migration the agent still runs for a while, so this is no error.
     name = "socket-agent" if agent else "socket-taken"
     if settings.take_over:
         name = "socket-take-over"

@@ -1,15 +1,15 @@
 """`imdsproxy takeover KIND` and `imdsproxy handback KIND`: from Neutron's agents to imdsproxy, and back.
 
-| module | is |
+| module | content |
 |---|---|
-| `plan.py` | pure: what is observed (`Seen`), steps (`Step`) and the actions that they take, what refuses a plan |
-| `KIND.py` | pure: a `Kind`, which makes the steps of both directions out of what is observed |
-| `genuine.py` | pure: which processes are an agent, and not another user's |
-| `agents.py` | finds the agents that run, reads and changes their settings files |
-| `observe.py` | looks at the host, and at the daemon, for a `Seen` |
-| `act.py` | takes the actions, one after the other; each can be taken again, and ends at once where all is done |
+| `plan.py` | pure: observed state (`Seen`), steps (`Step`), actions, and a kind's interface (`Kind`) |
+| `KIND.py` | pure: a `Kind`, which computes the steps of both directions from the observed state |
+| `genuine.py` | pure: tells agents from other users' processes |
+| `agents.py` | finds running agents, reads and changes their settings files |
+| `observe.py` | reads the host's and the daemon's state into a `Seen` |
+| `act.py` | executes the actions in order; actions are idempotent |
 | `command.py` | both commands: plan, then report |
 
-To add a kind: a module of its name with a `KIND`, and the name in `command.KINDS`. What it needs to be done is one of
-the actions in `plan.py`, or a new one there with its case in `act.py`.
+To add a kind, write a module of that name with a `KIND` and add the name to `command.KINDS`. Its steps use the actions
+in `plan.py`; a new action also needs a case in `act.py`.
 """

@@ -1,4 +1,4 @@
-"""Takes the actions of a plan. Each can be taken again: what is done already is not done twice."""
+"""Executor of a plan's actions. Actions are idempotent."""
 
 import contextlib
 import http.client
@@ -33,7 +33,7 @@ from imdsproxy.sources.neutron_namespaces.records import ROUTER_PREFIX
 _POLL_S: Final = 0.1
 _FOREIGN: Final = "foreign-listener"
 _MIGRATE: Final = Path("/proc/sys/net/ipv4/tcp_migrate_req")
-"""Connections that a closing listener has not accepted go to another one of its address (ip-sysctl(7))."""
+"""Sysctl that moves connections from a closing listener to another listener of the same address (ip-sysctl(7))."""
 
 _SETTINGS_MODE: Final = 0o640
 _SECRET_MODE: Final = 0o600
@@ -41,20 +41,20 @@ _PROGRAM_MODE: Final = 0o755
 _SERVER_ERROR: Final = 500
 _ANSWER_S: Final = 10.0
 _DRAIN_S: Final = 60.0
-"""Longer than HAProxy keeps an idle connection."""
+"""Longest wait for open connections; exceeds HAProxy's timeout for idle connections."""
 
 _SHOWN: Final = 500
-"""Characters of what a command has printed."""
+"""Number of characters of a command's output in an error."""
 
 
 @dataclass(frozen=True, slots=True)
 class Actor:
-    """Acts on this host.
+    """Executor of actions on this host.
 
     Args:
-        daemon: That is taken over to, or given back from.
-        load: Reads the settings as they are now.
-        timeout_s: The longest that one action may wait.
+        daemon: Client of the running daemon.
+        load: Function that reads the current settings.
+        timeout_s: Maximum duration of a wait or command, in seconds.
     """
 
     daemon: AdminClient
@@ -62,10 +62,10 @@ class Actor:
     timeout_s: float
 
     def do(self, action: plan.Action) -> str:
-        """Take one action; what came of it, in words.
+        """Execute one action; return a description of the result.
 
         Raises:
-            ImdsproxyError: It failed, or did not come about in time.
+            ImdsproxyError: The action failed or timed out.
         """
         match action:
             case plan.ImportSettings():
@@ -112,7 +112,7 @@ class Actor:
         return "written"
 
     def _write(self, files: dict[Path, tuple[bytes, int]]) -> None:
-        """Write files that make good settings; else they are as they were."""
+        """Write files and load the settings; restore the files if the settings are invalid."""
         before = {path: path.read_bytes() if path.exists() else None for path in files}
         try:
             for path, (data, mode) in files.items():
@@ -191,7 +191,7 @@ class Actor:
         return len(asked)
 
     def _stop_agent(self, action: plan.StopAgent) -> str:
-        # An agent that is held still starts no HAProxy; systemd has it go on as it stops it.
+        # A paused agent starts no HAProxy. To stop the unit, systemd resumes the agent.
         held = None if action.agent is None else _open_agent(action.agent)
         with migrating(action.prefix), contextlib.ExitStack() as stack:
             if held is not None:
@@ -208,7 +208,7 @@ class Actor:
 
     def _wait_proxies(self, prefix: str, port: int) -> str:
         def lacks() -> str:
-            # Looked up each time: the agent may want one served no more.
+            # Each poll reads the networks again because the agent may drop one meanwhile.
             places = set(self._networks_in(prefix).values())
             wanted = {one for one in places if not is_idle_router(one)}
             if missing := sorted(wanted - {one.namespace for one in find_proxies(prefix)}):
@@ -227,7 +227,7 @@ class Actor:
     def _let_go(self, action: plan.LetGo) -> str:
         networks = sorted(self._networks_in(action.prefix))
         with migrating(action.prefix):
-            # Listeners first, and records, by which open connections are answered, when none is left.
+            # Open connections need their records, so the listeners end first.
             self.daemon.request("POST", "/v1/let-go", body={"networks": networks})
             draining = set(self.daemon.get("/v1/status")["haproxy"]["old_workers"])
             with contextlib.suppress(HostRefused):
@@ -238,7 +238,7 @@ class Actor:
         return action.command
 
     def _networks_in(self, prefix: str) -> Mapping[str, str]:
-        """By id, the namespaces whose names begin so and that imdsproxy serves networks in."""
+        """Return the namespaces with this prefix in which imdsproxy serves networks, by network id."""
         return {
             one["record"]["id"]: one["record"]["listener"]["namespace"]
             for one in self.daemon.get("/v1/networks")
@@ -301,7 +301,11 @@ class Actor:
         return "imdsproxy still serves there" if self._networks_in(prefix) else ""
 
     def _wait(self, lacks: Callable[[], str], *, within_s: float | None = None) -> None:
-        """Until nothing lacks any more."""
+        """Poll until `lacks` returns an empty string.
+
+        Raises:
+            HostRefused: The wait timed out.
+        """
         within_s = self.timeout_s if within_s is None else within_s
         deadline = time.monotonic() + within_s
         while True:
@@ -321,7 +325,7 @@ class Actor:
 
 @contextlib.contextmanager
 def migrating(prefix: str) -> Iterator[None]:
-    """What a closing listener has not accepted goes to another one in the same namespace, for the block."""
+    """Let closing listeners pass unaccepted connections to another listener in the namespace, within the block."""
     directory = NamespaceDirectory()
     thread = NamespaceThread(directory)
     names = [name for name in directory.namespaces() if name.startswith(prefix)]
@@ -330,17 +334,18 @@ def migrating(prefix: str) -> Iterator[None]:
             _set_migrate(thread, name, b"1")
         yield
     finally:
-        # Also where a command that was killed has left it.
+        # Always 0, because a killed command may have left 1 behind.
         for name in names:
             _set_migrate(thread, name, b"0")
         thread.close()
 
 
 def _ask_inside(thread: NamespaceThread, namespace: str, port: int) -> str:
-    """What is wrong with the answer of the agent's HAProxy; empty where it passes requests on to the agent.
+    """Return why the agent's HAProxy does not answer; empty if it forwards requests to the agent.
 
-    In the namespace itself, that is over loopback: imdsproxy's own listeners are bound to the guests' device. In a
-    router's the agent's rules let in nothing but guests' requests, so a listener has to do.
+    The request uses loopback inside the namespace, which reaches no listener of imdsproxy: those are bound to the
+    guests' device. In a router's namespace the agent's rules admit only guests' requests, so only the listening socket
+    is checked.
     """
     if namespace.startswith(ROUTER_PREFIX):
         with thread.inside(namespace), NetlinkSocket(SOCK_DIAG) as channel:
@@ -355,12 +360,12 @@ def _ask_inside(thread: NamespaceThread, namespace: str, port: int) -> str:
         return str(error) or type(error).__name__
     finally:
         connection.close()
-    # It knows no guest of this address.
+    # The agent knows no guest at the loopback address, so any status below 500 proves that it answers.
     return f"status {status}" if status >= _SERVER_ERROR else ""
 
 
 def _open_agent(agent: plan.Agent) -> ProcessHandle | None:
-    """Open an agent's process; `None` where it has ended, also where another process has its pid."""
+    """Open an agent's process; return `None` if the agent ended, even if another process has its pid."""
     handle, stat = open_process(agent.pid), read_stat(agent.pid)
     if handle is not None and (stat is None or stat.started != agent.started):
         handle.close()
@@ -369,7 +374,7 @@ def _open_agent(agent: plan.Agent) -> ProcessHandle | None:
 
 
 def _set_migrate(thread: NamespaceThread, name: str, value: bytes) -> None:
-    """Nothing where the namespace has gone."""
+    """Set the sysctl in a namespace; ignore a namespace that is gone."""
     with (
         contextlib.suppress(FileNotFoundError),
         refusing(f"set {_MIGRATE} in {name}"),
@@ -379,7 +384,11 @@ def _set_migrate(thread: NamespaceThread, name: str, value: bytes) -> None:
 
 
 def _run(command: str, timeout_s: float) -> None:
-    """Run a command line of the operator's, or of systemd's."""
+    """Run a shell command.
+
+    Raises:
+        HostRefused: The command failed or timed out.
+    """
     try:
         done = subprocess.run(
             ["/bin/sh", "-c", command],

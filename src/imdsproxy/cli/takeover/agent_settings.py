@@ -1,4 +1,4 @@
-"""An option of an agent's that a takeover sets in its settings file, and a handback puts back: pure."""
+"""Agent option that a takeover sets in the agent's settings file and a handback restores. Pure."""
 
 import re
 from collections.abc import Iterator
@@ -22,13 +22,13 @@ _TRUE: Final = frozenset({"true", "1", "yes", "on"})
 
 @dataclass(frozen=True, slots=True)
 class AgentOption:
-    """An option of the section `DEFAULT`, true or false.
+    """Boolean option of the section `DEFAULT`.
 
     Attributes:
-        kind: The kind of takeover that sets it.
-        value: What it is set to.
-        default: What it is where no file of the agent's has it.
-        reason: Why it is set: one line, beside it in the file.
+        kind: Kind of takeover that sets the option.
+        value: Value during a takeover.
+        default: Neutron's default, if no file contains the option.
+        reason: Reason for the value, written as a comment of one line above the option.
     """
 
     kind: str
@@ -39,12 +39,12 @@ class AgentOption:
 
     @property
     def line(self) -> str:
-        """As it is written."""
+        """Line of the option in a settings file."""
         return f"{self.name} = {self.value}"
 
     @property
     def mark(self) -> str:
-        """What a comment of ours in the file begins with."""
+        """Prefix of this kind's comments in a settings file."""
         return mark_of(self.kind)
 
     @property
@@ -52,13 +52,13 @@ class AgentOption:
         return f"{self.mark}{self.reason}\n{self.line}\n"
 
     def is_set(self, seen: Seen) -> bool:
-        """Whether the agent's files have that value."""
+        """Return whether the option already has the takeover's value."""
         word = option_of(seen, "DEFAULT", self.name).lower()
         found = self.default if word not in _TRUE | _FALSE else word in _TRUE
         return found == self.value
 
     def set_in(self, text: str) -> str:
-        """The file with the option set; a line that it has of the option becomes a comment."""
+        """Return the file's text with the option set; lines that set the option before become comments."""
         line = re.compile(rf"^(?={self.name}\s*=)", re.MULTILINE)
         kept = line.sub(self.mark, self.restore_in(text))
         at = _DEFAULT.search(kept)
@@ -67,12 +67,12 @@ class AgentOption:
         return kept[: at.end()] + self._ours + kept[at.end() :]
 
     def restore_in(self, text: str) -> str:
-        """The file as it was before `set_in`."""
+        """Return the file's text from before `set_in`."""
         return text.replace(self._ours, "").replace(f"{self.mark}{self.name}", self.name)
 
 
 def set_steps(seen: Seen, option: AgentOption) -> Iterator[Step]:
-    """Set it in the agent's last settings file, whose values count."""
+    """Set the option in the agent's last settings file, which overrides the others."""
     path = seen.files[-1]
     yield Step(
         f"set {option.line} in {path}",
@@ -83,7 +83,7 @@ def set_steps(seen: Seen, option: AgentOption) -> Iterator[Step]:
 
 
 def restore_steps(seen: Seen, option: AgentOption) -> Iterator[Step]:
-    """Have it in that file as it was."""
+    """Restore the option in the agent's last settings file."""
     path = seen.files[-1]
     yield Step(
         f"have {option.name} in {path} as it was",
@@ -94,13 +94,13 @@ def restore_steps(seen: Seen, option: AgentOption) -> Iterator[Step]:
 
 
 def restart_agent_steps(seen: Seen, what: str) -> Iterator[Step]:
-    """Have the agent read its settings; `what` says what goes on meanwhile."""
+    """Restart the agent to apply its settings; `what` says which service continues during the restart."""
     command = _restart_command(seen)
     yield Step(f"restart the agent; {what}", command, "", StartAgent(command))
 
 
 def refuse_restart(seen: Seen, program: str) -> Iterator[Problem]:
-    """Why the agent's settings cannot be changed."""
+    """Yield the reasons why the agent cannot be reconfigured."""
     if not (seen.agents and seen.files):
         yield Problem(program, "it does not run, or has no settings file", "start it")
     elif not _restart_command(seen):

@@ -1,4 +1,4 @@
-"""Running agents of Neutron's, and their settings files."""
+"""Running Neutron agents and their settings files."""
 
 import contextlib
 import os
@@ -33,30 +33,30 @@ _MODE: Final = 0o777
 
 
 def pids() -> list[int]:
-    """List all processes."""
+    """Return the ids of all processes, sorted."""
     return sorted(int(entry.name) for entry in PROC.iterdir() if entry.name.isdecimal())
 
 
 def unit_of(pid: int) -> str:
-    """Return the system's unit that a process belongs to; empty for none, as in most containers."""
+    """Return the systemd unit of a process; empty without one, as in most containers."""
     return unit_in(_group_of(pid))
 
 
 def find_agents(
     programs: Sequence[str], named: int | None = None
 ) -> tuple[tuple[Agent, ...], tuple[Stranger, ...]]:
-    """Find the running agents of these names, and the processes that only look like one.
+    """Find running agents of these names, and processes that only look like agents.
 
-    Of an agent's processes, only the one that the others come from counts.
+    An agent with several processes is found by its main process.
 
     Args:
         programs: Names of the agents' programs.
-        named: The process that the operator says is the agent: then there is no other.
+        named: Pid from the operator; all other processes are then ignored.
 
     Raises:
-        RequestRefused: The named process has not the command line of an agent.
-        ConfigUnreadable: An agent's settings file is not there.
-        FileUntrusted: Another user may change an agent's settings file.
+        RequestRefused: The named process does not have an agent's command line.
+        ConfigUnreadable: A settings file of the agent does not exist.
+        FileUntrusted: Another user may change a settings file of the agent.
     """
     found = dict(_candidates(programs))
     if named is not None:
@@ -86,10 +86,10 @@ def find_agents(
 
 
 def _candidates(programs: Sequence[str]) -> Iterator[tuple[int, tuple[str, list[str], int]]]:
-    """Processes with the command line of an agent: the program, all words, and the parent."""
+    """Yield processes with an agent's command line: pid, then program, all words and parent."""
     for pid in pids():
-        # An agent gives its process a title, which holds its command line: `NAME (python3 /usr/bin/NAME --opt …)`, and
-        # one that runs services a second one around it, in brackets.
+        # An agent's process title contains its command line: `NAME (python3 /usr/bin/NAME --opt …)`. Agents that run
+        # services put a second title around the first, in brackets.
         words = _BETWEEN_WORDS.sub(" ", " ".join(read_arguments(pid))).split()
         names = [Path(word).name for word in words[:6]]
         program = next((name for name in names if name in programs), None)
@@ -142,7 +142,7 @@ def _group_of(pid: int) -> str:
 
 
 def _ids(pid: int) -> Mapping[str, tuple[int, ...]]:
-    """Users and groups of a process, real and effective first; ids of no account if the process has ended."""
+    """Return users and groups of a process, real and effective first; -1 for each if the process ended."""
     try:
         text = (PROC / str(pid) / "status").read_text(errors="replace")
     except OSError:
@@ -152,7 +152,7 @@ def _ids(pid: int) -> Mapping[str, tuple[int, ...]]:
 
 
 def root_of(pid: int) -> Path:
-    """The root directory of a process, as it is reached from here."""
+    """Return the root directory of a process, as seen from the host."""
     root = PROC / str(pid) / "root"
     return Path("/") if _same(root, Path("/")) else root
 
@@ -165,7 +165,7 @@ def _same(first: Path, second: Path) -> bool:
 
 
 def _account_in(root: Path) -> set[int]:
-    """The id of Neutron's account in a system's or container's own list of users."""
+    """Return the id of Neutron's account from the host's or container's `/etc/passwd`, if there is one."""
     try:
         with open_owned(Path("/etc/passwd"), (0, 0), root) as file:
             lines = file.read().decode(errors="replace").splitlines()
@@ -192,7 +192,7 @@ def _name_of_container(engine: str, container: str) -> str:
 
 
 def _ask(*words: str) -> str:
-    """What a program of the host's prints; nothing where there is no such program, or it fails."""
+    """Return the output of a program on the host; empty if the program is missing, fails or times out."""
     try:
         done = subprocess.run(
             words,
@@ -215,7 +215,12 @@ def _name_of(user: int) -> str:
 
 
 def _files(words: Sequence[str], reach: Reach) -> Iterator[str]:
-    """Files of `--config-file` and `--config-dir`; in a container they are below its root."""
+    """Yield the files of `--config-file` and `--config-dir`, as paths on the host.
+
+    Raises:
+        ConfigUnreadable: A path is relative, or a directory does not exist.
+        FileUntrusted: Another user may change a directory.
+    """
     options = iter(words)
     for word in options:
         option, equals, value = word.partition("=")
@@ -236,22 +241,22 @@ def _files(words: Sequence[str], reach: Reach) -> Iterator[str]:
 
 
 def read_file(path: str, reach: Reach) -> bytes:
-    """Read a settings file of the agent's.
+    """Read a settings file of the agent.
 
     Raises:
-        ConfigUnreadable: There is no such file.
-        FileUntrusted: A user other than root and the agent's may change it.
+        ConfigUnreadable: The file does not exist.
+        FileUntrusted: A user other than root and the agent's may change the file.
     """
     with open_owned(_inside(path, reach), (reach.user, reach.group), Path(reach.root)) as file:
         return file.read()
 
 
 def edit_file(path: str, reach: Reach, edit: Callable[[str], str]) -> None:
-    """Change a settings file of the agent's; its mode and owner stay.
+    """Change a settings file of the agent; keep mode and owner.
 
     Raises:
-        ConfigUnreadable: There is no such file.
-        FileUntrusted: A user other than root and the agent's may change it.
+        ConfigUnreadable: The file does not exist.
+        FileUntrusted: A user other than root and the agent's may change the file.
         HostRefused: The file cannot be written.
     """
     with open_owned(_inside(path, reach), (reach.user, reach.group), Path(reach.root)) as file:
@@ -262,14 +267,14 @@ def edit_file(path: str, reach: Reach, edit: Callable[[str], str]) -> None:
 
 
 def _inside(path: str, reach: Reach) -> Path:
-    """A path as the agent's processes name it."""
+    """Return a host path as a path inside the agent's container."""
     return Path("/") / Path(path).relative_to(reach.root)
 
 
 def read_options(path: str, reach: Reach) -> tuple[IniOption, ...]:
-    """Read the options in a settings file of the agent's.
+    """Read the options of an agent's settings file.
 
     Raises:
-        ConfigError: It cannot be read, is no such file, or another user may change it.
+        ConfigError: The file is unreadable or invalid, or another user may change it.
     """
     return parse_ini(decode_ini(read_file(path, reach), path), path)

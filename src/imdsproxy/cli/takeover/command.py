@@ -14,7 +14,7 @@ from imdsproxy.config.files import DEFAULT_CONFIG
 from imdsproxy.errors import HostRefused, ImdsproxyError, Problem, RequestRefused
 
 KINDS: Final = ("ovn", "l3", "dhcp")
-"""Each has a module of its name, with its `KIND`."""
+"""Kinds of takeover. Each is a module of that name with a `KIND`."""
 
 _TIMEOUT_S: Final = 120.0
 _NAMES: Final = "|".join(KINDS)
@@ -63,7 +63,7 @@ def takeover(
     restart: Restart = "",
     timeout: Timeout = _TIMEOUT_S,
 ) -> int:
-    """Serve in the place of Neutron's agent, without a request lost: prints its plan, then what came of it."""
+    """Replace a running Neutron metadata agent without losing requests. Prints the plan, then the result."""
     kind, seen = _observe(run, what, Commands(stop_agent, start_agent, restart), agent)
     plan = _Plan(
         f"takeover {what}",
@@ -87,7 +87,7 @@ def handback(
     restart: Restart = "",
     timeout: Timeout = _TIMEOUT_S,
 ) -> int:
-    """Give the place back to Neutron's agent, without a request lost: prints its plan, then what came of it."""
+    """Hand the networks back to Neutron's agent without losing requests. Prints the plan, then the result."""
     kind, seen = _observe(run, what, Commands("", start_agent, restart), agent)
     steps = tuple(kind.handback(seen))
     problems = (*_lacks_commands(kind, seen, back=True), *_lacks_belief(seen)) if steps else ()
@@ -97,14 +97,14 @@ def handback(
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What one run of a command is to do.
+    """Steps and problems of one run of a command.
 
     Attributes:
         name: The command, in words.
-        problems: Why it cannot begin.
-        seen: What it was made of.
-        remembers: Whose agent's commands and files are to be kept for the way back, by kind.
-        forgets: The kind whose commands are not needed any more at the end.
+        problems: Problems that prevent the start.
+        seen: Observed state that the plan is based on.
+        remembers: Observed states, by kind, whose commands and files a handback needs.
+        forgets: Kind whose saved commands and files are removed at the end.
     """
 
     name: str
@@ -151,7 +151,7 @@ def _lacks_commands(kind: Kind, seen: Seen, *, back: bool = False) -> Iterator[P
 
 
 def _lacks_belief(seen: Seen) -> Iterator[Problem]:
-    """Where there is no agent but what looks like one, only the operator knows."""
+    """Yield a problem for each untrusted process if no agent was found; only the operator can decide."""
     for stranger in () if seen.agents else seen.strangers:
         yield Problem(
             f"process {stranger.pid}",
@@ -161,7 +161,7 @@ def _lacks_belief(seen: Seen) -> Iterator[Problem]:
 
 
 def _carry_out(run: options.Invocation, plan: _Plan, timeout_s: float | None, *, asks: bool) -> int:
-    """Print the plan, act on it if there is time to wait and the operator says so, and report."""
+    """Print the plan, then ask, act and report, unless `timeout_s` is `None` (a dry run)."""
     from imdsproxy.cli.takeover.observe import remember  # noqa: PLC0415 - `--help` need not load it
 
     output = run.output

@@ -1,4 +1,4 @@
-"""DHCP: in the place of the HAProxies that neutron-dhcp-agent keeps in its networks' namespaces. The agent runs on."""
+"""DHCP: replaces the HAProxies that neutron-dhcp-agent runs in its networks' namespaces. The agent keeps running."""
 
 from collections.abc import Iterator
 from typing import Final
@@ -102,7 +102,7 @@ def _wait_routes(seen: Seen) -> Step:
 
 def _handback(seen: Seen) -> Iterator[Step]:
     if seen.marked:
-        # Without the option the agent serves no metadata: it ends the stand-ins, and there is no HAProxy to wait for.
+        # Without the option the agent serves no metadata: it ends the stand-ins and starts no HAProxy.
         yield from restore_steps(seen, ISOLATED)
         yield from restart_agent_steps(seen, "leases stay in force")
     else:
@@ -127,12 +127,12 @@ def _handback(seen: Seen) -> Iterator[Step]:
 
 
 def _is_on(seen: Seen) -> bool:
-    """Whether the agent serves metadata where no router does."""
+    """Return whether the agent serves metadata in isolated networks."""
     return ISOLATED.is_set(seen) or option_of(seen, "DEFAULT", _FORCED).lower() == "true"
 
 
 def _is_unread(seen: Seen) -> bool:
-    """Whether a takeover was killed when it had set the agent's option, and the agent runs without it."""
+    """Return whether the agent runs without the option that an interrupted takeover has set in its file."""
     return seen.marked and bool(seen.unrouted)
 
 
@@ -166,7 +166,7 @@ def _refuse(seen: Seen) -> Iterator[Problem]:
 
 
 def render_settings(seen: Seen) -> str:
-    """The settings file: the agent's namespaces are networks where it has proxies."""
+    """Return the text of the settings file that enables the agent's namespaces as networks."""
     state_path = option_of(seen, "DEFAULT", "state_path")
     return "\n".join(
         [

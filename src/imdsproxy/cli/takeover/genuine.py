@@ -1,7 +1,7 @@
-"""Decides which processes are an agent of Neutron's. Pure.
+"""Check whether a process is a genuine Neutron agent. Pure.
 
-Any user can start a process with an agent's command line. Only root can start one in a unit of the system's, or in a
-container of an agent's name.
+Any user can start a process with an agent's command line. Only root can start a process in a system unit, or in a
+container with an agent's name.
 """
 
 import re
@@ -21,24 +21,24 @@ _UNITS: Final = (
     r"(?:openstack-)?neutron-{agent}|kolla-neutron-{agent}-container|container-neutron-{agent}|"
     r"(?:tripleo|edpm)-(?:neutron-)?{agent}|devstack@(?:q|neutron)-{agent}|snap\.[a-z0-9-]+\.neutron-{agent}"
 )
-"""Units of packages, kolla-ansible (Docker, Podman), TripleO and its successor, DevStack, and snaps; `_` is `-`."""
+"""Units of packages, kolla-ansible (Docker, Podman), TripleO and its successor, DevStack and snaps; `-` for `_`."""
 
 _CONTAINERS: Final = r"neutron-{agent}|{agent}"
 ENGINES: Final = {"docker": "docker", "libpod": "podman"}
-"""Programs of container engines, by how an engine's control groups are named."""
+"""Programs of container engines, by prefix of the engine's control groups."""
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A process with the command line of an agent.
+    """Process with an agent's command line.
 
     Attributes:
-        program: The agent's name, as `neutron-l3-agent`.
-        users: Its real, effective, saved and file-system user.
-        own_users: It has a user namespace of its own.
-        group: Its control group, as `read_group` has it.
-        container: The name of its container; empty where its control group is no container's.
-        accounts: Users that may run the agent: root, Neutron's account, and the user that the unit names.
+        program: Name of the agent, as `neutron-l3-agent`.
+        users: Real, effective, saved and file-system user ids.
+        own_users: The process has its own user namespace.
+        group: Control group, as returned by `read_group`.
+        container: Container name; empty outside a container.
+        accounts: Ids of users that may run the agent: root, Neutron's account, and the unit's `User`.
     """
 
     pid: int
@@ -51,16 +51,16 @@ class Candidate:
 
 
 def read_group(text: str, manager: str) -> str:
-    """Return the control group out of `/proc/PID/cgroup`, below the slices that it is in.
+    """Return the control group from `/proc/PID/cgroup` without its leading slices.
 
-    What comes first is of the system's manager. A manager of a user's units, a container or a session may make groups
-    of any name, but only within its own.
+    The system manager (process 1) names the first part of the result. Managers of user units, containers and sessions
+    may create groups of any name, but only below their own group.
 
     Args:
-        text: Of the process.
-        manager: The same of the system's manager, process 1, whose groups may begin within others.
+        text: `/proc/PID/cgroup` of the process.
+        manager: `/proc/1/cgroup`; the manager's own groups may be nested in others.
     """
-    # Each hierarchy is there on some hosts without being the manager's.
+    # A host may have either hierarchy without the manager using it.
     hierarchies = [(_path_in(manager, one), _path_in(text, one)) for one in (_UNIFIED, _SYSTEMD)]
     root, path = next((both for both in hierarchies if both[0].endswith(_INIT)), hierarchies[0])
     parts = [part for part in path.removeprefix(root.removesuffix(_INIT)).split("/") if part]
@@ -75,25 +75,25 @@ def _path_in(text: str, hierarchy: re.Pattern[str]) -> str:
 
 
 def unit_in(group: str) -> str:
-    """Return the unit that a control group is of; empty for none, as in most containers."""
+    """Return the systemd unit of a control group; empty without one, as in most containers."""
     first = group.partition("/")[0]
     return first if first.endswith(_SERVICE) else ""
 
 
 def container_in(group: str) -> tuple[str, str]:
-    """Return the engine and the id of the container that a control group is of; empty for none."""
+    """Return engine and container id of a control group; both empty outside a container."""
     found = _CONTAINER.match(group)
     return ("", "") if found is None else (found[1] or found[2], found[3])
 
 
 def is_unit_of(program: str, unit: str) -> bool:
-    """Whether a unit is one of this agent's."""
+    """Return whether a unit name belongs to this agent."""
     name = unit.removesuffix(_SERVICE).replace("_", "-")
     return bool(_pattern(_UNITS, program).fullmatch(name))
 
 
 def is_container_of(program: str, name: str) -> bool:
-    """Whether a container is one of this agent's."""
+    """Return whether a container name belongs to this agent."""
     return bool(_pattern(_CONTAINERS, program).fullmatch(name.lstrip("/").replace("_", "-")))
 
 
@@ -103,11 +103,11 @@ def _pattern(names: str, program: str) -> re.Pattern[str]:
 
 
 def explain_doubt(candidate: Candidate, *, named: bool) -> str:
-    """Return why a process is not believed to be the agent; empty where it is.
+    """Return why a process is not trusted as the agent; empty if it is trusted.
 
     Args:
-        candidate: The process.
-        named: The operator says that this process is the agent, whatever it belongs to.
+        candidate: Process to check.
+        named: The operator named this process, so its unit or container is not checked.
     """
     if candidate.own_users:
         return "it has a user namespace of its own"

@@ -1,6 +1,6 @@
-"""L3: in the place of the HAProxies that neutron-l3-agent keeps in its routers' namespaces. The agent runs on.
+"""L3: replaces the HAProxies that neutron-l3-agent runs in its routers' namespaces. The agent keeps running.
 
-Rules of imdsproxy's redirect each new connection before the agent's own rules do, so both may be there at once.
+Both can serve at once: imdsproxy's rules redirect each new connection before the agent's rules do.
 """
 
 from collections.abc import Iterator
@@ -61,7 +61,7 @@ def _takeover(seen: Seen) -> Iterator[Step]:
     if not off:
         yield from set_steps(seen, PROXIES)
     if not off or seen.proxies:
-        # A takeover that was killed may have set it, and not restarted the agent.
+        # An interrupted takeover may have set the option without restarting the agent.
         yield from restart_agent_steps(seen, _GOES_ON)
     if seen.proxies:
         yield Step(

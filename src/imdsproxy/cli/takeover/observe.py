@@ -1,4 +1,4 @@
-"""What there is on this host of Neutron's agents, of their HAProxies and namespaces, and of imdsproxy."""
+"""Observer of this host's Neutron agents, their HAProxies and namespaces, and imdsproxy."""
 
 import contextlib
 import json
@@ -30,12 +30,13 @@ _ROUTE: Final = "169.254.169.254/32,"
 
 
 def find_haproxy(prefix: str) -> tuple[str, str]:
-    """Where the agent of these namespaces finds HAProxy, and the place before it where it would find another.
+    """Return HAProxy's path for the agent of these namespaces, and a stand-in's path earlier in PATH.
 
-    Its other programs there were looked for in the same directories. In a container they are below its root.
+    PATH comes from a process that already runs in such a namespace. In a container, the first path is relative to the
+    container's root, and the second is a path on the host. Both are empty if HAProxy is not found.
 
     Raises:
-        FileUntrusted: A user other than root may change such a directory.
+        FileUntrusted: A user other than root may change a directory in PATH.
     """
     for pid, _ in _processes_in(prefix):
         try:
@@ -54,7 +55,7 @@ def _look_up(root: Path, directories: Sequence[str]) -> tuple[str, str]:
     for directory in directories:
         place = f"{base}{directory}/{_HAPROXY}"
         try:
-            # The takeover writes and starts files from here as root: no other account may exchange them.
+            # The takeover writes and runs files in this directory as root, so no other account may replace them.
             names = list_owned(Path(directory), (0, 0), root)
         except ConfigUnreadable:
             continue
@@ -68,7 +69,7 @@ def _look_up(root: Path, directories: Sequence[str]) -> tuple[str, str]:
 
 
 def _text_of(path: str, limit: int = _PAGE) -> str | None:
-    """How a file begins, as text; `None` where there is none."""
+    """Return the beginning of a file as text; `None` if the file is unreadable."""
     try:
         with open(path, "rb") as file:  # noqa: PTH123 - an empty path is no directory
             return file.read(limit).decode(errors="replace")
@@ -77,7 +78,7 @@ def _text_of(path: str, limit: int = _PAGE) -> str | None:
 
 
 def find_stand_ins(prefix: str) -> tuple[Proxy, ...]:
-    """Processes that stand in for HAProxies in namespaces whose names begin so."""
+    """Return the stand-ins in namespaces with this prefix."""
     return tuple(
         Proxy(pid, name)
         for pid, name in _processes_in(prefix)
@@ -86,7 +87,7 @@ def find_stand_ins(prefix: str) -> tuple[Proxy, ...]:
 
 
 def find_unrouted(prefix: str, state_path: Path) -> tuple[str, ...]:
-    """Namespaces whose DHCP server names no route to 169.254.169.254, by what the agent has written for it."""
+    """Return namespaces whose DHCP options, written by the agent, lack the route to 169.254.169.254."""
     found = []
     for name in sorted(NamespaceDirectory().namespaces()):
         network = name.removeprefix(prefix)
@@ -94,13 +95,16 @@ def find_unrouted(prefix: str, state_path: Path) -> tuple[str, ...]:
             network != name
             and (text := _text_of(f"{state_path}/dhcp/{network}/opts", -1)) is not None
         ):
-            # Those of IPv6 have no such option.
+            # IPv6 subnets have no such option.
             found += [name] if _IPV4_OPTION in text and _ROUTE not in text else []
     return tuple(found)
 
 
 def is_idle_router(namespace: str) -> bool:
-    """Whether a router has no IPv4 address for guests here, as where another node is the primary: it needs no proxy."""
+    """Return whether a router has no IPv4 route to guests on this node, so it needs no proxy.
+
+    For example, another node is the router's primary.
+    """
     if not namespace.startswith(ROUTER_PREFIX):
         return False
     thread = NamespaceThread(NamespaceDirectory())
@@ -111,7 +115,7 @@ def is_idle_router(namespace: str) -> bool:
 
 
 def find_proxies(prefix: str) -> tuple[Proxy, ...]:
-    """HAProxies in namespaces whose names begin so."""
+    """Return the HAProxies in namespaces with this prefix."""
     return tuple(
         Proxy(pid, name) for pid, name in _processes_in(prefix) if command_name(pid) == _HAPROXY
     )
@@ -140,21 +144,21 @@ def observe(
     given: Commands,
     named: int | None = None,
 ) -> Seen:
-    """All that a plan is made of.
+    """Collect the state that a plan is based on.
 
     Args:
-        kind: Whose agents.
-        daemon: That runs.
-        loaded: The settings as their files are now.
-        directory: Of the settings; `conf.d/` is in it.
-        given: Commands that the operator has given.
-        named: The process that the operator says is the agent.
+        kind: Kind of agent.
+        daemon: Client of the running daemon.
+        loaded: Current settings, read from their files.
+        directory: Settings directory, which contains `conf.d/`.
+        given: Commands from the operator.
+        named: Agent's pid from the operator.
 
     Raises:
         AdminUnavailable: No daemon answers.
-        ConfigUnreadable: A settings file of the agent's cannot be read.
-        FileUntrusted: A user other than root and the agent's may change such a file.
-        RequestRefused: The process that was named is no agent.
+        ConfigUnreadable: A settings file of the agent is unreadable.
+        FileUntrusted: A user other than root and the agent's may change a settings file of the agent.
+        RequestRefused: The named process is not an agent.
     """
     status = daemon.get("/v1/status")
     agents, strangers = find_agents(kind.programs, named)
@@ -219,7 +223,7 @@ def _lacks_library() -> str:
 
 
 def recall(state: Path) -> Mapping[str, Mapping[str, Any]]:
-    """By which commands agents were stopped, and their settings files, by kind: no process shows it once they are."""
+    """Return the saved stop and start commands and settings files of stopped agents, by kind."""
     try:
         found: Mapping[str, Mapping[str, Any]] = json.loads((state / _REMEMBERED).read_text())
     except FileNotFoundError:
@@ -228,11 +232,11 @@ def recall(state: Path) -> Mapping[str, Mapping[str, Any]]:
 
 
 def remember(state: Path, kind: str, seen: Seen | None) -> None:
-    """Keep an agent's commands and files for the way back; `None` forgets them."""
+    """Save an agent's commands and files for a handback; `None` removes them."""
     known = {name: value for name, value in recall(state).items() if name != kind}
     if seen is not None:
         commands = seen.commands
-        # A container's are out of reach when it has ended, and another process may get its pid then.
+        # A container's files are reached by pid, which another process may have after the container ended.
         files = [] if seen.reach.root != "/" else seen.files
         owner = [seen.reach.user, seen.reach.group]
         known[kind] = {
@@ -240,7 +244,7 @@ def remember(state: Path, kind: str, seen: Seen | None) -> None:
             "start": commands.start,
             "files": files,
             "owner": owner,
-            # For the removal of the package.
+            # The package's removal script deletes this file.
             "stand_in": "" if seen.haproxy[1].startswith("/proc/") else seen.haproxy[1],
         }
     if known:

@@ -1,4 +1,4 @@
-"""OVN: in the place of neutron-ovn-metadata-agent, or of neutron-ovn-agent with its extension `metadata`."""
+"""OVN: replaces neutron-ovn-metadata-agent, or neutron-ovn-agent with its extension `metadata`."""
 
 from collections.abc import Iterator
 from typing import Final
@@ -105,7 +105,7 @@ def _refuse(seen: Seen) -> Iterator[Problem]:
 
 
 def render_settings(seen: Seen) -> str:
-    """The settings file: where the agent finds its databases, imdsproxy finds them."""
+    """Return the text of the settings file, with the agent's database addresses and TLS files."""
     values = {
         "open_vswitch": option_of(seen, "ovs", "ovsdb_connection").replace(" ", ""),
         "southbound": option_of(seen, "ovn", "ovn_sb_connection").replace(" ", ""),

@@ -1,7 +1,8 @@
-"""What is to be done so that imdsproxy serves in the place of Neutron's agents, and back: pure.
+"""Plans for replacing Neutron's agents with imdsproxy, and for handing back. Pure.
 
-The order of a takeover loses no request: imdsproxy listens beside the agent's HAProxies and answers, then these end
-softly one by one, and only then the agent is stopped, which would start them again. Handing back is the reverse.
+The order of a takeover loses no request. First imdsproxy listens beside the agent's HAProxies and answers. Then each of
+these HAProxies stops gracefully. The agent stops last, because a running agent starts its HAProxies again. Handing back
+is the reverse.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,12 +16,12 @@ from imdsproxy.errors import Problem
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """How an agent's files are reached, and who may own them beside root.
+    """Access to an agent's files: their root directory, and the allowed owners beside root.
 
     Attributes:
-        root: The root directory of the agent's container, as it is reached from here; `/` without one.
-        user: The agent's user.
-        group: The agent's group.
+        root: Root directory of the agent's container, as seen from the host; `/` without a container.
+        user: User id of the agent.
+        group: Group id of the agent.
     """
 
     root: str = "/"
@@ -30,15 +31,15 @@ class Reach:
 
 @dataclass(frozen=True, slots=True)
 class Agent:
-    """A running agent of Neutron's.
+    """Running Neutron agent.
 
     Attributes:
-        program: Its name, as `neutron-ovn-metadata-agent`.
-        unit: Its unit of systemd; empty where it has none, as in a container.
-        files: Its settings files in the order in which it was given them, as they are reached from here.
-        account: The name of its user.
-        place: What it belongs to: its unit, or its container.
-        started: When it was started: with the pid, the identity of a process.
+        program: Name of the program, as `neutron-ovn-metadata-agent`.
+        unit: Systemd unit; empty without one, as in a container.
+        files: Settings files in the order of the command line, as paths on the host.
+        account: User name.
+        place: Container or control group.
+        started: Start time; together with the pid it identifies the process.
     """
 
     pid: int
@@ -53,11 +54,11 @@ class Agent:
 
 @dataclass(frozen=True, slots=True)
 class Stranger:
-    """A process with an agent's command line that is not believed.
+    """Process with an agent's command line that is not trusted.
 
     Attributes:
-        program: The agent that it says it is.
-        reason: Why it is not believed.
+        program: Name of the agent in the command line.
+        reason: Reason for the distrust.
     """
 
     pid: int
@@ -67,7 +68,7 @@ class Stranger:
 
 @dataclass(frozen=True, slots=True)
 class Proxy:
-    """A HAProxy that an agent keeps in a namespace."""
+    """HAProxy or stand-in that an agent runs in a namespace."""
 
     pid: int
     namespace: str
@@ -75,7 +76,7 @@ class Proxy:
 
 @dataclass(frozen=True, slots=True)
 class Commands:
-    """How agent and imdsproxy are stopped and started, each a command line for a shell; empty where it is not known."""
+    """Shell commands that stop and start the agent and restart imdsproxy; empty if not known."""
 
     stop: str = ""
     start: str = ""
@@ -84,29 +85,29 @@ class Commands:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What there is on this host.
+    """Observed state of this host.
 
     Attributes:
-        agents: Those of the kind that run.
+        agents: Running agents of the kind.
         proxies: HAProxies in the kind's namespaces.
-        strangers: Processes that look like agents of the kind, and are not believed.
-        files: The agent's settings files; also of one that does not run, once there was a takeover.
-        reach: How these files are reached.
-        options: What each of these files holds.
-        state_path: The agent's directory.
-        marked: One of them has what a takeover of this kind has set.
-        commands: By which agent and imdsproxy are stopped and started.
-        drop_in: The kind's file in `conf.d/`.
-        present: Its text; `None` where there is none.
+        strangers: Processes that look like agents of the kind and are not trusted.
+        files: Settings files of the agent. After a takeover they are also known for a stopped agent.
+        reach: Access to these files.
+        options: Options in each of these files.
+        state_path: State directory of the agent.
+        marked: A settings file contains an option that a takeover of this kind has set.
+        commands: Commands that stop and start the agent and restart imdsproxy.
+        drop_in: Path of the kind's file in `conf.d/`.
+        present: Text of the drop-in; `None` if it does not exist.
         source: The kind's source is enabled in the running daemon.
-        nova: An endpoint set of Nova is configured.
-        imported: Where the agent's settings for Nova are written to: the YAML file and the secret's.
-        networks: Ids of the networks that imdsproxy has.
-        import_error: Why the source's library cannot be imported; empty where it can, or none is needed.
-        sources: Names of the sources that the running daemon has.
-        haproxy: Where the agent finds HAProxy, and where it would find a stand-in first; empty where not.
-        stand_in: What is there; `None` where nothing is.
-        unrouted: Namespaces in which the agent gives leases that name no route to 169.254.169.254.
+        nova: A Nova endpoint set is configured.
+        imported: Target paths for the agent's Nova settings: YAML file and secret file.
+        networks: Ids of imdsproxy's networks.
+        import_error: Import error of the source's library; empty if the import succeeds or no library is needed.
+        sources: Names of the running daemon's sources.
+        haproxy: HAProxy's path for the agent, and a stand-in's path earlier in the agent's PATH; empty if not found.
+        stand_in: Text of the file at the stand-in's path; `None` if it does not exist.
+        unrouted: Namespaces in which the agent's leases lack the route to 169.254.169.254.
     """
 
     agents: tuple[Agent, ...] = ()
@@ -133,7 +134,7 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class ImportSettings:
-    """Write what `config import --neutron` makes of the agent's files."""
+    """Write the result of `config import --neutron` for the agent's files."""
 
     files: tuple[str, ...]
     settings: str
@@ -151,7 +152,7 @@ class WriteSettings:
 
 @dataclass(frozen=True, slots=True)
 class EditSettings:
-    """Change a settings file of the agent's; what it is for other programs (mode, owner) stays."""
+    """Change a settings file of the agent; keep mode and owner."""
 
     path: str
     edit: Callable[[str], str]
@@ -160,17 +161,17 @@ class EditSettings:
 
 @dataclass(frozen=True, slots=True)
 class Restart:
-    """Have the controller read settings that need a start; HAProxy answers all the while."""
+    """Restart the controller to apply settings that need a start; HAProxy keeps answering."""
 
     command: str
 
 
 @dataclass(frozen=True, slots=True)
 class WaitServed:
-    """Wait until imdsproxy listens in the network of each of the agent's HAProxies, and a request is answered there.
+    """Wait until imdsproxy listens in every namespace with an agent's HAProxy, and each network answers a request.
 
     Attributes:
-        prefix: What the names of the kind's namespaces begin with; a network's id follows.
+        prefix: Prefix of the kind's namespace names; a network's id follows.
     """
 
     prefix: str
@@ -178,17 +179,17 @@ class WaitServed:
 
 @dataclass(frozen=True, slots=True)
 class EndProxies:
-    """End the agent's HAProxies softly: connections that wait to be accepted come to imdsproxy's listener."""
+    """Stop the agent's HAProxies gracefully; connections not yet accepted move to imdsproxy's listener."""
 
     prefix: str
 
 
 @dataclass(frozen=True, slots=True)
 class StopAgent:
-    """Stop the agent, once none of its HAProxies is there; it would start them again.
+    """Stop the agent after its last HAProxy ended; a running agent starts them again.
 
     Attributes:
-        agent: Held still while that is looked at, where a unit is stopped; `None` for a command of the operator's.
+        agent: Agent to pause (SIGSTOP) during the check for HAProxies; `None` if it has no systemd unit.
     """
 
     command: str
@@ -205,10 +206,10 @@ class StartAgent:
 
 @dataclass(frozen=True, slots=True)
 class WaitProxies:
-    """Wait until a HAProxy of the agent's listens in each namespace in which imdsproxy does.
+    """Wait until the agent's HAProxy listens in every namespace that imdsproxy serves.
 
     Attributes:
-        port: Where it listens in routers' namespaces.
+        port: Port of the agent's HAProxies.
     """
 
     prefix: str
@@ -217,7 +218,7 @@ class WaitProxies:
 
 @dataclass(frozen=True, slots=True)
 class LetGo:
-    """Have imdsproxy listen there no more, softly, as `EndProxies`; then remove a settings file and restart it."""
+    """Release the networks gracefully, as `EndProxies` does; then remove a settings file and restart imdsproxy."""
 
     path: str
     command: str
@@ -226,7 +227,7 @@ class LetGo:
 
 @dataclass(frozen=True, slots=True)
 class PlaceStandIn:
-    """Write the program that an agent finds before HAProxy."""
+    """Write the stand-in to a directory that precedes HAProxy's in the agent's PATH."""
 
     path: str
     text: str
@@ -234,17 +235,17 @@ class PlaceStandIn:
 
 @dataclass(frozen=True, slots=True)
 class WaitStandIns:
-    """Wait until the agent has started a stand-in in each namespace in which imdsproxy listens."""
+    """Wait until the agent has started a stand-in in every namespace that imdsproxy serves."""
 
     prefix: str
 
 
 @dataclass(frozen=True, slots=True)
 class WaitRoutes:
-    """Wait until the agent names the route to 169.254.169.254 in leases of each namespace.
+    """Wait until the agent's leases contain the route to 169.254.169.254 in every namespace.
 
     Attributes:
-        state_path: The agent's directory.
+        state_path: State directory of the agent.
     """
 
     prefix: str
@@ -253,7 +254,7 @@ class WaitRoutes:
 
 @dataclass(frozen=True, slots=True)
 class RemoveStandIn:
-    """Remove the program, and end the stand-ins that run: the agent starts HAProxies in their places."""
+    """Remove the program and end running stand-ins; the agent then starts HAProxies instead."""
 
     path: str
     prefix: str
@@ -282,9 +283,9 @@ class Step:
     """One step of a plan.
 
     Attributes:
-        words: What is done, in the imperative, on one line.
-        by_hand: How an operator would do it.
-        undo: How it is undone; empty where there is nothing to undo.
+        words: Description in the imperative, on one line.
+        by_hand: Equivalent commands for an operator.
+        undo: Command or text that undoes the step; empty if there is nothing to undo.
     """
 
     words: str
@@ -295,16 +296,16 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A kind of agent whose place imdsproxy takes.
+    """Kind of agent that imdsproxy replaces.
 
     Attributes:
         programs: Names of the agents' programs.
-        prefix: What the names of their namespaces begin with.
-        source: The source of imdsproxy's that this kind needs; empty for none.
-        takeover: The steps, none where all is done.
-        handback: The same for the way back.
-        refuse: What has to be mended by the operator before a takeover.
-        runs_on: The agent has other work and is not stopped.
+        prefix: Prefix of the agents' namespace names.
+        source: Source of imdsproxy that this kind needs; empty for none.
+        takeover: Function that yields the remaining steps of a takeover.
+        handback: Function that yields the remaining steps of a handback.
+        refuse: Function that yields problems that the operator must fix before a takeover.
+        runs_on: The agent has other work and keeps running.
     """
 
     name: str
@@ -318,22 +319,22 @@ class Kind:
 
     @property
     def mark(self) -> str:
-        """How a settings file of the agent's shows that a takeover has changed it."""
+        """Prefix of this kind's comments in an agent's settings file."""
         return mark_of(self.name)
 
 
 def mark_of(kind: str) -> str:
-    """What comments begin with that a takeover of a kind makes in a settings file of the agent's."""
+    """Return the prefix of comments that a takeover writes into the agent's settings file."""
     return f"# imdsproxy takeover {kind}: "
 
 
 def option_of(seen: Seen, section: str, name: str) -> str:
-    """The value of an agent's option as it is written; empty where no file has it."""
+    """Return the unparsed value of an agent's option; empty if no file contains the option."""
     return find_option(seen.options, section, name)
 
 
 def find_option(options: Sequence[Sequence[IniOption]], section: str, name: str) -> str:
-    """The same of what the files hold."""
+    """Return the unparsed value of an option, the last one if repeated; empty if no file contains the option."""
     found = [
         one.value for file in options for one in file if (one.section, one.name) == (section, name)
     ]
@@ -341,7 +342,7 @@ def find_option(options: Sequence[Sequence[IniOption]], section: str, name: str)
 
 
 def restart_steps(seen: Seen) -> Iterator[Step]:
-    """Have the controller start again, where its settings are to be read anew."""
+    """Restart the controller."""
     yield Step(
         "restart imdsproxy's controller; its HAProxy answers all the while",
         seen.commands.restart,
@@ -351,7 +352,7 @@ def restart_steps(seen: Seen) -> Iterator[Step]:
 
 
 def settings_steps(seen: Seen, what: str, text: str) -> Iterator[Step]:
-    """Write the kind's settings file, unless there is one; `what` says what it does."""
+    """Write the kind's settings file if it does not exist; `what` describes its effect."""
     if seen.present is None:
         yield Step(
             f"write {seen.drop_in}: {what}",
@@ -375,7 +376,7 @@ def start_steps(seen: Seen) -> Iterator[Step]:
 def wait_step(
     prefix: str, where: str = "in each network's namespace", *, port: int = METADATA_PORT
 ) -> Step:
-    """Wait for the agent's HAProxies, on the way back."""
+    """Wait for the agent's HAProxies during a handback."""
     return Step(
         f"wait until a HAProxy of the agent's listens {where}",
         f"for each namespace {prefix}…: ip netns exec NAMESPACE ss -lntp",
@@ -385,7 +386,7 @@ def wait_step(
 
 
 def let_go_step(seen: Seen, words: str, kind: str, prefix: str) -> Step:
-    """Leave the networks to the agent: the last step of the way back."""
+    """Release the networks to the agent: the last step of a handback."""
     return Step(
         words,
         f"rm {seen.drop_in}; {seen.commands.restart}",
@@ -395,17 +396,17 @@ def let_go_step(seen: Seen, words: str, kind: str, prefix: str) -> Step:
 
 
 def list_pids(seen: Seen) -> str:
-    """The agent's HAProxies, for a command line."""
+    """Return the pids of the agent's HAProxies, for a command line."""
     return " ".join(str(one.pid) for one in sorted(seen.proxies, key=lambda one: one.pid))
 
 
 def shape_of(step: Step) -> Mapping[str, str]:
-    """A step as JSON has it."""
+    """Return the JSON form of a step."""
     return {"step": step.words, "by_hand": step.by_hand, "undo": step.undo}
 
 
 def shape_of_agent(agent: Agent) -> Mapping[str, str | int]:
-    """An agent as JSON has it."""
+    """Return the JSON form of an agent."""
     return {
         "program": agent.program,
         "pid": agent.pid,

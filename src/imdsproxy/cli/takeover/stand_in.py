@@ -1,28 +1,28 @@
-"""The program that Neutron's DHCP agent starts in the place of HAProxy: a process that does nothing. Pure.
+"""Idle program that Neutron's DHCP agent starts instead of HAProxy. Pure.
 
-The agent starts `haproxy -f …/ns-metadata-proxy/UUID.conf` and looks for a process whose pid is in the pid file that
-UUID.conf names, and whose command line has the uuid (`ProcessManager` in neutron/agent/linux/external_process.py). The
-stand-in is such a process, with 0.2 MB of its own; SIGTERM ends it. All other calls of `haproxy` get HAProxy.
+The agent starts `haproxy -f …/ns-metadata-proxy/UUID.conf`. It expects a process whose pid is in the pid file that
+UUID.conf names, and whose command line contains the uuid (`ProcessManager` in neutron/agent/linux/external_process.py).
+The stand-in is such a process; it needs 0.2 MB and ends on SIGTERM. All other calls of `haproxy` run HAProxy.
 """
 
 from typing import Final
 
 STAND_IN: Final = "imdsproxy-for-haproxy"
-"""The first word of its command line."""
+"""First word of a stand-in's command line."""
 
 _MARK: Final = "# Made by `imdsproxy takeover dhcp`; `imdsproxy handback dhcp` removes it."
 
 
 def is_stand_in(text: str) -> bool:
-    """Whether a program is one."""
+    """Return whether the text of a program is a stand-in's."""
     return _MARK in text
 
 
 def render_stand_in(haproxy: str) -> str:
-    """The program, in the language of bash.
+    """Return the stand-in as a bash script.
 
     Args:
-        haproxy: The path of HAProxy.
+        haproxy: Path of HAProxy.
     """
     return f"""\
 #!/bin/bash
