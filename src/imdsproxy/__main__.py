@@ -1,4 +1,4 @@
-"""`python -m imdsproxy` is `imdsproxy`."""
+"""Entry point of `python -m imdsproxy`, the same as `imdsproxy`."""
 
 import sys
 

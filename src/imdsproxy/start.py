@@ -1,7 +1,7 @@
-"""`imdsproxy run`, the controller's life: what runs beside what, from start to end.
+"""Life cycle of the controller (`imdsproxy run`): start, tasks, shutdown.
 
-HAProxy and the document server are not in it: they are started or adopted, watched, and left running. Only in a
-container, where they would be killed with the controller, do they end with it, in order.
+HAProxy and the document server outlive the controller, which starts or adopts them, watches them and leaves them
+running. Only in a container, where they would be killed with the controller, does it stop them in order.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ if TYPE_CHECKING:
 ShowStart: TypeAlias = "Callable[[Sequence[Step] | None], None]"
 
 _FIRST_SYNC_S = 5.0
-_LOOK_EVERY_S = 0.05
-"""How long the first configuration waits for sources that publish nothing; a running HAProxy is not affected."""
+"""Longest wait of the first configuration for sources without new records; a running HAProxy is not affected."""
 
+_LOOK_EVERY_S = 0.05
 _METRICS_EVERY_S = 10.0
 _LAST_LOOK_S = 0.5
 _END_GRACE_S = 30.0
@@ -80,13 +80,13 @@ async def run_controller(
     container: bool = False,
     show: ShowStart | None = None,
 ) -> None:
-    """Run until stopped; the data plane goes on unless it was to be stopped too.
+    """Run until stopped; leave the data plane running, unless the stop request includes it.
 
-    With `container` it always is, and what its processes log goes to standard error.
+    With `container`, the data plane always stops too, and its processes' logs are copied to standard error.
 
     Raises:
-        ConfigError: A setting cannot be used here.
-        DataplaneError: HAProxy or the document server does not start, or the host refuses.
+        ConfigError: A setting is not usable on this host.
+        DataplaneError: HAProxy or the document server does not start, or the host refuses an operation.
     """
     settings, layout = holder.settings, Layout.of(holder.settings)
     notifier = ServiceNotifier(environment.get("NOTIFY_SOCKET", ""))
@@ -96,7 +96,7 @@ async def run_controller(
         build.prepare_directories(settings, layout)
         nova = NovaUpstream(layout.runtime)
         nova.read(settings.nova)
-        # First of all: two controllers over one data plane would undo each other's work.
+        # The socket comes first: two controllers of one data plane would undo each other's work.
         owner = owner_of(settings.admin.user, settings.admin.group)
         mode = int(settings.admin.mode, 8)
         admin = open_sole_socket(settings.admin_socket, mode=mode, owner=owner)
@@ -138,7 +138,7 @@ async def _live(
     health: HealthServer | None,
     heartbeat: Heartbeat,
 ) -> None:
-    """Start in order, serve until the end is asked for, and stop what is ours."""
+    """Start all parts in order, serve until stopped, then stop the controller's own parts."""
     settings, layout = controller.holder.settings, controller.layout
     loop = asyncio.get_running_loop()
     worker = owner_of(None, settings.haproxy.group)
@@ -180,7 +180,8 @@ async def _live(
         administering = group.create_task(serve(api, admin))
         if health is not None:
             health.reports = metrics
-        # Enabled again (`cli.daemon`): guests would wait 70 ms for each look through 1,000 networks.
+        # `cli.daemon` disabled garbage collection for the start. The start's objects stay excluded: a collection over
+        # 1,000 networks would delay guests by 70 ms.
         freeze_garbage()
         heartbeat.starting = False
         networks = len(controller.inventory.networks)
@@ -192,11 +193,11 @@ async def _live(
         for task in (*tasks, administering):
             task.cancel()
         if controller.with_data_plane:
-            # Who starts again what has ended is to be gone before it ends; the admin API may take its time.
+            # Stop supervisors before the processes they restart. The admin API may end later.
             await asyncio.wait(tasks)
             await controller.haproxy.launcher.stop()
             await controller.companion.stop()
-        # After HAProxy: while that runs, a request may be on its way on each connection that it keeps.
+        # The resolver ends after HAProxy, which may send requests over its open connections until then.
         resolving.cancel()
         if controller.with_data_plane:
             await sweep_host(settings, controller.host, controller.tables)
@@ -204,7 +205,7 @@ async def _live(
 
 
 async def _show_start(show: ShowStart, starting: StartingServer, heartbeat: Heartbeat) -> None:
-    """Show how far a start is that takes long."""
+    """Show the progress of a long start."""
     try:
         while heartbeat.starting:
             await asyncio.sleep(_SHOW_EVERY_S)
@@ -214,7 +215,7 @@ async def _show_start(show: ShowStart, starting: StartingServer, heartbeat: Hear
 
 
 async def _count(metrics: Metrics, log: Path) -> None:
-    """Read HAProxy's counters now and then, so that none is lost over a reload; keep its log short."""
+    """Read HAProxy's counters regularly, so that a reload loses none, and limit the size of its log."""
     while True:
         await metrics.refresh()
         limit_log(log)
@@ -222,9 +223,9 @@ async def _count(metrics: Metrics, log: Path) -> None:
 
 
 async def _settle(controller: Controller) -> None:
-    """Have on disk what the next controller begins with."""
+    """Write the state that the next controller starts from."""
     controller.records.settle()
-    # A worker that hangs must not keep this process from its end.
+    # Without the timeout, a hanging worker would block the shutdown.
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_LAST_LOOK_S):
             await controller.counting.refresh()
@@ -232,10 +233,10 @@ async def _settle(controller: Controller) -> None:
 
 
 async def _load_http(controller: Controller) -> tuple[Metrics, AsgiApp]:
-    """Metrics and the resolver, loaded in a thread, beside a HAProxy that reads its files.
+    """Import metrics and the resolver in a thread, while HAProxy reads its files.
 
-    To import them takes as long as everything else that happens before guests are served. They do not wait for it:
-    nothing that is needed to serve the known ones may import these modules.
+    The import takes as long as the rest of the start. Known guests do not wait for it: no module needed to serve them
+    may import these modules.
     """
 
     def make() -> tuple[Metrics, AsgiApp]:
@@ -249,35 +250,35 @@ async def _load_http(controller: Controller) -> tuple[Metrics, AsgiApp]:
 
 
 def _load_admin(controller: Controller) -> AsgiApp:
-    """Import the admin API, which takes longest of all, and make it."""
+    """Import and build the admin API, the slowest import."""
     from imdsproxy.admin.api import admin_app  # noqa: PLC0415 - the resolver does not wait for it
 
     return admin_app(controller)
 
 
 async def _start_data_plane(controller: Controller) -> None:
-    """Adopt what runs; start what does not, with everything that the sources know by now."""
+    """Adopt running processes, and start missing ones with the records that the sources have reported so far."""
     await controller.hop_limits.preload()
     adopted = await controller.haproxy.adopt()
     found = controller.companion.read().parent
     documents = asyncio.create_task(controller.companion.ensure())
     try:
-        # The document server takes its time to start; so does a look at a thousand namespaces.
+        # Both take long: the document server's start, and observing a thousand namespaces.
         await asyncio.gather(documents, _prepare(controller, adopted=adopted))
         await controller.listeners.first_round()
-        # From the MAC filters that are still there: guests that are known by their MACs alone are known on.
+        # The existing MAC filters restore guests that are known only by their MACs.
         controller.lookup.recall()
     except DataplaneError:
-        # One that is just being started could not be stopped.
+        # A document server that is still starting cannot be stopped, so wait for it.
         await asyncio.wait([documents])
         if found is None:
-            # A document server that cannot be reached is not left behind.
+            # Do not leave behind a document server that this start created.
             await controller.companion.stop()
         raise
 
 
 async def _prepare(controller: Controller, *, adopted: bool) -> None:
-    """Get ready what a HAProxy that is yet to start reads, or compare one that runs with the records."""
+    """Write the records for a HAProxy that starts later, or compare an adopted HAProxy with the records."""
     await _wait_for_records(controller)
     if adopted:
         processes = controller.haproxy.processes
@@ -290,11 +291,11 @@ async def _prepare(controller: Controller, *, adopted: bool) -> None:
 
 
 async def _write_records(controller: Controller) -> None:
-    """What a HAProxy reads that is yet to start."""
+    """Write the records that HAProxy reads when it starts."""
     applier = controller.records.applier
     if await controller.records.reuse_maps():
         return
-    # Records of a source that is not in sync yet are served on as they were.
+    # Sources that are not in sync yet keep their records of the last run.
     before: dict[str, str | None] = {}
     if not controller.inventory.in_sync and applier.load():
         before.update(controller.records.keep_of_last_run(applier.state.effective()))
@@ -309,7 +310,7 @@ async def _wait_for_records(controller: Controller) -> None:
     await controller.nova.resolve()
     before: object = None
     while not controller.inventory.in_sync:
-        # As long as records come in, a start without them would serve no guest sooner.
+        # Keep waiting while records arrive: a start without them would not serve their guests sooner.
         known = len(controller.inventory.instances), controller.records.progress.steps
         if known == before:
             reports = controller.inventory.reports.items()
@@ -323,12 +324,12 @@ async def _wait_for_records(controller: Controller) -> None:
         if _is_alone(controller):
             _log.warning("starting with the fleet's records that are on disk: no hub answers")
             break
-    # Before anything is swept: guests behind routers are known on, as they were before a restart.
+    # Restore guests behind routers before the first sweep.
     controller.lookup.follow_routes()
 
 
 async def _enough_records(controller: Controller) -> None:
-    """Wait until all sources are in sync, or the only one that is not serves what it has on disk."""
+    """Wait until all sources are in sync, or only the fleet is missing and serves its records from disk."""
     while True:
         if controller.inventory.in_sync or _is_alone(controller):
             return
@@ -349,17 +350,17 @@ def run(
     container: bool = False,
     show: ShowStart | None = None,
 ) -> None:
-    """Be the controller until stopped.
+    """Run the controller until stopped.
 
     Args:
-        load: Reads the settings; called again at each reload.
-        config: The file that was named on the command line, handed on to the document server.
-        environment: The process's variables, for the settings in it and the service manager's.
-        container: Be the program of a container: HAProxy and the document server end with it.
-        show: Given what is under way now and then while it starts, and `None` at the end of that.
+        load: Function that reads the settings; also called at each reload.
+        config: Settings file from the command line, passed on to the document server.
+        environment: Environment variables, with settings and the service manager's variables.
+        container: Run as the main process of a container: HAProxy and the document server end with the controller.
+        show: Function that receives the progress of the start, and `None` at its end.
 
     Raises:
-        ImdsproxyError: It cannot start; says who must act.
+        ImdsproxyError: The start failed; the error's class says who must act.
     """
     clock = Clock()
 
@@ -376,7 +377,7 @@ def run(
     holder = SettingsHolder(loaded, load, open_log)
     raise_descriptor_limit()
     leave_no_dumps()
-    # systemd's watchdog ends a process that hangs by SIGABRT: the log then says where it hung.
+    # systemd's watchdog ends a hanging process with SIGABRT; faulthandler then logs where it hung.
     faulthandler.enable()
     try:
         running = run_controller(holder, config, environment, clock, container=container, show=show)
@@ -391,11 +392,11 @@ def run(
 async def sweep_host(
     settings: Settings, host: SystemHost, tables: Iterable[MacFilters | HopLimits | Routers]
 ) -> None:
-    """Remove every MAC filter, rule, namespace, link and address of ours, once they are no longer needed.
+    """Remove all MAC filters, rules, namespaces, links and addresses of imdsproxy after the data plane ended.
 
     Raises:
-        DataplaneError: The host refuses.
-        SourceUnavailable: Open vSwitch's database refuses.
+        DataplaneError: The host refuses an operation.
+        SourceUnavailable: Open vSwitch's database refuses an operation.
     """
     for one in tables:
         await one.close_all()
@@ -409,7 +410,7 @@ async def sweep_host(
 
 
 async def _end_unreachable(state: Path) -> None:
-    """End the controller whose socket's file was removed: it would make again what is taken away beside it."""
+    """Stop a controller whose admin socket file was removed; it would recreate what this process removes."""
     pid = find_directory_holder(state)
     controller = None if pid is None else open_process(pid)
     if controller is not None:
@@ -418,11 +419,11 @@ async def _end_unreachable(state: Path) -> None:
 
 
 async def stop_data_plane(settings: Settings, environment: Mapping[str, str]) -> None:
-    """End the data plane without a controller, which has ended or cannot be asked.
+    """Stop the data plane without the help of a controller, which has ended or does not answer.
 
     Raises:
-        DataplaneError: A process does not end, or the host refuses.
-        SourceUnavailable: Open vSwitch's database refuses.
+        DataplaneError: A process does not end, or the host refuses an operation.
+        SourceUnavailable: Open vSwitch's database refuses an operation.
     """
     layout = Layout.of(settings)
     await _end_unreachable(layout.state)

@@ -29,7 +29,7 @@ def show(
     *,
     origin: Annotated[bool, flag("--origin", "Say where each value was written.")] = False,
 ) -> None:
-    """The settings in force, from the file, conf.d/ and the environment."""
+    """Show the settings, merged from defaults, the file, conf.d/ and the environment."""
     from imdsproxy.config import render  # noqa: PLC0415 - `--help` need not load it
 
     loaded = run.load()
@@ -45,7 +45,7 @@ def schema(
     *,
     records: Annotated[bool, flag("--records", "That of record files.")] = False,
 ) -> None:
-    """The JSON Schema of the configuration file, for editors; with --records that of record files."""
+    """Print the JSON Schema of the configuration file for editors, or with --records of record files."""
     from imdsproxy.config import render  # noqa: PLC0415 - `--help` need not load it
 
     run.output.text(render.render_records_schema() if records else render.render_schema())
@@ -54,7 +54,7 @@ def schema(
 @config_app.command("sample")
 @options.json_command
 def sample(run: options.Invocation) -> None:
-    """Every setting with its default and what it is for."""
+    """Print every setting with its default and purpose."""
     from imdsproxy.config.render import render_sample  # noqa: PLC0415 - `--help` need not load it
     from imdsproxy.config.schema import Settings  # noqa: PLC0415 - as above
 
@@ -101,9 +101,9 @@ def import_settings(
     ] = None,
     force: Annotated[bool, flag("--force", "Replace files that are there.")] = False,
 ) -> None:
-    """Make settings out of the ini files of Neutron's agents, and report what becomes of each option.
+    """Convert the ini files of Neutron's agents to settings, and report the result for each option.
 
-    The settings go to standard output and the report to standard error, or, with --output, to standard output.
+    The settings go to standard output and the report to standard error; with --output, the report to standard output.
     """
     from imdsproxy.config import neutron_import  # noqa: PLC0415 - `--help` need not load it
 
@@ -142,7 +142,7 @@ def _read(file: Path) -> tuple[IniOption, ...]:
 
 
 def _write(files: Mapping[Path, tuple[bytes, int]], *, force: bool) -> None:
-    """Write each file with its mode, or none where one is there already."""
+    """Write all files with their modes; refuse to replace existing files unless forced."""
     from imdsproxy.host.files import write_atomic  # noqa: PLC0415 - `--help` need not load it
 
     there = [path for path, (data, _) in files.items() if not force and _is_other(path, data)]
@@ -156,7 +156,7 @@ def _write(files: Mapping[Path, tuple[bytes, int]], *, force: bool) -> None:
 
 
 def _is_other(path: Path, data: bytes) -> bool:
-    """Whether there is something at the path that is not this already."""
+    """Return whether the path exists with different content."""
     try:
         return path.is_symlink() or path.read_bytes() != data
     except FileNotFoundError:

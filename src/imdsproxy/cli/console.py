@@ -1,4 +1,4 @@
-"""`imdsproxy console`: pages about networks and guests, for a browser on this host or over `ssh -L`."""
+"""`imdsproxy console`: web pages about networks and guests, for a browser on this host or over `ssh -L`."""
 
 from dataclasses import replace
 from typing import Annotated, Final
@@ -20,7 +20,7 @@ def console(
         int, flag("--port -p PORT", "Of 127.0.0.1, for ssh -L (default: 0, any free one).")
     ] = 0,
 ) -> None:
-    """Open pages on 127.0.0.1 that show networks, guests, requests and problems; until Ctrl-C.
+    """Serve web pages on 127.0.0.1 that show networks, guests, requests and problems, until Ctrl-C.
 
     The link works once, within five minutes, in one browser.
     """
@@ -29,7 +29,7 @@ def console(
     daemon = run.daemon()
     with optional_library("jinja2", _HINT):
         from imdsproxy.console.server import run_console  # noqa: PLC0415 - `--help` need not load it
-    # An account that may not ask the daemon gets no page either.
+    # This request fails for accounts without access to the daemon.
     daemon.get("/v1/status")
     listener = open_tcp_socket("127.0.0.1", port)
 
@@ -40,6 +40,6 @@ def console(
             run.output.text(f"{link}\nOpen it once, within five minutes. Ctrl-C ends the console.")
 
     with listener:
-        # A page says that the daemon starts; it does not wait for that.
+        # A page reports a starting daemon instead of waiting for it.
         reason = run_console(replace(daemon, waiting=None), listener, announce)
     run.output.styled(f"[dim]ended:[/] {reason}")

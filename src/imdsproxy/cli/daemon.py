@@ -33,8 +33,8 @@ def run(
         ),
     ] = False,
 ) -> None:
-    """Be the controller: keep HAProxy and the documents in step with the sources, until stopped."""
-    # Nothing that a start makes is garbage; to look for it takes 5 % of it. The controller enables it again.
+    """Run the controller in the foreground: apply sources to HAProxy and the documents."""
+    # A start creates no garbage, and collecting takes 5 % of its time. The controller enables collection again.
     gc.disable()
     import imdsproxy.host.logs  # noqa: F401, PLC0415 - before all that logs
     from imdsproxy import start  # noqa: PLC0415 - the other commands need not load it
@@ -54,7 +54,7 @@ def run(
 
 @options.config_command
 def documents(run: options.Invocation) -> None:
-    """Be the document server: answer guests from compiled records, until stopped."""
+    """Run the document server in the foreground: answer guests from compiled records."""
     import imdsproxy.host.logs  # noqa: F401, PLC0415 - before all that logs
     from imdsproxy.dataplane.layout import Layout  # noqa: PLC0415 - the others need not load it
     from imdsproxy.host.account import find_account  # noqa: PLC0415 - as above
@@ -72,7 +72,7 @@ def documents(run: options.Invocation) -> None:
         records=layout.records,
         passwords=layout.passwords,
         pid_file=layout.documents_pid,
-        # The service manager's variable, not a setting: where it listens for "ready".
+        # NOTIFY_SOCKET is the service manager's variable, not a setting.
         notifier=ServiceNotifier(os.environ.get("NOTIFY_SOCKET", "")),
         log=layout.documents_log,
         account=find_account(settings.documents.user, settings.documents.group),
@@ -89,7 +89,7 @@ def namespace_proxy(
         ),
     ] = None,
 ) -> int:
-    """Be one network's own metadata proxy, as Neutron's agents spawn it in each namespace."""
+    """Run the metadata proxy of one network, as Neutron's agents spawn it in each namespace."""
     from imdsproxy.app.namespace_proxy import main  # noqa: PLC0415 - the others need not load it
 
     return main(words or [], program="imdsproxy namespace-proxy", config=run.config)
@@ -97,13 +97,13 @@ def namespace_proxy(
 
 @options.host_command
 def check(run: options.Invocation) -> None:
-    """Settings, HAProxy, privileges, namespaces, directories, ports, records, tokens, Nova: all problems at once.
+    """Check settings, HAProxy, privileges, namespaces, directories, ports, records, tokens and Nova; show all problems.
 
-    The exit status is that of the first problem; a warning is none.
+    The exit status is that of the first problem; warnings do not count.
     """
     from imdsproxy.cli.checks.every import run_checks  # noqa: PLC0415 - `--help` need not load it
 
-    # Ended by SIGTERM it takes with it what it has started, as it does after Ctrl-C.
+    # SIGTERM also ends the processes that the checks started, as Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda _number, _frame: signal.raise_signal(signal.SIGINT))
     findings = run_checks(run)
     wrong = [one.exit_status for _, one in findings if not one.ok]
@@ -131,7 +131,7 @@ def _show_findings(output: Output, shape: Shape) -> None:
 
 @options.host_command
 def render(run: options.Invocation) -> None:
-    """HAProxy's configuration as it would be written now; nothing is touched."""
+    """Show HAProxy's configuration as the daemon would write it now. Changes nothing."""
     text = str(run.daemon().get("/v1/haproxy-configuration"))
     run.output.answer({"haproxy_configuration": text}, text)
 
@@ -148,13 +148,13 @@ def reload(
         ),
     ] = False,
 ) -> None:
-    """Have the daemon read its settings again; a broken or emptied file changes nothing and says why."""
+    """Reload the settings. An invalid or empty file is refused, with the reason."""
     body = {"allow_dropped": True} if allow_dropped else None
     try:
         done = run.daemon().request("POST", "/v1/reload", body=body)
     except AdminUnavailable as error:
         if run.socket is None and (empty := sorted(run.load().empty)):
-            # It may have named the socket.
+            # The empty file may have named the socket.
             raise SettingsDropped(
                 f"{empty[0]} holds no settings, and {error.message}",
                 hint="restore the file, or name the daemon's socket with --socket",
@@ -164,7 +164,7 @@ def reload(
 
 
 def _show_reload(output: Output, done: Shape) -> None:
-    """What changed, and what still needs a restart."""
+    """Print the changed settings, and which of them need a restart."""
     how = {"reload": "[green]by a reload[/]", "restart": "[yellow]at the next restart[/]"}
     waiting = dict.fromkeys(done["restart_needed"], "restart")
     rows = (
@@ -192,14 +192,14 @@ def stop(
         bool, flag("--data-plane", "End HAProxy and the document server too: guests get no answer.")
     ] = False,
 ) -> None:
-    """End the controller; known guests are served on. With --data-plane, end everything."""
+    """Stop the controller; known guests are still served. With --data-plane, stop everything."""
     daemon = run.daemon()
     try:
         answer = daemon.request("POST", "/v1/stop", body={"data_plane": data_plane})
         stopped = list(answer["stopping"])
         _wait_until_gone(daemon.socket, answer["controller"])
     except AdminUnavailable:
-        # A dead controller is no reason to leave what it left running.
+        # Without a controller, --data-plane still stops the data plane.
         if not data_plane:
             raise
         _stop_orphaned_data_plane(run, daemon.socket)
@@ -216,14 +216,14 @@ def _stop_orphaned_data_plane(run: options.Invocation, asked: Path) -> None:
 
     settings = run.settings
     if settings.admin_socket != asked:
-        # The settings are another daemon's: its data plane must not be taken for the dead one's.
+        # The settings belong to another daemon, whose data plane must keep running.
         raise AdminUnavailable(
             f"no daemon answers on {asked}, and the settings are of another one",
             hint="name its settings with --config, to end the data plane that it left",
         )
     hung = find_socket_holder(asked)
     if hung is not None:
-        # It would start again what is ended here, as soon as it goes on.
+        # A hanging controller would restart the data plane once it continues.
         raise HostRefused(
             f"the controller (pid {hung.pid or 'unknown'}) does not answer: nothing was stopped",
             hint="end it first: systemctl stop imdsproxy, or kill -KILL and its pid; then try again",
@@ -232,7 +232,7 @@ def _stop_orphaned_data_plane(run: options.Invocation, asked: Path) -> None:
 
 
 def _wait_until_gone(path: Path, pid: int) -> None:
-    """Until the controller has taken its socket away, which it does last, or has died."""
+    """Wait until the controller has removed its socket, its last action, or has died."""
     from imdsproxy.host.process import read_stat  # noqa: PLC0415 - `--help` need not load it
 
     deadline = time.monotonic() + _END_DEADLINE_S
@@ -247,5 +247,5 @@ def _wait_until_gone(path: Path, pid: int) -> None:
 
 @options.json_command
 def version(run: options.Invocation) -> None:
-    """The version of this program."""
+    """Show the version of this program."""
     run.output.answer({"version": __version__}, f"imdsproxy {__version__}")

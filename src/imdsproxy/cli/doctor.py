@@ -1,4 +1,4 @@
-"""`imdsproxy doctor`: examines a server over HTTP, the daemon's own computation, the machine around."""
+"""`imdsproxy doctor`: examines a server over HTTP, or the daemon's computed answers, and the machine."""
 
 import http.client
 import os
@@ -51,9 +51,9 @@ def doctor(
         ),
     ] = None,
 ) -> None:
-    """Ask as the known clients do, and report which would fail, why, and what to change; exit 1 on errors.
+    """Request metadata as known clients do; report which would fail, why, and what to change. Exits 1 on errors.
 
-    With --network and --from the daemon computes what it would answer that guest. With URL a server is asked.
+    With --network and --from, the daemon computes its answers to that guest. With URL, doctor asks a server.
     """
     fetch: Callable[[Ask], Answer]
     if url is not None and network is None and address is None:
@@ -138,13 +138,13 @@ def _facts(finding: Shape) -> Mapping[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class HttpFetch:
-    """Asks a server, each question on a connection of its own, as most clients do.
+    """HTTP client that opens a connection per request, as most clients do.
 
     Args:
-        url: Of `http` or `https`; its path is put in front of every path.
-        headers: Added to every question.
-        timeout_s: For each step of the network, as long as cloud-init's.
-        clock: Seconds that only grow.
+        url: URL with scheme `http` or `https`; its path precedes every request's path.
+        headers: Headers of every request.
+        timeout_s: Timeout of each network operation in seconds, the same as cloud-init's.
+        clock: Monotonic clock, in seconds.
     """
 
     url: SplitResult
@@ -154,11 +154,11 @@ class HttpFetch:
 
     @property
     def host(self) -> str:
-        """A name or address, an IPv6 address with its zone and without brackets."""
+        """Host name or address; an IPv6 address with zone and without brackets."""
         return unquote(self.url.hostname or "")
 
     def __call__(self, ask: Ask) -> Answer:
-        """One question."""
+        """Send one request; errors become an `Answer` with the reason."""
         tls = self.url.scheme == "https"
         kind = http.client.HTTPSConnection if tls else http.client.HTTPConnection
         port = self.url.port or kind.default_port
@@ -168,12 +168,12 @@ class HttpFetch:
             except TimeoutError:
                 return Answer(why=f"no answer within {self.timeout_s:g} s", timed_out=True)
             except (OSError, http.client.HTTPException, ValueError) as error:
-                # ValueError: a path or token of the server's, or a host's name, that cannot be sent.
+                # ValueError: the server's path or token, or the host name, has characters that HTTP does not allow.
                 return Answer(why=str(error) or type(error).__name__)
 
     def _ask(self, connection: http.client.HTTPConnection, ask: Ask) -> Answer:
         began = self.clock()
-        # Not `request`, which gives a PUT a Content-Length that the clients do not send.
+        # `request` would add a Content-Length to a PUT, which the clients do not send.
         prefix = self.url.path.rstrip("/")
         connection.putrequest(ask.method, quote(f"{prefix}{ask.path}", safe=_SAFE))
         for name, value in (*self.headers, *ask.headers):
@@ -193,13 +193,13 @@ class HttpFetch:
             first_byte_s=took,
             until_close=length is None and not response.chunked,
             version=response.version,
-            # `read` with a limit does not complain of a body that ends too early.
+            # `read` with a limit raises no error for a truncated body.
             cut=cut or (length is not None and len(body) < min(length, _MOST_BYTES)),
         )
 
 
 def _ask_daemon(daemon: AdminClient, network: str, address: str, ask: Ask) -> Answer:
-    """What the daemon would answer the guest at an address; nothing goes over a network."""
+    """Return the daemon's computed answer for the guest at an address, without a network request."""
     query = {"network": network, "address": address, "path": ask.path}
     document = daemon.get("/v1/documents", query)
     headers, body = _first_of_each(document["headers"]), decode_bytes(document["body"])
@@ -211,14 +211,14 @@ def _first_of_each(headers: Sequence[Sequence[str]]) -> Mapping[str, str]:
 
 
 def parse_url(url: str, headers: Sequence[str] = ()) -> HttpFetch:
-    """The server to ask.
+    """Parse the URL of a server and further headers.
 
     Args:
-        url: `http://HOST[:PORT][/PREFIX]`, or https; a bare host is taken for http.
-        headers: `NAME: VALUE`, added to every question.
+        url: `http://HOST[:PORT][/PREFIX]`, or https; a bare host means http.
+        headers: Headers of every request, as `NAME: VALUE`.
 
     Raises:
-        RequestRefused: It is no such URL, or a header is none.
+        RequestRefused: The URL or a header is invalid.
     """
     try:
         parts = urlsplit(url if "://" in url else f"http://{url}")
@@ -247,7 +247,7 @@ _LOOPBACK: Final = "00:00:00:00:00:00"
 
 
 def is_metadata_address(host: str) -> bool:
-    """Whether a guest asks at this address: elsewhere the machine's own NICs and SMBIOS do not count."""
+    """Return whether a host is a metadata address; only then do this machine's NICs and SMBIOS matter."""
     try:
         return ip_address(host.partition("%")[0]) in {METADATA_IPV4, METADATA_IPV6}
     except ValueError:
@@ -255,17 +255,17 @@ def is_metadata_address(host: str) -> bool:
 
 
 def look_around(root: Path = Path("/")) -> Surroundings:
-    """This machine's NICs, SMBIOS and kernel command line, as far as they may be read.
+    """Read this machine's NICs, SMBIOS and kernel command line; skip unreadable files.
 
     Args:
-        root: What stands for `/`.
+        root: Root directory.
     """
     container = (root / "run/systemd/container").exists()
     first = _text(root / "proc/1/cmdline").replace("\0", " ")
     pairs = [one.partition("=") for one in _text(root / "proc/1/environ").split("\0")]
     files = [root / "sys/class/dmi/id" / name for name in _DMI]
     dmi = {file.name: _text(file).strip() for file in files}
-    # `datasource_list: [ OpenStack, None ]`
+    # The file has a line such as `datasource_list: [ OpenStack, None ]`.
     listed = _SOURCES.search(_text(root / "run/cloud-init/cloud.cfg"))
     return Surroundings(
         macs=_macs(root),
@@ -279,14 +279,14 @@ def look_around(root: Path = Path("/")) -> Surroundings:
 
 
 def machine_macs(known: frozenset[str], root: Path = Path("/")) -> frozenset[str] | None:
-    """The MACs of the virtual machine on this host that has one of `known`; `None` where QEMU runs none.
+    """Return the MACs of the QEMU machine on this host with a MAC in `known`; `None` without such a machine.
 
-    A NIC that was plugged in later is not on QEMU's command line. It is counted where a tap device has its MAC, with
-    the first byte that libvirt gives these, `fe` (`virNetDevTapCreateInBridgePort`).
+    QEMU's command line lacks hot-plugged NICs. They are found by their tap device, whose MAC differs only in the first
+    byte: libvirt sets that to `fe` (`virNetDevTapCreateInBridgePort`).
 
     Args:
-        known: In lower case.
-        root: What stands for `/`.
+        known: MACs in lower case.
+        root: Root directory.
     """
     commands = (_text(file) for file in (root / "proc").glob("[0-9]*/cmdline"))
     machines = (
@@ -307,7 +307,7 @@ def _macs(root: Path) -> frozenset[str]:
 
 
 def _text(path: Path) -> str:
-    """A file's text; nothing where it is not there or not for this account, which is no fault here."""
+    """Return a file's text; empty if the file is missing or unreadable, which is no error here."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError:

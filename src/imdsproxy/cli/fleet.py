@@ -1,4 +1,4 @@
-"""`imdsproxy fleet …`: certificates of a fleet, who belongs to it, and what is in force where."""
+"""`imdsproxy fleet …`: certificates, members and state of a fleet."""
 
 import sys
 import time
@@ -39,7 +39,7 @@ _NAMED: Final = 10
 _ANSWER_S: Final = 10.0
 _STEPS: Final = ("begin", "switch", "finish")
 _SOON_S: Final = 366 * 86_400
-"""Operators have certificates that are good for a year."""
+"""Period before the CA's end in which `fleet status` warns; operators' certificates are valid for a year."""
 
 
 fleet_app = typer.Typer(
@@ -62,11 +62,11 @@ HubName = Annotated[str, flag("--name NAME", "The hub's name in the fleet.")]
 
 
 _on_hub = partial(options.command, shared=("as_json", "config"))
-"""As `options.command`; it reads the settings of the hub on this machine, and asks no hub."""
+"""Variant of `options.command` that reads the settings of this machine's hub and sends no request."""
 
 
 def _refuse_host(run: options.Invocation, name: str) -> None:
-    """Refuse a host's name to a hub or an operator, as far as the journal of the hub on this machine has the host."""
+    """Refuse a hub's or operator's name that belongs to a host, according to the journal of this machine's hub."""
     from imdsproxy.hub.journal import FILE, find_host  # noqa: PLC0415 - `--help` need not load it
 
     if find_host(run.settings.hub.state_dir / FILE, name):
@@ -90,9 +90,9 @@ def init(
     ] = None,
     ca_key: Annotated[Path | None, flag("--ca-key FILE", "Its key, PEM, not encrypted.")] = None,
 ) -> None:
-    """Make a fleet on its first hub: a CA, certificates of hub and operator, and the key that seals secrets.
+    """Create a fleet on its first hub: a CA, certificates for hub and operator, and the key that seals secrets.
 
-    The operator is `admin`. All files are for this account only.
+    The operator's name is `admin`. Only this account can read the files.
     """
     with optional_library("cryptography", LIBRARY_HINT):
         from imdsproxy.hub import files  # noqa: PLC0415 - `--help` need not load it
@@ -126,7 +126,7 @@ def hub_certificate(
     ],
     directory: Directory = _DIRECTORY,
 ) -> None:
-    """What a further hub needs, with a certificate of its own: to be copied there, over ssh."""
+    """Create the files for another hub, including its certificate; copy them there over ssh."""
     with optional_library("cryptography", LIBRARY_HINT):
         from imdsproxy.hub import files  # noqa: PLC0415 - `--help` need not load it
 
@@ -160,7 +160,7 @@ def operator(
     ] = None,
     directory: Directory = _DIRECTORY,
 ) -> None:
-    """A certificate for an operator: one file with key, certificate and CA certificate, good for a year."""
+    """Create an operator's certificate, valid for a year: one file with key, certificate and CA certificate."""
     with optional_library("cryptography", LIBRARY_HINT):
         from imdsproxy.hub import files  # noqa: PLC0415 - `--help` need not load it
 
@@ -192,7 +192,7 @@ def enrol(
         flag("--valid HOURS", "How long the string is good, a minute to 30 days (default: 24)."),
     ] = _VALID_H,
 ) -> None:
-    """Invite a host: print one word for `imdsproxy fleet join` there, which is good once. It is a secret."""
+    """Invite a host: print a secret string for `imdsproxy fleet join` on the host, valid for one use."""
     if not SHORTEST_INVITATION_S <= valid * 3600 <= LONGEST_INVITATION_S:
         raise RequestRefused(
             f"--valid {valid:g}: a string is good for a minute to {LONGEST_INVITATION_S // 3600} hours",
@@ -217,7 +217,7 @@ def revoke(
         ),
     ] = False,
 ) -> None:
-    """Accept a host no more: its stream is cut at once, and neither certificate nor token is good any more."""
+    """Revoke a host: cut its stream at once, and reject its certificate and invitation."""
     kind = "operators" if operator else "hosts"
     hubs = run.hubs()
     done = hubs.request("POST", f"/fleet/revoked-{kind}", body={"name": name})
@@ -236,9 +236,9 @@ def join(
         argument("[-]", "Read the string from standard input; the default."),
     ] = _STANDARD_INPUT,
 ) -> None:
-    """Make this host a member of a fleet, with the string that `imdsproxy fleet enrol` printed.
+    """Add this host to a fleet, with the string from `imdsproxy fleet enrol`.
 
-    The string comes by standard input. On a terminal the command asks for it. As an argument it would be shown to all
+    The command reads the string from standard input, or asks for it on a terminal. An argument would be visible to all
     users of this host.
     """
     with optional_library("cryptography", LIBRARY_HINT):
@@ -286,7 +286,7 @@ def status(
         ),
     ] = False,
 ) -> None:
-    """The fleet at one moment: hubs, hosts that are absent or behind, and why nothing is written where that is so."""
+    """Show the state of the fleet: hubs, hosts that are absent or behind, and why changes are refused, if they are."""
     report = run.hubs().get("/fleet/status")
     run.output.answer(report, _show_status)
     readiness = report["readiness"]
@@ -366,7 +366,7 @@ def _named(hosts: Sequence[str]) -> str | None:
 @fleet_app.command("hosts")
 @options.fleet_command
 def hosts(run: options.Invocation) -> None:
-    """Every host: to which hub it is connected, and up to which revision all is in force there."""
+    """List all hosts, each with its hub and the revision in force."""
     run.output.answer(
         run.hubs().get("/fleet/hosts"),
         lambda output, shapes: output.table(
@@ -404,7 +404,7 @@ def wait(
     ] = None,
     timeout: Annotated[int, flag("--timeout S", "Seconds, at most 3600 (default: 50).")] = 50,
 ) -> None:
-    """Return once a revision is in force on every host; exit 75 and name the others."""
+    """Wait until a revision is in force on every host; on timeout exit 75 and name the other hosts."""
     body = {"revision": revision, "hosts": host or None, "timeout_s": float(timeout)}
     answer = replace(run.hubs(), timeout_s=timeout + _ANSWER_S).request(
         "POST", "/fleet/wait", body=body
@@ -416,9 +416,9 @@ def wait(
 @fleet_app.command("accept-restore")
 @options.fleet_command
 def accept_restore(run: options.Invocation) -> None:
-    """Accept what etcd has as the truth after a restore: hosts remove what it lacks.
+    """Accept etcd's content after a restore: hosts remove records that etcd lacks.
 
-    Memberships, revocations and operator overrides that etcd had lost stay in force; the answer names them.
+    Memberships, revocations and operator overrides that etcd lost stay in force; the answer names them.
     """
     answer = run.hubs().request("POST", "/fleet/accept-restore")
     show_written(run.output, "the restored store is accepted", answer)
@@ -432,10 +432,10 @@ def rotate_ca(
     *,
     directory: Directory = _DIRECTORY,
 ) -> None:
-    """Replace the CA: begin trusts a new one too, switch has it sign, and finish trusts no other.
+    """Replace the CA in three steps: begin also trusts a new CA, switch signs with it, finish trusts only it.
 
-    After each step the other hubs need the same files, and all hosts a certificate since then: `fleet status` names
-    those that have none yet.
+    After each step, copy the files to the other hubs and wait until all hosts have renewed their certificates:
+    `fleet status` names hosts that have not.
     """
     with optional_library("cryptography", LIBRARY_HINT):
         from imdsproxy.hub import files  # noqa: PLC0415 - `--help` need not load it
@@ -465,7 +465,7 @@ def rotate_ca(
 @fleet_app.command("envelope-key")
 @options.json_command
 def envelope_key(run: options.Invocation, *, directory: Directory = _DIRECTORY) -> None:
-    """Add a key that seals secrets in etcd; hubs seal with it from `fleet reseal` on."""
+    """Add a key that seals secrets in etcd; hubs use it from the next `fleet reseal`."""
     with optional_library("cryptography", LIBRARY_HINT):
         from imdsproxy.hub import files  # noqa: PLC0415 - `--help` need not load it
 
@@ -481,11 +481,11 @@ def envelope_key(run: options.Invocation, *, directory: Directory = _DIRECTORY) 
 @fleet_app.command("reseal")
 @options.fleet_command
 def reseal(run: options.Invocation) -> None:
-    """Seal all secrets in etcd with the newest key of `fleet envelope-key`; again where it was broken off."""
+    """Seal all secrets in etcd with the newest key of `fleet envelope-key`; if interrupted, run it again."""
     hubs, changed, unreadable = run.hubs(), 0, set[str]()
     after: str | None
     with run.output.progress() as note:
-        # Until all was looked at without a change: what was being written at the first time has the key before.
+        # Repeat until a round changes nothing: writes during a round may still use the older key.
         of_round = 1
         while of_round:
             of_round, after = 0, ""

@@ -1,4 +1,4 @@
-"""`imdsproxy grant list|show|add|remove|clear`: what operators of a fleet who are limited to a project may use."""
+"""`imdsproxy grant list|show|add|remove|clear`: permissions of a fleet's project operators."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ Addresses = Annotated[
 @grant_app.command("list")
 @fleet_command
 def list_grants(run: Invocation) -> None:
-    """List every project that was given anything."""
+    """List all projects with a grant."""
     run.output.answer(
         run.hubs().get("/v1/grants"),
         lambda output, shapes: output.table(
@@ -59,7 +59,7 @@ def list_grants(run: Invocation) -> None:
 @grant_app.command("show")
 @fleet_command
 def show(run: Invocation, project: Project) -> None:
-    """Show what a project's operators may use."""
+    """Show the hosts, listeners and addresses that a project's operators may use."""
     run.output.answer(
         run.hubs().get(path_to("grants", project)),
         lambda output, shape: output.text(_spell(shape) or "nothing"),
@@ -76,7 +76,7 @@ def add(
     listener: Listeners = None,
     address: Addresses = None,
 ) -> None:
-    """Let a project's operators use hosts, listeners and addresses."""
+    """Grant hosts, listeners and addresses to a project's operators."""
     given = _given(host, listener, address)
     _change(run, project, lambda old, new: [*old, *(one for one in new if one not in old)], given)
 
@@ -91,7 +91,7 @@ def remove(
     listener: Listeners = None,
     address: Addresses = None,
 ) -> None:
-    """Let a project's operators use these no more; what they have made stays."""
+    """Remove hosts, listeners and addresses from a project's grant; existing records stay."""
     given = _given(host, listener, address)
     _change(run, project, lambda old, new: [one for one in old if one not in new], given)
 
@@ -99,7 +99,7 @@ def remove(
 @grant_app.command("clear")
 @fleet_command
 def clear(run: Invocation, project: Project) -> None:
-    """Let a project's operators use nothing any more; what they have made stays."""
+    """Remove a project's whole grant; existing records stay."""
     answer = run.hubs().request("DELETE", path_to("grants", project))
     record_io.show_written(run.output, f"grant of project {project} cleared", answer)
 
@@ -113,7 +113,7 @@ def _change(
     hubs, route = run.hubs(), path_to("grants", project)
     known = hubs.get(route)
     body = {key: join(known["grant"].get(key, []), values) for key, values in given.items()}
-    # Two operators at once lose nothing of each other.
+    # The revision prevents that two concurrent operators overwrite each other's change.
     query = {"if_revision": str(known["revision"])} if known["revision"] else {}
     answer = hubs.request("PUT", route, query=query, body={**known["grant"], **body})
     record_io.show_written(run.output, f"grant of project {project} changed", answer)

@@ -1,4 +1,4 @@
-"""`imdsproxy get|explain|watch|token`: what guests are answered, why, and as it happens; their session tokens."""
+"""`imdsproxy get|explain|watch|token`: guests' responses, their reasons, live requests, and session tokens."""
 
 import json
 import sys
@@ -41,7 +41,7 @@ def get(
     *,
     include: Annotated[bool, flag("--include -i", "Status and headers first.")] = False,
 ) -> None:
-    """The answer that the guest at this address would get; exit 1 from status 400 up."""
+    """Show the response a guest at this address would get. Exits 1 for status 400 and above."""
     query = {"network": network, "address": address, "path": path}
     answer = run.api().get("/v1/documents", query)
     status = answer["status"]
@@ -87,7 +87,7 @@ def explain(
         ),
     ] = False,
 ) -> None:
-    """Who has an address in a network, why, from which source, and what it gets; or the same of an instance."""
+    """Show which instance owns an address, why, its source and its access; or explain all addresses of an instance."""
     query = {} if path is None else {"path": path}
     if probe:
         query["probe"] = "true"
@@ -159,7 +159,7 @@ def _outcome(shape: Shape) -> str:
 
 def _identity(shape: Shape) -> Iterator[tuple[str, str]]:
     yield "instance", f"{shape['instance']} ({shape['instance_name']})"
-    # Of another MAC than the record's, nothing else is known.
+    # If the guest's MAC differs from the record's, only the instance is known.
     if shape["how"] is not None:
         how = _HOW.get(shape["how"], shape["how"])
         yield "known", f"{how}, from source {shape['source']}"
@@ -191,7 +191,7 @@ def _policy(policy: Shape) -> Iterator[tuple[str, str]]:
 
 def _value(value: Any) -> str:  # noqa: ANN401 - JSON
     if value is None:
-        # Only limits have no value of their own.
+        # Only limits may be unset here.
         return "as set in the section limits of the settings"
     if isinstance(value, bool):
         return "on" if value else "off"
@@ -201,7 +201,7 @@ def _value(value: Any) -> str:  # noqa: ANN401 - JSON
 
 
 def _decided(decided: Shape, origins: Mapping[str, str]) -> str:
-    """What is answered, by which rule, and which scope set it."""
+    """Return the decision with its rule and the rule's scope."""
     if decided["status"] is None:
         return "[green]it passes[/]"
     by = decided["rule"] + origins.get(decided["rule"], "")
@@ -220,7 +220,7 @@ def watch(
         str | None, flag("--host HOST", "In a fleet, the guests of this host; or give --instance.")
     ] = None,
 ) -> None:
-    """Every request of a guest as it is answered, until Ctrl-C; with --json a line each."""
+    """Show guests' requests as they are answered, until Ctrl-C; with --json one line per request."""
     daemon, as_json = run.api(), run.output.as_json
     query = {} if network is None else {"network": network}
     query |= {} if instance is None else {"instance": instance}
@@ -236,7 +236,7 @@ def watch(
         if answer["missed"]:
             lines.append('{"missed": true}' if as_json else "… some were too many to show")
         lines += [_line_of(one, as_json=as_json) for one in answer["requests"]]
-        # At once, also into a pipe. HAProxy itself spells what is not printable as `#XX`.
+        # `raw` flushes, also to a pipe. HAProxy has already encoded unprintable bytes as `#XX`.
         run.output.raw("".join(f"{line}\n" for line in lines).encode())
         lines = []
         time.sleep(_WATCH_EVERY_S)
@@ -260,7 +260,7 @@ token_app = typer.Typer(
 @token_app.command("revoke")
 @options.command
 def revoke(run: options.Invocation, instance: options.Instance) -> None:
-    """Revoke the instance's tokens; it can get a new one at once."""
+    """Revoke an instance's tokens; the instance can get a new one at once."""
     answer = run.api().request("POST", path_to("instances", instance, "revoke-tokens"))
     show_written(run.output, f"all tokens of instance {instance} revoked", answer)
 
@@ -268,7 +268,7 @@ def revoke(run: options.Invocation, instance: options.Instance) -> None:
 @token_app.command("rotate")
 @options.command
 def rotate(run: options.Invocation) -> None:
-    """Sign tokens with a new key; existing tokens stay valid, by the two keys before it."""
+    """Sign tokens with a new key; tokens of the two previous keys stay valid."""
     done = run.api().request("POST", path_to("token-keys", "rotate"))
     key = f"key {done['kid']}"
     waiting = f"{key} signs once these hosts have it, and the same command is given again"
@@ -295,7 +295,7 @@ def report(
         flag("--check", "Exit 1 while tokens cannot be required, 75 while it is not known."),
     ] = False,
 ) -> None:
-    """Whether tokens can be required, which guests and clients still read without, and what stays open."""
+    """Show whether tokens can be required, which guests and clients read without tokens, and which trees stay open."""
     if network is not None and project is not None:
         raise RequestRefused(
             "token report takes --network or --project", hint="leave one of the two away"
@@ -310,7 +310,7 @@ def report(
 
 
 def _show_report(output: Output, report: Shape) -> None:
-    """The verdict, a line for each client of each guest, then the trees that stay open."""
+    """Print the verdict, a line for each client of each guest, then the trees that stay open."""
     verdict = report["verdicts"][0]
     answer = verdict["ready"]
     colour = {"yes": "green", "no": "red"}.get(answer, "yellow")

@@ -1,4 +1,4 @@
-"""`imdsproxy hub`: between etcd and the hosts of a fleet."""
+"""`imdsproxy hub`: connects etcd and the hosts of a fleet."""
 
 import os
 
@@ -10,7 +10,7 @@ _HINT = "apt install python3-cryptography, or pip install 'imdsproxy[fleet]'"
 
 @options.config_command
 def hub(run: options.Invocation) -> None:
-    """Be a hub of a fleet: give each host what is placed on it, and answer operators, until stopped."""
+    """Run a hub of a fleet in the foreground: send each host its records, and answer operators."""
     with optional_library("cryptography", _HINT):
         from imdsproxy.hub.hub import run as run_hub  # noqa: PLC0415 - the others need not load it
     run_hub(run.settings, dict(os.environ))

@@ -1,4 +1,4 @@
-"""`imdsproxy libvirt-hook`: an instance of a fleet follows its guest when libvirt migrates that."""
+"""`imdsproxy libvirt-hook`: moves a fleet's instance when libvirt migrates its guest."""
 
 from typing import Annotated
 
@@ -14,9 +14,9 @@ def libvirt_hook(
     suboperation: Annotated[str, argument("SUBOPERATION", "begin or end.")],
     extra: Annotated[str, argument("EXTRA", "Of release, why the domain has stopped.")] = "-",
 ) -> None:
-    """What libvirt's hook runs, with the domain's XML on standard input: end a move when its guest has migrated.
+    """Handle a call of libvirt's hook, with the domain's XML on standard input: move an instance with its guest.
 
-    A domain that is no instance of the fleet is passed over.
+    Domains that are not instances of the fleet are ignored.
     """
     from imdsproxy.cli.migration import follow  # noqa: PLC0415 - `--help` need not load it
 

@@ -1,7 +1,7 @@
-"""The command line: one program, its commands by module, errors as one clear line and an exit status.
+"""Main program of the command line: loads commands by module, reports errors as one line and an exit status.
 
-Only the module of the command that a command line names is loaded (`_Program`): all of them take half as long to load
-as `imdsproxy run` takes to find its settings.
+`_Program` imports only the module of the given command: importing all modules takes half as long as `imdsproxy run`
+takes to find its settings.
 """
 
 import importlib
@@ -34,12 +34,13 @@ EXAMPLES: Final = dict(
     line.split(": ", 1)
     for line in Path(__file__).with_name("examples.txt").read_text("utf-8").splitlines()
 )
-"""One of each command, by what calls it: for its help, the reference and the manual page."""
+"""Example of each command, by command path, for help, reference and manual page."""
 
 COMMANDS: Final = tuple(dict.fromkeys(path.split()[0] for path in EXAMPLES))
-"""Every command, in the order of the help.
+"""Commands, in the order of the help.
 
-A command is a function of its name, in a module of its name or in that of `_MODULES`; a group is `NAME_app` there.
+A command is a function of the same name, in a module of the same name or in its module of `_MODULES`. A group of
+commands is `NAME_app` there.
 """
 
 _GROUPS: Final = frozenset(path.split()[0] for path in EXAMPLES if " " in path)
@@ -59,17 +60,17 @@ _PANELS: Final[Mapping[str, str]] = {
     **dict.fromkeys(("get", "explain", "watch", "token", "doctor", "snippet"), "Guests"),
     **dict.fromkeys(("fleet", "libvirt-hook"), "Fleet"),
 }
-"""Headings of the help; the other commands are the daemon's."""
+"""Headings of the help, by command; other commands belong to the heading Daemon."""
 
 _OTHERS_WORDS: Final = {
     "ignore_unknown_options": True,
     "allow_interspersed_args": False,
     "help_option_names": [],
 }
-"""All words after the command's name are another program's, also --help."""
+"""Context settings that pass all arguments through to another program, including --help."""
 
 _ALSO: Final[Mapping[str, str]] = {"tokens": "token"}
-"""A command's other name: works when it is named, and is in no help."""
+"""Aliases of commands; the help does not show aliases."""
 
 _UNKNOWN: Final = re.compile(r"No such (command|option):? '?([^' ]+?)'?(?:[. ]|$)")
 _MEANT: Final[Mapping[str, str]] = {
@@ -82,14 +83,14 @@ _MEANT: Final[Mapping[str, str]] = {
     "networks": "network",
     "instances": "instance",
 }
-"""What other programs call our commands."""
+"""Our commands, by their names in other programs; used for suggestions."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line and give its exit status (`imdsproxy.cli.options`).
+    """Run a command line; return its exit status (`imdsproxy.cli.options`).
 
     Args:
-        arguments: Without the program's name; `None` takes this process's own.
+        arguments: Arguments without the program's name; `None` for this process's arguments.
     """
     if arguments is None and _VARIABLE in os.environ:
         return _complete()
@@ -102,17 +103,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return options.INTERRUPTED
     except (BrokenPipeError, SystemExit):
-        # typer makes a SystemExit of a closed pipe, and of nothing else when it is not standalone.
-        # Python flushes standard output once more at its end, and would complain.
+        # Outside standalone mode, typer raises SystemExit only for a closed pipe. Python flushes standard output again
+        # at exit, which would print an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return options.PIPE_CLOSED
 
 
 def _complete() -> int:
-    """Answer a shell that asks for words; the environment has the line, and typer reads it there."""
+    """Print completions for a shell; typer reads the command line from the environment."""
     import typer.completion  # noqa: PLC0415 - only a shell needs it
 
-    # How each shell asks, and wants to be answered.
+    # Registers the completion protocol of each shell.
     getattr(typer.completion, "completion_init")()  # noqa: B009 - not in its list
     try:
         build_program()([], prog_name="imdsproxy")
@@ -143,7 +144,7 @@ def _usage(error: CommandLineError, invocation: options.Invocation) -> int:
     context = getattr(error, "ctx", None)
     path = "imdsproxy" if context is None else context.command_path
     hint = f"`{path} --help` says what it takes"
-    # The list of what an option may be comes with line breaks and tabs.
+    # typer's list of valid values contains line breaks and tabs.
     message = " ".join(message.split())
     if (unknown := _UNKNOWN.match(message)) is not None and context is not None:
         kind, word = unknown.groups()
@@ -157,7 +158,7 @@ def _usage(error: CommandLineError, invocation: options.Invocation) -> int:
 
 
 def _find_meant(command: Any, kind: str, word: str) -> list[str]:  # noqa: ANN401 - as typer keeps its classes private
-    """What is called like a command or option that there is not, the likeliest first."""
+    """Return commands or options with a name similar to an unknown one, the likeliest first."""
     if kind == "option":
         known = [name for one in command.params for name in (*one.opts, *one.secondary_opts)]
         return _similar(word, [name for name in known if name.startswith("--")])
@@ -215,14 +216,14 @@ def _root(
 
 
 class _Program(typer.core.TyperGroup):
-    """The program; the module of a command is loaded once the command is looked up."""
+    """Root command that imports a command's module on lookup."""
 
     def list_commands(self, _context: Any) -> list[str]:  # noqa: ANN401 - typer keeps its classes private
-        """The names of all commands."""
+        """Return the names of all commands."""
         return list(COMMANDS)
 
     def get_command(self, _context: Any, cmd_name: str) -> Any:  # noqa: ANN401 - as above
-        """The command of a name; where there is none, all are loaded, because typer looks for a similar name."""
+        """Return the command of a name; for an unknown name load all commands, because typer searches a similar one."""
         meant = _ALSO.get(cmd_name, cmd_name)
         for name in [meant] if meant in COMMANDS else COMMANDS:
             if name not in self.commands:
@@ -231,7 +232,7 @@ class _Program(typer.core.TyperGroup):
 
 
 def _load_command(name: str) -> Any:  # noqa: ANN401 - as above
-    """A command, with an example in its help and in those of the commands inside it."""
+    """Import a command; add examples to its help and to the help of its subcommands."""
     identifier = name.replace("-", "_")
     module = importlib.import_module(f"imdsproxy.cli.{_MODULES.get(name, identifier)}")
     panel = _PANELS.get(name, "Daemon")
@@ -254,13 +255,13 @@ def _load_command(name: str) -> Any:  # noqa: ANN401 - as above
 
 
 def _example(path: str) -> str:
-    """For a group the first of its commands'."""
+    """Return a command's example; for a group, the example of its first command."""
     words = (words for name, words in EXAMPLES.items() if f"{name} ".startswith(f"{path} "))
     return f"Example: {next(words)}"
 
 
 def build_program() -> Any:  # noqa: ANN401 - as above
-    """What runs a command line."""
+    """Build the root command."""
     app = typer.Typer(
         name="imdsproxy",
         cls=_Program,
@@ -278,18 +279,18 @@ def build_program() -> Any:  # noqa: ANN401 - as above
 
 
 def iterate_commands(command: Any, path: str = "") -> Iterator[tuple[str, Any]]:  # noqa: ANN401 - as above
-    """A command and those inside it, each with what calls it: `network add`, and nothing for the first."""
+    """Yield a command and its subcommands with their command paths, as `network add`; the root's path is empty."""
     yield path, command
     for name in command.list_commands(None) if hasattr(command, "list_commands") else ():
         yield from iterate_commands(command.get_command(None, name), f"{path} {name}".strip())
 
 
 def _show_as_written(argument: Any) -> None:  # noqa: ANN401 - as above
-    """An argument as its metavar has it: `[INSTANCE]`, without typer's brackets and type around it."""
+    """Show an argument as its metavar, as `[INSTANCE]`, without typer's brackets and type."""
     argument.get_usage_pieces = lambda *_, **_ignored: [argument.metavar]
     argument.display_type_rich = lambda *_, **_ignored: None
     if hasattr(argument, "type"):
-        # Debian 13's typer shows the type's name where the metavar is the argument's own.
+        # Debian 13's typer shows the type's name if the argument has its own metavar.
         argument.type = copy(argument.type)
         argument.type.name = argument.metavar
 
@@ -311,14 +312,14 @@ def completion(
     run: options.Invocation,
     shell: Annotated[str, options.argument("|".join(SHELLS), "For which shell.")],
 ) -> None:
-    """The script with which a shell completes commands, options, and the names of networks and instances."""
+    """Print the script that lets a shell complete commands, options, and names of networks and instances."""
     if shell not in SHELLS:
         raise RequestRefused(f"there is no script for {shell}", hint=f"one of {', '.join(SHELLS)}")
     run.output.text(render_completion(shell))
 
 
 def render_completion(shell: str) -> str:
-    """That script, for one of `SHELLS`."""
+    """Return the completion script for one of `SHELLS`."""
     import typer.completion  # noqa: PLC0415 - only a shell needs it
 
     make = getattr(typer.completion, "get_completion_script")  # noqa: B009 - not in its list

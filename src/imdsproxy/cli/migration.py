@@ -1,14 +1,14 @@
-"""What becomes of an instance of a fleet when libvirt migrates its guest.
+"""Moves of a fleet's instances when libvirt migrates their guests.
 
 libvirt runs its hook as `NAME OPERATION SUBOPERATION EXTRA`, with the domain's XML on standard input
-(https://libvirt.org/hooks.html). These say something about a migration:
+(https://libvirt.org/hooks.html). These calls concern a migration:
 
-- `migrate begin -` on the destination, before all else. A failure ends the migration. What the hook prints replaces the
-  XML, so it prints nothing.
+- `migrate begin -` on the destination, first of all. A failure ends the migration. Output of the hook would replace the
+  XML, so the hook prints nothing.
 - `release end migrated` on the source, when the guest runs on the destination.
 - `release end failed` on the destination, when the migration failed or was canceled.
 
-`started begin` on the destination comes before the guest's memory is copied, so it says nothing.
+`started begin` on the destination comes before the guest's memory is copied, so it is ignored.
 """
 
 import asyncio
@@ -34,10 +34,10 @@ from imdsproxy.sources.fleet.client import HostFiles, HubClient
 from imdsproxy.sources.libvirt.xml import parse_domain
 
 MOVER: Final = "mover.pem"
-"""Beside the host's own certificate: with it a host takes over what migrates to it."""
+"""Certificate file, beside the host's own, with which a host takes over instances that migrate to it."""
 
 _ANSWER_S: Final = 15.0
-"""A hub waits up to ten seconds for the host."""
+"""Timeout of a move; a hub waits up to ten seconds for the host."""
 
 
 class _Step(Enum):
@@ -59,11 +59,11 @@ def _step(operation: str, suboperation: str, reason: str) -> _Step | None:
 
 
 def follow(settings: Settings, domain: str, operation: str, suboperation: str, extra: str) -> None:
-    """Do what is to be done at one call of the hook, whose XML is on standard input.
+    """Handle one call of the hook, with the domain's XML on standard input.
 
     Raises:
-        AdminError: A hub refuses it.
-        RequestRefused: There is no domain's XML, or the guest went where the fleet does not serve it.
+        AdminError: A hub refuses the move.
+        RequestRefused: Standard input is no domain's XML, or the guest went to a host that does not serve it.
         SourceUnavailable: No hub answers, or this host does not serve the instance yet.
     """
     step, wanted = _step(operation, suboperation, extra), settings.sources.fleet
@@ -88,7 +88,7 @@ def follow(settings: Settings, domain: str, operation: str, suboperation: str, e
 
 
 def _read_ids(domain: str) -> tuple[str, ...]:
-    """The ids that a domain's instance may have."""
+    """Return the possible instance ids of the domain on standard input."""
     parsed = parse_domain(sys.stdin.read())
     if isinstance(parsed, Refused):
         raise RequestRefused(
@@ -114,7 +114,7 @@ def _take(client: FleetClient, ids: tuple[str, ...], host: str) -> None:
 async def _leave(
     client: HubClient, hubs: tuple[str, ...], ids: tuple[str, ...], *, cancel: bool
 ) -> str | None:
-    """The instance that stays on this host; `None` where there is none such."""
+    """End or cancel the move; return the instance that stays on this host, or `None`."""
     for one in ids:
         body = json.dumps({"instance": one, "cancel": cancel}).encode()
         status, answer = await _ask(client, hubs, body)

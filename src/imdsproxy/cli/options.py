@@ -1,4 +1,4 @@
-"""What commands share: their options and exit statuses, and one run with its settings, daemon and output."""
+"""Shared parts of commands: options, exit statuses, and an invocation with settings, daemon and output."""
 
 from __future__ import annotations
 
@@ -24,29 +24,28 @@ if TYPE_CHECKING:
     from imdsproxy.config.schema import Settings
 
 _AT_A_PROMPT_S: Final = 1.0
-"""An operator waits for names at a prompt."""
+"""Timeout for completions, because an operator waits at the prompt."""
 
 OK: Final = 0
 NO: Final = 1
-"""Done, and the answer is no."""
+"""Exit status of a successful command with a negative answer."""
 
 USAGE: Final = 64
 NOT_IN_FORCE: Final = 75
 INTERRUPTED: Final = 130
 PIPE_CLOSED: Final = 141
-"""Exit statuses; errors bring their own (`imdsproxy.errors`, after sysexits.h)."""
+"""Exit statuses; errors have their own (`imdsproxy.errors`, after sysexits.h)."""
 
 
 def flag(
     usage: str, help_text: str, complete: Callable[..., list[str]] | None = None
 ) -> OptionInfo:
-    """An option.
+    """Declare an option.
 
     Args:
-        usage: Its names, and what stands for its value: `--file -f FILE`. One without a value has none; `--on/--off`
-            has a name for each answer.
-        help_text: What it is.
-        complete: What a shell may complete its value to.
+        usage: Names and metavar: `--file -f FILE`. A switch has no metavar; `--on/--off` names both values.
+        help_text: Description.
+        complete: Function that returns shell completions of the value.
     """
     names = [word for word in usage.split() if word.startswith("-")]
     metavar = usage.removeprefix(" ".join(names)).strip()
@@ -59,7 +58,7 @@ def flag(
 def argument(
     metavar: str, help_text: str, complete: Callable[..., list[str]] | None = None
 ) -> ArgumentInfo:
-    """An argument; described as `flag`."""
+    """Declare an argument; the parameters are as for `flag`."""
     described: ArgumentInfo = typer.Argument(
         metavar=metavar, help=help_text, show_default=False, autocompletion=complete
     )
@@ -67,18 +66,18 @@ def argument(
 
 
 def complete_networks(context: typer.Context, incomplete: str) -> list[str]:
-    """Ids and names of networks that begin so."""
+    """Return ids and names of networks that begin with `incomplete`."""
     return _complete(context, "networks", incomplete)
 
 
 def complete_instances(context: typer.Context, incomplete: str) -> list[str]:
-    """Ids and names of instances that begin so."""
+    """Return ids and names of instances that begin with `incomplete`."""
     return _complete(context, "instances", incomplete)
 
 
 def _complete(context: typer.Context, kind: str, incomplete: str) -> list[str]:
     run, place = Invocation(), cast("Any", context)
-    # Options before the word that is completed, also those of the commands around its own. Typer 0.15 has texts there.
+    # Options before the completed word count, including those of parent commands. Typer 0.15 has them as text.
     while place is not None:
         run.socket = run.socket or _path_of(place.params.get("socket"))
         run.config = run.config or _path_of(place.params.get("config"))
@@ -86,11 +85,11 @@ def _complete(context: typer.Context, kind: str, incomplete: str) -> list[str]:
         run.certificate = run.certificate or _path_of(place.params.get("fleet_certificate"))
         place = place.parent
     try:
-        # A fleet has very many instances: only those that may be meant.
+        # A fleet has very many instances, so the hub filters them.
         query = {"text": incomplete} if kind == "instances" else None
         shapes = replace(run.api(), timeout_s=_AT_A_PROMPT_S).get(f"/v1/{kind}", query)
     except ImdsproxyError:
-        # There is no place for an error: the shell puts all output into the command line.
+        # An error cannot be shown: the shell puts all output into the command line.
         return []
     records = [shape["record"] for shape in shapes]
     words = [record["id"] for record in records] + [record.get("name", "") for record in records]
@@ -102,7 +101,7 @@ def _path_of(given: str | Path | None) -> Path | None:
 
 
 def network_flag(help_text: str) -> OptionInfo:
-    """--network, in the words of its command."""
+    """Declare `--network` with a help text for its command."""
     return flag("--network -n NET", help_text, complete_networks)
 
 
@@ -149,7 +148,7 @@ _SHARED: Final = {
 
 @dataclass(slots=True)
 class Invocation:
-    """One run of the command line: what was asked for before and after the command's name."""
+    """Shared options of one run of the command line, and access to settings, daemon and output."""
 
     config: Path | None = None
     socket: Path | None = None
@@ -158,24 +157,24 @@ class Invocation:
     output: Output = field(default_factory=Output)
 
     def load(self) -> Loaded:
-        """The settings; `ConfigError` with every problem."""
+        """Read the settings; raise `ConfigError` with every problem."""
         from imdsproxy.config.load import load_settings  # noqa: PLC0415 - `--help` need not load it
 
         return load_settings(self.config, os.environ)
 
     @property
     def settings(self) -> Settings:
-        """The settings; `ConfigError` with every problem."""
+        """Settings; reading them raises `ConfigError` with every problem."""
         return self.load().settings
 
     def api(self) -> AdminClient:
-        """The fleet that was named or that the settings name, else the daemon."""
+        """Return a client of the fleet given by option or settings, otherwise of the daemon."""
         if self.fleet or (self.socket is None and self.settings.operator.hubs):
             return self.hubs()
         return self.daemon()
 
     def hubs(self) -> FleetClient:
-        """The fleet; `RequestRefused` where none is named."""
+        """Return a client of the fleet; raise `RequestRefused` if neither options nor settings name a hub."""
         from imdsproxy.admin_client import FleetClient  # noqa: PLC0415 - as below
 
         urls = self.fleet or tuple(self.settings.operator.hubs)
@@ -192,7 +191,7 @@ class Invocation:
         return FleetClient(certificate, waiting=None, urls=urls)
 
     def daemon(self) -> AdminClient:
-        """The daemon, by the socket that was named or that the settings name."""
+        """Return a client of the daemon, at the socket from the options or settings."""
         from imdsproxy.admin_client import AdminClient  # noqa: PLC0415 - the daemon itself need not load it
 
         socket = self.socket or self.settings.admin_socket
@@ -208,7 +207,7 @@ def invocation(
     fleet: Sequence[str] | None = None,
     fleet_certificate: Path | None = None,
 ) -> Invocation:
-    """What was asked for, options after the command's name winning over those before it."""
+    """Update the invocation with the options after the command's name, which override those before it."""
     run: Invocation = context.find_root().obj
     run.config = config or run.config
     run.socket = socket or run.socket
@@ -224,14 +223,14 @@ def command(
     shared: Collection[str] = ("as_json", "socket", "config", *_OF_FLEET),
     flags: Mapping[str, object] | None = None,
 ) -> Callable[..., int | None]:
-    """A function of an `Invocation` as a command, which asks this host's daemon, or a fleet.
+    """Wrap a function of an `Invocation` as a command for this host's daemon or a fleet.
 
-    In the place of the invocation typer sees --json, --socket, --config, --fleet and --fleet-certificate.
+    The wrapper replaces the invocation by the options --json, --socket, --config, --fleet and --fleet-certificate.
 
     Args:
-        function: Its first parameter is the invocation.
-        shared: Which of those options it takes.
-        flags: Annotations of what typer sees in the place of `**values`, by name. Their default is `None`.
+        function: Function with the invocation as its first parameter.
+        shared: Names of the shared options of the command.
+        flags: Annotations, by name, of the options that replace `**values`. Their default is `None`.
     """
     signature = inspect.signature(function, eval_str=True)
     own = list(signature.parameters.values())[1:]
@@ -256,19 +255,19 @@ def command(
 
 
 host_command = partial(command, shared=("as_json", "socket", "config"))
-"""As `command`; it asks this host's daemon, and no fleet."""
+"""Variant of `command` for this host's daemon only."""
 
 json_command = partial(command, shared=("as_json",))
-"""As `command`; it asks no daemon and reads no settings."""
+"""Variant of `command` without daemon and settings."""
 
 fleet_command = partial(command, shared=("as_json", "config", *_OF_FLEET))
-"""As `command`; it asks a fleet."""
+"""Variant of `command` for a fleet only."""
 
 bare_command = partial(command, shared=())
-"""As `command`; none of these options may stand after its name."""
+"""Variant of `command` without shared options after its name."""
 
 config_command = partial(command, shared=("config",))
-"""As `command`; it is one of the daemon's processes."""
+"""Variant of `command` for the daemon's processes."""
 
 
 def _keyword(name: str, annotation: object, default: object) -> inspect.Parameter:

@@ -1,6 +1,6 @@
-"""`imdsproxy policy list|show|set|clear`: what guests of a fleet may read, of a fleet, a host or a project."""
+"""`imdsproxy policy list|show|set|clear`: policies of a fleet, its hosts and projects."""
 
-# Annotations are not postponed here: those of `set` are values.
+# No postponed annotations in this module: annotations of `set` are values.
 from collections.abc import Mapping
 from functools import partial
 from typing import Annotated, Any, Final
@@ -31,7 +31,7 @@ _CLEAR: Final = {
 @policy_app.command("list")
 @fleet_command
 def list_policies(run: Invocation) -> None:
-    """Every scope that has rules."""
+    """List all scopes with rules."""
     run.output.answer(
         run.hubs().get("/v1/policies"),
         lambda output, shapes: output.table(
@@ -45,7 +45,7 @@ def list_policies(run: Invocation) -> None:
 @policy_app.command("show")
 @fleet_command
 def show(run: Invocation, place: Annotated[str, _PLACE]) -> None:
-    """The rules of a scope."""
+    """Show the rules of a scope."""
     run.output.answer(
         run.hubs().get(_route(place)), lambda output, shape: output.text(_spell(shape) or "none")
     )
@@ -54,7 +54,7 @@ def show(run: Invocation, place: Annotated[str, _PLACE]) -> None:
 @policy_app.command("set")
 @partial(fleet_command, flags={"place": Annotated[str, _PLACE], **dict(flags_of(POLICY)), **_CLEAR})
 def set_policy(run: Invocation, **values: Any) -> None:  # noqa: ANN401 - of flags
-    """Set rules of a scope; the others stay."""
+    """Set rules of a scope; other rules stay."""
     place = values.pop("place")
     cleared = dict.fromkeys(key.replace("-", "_") for key in values.pop("clear") or ())
     body = {**cleared, **keys_of(POLICY, values)}
@@ -67,7 +67,7 @@ def set_policy(run: Invocation, **values: Any) -> None:  # noqa: ANN401 - of fla
 @policy_app.command("clear")
 @fleet_command
 def clear(run: Invocation, place: Annotated[str, _PLACE]) -> None:
-    """Leave all rules of a scope to less specific ones."""
+    """Remove all rules of a scope; less specific scopes then apply."""
     answer = run.hubs().request("DELETE", _route(place))
     record_io.show_written(run.output, f"policy of {place} cleared", answer)
 

@@ -1,7 +1,7 @@
-"""The flags of `network add|set` and `instance add|set`, out of the tables of records, and back into a record's keys.
+"""Flags of `network add|set` and `instance add|set`, derived from record tables, and converted back to record keys.
 
-Most keys have a flag of their own name and kind, also those of mappings inside a record (`listener`, `policy`,
-`dialects`). Keys that hold lists, payloads or free mappings have the flags of `_SPECIAL`.
+Most keys have a flag of the same name and kind, including keys of mappings in a record (`listener`, `policy`,
+`dialects`). Keys with lists, payloads or free mappings have the flags of `_SPECIAL`.
 """
 
 import sys
@@ -22,7 +22,7 @@ _Split: TypeAlias = Callable[[str, str], tuple[str, str, str]]
 STDIN: Final = Path("-")
 
 _OFF: Final = {"manage_addresses": "leave-addresses"}
-"""Names of flags that switch a key off, where they are not `--no-…`."""
+"""Names of flags that switch a key off, if not `--no-…`."""
 
 _METAVARS: Final = {
     **dict.fromkeys(("name", "hostname", "namespace"), "NAME"),
@@ -35,11 +35,11 @@ _PRIVATE: Final = "PRIVATE KEY-----"
 
 
 def flags_of(table: Table[Any], *, new: bool = False) -> Iterator[tuple[str, object]]:
-    """Each flag's name as a parameter, and its annotation for typer.
+    """Yield each flag's parameter name and its annotation for typer.
 
     Args:
-        table: Of the record.
-        new: For a record that is made: with what a key is that no flag gives.
+        table: Table of the record.
+        new: The flags are for a new record, so their help shows default values.
     """
     for key in table.keys:
         if key.name in _SPECIAL:
@@ -78,11 +78,11 @@ def _annotation(key: Key, default: Any) -> object:  # noqa: ANN401 - as the reco
 
 
 def keys_of(table: Table[Any], values: Mapping[str, Any]) -> dict[str, Json]:
-    """The keys that flags gave.
+    """Return the record keys set by flags.
 
     Args:
-        table: The record's.
-        values: Of the parameters that `flags_of` has.
+        table: Table of the record.
+        values: Values of the parameters from `flags_of`.
     """
     keys: dict[str, Json] = {}
     for key in table.keys:
@@ -100,7 +100,7 @@ def keys_of(table: Table[Any], values: Mapping[str, Any]) -> dict[str, Json]:
 
 
 def read_bytes(path: Path) -> bytes:
-    """A file's bytes, or standard input's for `-`; `RequestRefused` where it cannot be read."""
+    """Read a file, or standard input for `-`; raise `RequestRefused` on failure."""
     try:
         return sys.stdin.buffer.read() if path == STDIN else path.read_bytes()
     except OSError as error:
@@ -137,11 +137,11 @@ _PARTS: Final = {
     "--subnet": {"gateway": "gateway", "dns": "dns"},
     "--port": {"network": "network", "mac": "mac", "address": "addresses"},
 }
-"""What the parts of these flags give: keys of a subnet and of a port."""
+"""Keys of a subnet or port, by flag and name of the flag's part."""
 
 
 def _parts(flag: str, texts: Sequence[str]) -> dict[str, Json]:
-    """What a flag's parts `NAME=VALUE` give; the last one counts, but for keys that are lists."""
+    """Parse a flag's parts `NAME=VALUE`; the last value counts, except that list keys collect all values."""
     known, found = _PARTS[flag], dict[str, Json]()
     for text in texts:
         name, equals, value = text.partition("=")
@@ -158,7 +158,7 @@ def _parts(flag: str, texts: Sequence[str]) -> dict[str, Json]:
 def _pairs(
     texts: Iterable[str], field: str, lacks: str, hint: str, split: _Split = str.partition
 ) -> dict[str, Json]:
-    """What texts `NAME=VALUE` give; `lacks` says what one without a value lacks."""
+    """Parse texts `NAME=VALUE`; `lacks` is the error text for a missing value."""
     pairs: dict[str, Json] = {}
     for text in texts:
         name, equals, pairs[name] = split(text, "=")
@@ -207,7 +207,7 @@ def _paths_of(added: Sequence[str] | None, removed: Sequence[str] | None) -> Jso
 
 
 def wrong_flag(field: str, reason: str, hint: str) -> RequestRefused:
-    """The error of a flag's value, by the key of the record that it is for."""
+    """Return the error for an invalid flag value, with the record key as its field."""
     problem = Problem(field, reason, hint=hint)
     return RequestRefused(f"{field}: {reason}", hint=hint, problems=[problem])
 
@@ -257,4 +257,4 @@ _SPECIAL: Final[Mapping[str, tuple[Callable[..., Json], Mapping[str, object]]]] 
         },
     ),
 }
-"""Keys with flags of their own: what reads the flags' values, and their annotations by the parameters' names."""
+"""Keys with special flags: parser of the flags' values, and annotations by parameter name."""

@@ -1,4 +1,4 @@
-"""Records outside the daemon: rows of tables, YAML and files of them, and how a change of one went."""
+"""Records in commands: table rows, YAML, record files, and results of changes."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -33,7 +33,7 @@ _LINES: Final = 100
 
 
 def show_rows(output: Output, kind: str, shapes: Iterable[Shape]) -> None:
-    """A table of all networks or all instances."""
+    """Print a table of networks or instances."""
     output.table(
         map(_network_row if kind == "network" else _instance_row, shapes),
         empty=f"no {kind}s: `imdsproxy {kind} add` makes one",
@@ -44,7 +44,7 @@ def show_rows(output: Output, kind: str, shapes: Iterable[Shape]) -> None:
 
 
 def _network_row(shape: Shape) -> dict[str, str]:
-    """A network, how it is reached, and why it is not served."""
+    """Return a network's row: listener, and the reason if the network is not served."""
     record, left_out = shape["record"], shape["left_out"]
     kind, value = next(iter(record["listener"].items()))
     return {
@@ -58,12 +58,12 @@ def _network_row(shape: Shape) -> dict[str, str]:
 
 
 def _served(shape: Shape) -> str:
-    # Of a fleet's networks, one that no host needs has no listener anywhere.
+    # A fleet's network without instances on any host has no listener.
     return "on no host" if shape.get("hosts") == [] else "[green]serving[/]"
 
 
 def _instance_row(shape: Shape) -> dict[str, str]:
-    """An instance; further addresses of its ports are counted."""
+    """Return an instance's row; addresses beyond the first few of a port are only counted."""
     record, state = shape["record"], "[green]ok[/]"
     if shape["conflicts"]:
         state = "[red]conflict[/]"
@@ -80,7 +80,7 @@ def _instance_row(shape: Shape) -> dict[str, str]:
 
 
 def _where(shape: Shape) -> dict[str, str]:
-    """Where a record is from; of a fleet, the hosts that serve it."""
+    """Return a record's source, or in a fleet the hosts that serve the record."""
     if "hosts" not in shape:
         return {"SOURCE": clean(shape["source"])}
     return {"HOSTS": clean(" ".join(shape["hosts"]))}
@@ -104,11 +104,11 @@ def _size(number: int) -> str:
 
 
 def render_yaml(kind: str, shape: Shape) -> str:
-    """A record as a file of it, under comments with its state."""
+    """Return a record as the YAML of a record file, below comments with its state."""
     import yaml  # noqa: PLC0415 - `--help` need not load it
 
     class Dumper(yaml.SafeDumper):
-        """Block style, with texts of several lines as such."""
+        """YAML dumper that writes multi-line texts in block style."""
 
         def represent_scalar(
             self, tag: str, value: str, style: str | None = None
@@ -141,7 +141,7 @@ def _network_notes(shape: Shape) -> Iterator[tuple[str, object]]:
 
 
 def _instance_notes(shape: Shape) -> Iterator[tuple[str, object]]:
-    """Ids, conflicts, and what is not in force."""
+    """Yield names and values of an instance's state: ids, conflicts, pending changes."""
     yield "source", shape["source"]
     yield "uuid", shape["uuid"]
     yield "ec2 id", shape["ec2_id"]
@@ -156,13 +156,13 @@ def _instance_notes(shape: Shape) -> Iterator[tuple[str, object]]:
 
 
 def show_written(output: Output, what: str, written: Shape, *, waiting: str | None = None) -> None:
-    """That a change is in force, or why it is not yet, which ends the command with a status of its own.
+    """Print the result of a change; exit with `NOT_IN_FORCE` if the change is pending.
 
     Args:
-        output: Where to.
-        what: Was done.
-        written: The answer to it.
-        waiting: What is not so yet; `None` where `what` is stored.
+        output: Output of the command.
+        what: Description of the change.
+        written: Answer to the change.
+        waiting: Description of the pending state; `None` if the change is already stored.
     """
     output.answer(written, lambda _, answer: say_written(output, what, answer, waiting=waiting))
     if not written["applied"]:
@@ -170,7 +170,7 @@ def show_written(output: Output, what: str, written: Shape, *, waiting: str | No
 
 
 def say_written(output: Output, what: str, written: Shape, *, waiting: str | None = None) -> None:
-    """The same for people, and the command goes on."""
+    """Print the result of a change for people, without ending the command."""
     rest = "imdsproxy fleet hosts" if "hosts" in written else "imdsproxy status"
     lines = first_lines(written.get("pending", ()), rest)
     if written["applied"]:
@@ -196,9 +196,9 @@ def say_written(output: Output, what: str, written: Shape, *, waiting: str | Non
 
 
 def read_record_file(path: Path, note: Note, tables: Tables = TABLES) -> Records:
-    """Every record of the file, or `RequestRefused` with all problems.
+    """Read all records of a file; raise `RequestRefused` with all problems.
 
-    `user_data_file` is read here, relative to the file: the daemon reads no file for a caller.
+    The command itself reads each `user_data_file`, relative to the record file: the daemon reads no file for a caller.
     """
     from imdsproxy.sources.file.record_file import decode_records, payload_reader  # noqa: PLC0415 - `--help` need not load YAML
 
@@ -222,13 +222,13 @@ def read_record_file(path: Path, note: Note, tables: Tables = TABLES) -> Records
 
 @dataclass(frozen=True, slots=True)
 class RecordLines:
-    """The body of a bulk request, as often as it is needed: a record a line, some thousand bytes at a time."""
+    """Repeatable body of a bulk request: one record per line, in chunks of `_LINES` records."""
 
     records: Records
     note: Note
 
     def __iter__(self) -> Iterator[bytes]:
-        """From its beginning."""
+        """Yield the body from the start, and report progress."""
         found: list[Network | Instance] = [*self.records.networks, *self.records.instances]
         for begin in range(0, len(found), _LINES):
             part = found[begin : begin + _LINES]
@@ -243,7 +243,7 @@ def _render(record: Network | Instance) -> dict[str, Any]:
 
 
 def read_record(kind: str, parse: Callable[[object], _T | Refused], record: Shape) -> _T:
-    """A record of the daemon's as a value; `AdminError` where the daemon is of another version."""
+    """Parse a record from the daemon; raise `AdminError` if the record is invalid in this version."""
     read = parse(record)
     if isinstance(read, Refused):
         raise AdminError(
@@ -254,7 +254,7 @@ def read_record(kind: str, parse: Callable[[object], _T | Refused], record: Shap
 
 
 def read_networks(daemon: AdminClient) -> list[Network]:
-    """All networks of the daemon's; raises as `read_record`."""
+    """Return all networks of the daemon; raise as `read_record`."""
     return [
         read_record("network", parse_network, shape["record"])
         for shape in daemon.get("/v1/networks")
@@ -262,16 +262,16 @@ def read_networks(daemon: AdminClient) -> list[Network]:
 
 
 def import_domain(daemon: AdminClient, uri: str, name: str, network: str | None) -> dict[str, Any]:
-    """The keys of an instance's record, `id` among them, as the source `libvirt` would have them.
+    """Return the keys of an instance's record, including `id`, as the source `libvirt` reports them.
 
     Args:
-        daemon: Asked which networks there are.
-        uri: Libvirt's daemon.
-        name: The domain's name or UUID.
-        network: Where its one interface is; without it each is in the network that is reached through its bridge.
+        daemon: Client of the daemon, for its networks.
+        uri: URI of libvirt's daemon.
+        name: Domain's name or UUID.
+        network: Network of the domain's only NIC; `None` to find each NIC's network by its bridge.
 
     Raises:
-        RequestRefused: Its metadata is not understood, or its network is not known here.
+        RequestRefused: The domain's metadata is invalid, or a NIC's network is not known.
     """
     from imdsproxy.sources.libvirt.source import read_domain  # noqa: PLC0415 - only for libvirt
 

@@ -1,6 +1,6 @@
 """`imdsproxy network|instance add|set|list|show|remove`, `instance reopen` and `instance password`."""
 
-# Annotations are not postponed here: those in `_make_app` use its own variables.
+# No postponed annotations in this module: annotations in `_make_app` use local variables.
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -64,7 +64,7 @@ _FROM_LIBVIRT: Final = {
 
 
 def _change(run: Invocation, kind: str, values: _Values, *, create: bool) -> None:
-    """Add a record, change those of its keys that are given or cleared, or send the records of a file."""
+    """Add a record, change or clear its given keys, or send the records of a file."""
     name, file = values.pop("record"), values.pop("file")
     if file is not None:
         if name is not None or any(value not in (None, []) for value in values.values()):
@@ -73,7 +73,7 @@ def _change(run: Invocation, kind: str, values: _Values, *, create: bool) -> Non
             )
         _send_file(run, file, create=create)
         return
-    # Flags have hyphens where keys have underscores.
+    # `--clear` accepts keys with hyphens, as in the flags' names.
     cleared = dict.fromkeys(key.replace("-", "_") for key in values.pop("clear", None) or ())
     query = _if_revision(values.pop("if_revision", None))
     hosts = values.pop("host", None)
@@ -100,7 +100,7 @@ def _change(run: Invocation, kind: str, values: _Values, *, create: bool) -> Non
 
 
 def _network_keys(name: str | None, values: _Values, *, create: bool) -> _Keys:
-    """The network's id, which a new one may have from its listener, and the keys that flags give."""
+    """Return the network's id and the keys from the flags; a new network's id defaults to its listener's name."""
     listener = {key: values[key] for key in LISTENER_KEYS if values[key] is not None}
     if create and not listener:
         raise RequestRefused(
@@ -108,7 +108,7 @@ def _network_keys(name: str | None, values: _Values, *, create: bool) -> _Keys:
             hint="`imdsproxy network add red --bridge br-red`, or --file FILE",
         )
     kinds = listener.keys() & {"bridge", "interface", "namespace"}
-    # `--device` and `--manage-addresses` may stand alone where a namespace is there already.
+    # `--device` and `--manage-addresses` may stand alone for an existing namespace listener.
     alone = "namespace" not in kinds and listener.keys() - kinds
     if len(kinds) > 1 or (alone and (kinds or create)):
         raise wrong_flag(
@@ -118,13 +118,13 @@ def _network_keys(name: str | None, values: _Values, *, create: bool) -> _Keys:
         )
     keys = keys_of(NETWORK, values)
     if kinds and not create:
-        # A new kind takes the old one's keys away (RFC 7396).
+        # A null removes a key of the old listener (RFC 7396).
         keys["listener"] = {**dict.fromkeys(LISTENER_KEYS), **listener}
     return name or (listener[kinds.pop()] if create else None) or None, keys
 
 
 def _instance_keys(run: Invocation, name: str | None, values: _Values, *, create: bool) -> _Keys:
-    """The instance's id, and the keys that flags give; they win over those of a domain of libvirt."""
+    """Return the instance's id and keys; flags override the keys of a libvirt domain."""
     keys: dict[str, Any] = {}
     domain = values.pop("from_libvirt")
     if domain is not None:
@@ -163,7 +163,7 @@ def _only_network(run: Invocation) -> str:
 
 
 def _send_file(run: Invocation, file: Path, *, create: bool) -> None:
-    """Add the records of a file, or add and replace them: all, or none."""
+    """Add or replace all records of a file, or none; with `create` refuse existing records."""
     with run.output.progress() as note:
         daemon = run.api()
         tables = TABLES if daemon.of_host else PLACED_TABLES
@@ -184,7 +184,7 @@ def _if_revision(revision: int | None) -> dict[str, str] | None:
 
 
 def _remove(run: Invocation, kind: str, names: Sequence[str], query: dict[str, str] | None) -> None:
-    """Remove one after the other; the first that cannot be removed ends it."""
+    """Remove records one after the other; stop at the first error."""
     daemon, answers = run.api(), []
     for name in names:
         answers.append(daemon.request("DELETE", path_to(f"{kind}s", name), query=query))
@@ -208,18 +208,18 @@ def _make_app(
     add_flags: Mapping[str, object],
     list_flags: Mapping[str, object],
 ) -> typer.Typer:
-    """The commands that both kinds of record have.
+    """Build the commands that both kinds of record share.
 
     Args:
         kind: `network` or `instance`.
-        help_text: Of the group of commands.
-        new_id: What the argument of `add` is.
-        list_help: What `list` does.
-        remove_help: What `remove` does.
-        table: Of its record, whose keys are flags of `add` and `set`.
-        flags: Further ones of both: annotations by the parameter's name.
-        add_flags: Those of `add` that are described in another way.
-        list_flags: Those of `list`, which go into the query.
+        help_text: Help of the group.
+        new_id: Help of the argument of `add`.
+        list_help: Help of `list`.
+        remove_help: Help of `remove`.
+        table: Table of the record, whose keys become flags of `add` and `set`.
+        flags: Further flags of `add` and `set`: annotations by parameter name.
+        add_flags: Flags of `add` that replace those from the table.
+        list_flags: Flags of `list`, which become query parameters.
     """
     app = typer.Typer(help=help_text, no_args_is_help=True)
     names = options.complete_networks if kind == "network" else options.complete_instances
@@ -332,7 +332,7 @@ def password(
         bool, flag("--clear", "Forget it, so that the guest can post another.")
     ] = False,
 ) -> None:
-    """The password that its guest posted, encrypted with the instance's key; with --clear forget it."""
+    """Show the password that a guest posted, encrypted with the instance's key; with --clear remove it."""
     route = path_to("instances", instance, "password")
     if clear:
         cleared = run.api().request("DELETE", route)
@@ -347,7 +347,7 @@ def password(
 @instance_app.command("reopen")
 @command
 def reopen(run: Invocation, instance: _Id) -> None:
-    """Have its boot begin anew: sealed user-data and locked trees are open until that is over."""
+    """Restart an instance's boot grace: sealed user-data and locked trees are open until it ends."""
     answer = run.api().request("POST", path_to("instances", instance, "reopen"))
     record_io.show_written(run.output, f"instance {instance} boots anew", answer)
 
@@ -369,7 +369,7 @@ def move(
         bool, flag("--now", "Finish as soon as the new host serves it: nothing migrates.")
     ] = False,
 ) -> None:
-    """In a fleet, serve an instance on another host too, before its guest migrates there; then --finish."""
+    """Move an instance in a fleet: serve it on the new host too before its guest migrates; then run with --finish."""
     body = {"to": to, "finish": finish, "cancel": cancel, "now": now}
     answer = run.hubs().request("POST", path_to("instances", instance, "move"), body=body)
     where = " and ".join(answer["serving"])

@@ -1,4 +1,4 @@
-"""`imdsproxy snippet`: what a hypervisor must show a guest so that it asks."""
+"""`imdsproxy snippet`: hypervisor configuration that makes a guest request metadata."""
 
 import socket
 from contextlib import suppress
@@ -32,7 +32,7 @@ def snippet(
         ),
     ] = None,
 ) -> None:
-    """The SMBIOS, NIC and route that make a stock image ask for this instance's metadata."""
+    """Print the SMBIOS, NIC and route settings that make a stock image request this instance's metadata."""
     daemon = run.daemon()
     shape = daemon.get(path_to("instances", instance))
     record = read_record("instance", parse_instance, shape["record"])
@@ -63,7 +63,7 @@ def snippet(
 
 
 def _host_has(address: IpAddress) -> bool:
-    """Whether an address is this host's own: only those can be bound."""
+    """Return whether this host has an address, by trying to bind the address."""
     family = socket.AF_INET6 if address.version == 6 else socket.AF_INET  # noqa: PLR2004
     with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.bind((str(address), 0))

@@ -1,4 +1,4 @@
-"""`imdsproxy status`: everything at one moment."""
+"""`imdsproxy status`: current state of the daemon."""
 
 import time
 from collections.abc import Iterator
@@ -44,7 +44,7 @@ def status(
         ),
     ] = False,
 ) -> None:
-    """Networks, instances, sources, HAProxy, and everything that is wrong."""
+    """Show networks, instances, sources, HAProxy and all problems."""
     daemon = run.daemon()
     try:
         report = _wait(run.output, daemon) if wait else replace(daemon, waiting=None).get(_STATUS)
@@ -63,7 +63,7 @@ def status(
 
 
 def _wait(output: Output, daemon: AdminClient) -> Shape:
-    """The report of a daemon that is ready."""
+    """Wait until the daemon is ready; return its report."""
     deadline = time.monotonic() + _APPEARS_WITHIN_S
     with output.starting() as show:
         daemon = replace(daemon, waiting=lambda: nullcontext(show))
@@ -71,7 +71,7 @@ def _wait(output: Output, daemon: AdminClient) -> Shape:
             try:
                 report: Shape = daemon.get(_STATUS)
             except Starting:
-                pass  # a step that takes long shows no progress
+                pass  # a long step may report no progress
             except AdminUnavailable:
                 if time.monotonic() > deadline:
                     raise
@@ -134,7 +134,7 @@ def _show_status(output: Output, answer: Shape) -> None:
 
 
 def _facts(report: Shape) -> Iterator[tuple[str, list[str]]]:
-    """Names and lines; without lines the fact is not shown."""
+    """Yield names and lines of facts; facts without lines are not shown."""
     up = spell_duration(report["uptime_s"])
     yield "imdsproxy", [f"{report['version']}, up {up}, pid {report['controller']}"]
     yield "state", list(_state(report["readiness"]))
@@ -244,7 +244,7 @@ def _show_problems(output: Output, report: Shape) -> None:
         output.styled(*(f"  {clean(one)}" for one in foreign))
     if count := sum(map(len, groups)):
         output.styled("", f"[bold red]{count:,} problem{'s' if count > 1 else ''}[/]")
-        # Cleaned as a whole: parts of several texts may make a tag together.
+        # Each line is cleaned as a whole, because parts of several texts may form a tag.
         output.styled(*(f"  {clean(line)}" for group in groups for line in first_lines(group)))
 
 
@@ -266,7 +266,7 @@ def _red_unless_zero(number: int) -> str:
 
 
 def spell_duration(seconds: float) -> str:
-    """The two largest units: `1 d 2 h`, `12 s`."""
+    """Return a duration in its two largest units: `1 d 2 h`, `12 s`."""
     left, found = int(seconds), list[str]()
     for unit, length in _UNITS:
         count, left = divmod(left, length)

@@ -1,1 +1,1 @@
-"""`imdsproxy bundle`: one file that shows a host's state to others, without its secrets."""
+"""`imdsproxy bundle`: one file with a host's state for other people, without secrets."""

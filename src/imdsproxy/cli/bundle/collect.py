@@ -1,4 +1,4 @@
-"""Asks for the parts of a bundle; one that cannot be had has a reason in its place."""
+"""Collector of a bundle's parts, and of reasons for missing parts."""
 
 import asyncio
 import http.client
@@ -34,18 +34,18 @@ _RECORD_FIELDS: Final = frozenset(
         *("created_at", "listener", "subnets", "mtu", "domain"),
     )
 )
-"""What of records is shown: never what is in a guest's documents alone."""
+"""Fields of records that a bundle contains; data only for the guest's documents is excluded."""
 
 
 @dataclass(slots=True)
 class Collected:
-    """Parts by name, and what is lacking with its reason."""
+    """Collected parts by name, and missing parts with reasons."""
 
     texts: dict[str, str] = field(default_factory=dict)
     lacking: list[tuple[str, str]] = field(default_factory=list)
 
     def take(self, name: str, ask: Callable[[], str | None]) -> None:
-        """Keep what is answered; nothing where there is none."""
+        """Store the answer of `ask` as a part, or the reason of its failure; `None` adds nothing."""
         try:
             text = ask()
         except (ImdsproxyError, OSError, ValueError, http.client.HTTPException) as error:
@@ -56,10 +56,10 @@ class Collected:
             self.texts[name] = keep_end(text)
 
     def withhold(self, unread: Sequence[str]) -> None:
-        """Give up what programs and operators write freely, where some secrets are not known.
+        """Drop parts with free text (logs, daemon, checks) if some secrets are not known.
 
         Args:
-            unread: What could not be read, and why.
+            unread: Unreadable files with secrets, each with the reason.
         """
         if not unread:
             return
@@ -72,7 +72,7 @@ class Collected:
 def collect(
     parts: Iterable[Part], daemon: AdminClient, master: MasterClient, into: Collected
 ) -> None:
-    """Ask for each part, one after the other."""
+    """Collect all parts, one after the other."""
     for part in parts:
         into.take(part.name, lambda part=part: _ask(part, daemon, master))  # type: ignore[misc]
 
@@ -92,7 +92,7 @@ def _ask(part: Part, daemon: AdminClient, master: MasterClient) -> str | None:
 
 
 def _render(value: object) -> str:
-    """JSON; of a list each element on a line, so that the end of a long one can be read."""
+    """Return JSON, with one line per element of a list, so that the end of a truncated list stays readable."""
     if not isinstance(value, list):
         return json.dumps(value, indent=1, ensure_ascii=False)
     lines = ",\n".join(json.dumps(one, ensure_ascii=False) for one in value)
@@ -100,7 +100,7 @@ def _render(value: object) -> str:
 
 
 def without_payloads(value: Any) -> Any:  # noqa: ANN401 - JSON
-    """An answer of the admin API, whose records have only what identifies and places them."""
+    """Return an admin API answer whose records contain only identity and placement."""
     match value:
         case dict():
             return {
@@ -121,14 +121,14 @@ def _run(words: tuple[str, ...]) -> str:
 
 
 def _read_end(path: Path) -> str | None:
-    """Of maps without signatures: with one, Nova answers as that instance."""
+    """Return the end of a file, without the signatures in maps, with which Nova answers as that instance."""
     if not path.exists():
         return None
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         if size > MOST_BYTES:
             file.seek(size - MOST_BYTES)
-            # Of a part of a line nothing is known.
+            # A partial line could hide a secret from the redactor.
             file.readline()
         else:
             file.seek(0)

@@ -19,9 +19,9 @@ def bundle(
         ),
     ] = None,
 ) -> None:
-    """Collect settings, status, logs and HAProxy's view in one file, without secrets and user-data.
+    """Collect settings, status, logs and HAProxy's state in one file, without secrets and user-data.
 
-    Works without a daemon too; README.txt in it says what is lacking.
+    Also works without a daemon; README.txt in the file lists the missing parts.
     """
     from imdsproxy.cli.bundle.make import make_bundle  # noqa: PLC0415 - `--help` need not load it
 

@@ -1,4 +1,4 @@
-"""Which secrets this host has: read wherever they are kept, so that they can be found everywhere else."""
+"""Reader of this host's secrets, so that the redactor can find them in other files."""
 
 import base64
 import contextlib
@@ -21,20 +21,20 @@ from imdsproxy.sources.file.record_file import SUFFIXES
 
 _SECRET_FILE: Final = re.compile(r"(secret|key|password)_file$")
 _TOKEN_KEY: Final = re.compile(rb"[A-Za-z0-9+/]{43}=")
-"""Those of a fleet's instances are in no file of the settings."""
+"""Pattern of a token key. A fleet's token keys are in no file that the settings name."""
 _SECRET_KEY: Final = re.compile(r"pass|secret|token|key|credential", re.IGNORECASE)
 _DATA_FIELDS: Final = ("user_data", "vendor_data", "ssh_keys", "user_data_base64")
 
 
 @dataclass(slots=True)
 class Known:
-    """What must not be in a bundle.
+    """Secrets that a bundle must not contain.
 
     Attributes:
-        secrets: Values as a whole.
-        data: User-data, vendor-data, keys and the like, of which each line is a secret.
-        names: Ids, names and host names of instances: they stand in user-data too, and are none.
-        unread: What could not be read, and why: of that nothing is known.
+        secrets: Whole values.
+        data: User-data, vendor-data, keys and similar texts, in which each line is a secret.
+        names: Ids, names and host names of instances, which are no secrets, even if user-data contains them.
+        unread: Unreadable files, each with the reason. Their secrets are not known.
     """
 
     secrets: list[bytes] = field(default_factory=list)
@@ -44,7 +44,7 @@ class Known:
 
 
 def read_known(settings: Settings, layout: Layout) -> Known:
-    """Everything secret that settings name and that our own files hold."""
+    """Read all secrets from files that the settings name and from imdsproxy's own files."""
     known = Known()
     files = [*_secret_files(settings.model_dump()), layout.token_keys]
     for path in dict.fromkeys(files):
@@ -83,7 +83,7 @@ def _below(known: Known, directory: Path, pattern: str) -> list[Path]:
 
 
 def _secret_files(section: dict[str, Any]) -> Iterator[Path]:
-    """The files that settings of such a name hold, whatever section they are in."""
+    """Yield the files of settings whose names end with `secret_file`, `key_file` or `password_file`, in any section."""
     for name, value in section.items():
         if isinstance(value, dict):
             yield from _secret_files(value)
@@ -92,7 +92,7 @@ def _secret_files(section: dict[str, Any]) -> Iterator[Path]:
 
 
 def _cloud_secrets(content: bytes) -> Iterator[bytes]:
-    """What stands behind a key that sounds like a secret; every line of a file that is no YAML."""
+    """Yield the values of keys whose names suggest a secret; every line if the file is no YAML."""
     try:
         found = yaml.safe_load(content)
     except yaml.YAMLError:
@@ -140,12 +140,12 @@ def _read_store(known: Known, path: Path, table: str) -> None:
 
 
 def _whole(content: bytes) -> Iterator[bytes]:
-    """A file beside records is user-data that they name."""
+    """Yield a whole file: other files in the record directory are payloads that records name."""
     yield content
 
 
 def _record_file_data(content: bytes) -> Iterator[bytes]:
-    """The payloads of all records in a file; the whole of one that is no YAML."""
+    """Yield the payloads of all records in a file; the whole file if it is no YAML."""
     try:
         documents = list(yaml.safe_load_all(content))
     except yaml.YAMLError:
@@ -156,7 +156,7 @@ def _record_file_data(content: bytes) -> Iterator[bytes]:
 
 
 def _record_data(value: object) -> Iterator[bytes]:
-    """Payloads of records, however deep in a document they are."""
+    """Yield the payloads of records at any depth of a document."""
     match value:
         case dict():
             for name, inner in value.items():
@@ -176,7 +176,7 @@ def _texts(value: object) -> Iterator[bytes]:
         case dict():
             yield json.dumps(value).encode()
             with contextlib.suppress(TypeError, ValueError):
-                # As records spell bytes that are no UTF-8.
+                # Records encode bytes that are not UTF-8 this way.
                 yield base64.b64decode(value.get("base64", ""))
             for inner in value.values():
                 yield from _texts(inner)

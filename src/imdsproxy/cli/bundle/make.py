@@ -1,4 +1,4 @@
-"""Makes a bundle: collects, removes what is secret, writes."""
+"""Maker of a bundle: collect the parts, redact secrets, write the archive."""
 
 import gzip
 import io
@@ -41,7 +41,7 @@ _LIBRARIES: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """A bundle on the disk: where, its parts, and what is lacking with its reason."""
+    """Bundle on disk: path, parts, and missing parts with reasons."""
 
     path: Path
     parts: Sequence[str]
@@ -49,15 +49,15 @@ class Made:
 
 
 def make_bundle(run: options.Invocation, output: Path | None) -> Made:
-    """Write one.
+    """Make a bundle.
 
     Args:
-        run: Whose settings and daemon.
-        output: Where to; `None` for a name of the host and the time in the working directory.
+        run: Invocation with the settings and the daemon.
+        output: Target file; `None` for a file in the working directory, named after host and time.
 
     Raises:
         RequestRefused: The file exists.
-        HostRefused: It cannot be written.
+        HostRefused: The file is not writable.
     """
     now, host = time.gmtime(), socket.gethostname()
     name = f"imdsproxy-{host}-{time.strftime('%Y%m%d-%H%M%S', now)}"
@@ -70,7 +70,7 @@ def make_bundle(run: options.Invocation, output: Path | None) -> Made:
         collected.texts["settings.json"] = settings.model_dump_json(indent=1)
     else:
         collected.lacking.append(("settings.json", f"{broken}: the defaults are taken instead"))
-        # They name files of secrets.
+        # Without the settings, the paths of files with secrets are not known.
         known.unread.append(broken)
     redactor = Redactor.of(known.secrets, known.data, known.names)
     daemon = AdminClient(run.socket or settings.admin_socket, timeout_s=_TIMEOUT_S)
@@ -88,7 +88,7 @@ def make_bundle(run: options.Invocation, output: Path | None) -> Made:
 
 
 def _read_settings(run: options.Invocation) -> tuple[Settings, str | None]:
-    """The settings; the defaults, and what is wrong, where they are broken."""
+    """Return the settings, or the defaults and the error if the settings are invalid."""
     try:
         return run.settings, None
     except ConfigError as error:
@@ -134,7 +134,7 @@ def _places(settings: Settings, layout: Layout) -> Places:
 
 
 def _write(path: Path, name: str, files: dict[str, str], now: int) -> None:
-    """The archive, for its owner alone from the beginning."""
+    """Write the archive, created with mode 0600."""
     raw = io.BytesIO()
     with tarfile.open(fileobj=raw, mode="w") as archive:
         for one, text in files.items():

@@ -1,4 +1,4 @@
-"""What a bundle holds, and what is asked to get it. Pure."""
+"""Contents of a bundle, and the query for each part. Pure."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -6,14 +6,14 @@ from typing import Final, TypeAlias
 
 UNITS: Final = ("imdsproxy", "imdsproxy-haproxy", "imdsproxy-documents")
 MOST_BYTES: Final = 4 << 20
-"""Of each part; of a log its end."""
+"""Maximum size of a part in bytes; only the end of a longer part is kept."""
 
 _JOURNAL_LINES: Final = 20_000
 
 
 @dataclass(frozen=True, slots=True)
 class Admin:
-    """A route of the admin API, as JSON."""
+    """Route of the admin API, with a JSON answer."""
 
     name: str
     path: str
@@ -21,7 +21,7 @@ class Admin:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """What a program prints."""
+    """Output of a program."""
 
     name: str
     words: tuple[str, ...]
@@ -29,7 +29,7 @@ class Program:
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """The end of a file; absent where there is none."""
+    """End of a file; the part is absent if the file does not exist."""
 
     name: str
     path: str
@@ -37,7 +37,7 @@ class File:
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """A command to HAProxy's worker."""
+    """Command to HAProxy's worker."""
 
     name: str
     command: str
@@ -45,7 +45,7 @@ class Worker:
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A page of an address where metrics are."""
+    """Page of a metrics endpoint."""
 
     name: str
     host: str
@@ -58,12 +58,12 @@ Part: TypeAlias = Admin | Program | File | Worker | Endpoint
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Where this host has things.
+    """Files and endpoints of this host.
 
     Attributes:
-        files: Of HAProxy and of logs, by their name in a bundle.
-        haproxy: HAProxy's program.
-        metrics: Addresses and ports, as settings have them.
+        files: HAProxy's files and logs: name in the bundle, and path.
+        haproxy: Path of the HAProxy program.
+        metrics: Metrics endpoints from the settings: name, host and port.
     """
 
     files: Sequence[tuple[str, str]]
@@ -72,7 +72,7 @@ class Places:
 
 
 def plan_parts(places: Places) -> Iterator[Part]:
-    """Everything, in the order in which it is collected."""
+    """Yield all parts, in the order of collection."""
     for kind in ("status", "networks", "instances", "token-report"):
         yield Admin(f"daemon/{kind}.json", f"/v1/{kind}")
     for name, host, port in places.metrics:
@@ -106,7 +106,7 @@ def plan_parts(places: Places) -> Iterator[Part]:
 
 
 def keep_end(text: str, most: int = MOST_BYTES) -> str:
-    """The end of a long text, from the beginning of a line."""
+    """Return the text, or the end of a long text from the start of a line."""
     if len(text) <= most:
         return text
     end = text[-most:].partition("\n")[2]
@@ -116,7 +116,7 @@ def keep_end(text: str, most: int = MOST_BYTES) -> str:
 def render_readme(
     host: str, time: str, version: str, names: Sequence[str], lacking: Sequence[tuple[str, str]]
 ) -> str:
-    """The first file of a bundle: what is in it, what is not, and why."""
+    """Return the README of a bundle: contents, missing parts with reasons, and redactions."""
     missing = "\n".join(f"- {name}: {reason}" for name, reason in lacking) or "- nothing"
     listed = "\n".join(f"- {name}" for name in names)
     return f"""Support bundle of imdsproxy {version}, host {host}, {time}

@@ -1,6 +1,6 @@
-"""Secrets out of text: what is known, in every form that it may have, and what looks like one.
+"""Redactor for text: removes known secrets in every encoding, and patterns that look like secrets.
 
-Rather too much is removed than too little: a word that also stands in some user-data is gone everywhere.
+It removes too much rather than too little: a word that occurs in user-data is removed everywhere.
 """
 
 import base64
@@ -16,23 +16,23 @@ from imdsproxy.core.tokens import TOKEN_PATTERN
 
 REMOVED: Final = "[removed]"
 LEAST_SECRET: Final = 4
-"""Characters. What is shorter would be found everywhere."""
+"""Minimum length of a secret in characters; shorter values would match everywhere."""
 
 _LEAST_WORD: Final = 6
 _BEGIN: Final = 12
-"""So much of the beginning of a longer one is enough: logs cut off."""
+"""Number of leading characters that identify a longer secret, because logs truncate values."""
 
 _MOST_WHOLE: Final = 65_536
 _BASE64_LINES: Final = (64, 76)
 _BETWEEN_WORDS: Final = re.compile(rb"[\s\"'=:,;\[\]{}()<>|&]+")
 _PLAIN_WORD: Final = re.compile(rb"[a-z_-]*")
-"""Words of this form are `packages`, `network`: without them no log could be read. Values are taken all the same."""
+"""Pattern of words like `packages` and `network`, which stay so that logs are readable. Whole values are removed."""
 
 _PATTERNS: Final = tuple(
     re.compile(pattern, flags)
     for pattern, flags in (
         (rf"(?<![\w-]){TOKEN_PATTERN.strip('^$')}", 0),
-        # Signatures and keys; digests look the same.
+        # Signatures and keys; the pattern also removes digests, which look the same.
         (r"\b[0-9a-fA-F]{64}\b", 0),
         (
             r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)",
@@ -47,7 +47,7 @@ _PATTERNS: Final = tuple(
 
 @dataclass(slots=True)
 class Redactor:
-    """Removes what is known, and what looks like a secret, from text."""
+    """Redactor of known secrets and of patterns that look like secrets."""
 
     _short: dict[str, int] = field(default_factory=dict)
     _long: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
@@ -58,12 +58,12 @@ class Redactor:
     def of(
         cls, secrets: Iterable[bytes], data: Iterable[bytes], names: Collection[bytes] = ()
     ) -> Self:
-        """One that knows these.
+        """Build a redactor.
 
         Args:
-            secrets: Values as a whole; those under `LEAST_SECRET` characters are not looked for.
-            data: User-data and the like: each line and each value of a line is a secret.
-            names: Which of these are none.
+            secrets: Whole values; values shorter than `LEAST_SECRET` are ignored.
+            data: User-data and similar texts; each line and each value in a line is a secret.
+            names: Words of `data` that are no secrets.
         """
         pieces = {piece for one in set(data) for piece in _pieces(one)} - set(names)
         pieces.update(one for one in map(bytes.strip, secrets) if len(one) >= LEAST_SECRET)
@@ -78,7 +78,7 @@ class Redactor:
         return made
 
     def clean(self, text: str) -> str:
-        """The text without them."""
+        """Return the text with secrets replaced by `REMOVED`."""
         for pattern in _PATTERNS:
             text = pattern.sub(REMOVED, text)
         parts: list[str] = []
@@ -89,7 +89,7 @@ class Redactor:
         return "".join((*parts, text[done:]))
 
     def _spans(self, text: str) -> Iterator[tuple[int, int]]:
-        """Where something known begins and ends, by its beginning."""
+        """Yield start and end of each match; the first characters of a secret suffice."""
         starts = self._starts
         for at in range(len(text) - LEAST_SECRET + 1):
             if text[at : at + LEAST_SECRET] not in starts:
@@ -103,7 +103,7 @@ class Redactor:
 
 
 def _common(text: str, at: int, form: str) -> int:
-    """How many characters of `form` are there."""
+    """Return the number of leading characters of `form` at position `at`."""
     if text.startswith(form, at):
         return len(form)
     return next(
@@ -119,7 +119,7 @@ def _common(text: str, at: int, form: str) -> int:
 
 
 def _merged(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Spans that overlap or touch, as one."""
+    """Merge spans that overlap or touch."""
     begin, end = -1, -1
     for start, stop in spans:
         if start > end:
@@ -132,7 +132,7 @@ def _merged(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
 
 
 def _pieces(data: bytes) -> Iterator[bytes]:
-    """What of data is looked for: the whole, its lines, and the values and words of these."""
+    """Yield the pieces of data to search for: the whole, its lines, and the lines' values and words."""
     yield from (one for one in (data, data.strip()) if _LEAST_WORD <= len(one) <= _MOST_WHOLE)
     for line in data.splitlines():
         words = (one for one in _BETWEEN_WORDS.split(line) if not _PLAIN_WORD.fullmatch(one))
@@ -143,7 +143,7 @@ def _pieces(data: bytes) -> Iterator[bytes]:
 
 
 def _forms(piece: bytes) -> Iterator[str]:
-    """The piece as it may stand in text."""
+    """Yield the encodings of a piece that may occur in text."""
     yield piece.hex()
     yield piece.hex().upper()
     for encoded in (base64.b64encode(piece), base64.urlsafe_b64encode(piece)):
@@ -153,14 +153,14 @@ def _forms(piece: bytes) -> Iterator[str]:
         for width in _BASE64_LINES:
             lines = (encoded[at : at + width] for at in range(0, len(encoded), width))
             yield from (one.decode() for one in lines if len(one) >= _BEGIN)
-    # Inside other data: its first and last characters there hold bits of what is beside it.
+    # Base64 of surrounding data: drop the outer characters, which share bits with neighbouring bytes.
     for before in (0, 1, 2):
         inner = base64.b64encode(bytes(before) + piece).decode().rstrip("=")
         begin = before + 1 if before else 0
         inner = inner[begin : -1 if (len(piece) + before) % 3 else None]
         if len(inner) >= LEAST_SECRET:
             yield inner
-    # What is no UTF-8 has been read as either.
+    # Programs decode bytes that are not UTF-8 in either way.
     for text in {piece.decode("utf-8", "replace"), piece.decode("latin-1")}:
         yield from _text_forms(text)
     yield from _percent_forms(quote(piece, safe=""))

@@ -101,7 +101,7 @@ class Finding:
 
     @property
     def ok(self) -> bool:
-        """Report whether `run` would start."""
+        """Return whether `run` would start."""
         return self.exit_status == 0
 
 

@@ -241,7 +241,7 @@ def check_path_rules(on: Subject) -> list[Finding]:
 
 
 def check_hop_limits(on: Subject) -> list[Finding]:
-    """Warn about scopes whose hop limit has no effect because the unix listener is enabled."""
+    """Warn about scopes whose hop limit has no effect for guests of the unix listener."""
     return [
         found("hop-limit", place=place, limit=rules.hop_limit)
         for place, _, rules in _scopes(on)
