@@ -1,6 +1,6 @@
-"""Who may use the console: one link that works once, then one session; and which requests are the session's own.
+"""Access to the console: a link that works once, the session it opens, and checks of the session's requests.
 
-Everything here decides by what it is given. The reasons are in docs/adr/0050-the-console-is-no-new-way-in.md.
+The module does no I/O. The reasons are in docs/adr/0050-the-console-is-no-new-way-in.md.
 """
 
 import re
@@ -11,10 +11,10 @@ from hmac import compare_digest
 from typing import Final
 
 LINK_S: Final = 300.0
-"""For so long the link can be opened."""
+"""Lifetime of the link in seconds."""
 
 IDLE_S: Final = 3600.0
-"""After so long without a request the session ends, and the command with it."""
+"""Idle timeout in seconds, after which the session and the command end."""
 
 COOKIE: Final = "imdsproxy-console"
 TOKEN: Final = "token"  # noqa: S105 - the name of a form's field
@@ -29,15 +29,15 @@ def _secret() -> str:
 
 @dataclass(slots=True)
 class Access:
-    """The link and the session of one run of the command.
+    """Link and session of one run of the command.
 
     Attributes:
-        now: A monotonic clock, in seconds.
-        place: The first step of every path. A cookie goes to all ports of an address: this one goes only to paths
-            that begin so, which no other server of 127.0.0.1 knows.
-        key: In the link; it works once.
-        cookie: Of the browser that opened the link.
-        token: In each form and request that changes or reveals something.
+        now: Monotonic clock, in seconds.
+        place: First segment of every path. Browsers send a cookie to all ports of an address; the cookie is limited to
+            paths with this segment, which no other server on 127.0.0.1 knows.
+        key: Key in the link; it works once.
+        cookie: Cookie for the browser that opened the link.
+        token: Token in each form and request that changes or reveals something.
     """
 
     now: Callable[[], float]
@@ -52,7 +52,7 @@ class Access:
         self._seen_at = self.now()
 
     def open(self, key: str) -> bool:
-        """Whether this key opens the session now; it does so once."""
+        """Open the session if the key is right and unused; return whether the session was opened."""
         if self.opened or self.is_over() or not compare_digest(key.encode(), self.key.encode()):
             return False
         self.opened = True
@@ -60,30 +60,30 @@ class Access:
         return True
 
     def see(self) -> None:
-        """Note that the session is in use."""
+        """Restart the idle timeout."""
         self._seen_at = self.now()
 
     def is_over(self) -> bool:
-        """Whether the link was not opened in time, or the session not used for long."""
+        """Return whether the link or the session has expired."""
         return self.now() - self._seen_at > (IDLE_S if self.opened else LINK_S)
 
     def has_session(self, cookie: str | None) -> bool:
-        """Whether this is the cookie of the open session."""
+        """Return whether the cookie belongs to the open session."""
         known = cookie is not None and compare_digest(cookie.encode(), self.cookie.encode())
         return known and self.opened and not self.is_over()
 
     def has_token(self, token: str) -> bool:
-        """Whether a form is one of this session's."""
+        """Return whether a form's token belongs to this session."""
         return compare_digest(token.encode(), self.token.encode())
 
 
 def refuse_foreign(method: str, headers: Mapping[str, str], *, opens: bool) -> str | None:
-    """Why a request is none that a page of ours sends, or the operator; `None` where it may be.
+    """Return why a request comes neither from the console's pages nor from the operator; `None` if acceptable.
 
     Args:
-        method: Of the request.
-        headers: By names in lower case.
-        opens: It is for the link, which may be followed from anywhere.
+        method: Method of the request.
+        headers: Headers by lower-case name.
+        opens: The request is for the link, which any page may contain.
     """
     host = headers.get("host", "")
     if not _HOST.fullmatch(host):

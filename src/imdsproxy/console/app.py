@@ -1,4 +1,4 @@
-"""The console as an ASGI application: its paths, and what is answered where the daemon refuses."""
+"""ASGI application of the console: routes, forms, and pages for the daemon's errors."""
 
 from collections.abc import Callable
 from functools import partial
@@ -25,7 +25,7 @@ from imdsproxy.errors import ImdsproxyError, NotFound
 
 _STATIC: Final = Path(__file__).with_name("static")
 _MOST: Final = 64 * 1024 * 1024
-"""Bytes of a form: user-data of 16 MiB, each byte of it escaped."""
+"""Maximum size of a form in bytes: 16 MiB of user-data, each byte escaped."""
 
 _View: TypeAlias = Callable[[Console, Request], Response]
 _Change: TypeAlias = Callable[[Console, Request, Sent], Response]
@@ -48,11 +48,11 @@ _CHANGES: Final[dict[str, _Change]] = {
     "/guests/{guest}/edit": editing.change_guest,
     "/guests/{guest}/documents": documents.reveal_document,
 }
-"""What needs the session's token."""
+"""Handlers of forms, which need the session's token, by path."""
 
 
 def console_app(daemon: AdminClient, access: Access) -> Secured:
-    """The application, for one run of the command."""
+    """Build the application for one run of the command."""
     console = Console(daemon, access)
     routes = [
         Route("/open", partial(_open, console), methods=["GET"]),
@@ -75,11 +75,11 @@ def console_app(daemon: AdminClient, access: Access) -> Secured:
 
 
 async def _open(console: Console, request: Request) -> Response:
-    """The link: the browser gets the session's cookie, once. Not in a thread, where two could be the first."""
+    """Open the session from the link and set its cookie, once. Async, because threads could open it twice."""
     if not console.access.open(request.query_params.get("key", "")):
         reason = "this link is not valid any more: it works once, for five minutes"
         return PlainTextResponse(f"Refused: {reason}. Run `imdsproxy console` again.\n", 403)
-    # No redirect: after a link in a page of another site, such as a web mail, that would carry no strict cookie.
+    # A redirect would not work: after a link on another site, such as web mail, the browser sends no strict cookie.
     html = console.templates.get_template("open.html").render(root=console.root)
     answer = HTMLResponse(html)
     answer.set_cookie(
@@ -93,7 +93,7 @@ def _begin(console: Console, _request: Request) -> Response:
 
 
 async def _take_form(console: Console, view: _Change, request: Request) -> Response:
-    """Read a form, and refuse one that is no form of this session."""
+    """Read a form; refuse forms without this session's token."""
     raw = bytearray()
     async for chunk in request.stream():
         raw += chunk
@@ -106,7 +106,7 @@ async def _take_form(console: Console, view: _Change, request: Request) -> Respo
 
 
 def _explain(console: Console, request: Request, error: Exception) -> Response:
-    """What the daemon refused, or that it does not answer."""
+    """Return an error page for an error of the daemon or an unknown path."""
     match error:
         case ImdsproxyError():
             return console.page(request, "error.html", {"error": error}, error.http_status)

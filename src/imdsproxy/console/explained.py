@@ -1,4 +1,4 @@
-"""An explanation of the daemon's as a path: what a guest's request meets on its way to an answer."""
+"""Path of a guest's request to its answer, built from the daemon's explanation."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,11 +17,11 @@ _ANY_MAC: Final = "*"
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One place on the path.
+    """Step on the path.
 
     Attributes:
-        state: `good`, `bad`, or `plain` where it says neither.
-        lines: What is known there, one sentence or value each.
+        state: `good`, `bad`, or `plain` for neither.
+        lines: Details, one sentence or value per line.
     """
 
     title: str
@@ -31,7 +31,7 @@ class Step:
 
 
 def plan_path(found: Mapping[str, Any]) -> list[Step]:
-    """The steps of one address, from the guest to the answer."""
+    """Return the steps for one address, from the guest to the answer."""
     return list(_steps(found))
 
 
@@ -54,7 +54,7 @@ def _steps(found: Mapping[str, Any]) -> Iterator[Step]:
 
 
 def _listener(found: Mapping[str, Any]) -> tuple[str, ...]:
-    """The sentences that are about how the network is reached."""
+    """Return the explanation's sentences about the network and its listener."""
     return tuple(one for one in found["why"] if "listener" in one or one.startswith("network "))
 
 
@@ -69,12 +69,12 @@ def _mac_filter(pair: Mapping[str, Any]) -> Step:
 
 
 def _record_of(installed: str | None) -> str:
-    """The instance in a value of the map, or what stands in its place."""
+    """Return the instance in a map value, or a description of a value without instance."""
     if installed is None:
         return "nothing"
     if installed == "!":
         return "no instance: 503"
-    # As in `core.wire`: a policy's word may come first, and of Nova's records the third is the instance.
+    # See `core.wire`: a policy word may come first, and the third word of Nova's records is the instance.
     words = installed.split("|")[1 if installed.startswith("+") else 0 :]
     return words[2] if words[0].startswith("@") else words[0]
 

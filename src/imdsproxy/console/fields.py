@@ -1,4 +1,4 @@
-"""Which fields the forms of records have, and how a value of JSON becomes the text of an input and again a value."""
+"""Fields of record forms, and conversion between JSON values and texts of inputs."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,7 +18,7 @@ _NUMBER: Final = re.compile(r"-?[0-9]{1,12}")
 
 @dataclass(frozen=True, slots=True)
 class PlainField:
-    """A key of the record, or of a mapping in it, as one input."""
+    """Key of the record, or of a mapping in the record, as one input."""
 
     name: str
     label: str
@@ -27,13 +27,13 @@ class PlainField:
     default: str = ""
 
     def show(self, value: object) -> str:
-        """A value as the input holds it."""
+        """Return the input's text for a value."""
         if isinstance(value, bool):
             return "true" if value else "false"
         return self.default if value is None else str(value)
 
     def read(self, text: str) -> object:
-        """A number that is none stays text, so that the daemon says what is wrong with it."""
+        """Return the value for an input's text. An invalid number stays text, so that the daemon reports the error."""
         if self.options and text in {"true", "false"}:
             return text == "true"
         if self.number and _NUMBER.fullmatch(text.strip()):
@@ -43,12 +43,12 @@ class PlainField:
 
 @dataclass(frozen=True, slots=True)
 class TableField:
-    """A key whose value is a list or mapping, as rows.
+    """Key with a list or mapping as its value, shown as rows.
 
     Attributes:
-        columns: Names, labels and what kind of input.
-        split: The value as rows of texts.
-        join: Rows, without blank cells, as the value.
+        columns: Inputs of a row.
+        split: Function that splits the value into rows of texts.
+        join: Function that joins rows, without blank cells, to the value.
     """
 
     name: str
@@ -69,7 +69,7 @@ def _rows_of_list(value: Sequence[Mapping[str, object]]) -> Iterable[Mapping[str
 def _list_of_rows(
     *several: str,
 ) -> Callable[[Sequence[Mapping[str, str]]], list[dict[str, object]]]:
-    """Rows as mappings; in columns that may have several values these are apart by blanks or commas."""
+    """Return a converter of rows to mappings; columns in `several` contain values separated by blanks or commas."""
 
     def join(rows: Sequence[Mapping[str, str]]) -> list[dict[str, object]]:
         return [
@@ -92,7 +92,7 @@ def _mapping_of_rows(first: str, second: str) -> Callable[[Sequence[Mapping[str,
 
 
 def _join_keys(rows: Sequence[Mapping[str, str]]) -> list[object]:
-    """A key without a name is named by its comment."""
+    """Return SSH keys as mappings; a key without a name becomes a text, which the daemon names by its comment."""
     return [dict(row) if "name" in row else row["key"] for row in rows]
 
 
@@ -218,6 +218,6 @@ _NETWORK: Final[tuple[_Section, ...]] = (
     ("What its guests may", _POLICY),
 )
 SECTIONS: Final[Mapping[str, tuple[_Section, ...]]] = {"instance": _INSTANCE, "network": _NETWORK}
-"""The headings of each kind of record, and the fields below them."""
+"""Headings and their fields, by kind of record."""
 TABLES: Final[Mapping[str, Table[Any]]] = {"instance": INSTANCE, "network": NETWORK}
-"""What describes their keys to the daemon."""
+"""Record tables, by kind of record."""

@@ -1,6 +1,6 @@
-"""Records as forms and back: each input is named as the admin API names the field in its problems.
+"""Conversion of records to forms and back. Inputs have the names of the fields in the admin API's problems.
 
-`make_form` gives the inputs of a record, `read_form` the record that a browser sends, and `plan_patch` what differs.
+`make_form` returns the inputs of a record, `read_form` the record from a browser, and `plan_patch` the difference.
 """
 
 import re
@@ -13,7 +13,7 @@ from imdsproxy.core.policy import RULES
 from imdsproxy.errors import Problem
 
 Sent: TypeAlias = Mapping[str, str]
-"""What a browser sends: the text of each input, by its name."""
+"""Form data from a browser: the text of each input, by name."""
 
 _CELL: Final = re.compile(r"(?P<group>[a-z_.]+)\[(?P<row>[0-9]{1,4})\]\.(?P<column>[a-z_]+)")
 _SPARE_ROWS: Final = 1
@@ -21,13 +21,13 @@ _SPARE_ROWS: Final = 1
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """One input.
+    """Input of a form.
 
     Attributes:
-        name: The field in the record: `policy.tokens`, `ports[0].mac`.
+        name: Field in the record: `policy.tokens`, `ports[0].mac`.
         kind: `text`, `choice`, or `long` for text of several lines.
-        options: Of a choice: what is sent, and what is shown.
-        errors: What the daemon does not accept.
+        options: Options of a choice: sent value and shown text.
+        errors: Problems from the daemon.
     """
 
     name: str
@@ -40,13 +40,13 @@ class Input:
 
     @property
     def in_use(self) -> bool:
-        """Whether it holds something, or what it held is not accepted."""
+        """Return whether the input has a value or a problem."""
         return bool(self.value or self.errors)
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A table of inputs; the last row is blank, for one more."""
+    """Table of inputs; the last row is blank for a new entry."""
 
     name: str
     label: str
@@ -56,7 +56,7 @@ class Rows:
 
     @property
     def in_use(self) -> bool:
-        """As of an input."""
+        """Return whether the table has a filled row or a problem."""
         return len(self.rows) > _SPARE_ROWS or bool(self.errors)
 
 
@@ -69,21 +69,21 @@ class Section:
 
     @property
     def folded(self) -> bool:
-        """Whether it is of the many rules that few records set."""
+        """Return whether the section has policy rules, which are many and rarely set."""
         return self.parts[0].name.startswith("policy.")
 
     @property
     def in_use(self) -> bool:
-        """Whether the record sets something of it, or the daemon does not accept it."""
+        """Return whether any part of the section has a value or a problem."""
         return any(one.in_use for one in self.parts)
 
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """All of a record.
+    """Form of a record.
 
     Attributes:
-        errors: Those that belong to no input.
+        errors: Problems that belong to no input.
     """
 
     sections: tuple[Section, ...]
@@ -91,12 +91,12 @@ class Form:
 
 
 def make_form(kind: str, sent: Sent, problems: Sequence[Problem]) -> Form:
-    """The inputs of a record, with what the daemon does not accept at each.
+    """Build the form of a record, with the daemon's problems at their inputs.
 
     Args:
         kind: `instance` or `network`.
-        sent: What the inputs hold (`show_record`, or what the browser has sent).
-        problems: Of the daemon.
+        sent: Texts of the inputs, from `show_record` or the browser.
+        problems: Problems from the daemon.
     """
     left = list(problems)
 
@@ -133,7 +133,7 @@ def make_form(kind: str, sent: Sent, problems: Sequence[Problem]) -> Form:
 
 
 def _help(kind: str, name: str) -> str:
-    """What the record's table says of a key, or that of the rules of a rule."""
+    """Return the help of a record's key or of a policy rule."""
     group, _, rule = name.partition(".")
     if group == "policy":
         return RULES[rule].help
@@ -141,7 +141,7 @@ def _help(kind: str, name: str) -> str:
 
 
 def show_record(kind: str, record: Mapping[str, Any]) -> dict[str, str]:
-    """What the inputs of a record hold at first."""
+    """Return the initial texts of a record's inputs."""
     shown: dict[str, str] = {}
     for one in (part for _, parts in SECTIONS[kind] for part in parts):
         group, _, inner = one.name.partition(".")
@@ -155,7 +155,7 @@ def show_record(kind: str, record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def read_form(kind: str, sent: Sent) -> tuple[dict[str, Any], list[Problem]]:
-    """The keys of the record as the browser has them, and what cannot be put into a record."""
+    """Return the record's keys from the browser's form, and problems that prevent a record."""
     record: dict[str, Any] = {}
     problems: list[Problem] = []
     required = TABLES[kind].required
@@ -183,7 +183,7 @@ def _repeated(one: TableField, rows: Sequence[object], value: object) -> list[Pr
 
 
 def _read_rows(group: str, sent: Sent) -> list[dict[str, str]]:
-    """The rows of a table in their order, without blank cells and blank rows."""
+    """Return the rows of a table in order, without blank cells and blank rows."""
     rows: dict[int, dict[str, str]] = {}
     for name, text in sent.items():
         cell = _CELL.fullmatch(name)
@@ -193,7 +193,7 @@ def _read_rows(group: str, sent: Sent) -> list[dict[str, str]]:
 
 
 def plan_patch(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes one mapping of another (RFC 7396): null takes a key away; empty where they are equal."""
+    """Return the merge patch from one mapping to another (RFC 7396): null removes a key; equal mappings give `{}`."""
     patch: dict[str, Any] = {}
     for key in {**known, **wanted}:
         before, after = known.get(key), wanted.get(key)
@@ -206,6 +206,6 @@ def plan_patch(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str,
 
 
 def edited_keys(kind: str) -> frozenset[str]:
-    """The keys of the record that the form has."""
+    """Return the record's keys that the form contains."""
     parts = (part for _, every in SECTIONS[kind] for part in every)
     return frozenset(one.name.partition(".")[0] for one in parts)

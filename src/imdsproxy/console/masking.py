@@ -1,4 +1,4 @@
-"""What of documents is a secret: hidden until the operator asks for it."""
+"""Secrets in documents, hidden until the operator reveals them."""
 
 import re
 from typing import Final
@@ -15,18 +15,18 @@ _SECRET: Final = frozenset(
         "password",
     }
 )
-"""Names of documents that are secrets as a whole."""
+"""Names of documents that are entirely secret."""
 
 _KEY: Final = re.compile(r"((?:ssh|ecdsa|sk-ssh|sk-ecdsa)-[\w@.-]+ )[A-Za-z0-9+/=\\]{16,}")
 _VALUE: Final = re.compile(r'("(?:random_seed|admin_pass|password)": ?")(?:[^"\\]|\\.)*')
 
 
 def is_secret(path: str) -> bool:
-    """Whether a document is a secret as a whole, however its path is spelled."""
+    """Return whether a document is entirely secret, for any spelling of its path."""
     names = [name for name in path.partition("?")[0].split("/") if name]
     return any(name in _SECRET for name in names) or "%" in path
 
 
 def mask_secrets(text: str) -> str:
-    """A document without the keys and passwords in it."""
+    """Replace keys and passwords in a document by `HIDDEN`."""
     return _VALUE.sub(rf"\1{HIDDEN}", _KEY.sub(rf"\1{HIDDEN}", text))

@@ -1,4 +1,4 @@
-"""How pages are made: templates that escape all they are given, and what every page has."""
+"""Rendering of pages: escaping templates, and the values that all pages share."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,14 +17,14 @@ from imdsproxy.console.access import TOKEN, Access
 from imdsproxy.console.rates import Rates
 
 Shape: TypeAlias = Mapping[str, Any]
-"""An object in the daemon's JSON."""
+"""Object in the daemon's JSON."""
 
 _CODE: Final = Markup("<code>{}</code>")
 _TEMPLATES: Final = Path(__file__).with_name("templates")
 
 
 def make_environment() -> Environment:
-    """Of all templates: every value is escaped, and a name that no page gives is an error."""
+    """Build the templates' environment: it escapes every value, and an undefined name is an error."""
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -44,17 +44,17 @@ def _spell_time(at: float) -> str:
 
 
 def _mark_code(text: str) -> Markup:
-    """What stands between backticks as code; all of it escaped."""
+    """Convert text between backticks to `<code>`; escape everything."""
     parts = enumerate(text.split("`"))
     return Markup().join(_CODE.format(one) if place % 2 else escape(one) for place, one in parts)
 
 
 @dataclass(slots=True)
 class Console:
-    """What pages use.
+    """State shared by all pages.
 
     Attributes:
-        notice: What the next page says first: what became of a change.
+        notice: Result of a change, shown at the top of the next page.
     """
 
     daemon: AdminClient
@@ -65,13 +65,13 @@ class Console:
 
     @property
     def root(self) -> str:
-        """Where all paths begin."""
+        """Prefix of all paths."""
         return f"/{self.access.place}"
 
     def page(
         self, request: Request, template: str, values: Mapping[str, object], status: int = 200
     ) -> HTMLResponse:
-        """A page of a template."""
+        """Render a template as a response."""
         shared = {
             "root": self.root,
             "here": request.url.path.removeprefix(self.root),
@@ -84,6 +84,6 @@ class Console:
         return HTMLResponse(html, status)
 
     def _take_notice(self) -> str:
-        """What became of the last change, once."""
+        """Return the notice and clear it."""
         notice, self.notice = self.notice, ""
         return notice

@@ -1,4 +1,4 @@
-"""How much guests asked for lately: kept by the console while their pages are open, and drawn as a small line."""
+"""Recent request rates of guests, sampled while their pages are open, and drawn as a line."""
 
 from collections import OrderedDict, deque
 from collections.abc import Sequence
@@ -14,13 +14,13 @@ HEIGHT: Final = 48
 
 @dataclass(slots=True)
 class Rates:
-    """The last numbers of the guests that were looked at last."""
+    """Recent samples of the guests viewed last."""
 
     _numbers: OrderedDict[str, deque[int]] = field(default_factory=OrderedDict)
     _lock: Lock = field(default_factory=Lock)
 
     def add(self, guest: str, number: int) -> Sequence[int]:
-        """Note a number; all that are known of this guest, the newest last."""
+        """Add a sample; return all samples of this guest, the newest last."""
         with self._lock:
             kept = self._numbers.pop(guest, None) or deque(maxlen=_KEPT)
             kept.append(number)
@@ -31,11 +31,11 @@ class Rates:
 
 
 def draw_line(numbers: Sequence[int], most: int) -> str:
-    """The points of an SVG's polyline: the newest at the right edge, as high as its share of the most seen.
+    """Return the points of an SVG polyline, with the newest sample at the right edge.
 
     Args:
-        numbers: Of equal times.
-        most: Drawn at the top, unless a number is higher.
+        numbers: Samples at equal intervals.
+        most: Value at the top edge, unless a sample is higher.
     """
     highest, step = max(most, *numbers), WIDTH / (_KEPT - 1)
     begin = WIDTH - step * (len(numbers) - 1)

@@ -1,4 +1,4 @@
-"""The console's outer layer: what no page may do without. It sees each request before any route does."""
+"""Outer layer of the console: checks each request before routing, and adds security headers to each response."""
 
 from collections.abc import MutableMapping
 from http import HTTPStatus
@@ -20,15 +20,15 @@ HEADERS: Final = {
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
     "permissions-policy": "camera=(), geolocation=(), microphone=()",
-    # Not `no-referrer`: with that, browsers send `Origin: null` with forms.
+    # With `no-referrer`, browsers would send `Origin: null` with forms.
     "referrer-policy": "same-origin",
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
 }
-"""Of every answer, refusals included."""
+"""Headers of every response, including refusals."""
 
 _KEPT: Final = "private, max-age=3600"
-"""Of scripts and styles, which hold nothing of a session: an ssh connection may be slow."""
+"""Cache header of scripts and styles, which contain no session data; caching helps over slow ssh connections."""
 
 _NO_SESSION: Final = (
     "This page needs the session of `imdsproxy console`.\n\n"
@@ -37,14 +37,14 @@ _NO_SESSION: Final = (
 
 
 class Secured:
-    """An ASGI application that is only reached by the session's own requests."""
+    """ASGI middleware that admits only the session's own requests."""
 
     def __init__(self, app: ASGIApp, access: Access) -> None:
         self._app = app
         self._access = access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer what is refused, and pass everything else on."""
+        """Refuse a request, or pass it on to the application."""
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -73,7 +73,7 @@ class Secured:
 
 
 def _by_name(headers: Headers) -> dict[str, str]:
-    # Two of a name are neither: `a, b` equals nothing that is expected.
+    # Repeated headers are joined: `a, b` equals no expected value, so the request is refused.
     found: dict[str, str] = {}
     for name, value in headers.items():
         found[name] = f"{found[name]}, {value}" if name in found else value

@@ -1,4 +1,4 @@
-"""The console's server: one socket on 127.0.0.1, for as long as the session lasts."""
+"""Server of the console: one socket on 127.0.0.1 until the session ends."""
 
 import asyncio
 import socket
@@ -19,15 +19,15 @@ _END_S: Final = 1
 def run_console(
     daemon: AdminClient, listener: socket.socket, announce: Callable[[str], None]
 ) -> str:
-    """Serve until the link was not opened in time, or the session not used for long; a signal ends it, too.
+    """Serve until the link or the session expires, or until a signal.
 
     Args:
-        daemon: Whose networks and guests.
-        listener: On 127.0.0.1.
-        announce: Given the link.
+        daemon: Client of the daemon.
+        listener: Listening socket on 127.0.0.1.
+        announce: Function that receives the link.
 
     Returns:
-        Why it has ended.
+        The reason for the end.
     """
     access = Access(time.monotonic)
     port = listener.getsockname()[1]

@@ -1,4 +1,4 @@
-"""What is wrong, where, and what to do: the daemon's status as one list."""
+"""List of problems with places and hints, built from the daemon's status."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ _FORGED_HINT: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Trouble:
-    """One thing that is wrong.
+    """Problem shown on the console.
 
     Attributes:
-        level: `bad` where guests notice it, else `warn`.
-        where: What it is about: a network, a source, a part of the daemon.
-        kind: Of `where`: `network` and `instance` have pages.
-        hint: What to do; empty where that is not known.
+        level: `bad` if guests notice the problem, otherwise `warn`.
+        where: Subject of the problem: a network, a source, a part of the daemon.
+        kind: Kind of `where`; `network` and `instance` have pages.
+        hint: Suggested fix; empty if not known.
     """
 
     level: str
@@ -32,7 +32,7 @@ class Trouble:
 
 
 def list_troubles(status: Mapping[str, Any]) -> list[Trouble]:
-    """Everything that is wrong, what guests notice first."""
+    """Return all problems; those that guests notice come first."""
     found = [*_daemon(status), *_networks(status), *_records(status), *_names(status)]
     return sorted(found, key=lambda one: one.level != "bad")
 

@@ -1,1 +1,1 @@
-"""The pages: each module has the functions that answer some paths."""
+"""Pages of the console: each module contains the handlers of some paths."""

@@ -1,4 +1,4 @@
-"""A guest's documents, as it would be answered; what is secret in them only when it is asked for."""
+"""Page with a guest's documents as the guest would get them; secrets are shown only on demand."""
 
 from http import HTTPStatus
 from typing import Final
@@ -16,7 +16,7 @@ _TREES: Final = (
     ("openstack", "OpenStack", "/openstack/latest/meta_data.json"),
     ("nocloud", "NoCloud", "/nocloud/meta-data"),
 )
-"""Each dialect, with the document that it begins with."""
+"""Dialects: key, label and first document."""
 
 _SIBLINGS: Final = {
     "ec2": ("/latest/meta-data/", "/latest/user-data", "/latest/dynamic/"),
@@ -35,18 +35,18 @@ _SIBLINGS: Final = {
     ),
 }
 _LONGEST: Final = 64 * 1024
-"""Characters of a document that are shown."""
+"""Maximum number of characters shown of a document."""
 
 
 def show_documents(console: Console, request: Request) -> Response:
-    """One document of a guest, with secrets hidden."""
+    """Show a guest's document with secrets hidden."""
     query = request.query_params
     asked = {name: query.get(name, "") for name in ("network", "address", "path")}
     return _show(console, request, asked, revealed=False)
 
 
 def reveal_document(console: Console, request: Request, sent: Sent) -> Response:
-    """The same with all that is in it."""
+    """Show a guest's document including secrets."""
     asked = {name: sent.get(name, "") for name in ("network", "address", "path")}
     return _show(console, request, asked, revealed=True)
 
@@ -78,7 +78,7 @@ def _tree_of(path: str) -> str:
 
 
 def _read(document: Shape, path: str, *, revealed: bool) -> dict[str, object]:
-    """The body as it may be shown, and of a directory of EC2's what is in it."""
+    """Return the values for a document's body, masked unless revealed, and the entries of a directory."""
     body = document["body"]
     text = body.get("text")
     if text is None:

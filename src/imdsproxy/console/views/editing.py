@@ -1,4 +1,4 @@
-"""Records changed in a form: what the daemon does not accept is shown where it is."""
+"""Pages that change records by forms; the daemon's problems are shown at their inputs."""
 
 import hashlib
 import json
@@ -28,22 +28,22 @@ _REFUSALS: Final = (AdminError, SourceError)
 
 
 def edit_guest(console: Console, request: Request) -> Response:
-    """The form of an instance."""
+    """Show the form of an instance."""
     return _edit(console, request, "instance", request.path_params["guest"])
 
 
 def edit_network(console: Console, request: Request) -> Response:
-    """The form of a network."""
+    """Show the form of a network."""
     return _edit(console, request, "network", request.path_params["network"])
 
 
 def change_guest(console: Console, request: Request, sent: Sent) -> Response:
-    """Store what the form of an instance says."""
+    """Store the form of an instance."""
     return _change(console, request, sent, "instance", request.path_params["guest"])
 
 
 def change_network(console: Console, request: Request, sent: Sent) -> Response:
-    """The same of a network."""
+    """Store the form of a network."""
     return _change(console, request, sent, "network", request.path_params["network"])
 
 
@@ -76,7 +76,7 @@ def _form(  # noqa: PLR0917 - what a form is made of
 
 
 def _digest(record: Mapping[str, Any]) -> str:
-    """What tells one state of a record from another."""
+    """Return the digest of a record, which detects concurrent changes."""
     text = json.dumps(record, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -103,7 +103,7 @@ def _change(console: Console, request: Request, sent: Sent, kind: str, name: str
 
 
 def _read_payloads(sent: Sent) -> dict[str, str | None]:
-    """User-data and vendor data, where the operator replaces or removes them."""
+    """Return user-data and vendor-data that the operator replaces, or `None` for removed ones."""
     what = {name: sent.get(f"{name}.what") for name in _PAYLOADS}
     replaced = {
         name: sent.get(name, "").replace("\r\n", "\n") for name in what if what[name] == "replace"

@@ -1,4 +1,4 @@
-"""Guests: all of them a page at a time, and what is known of one."""
+"""Pages with the list of guests and with one guest's details."""
 
 from typing import Any, Final
 
@@ -12,11 +12,11 @@ from imdsproxy.console.rates import HEIGHT, WIDTH, draw_line
 
 _PAGE: Final = 50
 _ADDRESSES: Final = 8
-"""Paths of a guest's page; a guest that has more addresses is rare."""
+"""Maximum number of addresses explained on a guest's page; few guests have more."""
 
 
 def list_guests(console: Console, request: Request) -> Response:
-    """Those that match, by id."""
+    """List matching guests by id, a page at a time."""
     asked = {name: request.query_params.get(name, "") for name in ("text", "network", "after")}
     query = {name: value for name, value in asked.items() if value} | {"limit": str(_PAGE)}
     page = console.daemon.get("/v1/search/instances", query)
@@ -24,7 +24,7 @@ def list_guests(console: Console, request: Request) -> Response:
 
 
 def show_guest(console: Console, request: Request) -> Response:
-    """All about one guest."""
+    """Show the details of one guest."""
     name = request.path_params["guest"]
     guest = console.daemon.get(path_to("instances", name))
     record = guest["record"]
@@ -44,7 +44,7 @@ def show_guest(console: Console, request: Request) -> Response:
 
 
 def show_usage(console: Console, request: Request) -> Response:
-    """What it asks for just now, as a part of its page."""
+    """Show a guest's current usage, as a part of its page."""
     return console.page(request, "usage.html", _usage_of(console, request.path_params["guest"]))
 
 

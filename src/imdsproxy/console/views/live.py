@@ -1,4 +1,4 @@
-"""Requests as they are answered, as a stream of server-sent events."""
+"""Page with live requests, as a stream of server-sent events."""
 
 import json
 import time
@@ -17,13 +17,13 @@ _STATUSES: Final = (("", "any status"), ("2", "2xx"), ("4", "4xx"), ("5", "5xx")
 
 
 def show_live(console: Console, request: Request) -> Response:
-    """The page; its script reads the stream."""
+    """Show the page, whose script reads the stream."""
     asked = {name: request.query_params.get(name, "") for name in _FILTERS}
     return console.page(request, "live.html", {**asked, "statuses": _STATUSES})
 
 
 def stream_live(console: Console, request: Request) -> Response:
-    """An event for what was answered in each half a second; none of it is kept here."""
+    """Stream an event with the answered requests every half second, without storing them."""
     asked = {name: request.query_params.get(name, "") for name in _FILTERS}
     headers = {"x-accel-buffering": "no"}
     return StreamingResponse(
@@ -50,5 +50,5 @@ def _matches(one: Mapping[str, Any], asked: Mapping[str, str]) -> bool:
 
 
 def _event(value: Mapping[str, object]) -> str:
-    # JSON has no line breaks of its own, so that a guest's text never ends a line of the stream.
+    # JSON escapes line breaks, so a guest's text never ends a line of the stream.
     return f"data: {json.dumps(value)}\n\n"

@@ -1,4 +1,4 @@
-"""Networks: how each is reached, and whether it is served; and the daemon in one line."""
+"""Pages with the list of networks and with one network's details."""
 
 from typing import Final
 
@@ -12,7 +12,7 @@ _SHOWN: Final = 200
 
 
 def show_networks(console: Console, request: Request) -> Response:
-    """All networks, or those that match."""
+    """List all or matching networks, below the daemon's status."""
     text = request.query_params.get("text", "")
     every, status = console.daemon.get("/v1/networks"), console.daemon.get("/v1/status")
     words = text.lower().split()
@@ -34,6 +34,6 @@ def _words_of(network: Shape) -> str:
 
 
 def show_network(console: Console, request: Request) -> Response:
-    """One network: its record, and why it is not served."""
+    """Show a network's record, and why the network is not served, if so."""
     network = console.daemon.get(path_to("networks", request.path_params["network"]))
     return console.page(request, "network.html", {"network": network, "record": network["record"]})

@@ -1,4 +1,4 @@
-"""What is wrong, and what to do."""
+"""Page with all problems and their fixes."""
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -8,7 +8,7 @@ from imdsproxy.console.troubles import list_troubles
 
 
 def show_problems(console: Console, request: Request) -> Response:
-    """Everything that the status names, what guests notice first."""
+    """Show all problems in the daemon's status; those that guests notice come first."""
     status = console.daemon.get("/v1/status")
     values = {"status": status, "troubles": list_troubles(status)}
     return console.page(request, "problems.html", values)
