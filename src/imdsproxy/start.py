@@ -180,8 +180,8 @@ async def _live(
         administering = group.create_task(serve(api, admin))
         if health is not None:
             health.reports = metrics
-        # `cli.daemon` disabled garbage collection for the start. The start's objects stay excluded: a collection over
-        # 1,000 networks would delay guests by 70 ms.
+        # `cli.daemon` disabled garbage collection. This call enables it again and excludes existing objects: each
+        # collection over 1,000 networks would delay guests by 70 ms.
         freeze_garbage()
         heartbeat.starting = False
         networks = len(controller.inventory.networks)

@@ -142,7 +142,7 @@ def _read(file: Path) -> tuple[IniOption, ...]:
 
 
 def _write(files: Mapping[Path, tuple[bytes, int]], *, force: bool) -> None:
-    """Write all files with their modes; refuse to replace existing files unless forced."""
+    """Write all files with their modes; refuse all if one would replace a different file, unless forced."""
     from imdsproxy.host.files import write_atomic  # noqa: PLC0415 - `--help` need not load it
 
     there = [path for path, (data, _) in files.items() if not force and _is_other(path, data)]

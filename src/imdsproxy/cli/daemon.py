@@ -192,7 +192,7 @@ def stop(
         bool, flag("--data-plane", "End HAProxy and the document server too: guests get no answer.")
     ] = False,
 ) -> None:
-    """Stop the controller; known guests are still served. With --data-plane, stop everything."""
+    """Stop the controller; HAProxy still serves known guests. With --data-plane, stop everything."""
     daemon = run.daemon()
     try:
         answer = daemon.request("POST", "/v1/stop", body={"data_plane": data_plane})

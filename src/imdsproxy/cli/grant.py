@@ -113,7 +113,7 @@ def _change(
     hubs, route = run.hubs(), path_to("grants", project)
     known = hubs.get(route)
     body = {key: join(known["grant"].get(key, []), values) for key, values in given.items()}
-    # The revision prevents that two concurrent operators overwrite each other's change.
+    # With the revision, concurrent operators cannot overwrite each other's changes.
     query = {"if_revision": str(known["revision"])} if known["revision"] else {}
     answer = hubs.request("PUT", route, query=query, body={**known["grant"], **body})
     record_io.show_written(run.output, f"grant of project {project} changed", answer)

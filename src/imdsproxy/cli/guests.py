@@ -54,7 +54,7 @@ def get(
         body = decode_bytes(answer["body"])
         run.output.raw(body)
         if sys.stdout.isatty() and body[-1:] not in {b"", b"\n"}:
-            run.output.text("")  # only so that the prompt has a line of its own
+            run.output.text("")  # ends the line, so that the prompt starts on a new one
     if status >= HTTPStatus.BAD_REQUEST:
         if not (include or run.output.as_json):
             sys.stderr.write(f"imdsproxy: the guest is answered {spell_status(status)}\n")
@@ -122,7 +122,7 @@ def _is_served(explained: Shape) -> bool:
 
 def _explanation(shape: Shape) -> Iterator[tuple[str, str]]:
     yield "guest", f"{shape['address']} in network {shape['network']}"
-    if "host" in shape:  # a fleet's
+    if "host" in shape:  # only a fleet's answer names the host
         yield "host", shape["host"]
     colour = "green" if shape["verdict"] == _FOUND else "red"
     yield "verdict", f"[{colour}]{shape['verdict']}[/], {_outcome(shape)}"
@@ -231,7 +231,7 @@ def watch(
     while True:
         answer = daemon.get("/v1/watch", query)
         query["cursor"] = str(answer["cursor"])
-        if "host" in answer:  # a fleet's
+        if "host" in answer:  # only a fleet's answer names the host
             query["host"] = answer["host"]
         if answer["missed"]:
             lines.append('{"missed": true}' if as_json else "… some were too many to show")

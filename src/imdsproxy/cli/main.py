@@ -22,7 +22,7 @@ from imdsproxy.cli import options
 from imdsproxy.cli.output import Output
 from imdsproxy.errors import ImdsproxyError, RequestRefused
 
-try:  # typer has an error class of its own since it brings its own click; click's with Debian 13's 0.15
+try:  # new typer versions bundle click; Debian 13's typer 0.15 uses the class of the package click
     from typer import TyperException as CommandLineError
 except ImportError:
     from click import ClickException as CommandLineError  # type: ignore[assignment] # of one shape
@@ -131,7 +131,7 @@ def _run(arguments: list[str], invocation: options.Invocation) -> int:
         raise KeyboardInterrupt from error
     except CommandLineError as error:
         return _usage(error, invocation)
-    if not arguments:  # click 8.1 calls the help that it gives then a success
+    if not arguments:  # click 8.1 prints the help and reports success
         return options.USAGE
     return ended if isinstance(ended, int) else options.OK
 
@@ -219,7 +219,6 @@ class _Program(typer.core.TyperGroup):
     """Root command that imports a command's module on lookup."""
 
     def list_commands(self, _context: Any) -> list[str]:  # noqa: ANN401 - typer keeps its classes private
-        """Return the names of all commands."""
         return list(COMMANDS)
 
     def get_command(self, _context: Any, cmd_name: str) -> Any:  # noqa: ANN401 - as above

@@ -63,7 +63,7 @@ def follow(settings: Settings, domain: str, operation: str, suboperation: str, e
 
     Raises:
         AdminError: A hub refuses the move.
-        RequestRefused: Standard input is no domain's XML, or the guest went to a host that does not serve it.
+        RequestRefused: Standard input is not a domain's XML, or the guest went to a host that does not serve it.
         SourceUnavailable: No hub answers, or this host does not serve the instance yet.
     """
     step, wanted = _step(operation, suboperation, extra), settings.sources.fleet

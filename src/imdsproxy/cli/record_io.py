@@ -136,7 +136,7 @@ def _network_notes(shape: Shape) -> Iterator[tuple[str, object]]:
     if left_out:
         state = f"not served: {left_out['reason']} ({left_out['code']})"
     yield from {"source": shape["source"], "state": state, "instances": shape["instances"]}.items()
-    if "hosts" in shape:  # a fleet's
+    if "hosts" in shape:  # only a fleet's records have hosts
         yield from {"hosts": " ".join(shape["hosts"]), "revision": shape["revision"]}.items()
 
 

@@ -1,4 +1,4 @@
-"""`imdsproxy network|instance add|set|list|show|remove`, `instance reopen` and `instance password`."""
+"""`imdsproxy network|instance add|set|list|show|remove` and `imdsproxy instance reopen|password|move`."""
 
 # No postponed annotations in this module: annotations in `_make_app` use local variables.
 import re

@@ -73,7 +73,7 @@ class Secured:
 
 
 def _by_name(headers: Headers) -> dict[str, str]:
-    # Repeated headers are joined: `a, b` equals no expected value, so the request is refused.
+    # Join repeated headers: `a, b` equals no expected value.
     found: dict[str, str] = {}
     for name, value in headers.items():
         found[name] = f"{found[name]}, {value}" if name in found else value

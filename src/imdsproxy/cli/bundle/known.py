@@ -33,7 +33,7 @@ class Known:
     Attributes:
         secrets: Whole values.
         data: User-data, vendor-data, keys and similar texts, in which each line is a secret.
-        names: Ids, names and host names of instances, which are no secrets, even if user-data contains them.
+        names: Ids, names and host names of instances, which are not secrets, even if user-data contains them.
         unread: Unreadable files, each with the reason. Their secrets are not known.
     """
 
@@ -92,7 +92,7 @@ def _secret_files(section: dict[str, Any]) -> Iterator[Path]:
 
 
 def _cloud_secrets(content: bytes) -> Iterator[bytes]:
-    """Yield the values of keys whose names suggest a secret; every line if the file is no YAML."""
+    """Yield the values of keys whose names suggest a secret; every line if the file is not YAML."""
     try:
         found = yaml.safe_load(content)
     except yaml.YAMLError:
@@ -145,7 +145,7 @@ def _whole(content: bytes) -> Iterator[bytes]:
 
 
 def _record_file_data(content: bytes) -> Iterator[bytes]:
-    """Yield the payloads of all records in a file; the whole file if it is no YAML."""
+    """Yield the payloads of all records in a file; the whole file if it is not YAML."""
     try:
         documents = list(yaml.safe_load_all(content))
     except yaml.YAMLError:

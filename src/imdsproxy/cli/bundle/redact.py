@@ -63,7 +63,7 @@ class Redactor:
         Args:
             secrets: Whole values; values shorter than `LEAST_SECRET` are ignored.
             data: User-data and similar texts; each line and each value in a line is a secret.
-            names: Words of `data` that are no secrets.
+            names: Words of `data` that are not secrets.
         """
         pieces = {piece for one in set(data) for piece in _pieces(one)} - set(names)
         pieces.update(one for one in map(bytes.strip, secrets) if len(one) >= LEAST_SECRET)
@@ -160,7 +160,7 @@ def _forms(piece: bytes) -> Iterator[str]:
         inner = inner[begin : -1 if (len(piece) + before) % 3 else None]
         if len(inner) >= LEAST_SECRET:
             yield inner
-    # Programs decode bytes that are not UTF-8 in either way.
+    # Programs print bytes that are not UTF-8 in either decoding.
     for text in {piece.decode("utf-8", "replace"), piece.decode("latin-1")}:
         yield from _text_forms(text)
     yield from _percent_forms(quote(piece, safe=""))

@@ -31,7 +31,7 @@ _NAMES: Final = {"/latest": "EC2's tree", "/openstack": "/openstack", "/nocloud"
 _CONCERNED: Final = ("tokens", "seal_user_data", "paths", *_TREES.values())
 _SHOWN: Final = 3
 _WITH_ENDS: Final = 4
-"""Number of addresses from which on a subnet has a network and a broadcast address (RFC 3021)."""
+"""Minimum number of addresses of a subnet that has a network and a broadcast address (RFC 3021)."""
 
 
 def check_records(on: Subject) -> list[Finding]:
@@ -124,7 +124,7 @@ def find_obstacles(
 ) -> Iterator[Finding]:
     """Yield a warning for each chain or missing route that may block guests, with the rule that helps.
 
-    A search for words in the rules cannot prove that a packet is dropped, so these are only warnings.
+    All are warnings, because the check does not evaluate the rules.
 
     Args:
         networks: All networks.

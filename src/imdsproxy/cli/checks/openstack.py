@@ -1,6 +1,6 @@
 """Checks of the requirements for serving Nova's metadata: secrets, certificates, endpoints, the unix socket.
 
-Problems that another host or time solves are warnings: `run` starts anyway, and serves once they are solved.
+Problems to fix on another host, or by waiting, are warnings: `run` starts anyway, and serves once they are gone.
 """
 
 import socket
@@ -36,7 +36,7 @@ _AGENTS: Final = {
 """Names of Neutron agents, by a word in their command line."""
 
 _NO_PASSWORD: Final = ""
-"""Password for encrypted keys, which HAProxy cannot use; without one, the ssl module would ask at the terminal."""
+"""Empty password for keys: HAProxy cannot use encrypted keys, and the ssl module must not prompt at the terminal."""
 
 _SECRETS: Final = ("password", "secret", "passcode", "token")
 """Words in the names of keystoneauth's secret options."""
@@ -139,7 +139,7 @@ def check_endpoints(on: Subject) -> list[Finding]:
             try:
                 context = _tls_context(one)
             except OSError:
-                continue  # reported by check_certificates
+                continue  # check_certificates reports this error
             for number, endpoint in enumerate(one.endpoints):
                 place, url = f"{where}.endpoints[{number}]", endpoint.url
                 name = one.server_name or url.host
@@ -153,7 +153,7 @@ def _tls_context(one: EndpointSetSettings) -> ssl.SSLContext | None:
     """Return the TLS context of an endpoint set; `None` for http.
 
     Raises:
-        OSError: A file of the endpoint set is unreadable or no PEM file (`ssl.SSLError` is an `OSError`).
+        OSError: A file of the endpoint set is unreadable or not PEM (`ssl.SSLError` is an `OSError`).
     """
     if one.endpoints[0].url.scheme == "http":
         return None

@@ -191,7 +191,7 @@ class Actor:
         return len(asked)
 
     def _stop_agent(self, action: plan.StopAgent) -> str:
-        # A paused agent starts no HAProxy. To stop the unit, systemd resumes the agent.
+        # A paused agent starts no HAProxy. systemd resumes the agent when it stops the unit.
         held = None if action.agent is None else _open_agent(action.agent)
         with migrating(action.prefix), contextlib.ExitStack() as stack:
             if held is not None:
@@ -334,7 +334,7 @@ def migrating(prefix: str) -> Iterator[None]:
             _set_migrate(thread, name, b"1")
         yield
     finally:
-        # Always 0, because a killed command may have left 1 behind.
+        # Set 0 unconditionally: a killed command may have left 1 behind.
         for name in names:
             _set_migrate(thread, name, b"0")
         thread.close()

@@ -223,7 +223,7 @@ def _lacks_library() -> str:
 
 
 def recall(state: Path) -> Mapping[str, Mapping[str, Any]]:
-    """Return the saved stop and start commands and settings files of stopped agents, by kind."""
+    """Return commands and settings files that `remember` saved, by kind; a stopped agent does not show them."""
     try:
         found: Mapping[str, Mapping[str, Any]] = json.loads((state / _REMEMBERED).read_text())
     except FileNotFoundError:

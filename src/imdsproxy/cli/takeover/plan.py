@@ -144,8 +144,6 @@ class ImportSettings:
 
 @dataclass(frozen=True, slots=True)
 class WriteSettings:
-    """Write a settings file."""
-
     path: str
     text: str
 
@@ -199,8 +197,6 @@ class StopAgent:
 
 @dataclass(frozen=True, slots=True)
 class StartAgent:
-    """Start the agent."""
-
     command: str
 
 
