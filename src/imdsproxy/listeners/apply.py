@@ -1,4 +1,4 @@
-"""Does to the host what `listeners.plan` planned, one idempotent step after the other; replaces tables and links."""
+"""Executor of the operations planned by `listeners.plan`, in idempotent steps. Also replaces tables and links."""
 
 import contextlib
 import errno
@@ -19,16 +19,16 @@ from imdsproxy.host.process import run_program
 from imdsproxy.listeners import plan
 
 HAPROXY_NETNS: Final = Path("/var/run/netns")
-"""Where HAProxy looks (compiled in: `src/namespace.c`)."""
+"""Directory in which HAProxy opens namespaces (compiled in: `src/namespace.c`)."""
 
 _NFT_DEADLINE_S: Final = 30.0
 _READ_ONLY: Final = "/proc/sys must be writable (ProtectKernelTunables=no in the unit)"
 _PREFIXES: Final = {Family.IPV4: 32, Family.IPV6: 64}
 _SWITCHED_OFF: Final = (
-    # What a guest sends must not give us routes or addresses, nor make a router of us.
+    # Packets from a guest must not give us routes or addresses, nor make us a router.
     *("ipv4/conf/{}/accept_redirects", "ipv4/conf/{}/forwarding"),
     *("ipv6/conf/{}/accept_ra", "ipv6/conf/{}/accept_redirects", "ipv6/conf/{}/forwarding"),
-    # A new namespace takes these from the host. Every guest is to be answered, whatever its subnet.
+    # A new namespace inherits these from the host. Every guest must get an answer, whatever its subnet.
     *("ipv4/conf/{}/rp_filter", "ipv4/conf/{}/arp_filter", "ipv4/conf/{}/arp_ignore"),
 )
 
@@ -36,14 +36,14 @@ _SWITCHED_OFF: Final = (
 async def apply_ops(
     thread: NamespaceThread, ops: tuple[plan.HostOp, ...]
 ) -> dict[plan.HostOp, Problem]:
-    """Carry out ops in order; one that fails never stops the others.
+    """Carry out ops in order; a failed op never stops the others.
 
     Args:
-        thread: Where namespaces are entered.
-        ops: What to do.
+        thread: Thread that enters namespaces.
+        ops: Operations to carry out.
 
     Returns:
-        Those that failed, with the reason.
+        The failed ops, with the reasons.
     """
     failures: dict[plan.HostOp, Problem] = {}
 
@@ -135,13 +135,13 @@ def _attach(thread: NamespaceThread, op: plan.AttachBridge) -> None:
 
 
 def _prepare(channel: NetlinkSocket, inner: str, alias: str) -> ObservedDevice | None:
-    # These files are those of the namespace that the calling thread is in.
+    # /proc/sys/net shows the settings of the calling thread's namespace.
     for setting in _SWITCHED_OFF:
         for which in ("all", "default"):
             path = Path("/proc/sys/net", setting.format(which))
             if path.exists():  # not on a host that was started without IPv6
                 path.write_text("0")
-    # The alias comes last: a namespace that has it is complete.
+    # The alias comes last: it marks a complete namespace.
     _set_up(channel, LOOPBACK, alias)
     return netlink.find_link(channel, inner)
 
@@ -154,7 +154,7 @@ def _set_up(
     master: int | None = None,
 ) -> int:
     found = _find(channel, device)
-    # The kernel takes no alias for a link that is being made, and reports one that is set again.
+    # The kernel refuses an alias for a link that is being created, and sends an event if the same alias is set again.
     new = None if found.alias == alias else alias
     netlink.set_link(channel, found.index, mtu=mtu, master=master, alias=new)
     return found.index
@@ -162,13 +162,13 @@ def _set_up(
 
 @dataclass(slots=True)
 class NftTable:
-    """A table of ours that nft(8) replaces and removes as a whole (`listeners.nft_scripts`).
+    """One of our nftables tables, which nft(8) replaces and removes as a whole (`listeners.nft_scripts`).
 
     Attributes:
-        failing: What cannot be done without nft(8), or when it refuses.
-        until: What holds until then, for the hint.
-        program: nft(8).
-        applied: The script in force; empty without a table, `None` while what an earlier process left is unknown.
+        failing: Reason to report if nft(8) is missing or refuses.
+        until: Hint to report: the consequence until the script is applied.
+        program: Name or path of nft(8).
+        applied: Script in force; empty without a table, `None` while the table of an earlier process is unknown.
     """
 
     failing: str
@@ -177,10 +177,10 @@ class NftTable:
     applied: str | None = None
 
     async def apply(self, script: str) -> tuple[Problem, ...]:
-        """Run a script that replaces the table, if another one was run last; what is in the way of it.
+        """Run a script that replaces the table, unless the same script is in force. Return the problems.
 
         Args:
-            script: For nft(8); without a block it only removes the table.
+            script: Script for nft(8); without a block it only removes the table.
         """
         wanted = script if "{" in script else ""
         if wanted == self.applied:
@@ -197,7 +197,7 @@ class NftTable:
             status, output = 0, ""
         except DataplaneError as error:
             return (Problem("host", error.message, error.hint),)
-        # A kernel that knows no such tables refuses to remove one as well: then there is none.
+        # A kernel without such tables also refuses to remove one: then no table exists.
         if status != 0 and (wanted or self.applied):
             reason = f"{self.failing}: nft refuses: {output[:500]}"
             return (Problem("host", reason, self.until),)
@@ -206,22 +206,22 @@ class NftTable:
 
 
 def haproxy_name(directory: Path) -> str:
-    """What to write after `namespace` in a bind line, before `/NAME`, so that HAProxy opens `directory/NAME`.
+    """Return the prefix of namespace names in bind lines, so that HAProxy opens `directory/NAME`.
 
-    HAProxy hands a listening socket over to its next worker by the names of its namespace and device. When
-    one of them was deleted and made again under its name, that would be the dead one's socket; a link with
-    another name (`listeners.endpoints.link_name`) makes it open a new one. HAProxy opens `/var/run/netns/NAME` and
-    refuses no slash in NAME, so the links are in a directory of ours, out of sight of `ip netns`:
+    HAProxy hands a listening socket over to its next worker by the names of its namespace and device. If a namespace
+    or device was deleted and created again under its name, the worker would get the socket of the deleted one. A link
+    with another name (`listeners.endpoints.link_name`) makes HAProxy open a new socket. HAProxy opens
+    `/var/run/netns/NAME` and accepts slashes in NAME, so the links are in a directory of ours, hidden from `ip netns`:
     `bind … namespace ../imdsproxy/netns/blue@4026532317`.
     """
     return os.path.relpath(os.path.realpath(directory), os.path.realpath(HAPROXY_NETNS))
 
 
 def apply_links(directory: Path, links: Mapping[str, str]) -> None:
-    """Make `directory` hold exactly these symbolic links.
+    """Make `directory` contain exactly these symbolic links.
 
-    Each link is there whole or not at all; links that stay are not touched. The directory is made
-    when it is missing. Other kinds of files in it are left alone.
+    Links are replaced atomically; unchanged links are not touched. A missing directory is created. Other kinds of
+    files in the directory are left alone.
 
     Raises:
         HostRefused: The file system refused.
@@ -233,7 +233,7 @@ def apply_links(directory: Path, links: Mapping[str, str]) -> None:
         # At each reload, for every network: a Path for each costs more than the kernel's part.
         with os.scandir(base) as entries:
             present = {one.name: os.readlink(one.path) for one in entries if one.is_symlink()}  # noqa: PTH115 - as above
-        # The temporary one of a process that was killed too.
+        # This also removes the temporary link of a killed process.
         for name in present.keys() - links.keys():
             os.unlink(f"{base}/{name}")  # noqa: PTH108 - as above
         for name, target in links.items():

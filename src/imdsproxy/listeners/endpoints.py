@@ -1,4 +1,4 @@
-"""From one namespace as observed to what HAProxy can bind there, its binds, and which networks are not served."""
+"""Endpoints that HAProxy can bind in an observed namespace, its binds, and networks that are not served. Pure."""
 
 import errno
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -31,17 +31,17 @@ def listen(
     device: str | None,
     managed: bool,
 ) -> Iterator[Endpoint | LeftOut | Foreign]:
-    """Endpoints for one family in a namespace that was observed.
+    """Yield the endpoints for one family in an observed namespace.
 
-    IPv4 is bound to `device` if one is given and to every device else. IPv6 is always bound to a
-    device: to each one but `lo` that carries the address (link-local on `lo` cannot be reached).
+    IPv4 is bound to `device` if given, else to every device. IPv6 is always bound to a device: to each device with
+    the address except `lo` (a link-local address on `lo` cannot be reached).
 
     Args:
-        network: Whose listener it is.
+        network: Network of the listener.
         seen: The namespace.
-        family: Which of the two metadata addresses.
-        device: The device that the listener names, if it does.
-        managed: We put the address there ourselves, so a missing one is pending.
+        family: Family of the metadata address.
+        device: Device that the listener names, if any.
+        managed: Whether imdsproxy adds the address itself, so that a missing address is pending.
     """
     carriers = [one for one in seen.addresses if one.address == family.metadata_address]
     on_loopback = any(one.device == LOOPBACK for one in carriers)
@@ -60,7 +60,7 @@ def listen(
         return
     devices = [device] if family is Family.IPV4 else dict.fromkeys(one.device for one in usable)
     found = [one for name in devices for one in _bind(network, seen, family, name)]
-    # One device that serves is a listener that serves: sockets on the others are still reported.
+    # A listener is served if one device serves it. Foreign sockets on the other devices are still reported.
     left_out = [one for one in found if isinstance(one, LeftOut)]
     served = any(isinstance(one, Endpoint) for one in found)
     yield from () if served else left_out[:1]
@@ -70,9 +70,9 @@ def listen(
 def listen_redirected(
     network: NetworkId, seen: ObservedNamespace, family: Family
 ) -> Iterator[Endpoint | LeftOut | Foreign]:
-    """Endpoints for one family in a namespace whose rules redirect requests to a port of ours.
+    """Yield the endpoints for one family in a namespace whose rules redirect requests to a port of ours.
 
-    What listens where others' rules redirect them to gets none while ours are there.
+    While our rules exist, processes on the ports that other programs' rules redirect to get no requests.
     """
     others = [
         Foreign(network, family, effect, one)
@@ -109,7 +109,7 @@ _UNUSABLE: Final = {
         "add it, or name a device and set manage_addresses",
     ),
 }
-"""Why an address cannot be bound, of address and place, and a hint."""
+"""Reason, as a format of address and place, and hint for an address that cannot be bound."""
 
 
 def _bind(
@@ -152,18 +152,17 @@ def _refused(
 
 
 def owners_of(sockets: Iterable[ListeningSocket]) -> str:
-    """The programs that hold the sockets, with their pids."""
+    """Return the programs that hold the sockets, with their pids."""
     names = sorted({f"{who.command} (pid {who.pid})" for one in sockets for who in one.owners})
     return " and ".join(names) or "a program that cannot be seen from here"
 
 
 def effect_of(other: ListeningSocket, family: Family, device: str | None) -> Effect | None:
-    """The effect on ours of a foreign socket that root bound with SO_REUSEPORT; `None`: none.
+    """Return the effect on our socket of a foreign socket that root bound with SO_REUSEPORT; `None` for no effect.
 
-    The kernel looks for listeners of the exact address before it looks at wildcards. Among those of
-    one address it takes the first that it finds, however precisely that is bound to a device
-    (inet_lhash2_lookup leaves its scores alone for SO_REUSEPORT). Whether a socket has SO_REUSEPORT
-    at all cannot be read: the trial bind says so.
+    The kernel looks for listeners of the exact address before wildcards. Among listeners of the same address, it takes
+    the first that it finds, even if another is bound more precisely to a device (inet_lhash2_lookup ignores its scores
+    for SO_REUSEPORT). Whether a socket has SO_REUSEPORT cannot be read; only a trial bind shows it.
     """
     address = other.address
     if not address.is_unspecified:
@@ -186,17 +185,17 @@ def find_degraded(
     left_out: Iterable[LeftOut],
     foreign: Iterable[Foreign],
 ) -> tuple[LeftOut, ...]:
-    """Networks whose guests get no answer, or another program's, over a family that they use; by id.
+    """Return networks whose guests get no answer, or another program's, over a family that they use; sorted by id.
 
-    A network that one family serves need not have the address of the other one: a router's namespace often has
-    none for IPv6. IPv4 may be missing where all its subnets are IPv6.
+    A network served over IPv4 does not need the IPv6 address: a router's namespace often has none. A network served
+    over IPv6 does not need the IPv4 address if all its subnets are IPv6.
 
     Args:
-        networks: Those with a listener.
-        contradictory: Those that have none because sources differ on it.
-        endpoints: What HAProxy listens on.
-        left_out: What it cannot listen on.
-        foreign: Who else listens there.
+        networks: Networks with a listener.
+        contradictory: Networks without a listener because sources contradict each other.
+        endpoints: Endpoints that HAProxy listens on.
+        left_out: Endpoints that HAProxy cannot listen on.
+        foreign: Other processes' sockets there.
     """
     served: dict[NetworkId, set[int]] = {}
     for endpoint in endpoints:
@@ -221,7 +220,7 @@ def find_degraded(
 
 
 def _needs(networks: Mapping[NetworkId, Network], missing: LeftOut, served: set[int]) -> bool:
-    """Whether guests need the family whose address is missing."""
+    """Return whether guests need the family whose address is missing."""
     network = networks.get(missing.network)
     if not served or network is None or missing.family is None:
         return True
@@ -244,23 +243,23 @@ def _shared(foreign: Foreign) -> LeftOut:
 
 
 _RESERVED_DESCRIPTORS = 256
-"""HAProxy's own: logs, pipes, its sockets to itself and to its master."""
+"""Descriptors for HAProxy itself: logs, pipes, sockets to itself and to its master."""
 
 _LEAST_CONNECTIONS = 64
-"""Fewer than these are no service: a limit that leaves no more is reported."""
+"""Minimum number of connections; a lower limit is reported."""
 
 _MASTER_SOCKETS = 16
-"""Connections that make room for the sockets of the master beside its namespaces."""
+"""Connections that make room for the master's sockets beside its namespaces."""
 
 _OWN_NAMESPACE = "/proc/self/ns/net"
-"""Target of a link for binds in the host's own namespace."""
+"""Link target for binds in the host's own namespace."""
 
 
 def link_name(endpoint: Endpoint) -> str | None:
-    """A name that changes when the namespace or the device is another one under the same name.
+    """Return a link name that changes if the namespace or device was deleted and created again under the same name.
 
-    HAProxy hands listening sockets to its next worker by name, also those of a namespace or device that
-    was deleted and made again; inode and index distinguish them. `None` for the host's own namespace without a device.
+    HAProxy hands listening sockets to its next worker by name. Inode and index distinguish a new namespace or device
+    from the deleted one. `None` for the host's own namespace without a device.
     """
     namespace, index = endpoint.namespace, endpoint.device_index
     if namespace is None:
@@ -269,11 +268,11 @@ def link_name(endpoint: Endpoint) -> str | None:
 
 
 def plan_links(endpoints: Iterable[Endpoint], directory: str) -> dict[str, str]:
-    """The symbolic links that HAProxy needs at every load: link name to path.
+    """Return the symbolic links that HAProxy needs at every load: link name to path.
 
     Args:
-        endpoints: What is to be bound.
-        directory: That of the namespaces.
+        endpoints: Endpoints to bind.
+        directory: Directory of the namespaces.
     """
     return {
         name: _OWN_NAMESPACE if one.namespace is None else f"{directory}/{one.namespace.name}"
@@ -283,11 +282,11 @@ def plan_links(endpoints: Iterable[Endpoint], directory: str) -> dict[str, str]:
 
 
 def plan_binds(endpoints: Iterable[Endpoint], links: str) -> tuple[Bind, ...]:
-    """One bind for each endpoint.
+    """Return a bind for each endpoint.
 
     Args:
-        endpoints: What can be bound now.
-        links: The directory of `plan_links`, as seen from `/var/run/netns`.
+        endpoints: Endpoints that can be bound now.
+        links: Directory of the links of `plan_links`, relative to `/var/run/netns`.
     """
     named = ((one, link_name(one)) for one in endpoints)
     return tuple(
@@ -297,16 +296,16 @@ def plan_binds(endpoints: Iterable[Endpoint], links: str) -> tuple[Bind, ...]:
 
 
 def compute_maxconn(wanted: int, binds: Collection[Bind], hard_limit: int) -> int:
-    """The `maxconn` for the setting, as the limit on open files allows.
+    """Compute `maxconn` from the setting and the limit on open files.
 
-    HAProxy needs two descriptors a connection (the guest's and the server's), one a bind and one a network namespace,
-    and refuses to start when that is more than the hard limit. Its master counts none for namespaces, and ends when its
-    sockets have higher numbers than its connections alone could have.
+    HAProxy needs two descriptors per connection (guest and server), one per bind and one per network namespace. It
+    refuses to start if the sum exceeds the hard limit. Its master does not count the namespaces, and exits if a
+    descriptor number of its sockets exceeds those that its connections allow.
 
     Args:
-        wanted: The setting, 0 to have it computed.
+        wanted: The setting; 0 to compute a value.
         binds: All listening sockets.
-        hard_limit: `RLIMIT_NOFILE`'s hard value, -1 for none.
+        hard_limit: Hard limit of `RLIMIT_NOFILE`; -1 for none.
 
     Raises:
         HostRefused: The limit is too low for these binds.
@@ -329,5 +328,5 @@ def compute_maxconn(wanted: int, binds: Collection[Bind], hard_limit: int) -> in
 
 
 def networks_of(endpoints: Iterable[Endpoint]) -> frozenset[NetworkId]:
-    """The networks that have at least one endpoint."""
+    """Return the networks that have at least one endpoint."""
     return frozenset(endpoint.network for endpoint in endpoints)

@@ -1,7 +1,8 @@
-"""The host as loops and look-up use it: look, plan, act.
+"""This host, for loops and look-up: observe, plan, act.
 
-A look sees namespaces, devices, addresses, who listens, and what can be bound. At one namespace it costs about 0.2 ms,
-in the namespace thread. A look at some networks is a part that `core.hoststate.merge_observed` lays over what is known.
+An observation has namespaces, devices, addresses, listening sockets and the results of trial binds. One namespace costs
+about 0.2 ms in the namespace thread. `core.hoststate.merge_observed` merges an observation of some networks into the
+last one.
 """
 
 import asyncio
@@ -69,11 +70,11 @@ from imdsproxy.listeners.plan import (
 )
 
 Peek: TypeAlias = tuple[int, frozenset[int]]
-"""A namespace's inode and those of the sockets that listen in it."""
+"""Inode of a namespace, and inodes of the sockets that listen there."""
 
 _DMI: Final = Path("/sys/class/dmi/id")
 
-# As cloud-init's ds-identify knows them.
+# The same strings as in cloud-init's ds-identify.
 _SIGNS: Final[Mapping[str, tuple[str, ...]]] = {
     "sys_vendor": (
         *("Akamai", "Alibaba Cloud", "Amazon EC2", "DigitalOcean", "Google", "Hetzner"),
@@ -92,25 +93,25 @@ _REDIRECTED_PORTS: Final = (REDIRECTED_PORT, L3_PROXY_PORT)
 _TRIES: Final = 3
 
 _HOST_ROUNDS: Final = 4
-"""What one step makes is planned with when it has been seen."""
+"""Maximum number of plans in a round: objects that one plan creates are observed before the next plan uses them."""
 
 
 class SystemHost:
     """This host.
 
     Args:
-        thread: Where namespaces are entered.
-        naming: How our own objects are named.
-        owners: Finds who holds a socket.
-        links: The directory of symbolic links to namespaces, for HAProxy.
-        journal: Where we have added addresses: `[[namespace or null, device], …]` as JSON.
+        thread: Thread that enters namespaces.
+        naming: Names of our own objects.
+        owners: Finds the processes that hold a socket.
+        links: Directory of symbolic links to namespaces, for HAProxy.
+        journal: File of the places where imdsproxy added addresses: `[[namespace or null, device], …]` as JSON.
 
     Attributes:
         seen: The host as of the last round.
-        looking: Held during a look, at whose end `seen` has what happened before it.
-        our_pids: Gives HAProxy's master and workers.
-        operations: Ops so far, by `ok` and `failed`.
-        arp_guard: Keeps the host from answering ARP for the metadata address where no network listens on its device.
+        looking: Lock held during an observation. When it is released, `seen` includes all earlier changes.
+        our_pids: Returns the pids of HAProxy's master and workers.
+        operations: Number of ops so far, by `ok` and `failed`.
+        arp_guard: Drops ARP requests for the metadata address on devices that no network listens on.
         diverter: Redirects frames for the metadata address to our veths on bridges that have one.
     """
 
@@ -147,14 +148,14 @@ class SystemHost:
         )
 
     def touch(self, networks: Iterable[NetworkId] | None) -> None:
-        """Look at these networks' places again in the next round; `None` for the whole host."""
+        """Observe these networks' places again in the next round; `None` for the whole host."""
         if networks is None:
             self._all_dirty = True
         else:
             self._dirty.update(networks)
 
     def touch_device(self, name: str) -> None:
-        """Look at a device of the host's own namespace again in the next round, which no network need name."""
+        """Observe a device of the host's own namespace again in the next round, even if no network names it."""
         self._cleared.add(Place(None, name))
 
     async def settle(
@@ -164,20 +165,20 @@ class SystemHost:
         *,
         sweep: bool = True,
     ) -> ListenerPlan:
-        """Observe and act until there is nothing more to do on the host.
+        """Observe and act until the host needs no further operation.
 
         Args:
-            networks: All that are to be listened for.
-            in_force: Those that HAProxy is configured for.
-            sweep: Also remove what belongs to no network.
+            networks: All networks to listen for.
+            in_force: Networks that HAProxy is configured for.
+            sweep: Also remove objects that belong to no network.
 
         Returns:
-            The last plan, with what the host refused, and how many ops there were.
+            The last plan, with refused operations and the number of ops.
 
         Raises:
-            HostRefused: The host's own namespace cannot be looked at, or our journal cannot be read.
+            HostRefused: The host's own namespace cannot be observed, or our journal cannot be read.
         """
-        # First of all: from the moment that an address is there, the host answers for it. A look changes nothing.
+        # The ARP table comes first: the host answers for an address as soon as a device has it. Observing is harmless.
         guarding = self.arp_guard.apply(render_arp_guard(self.naming.prefix, networks.values()))
         problems, _ = await asyncio.gather(guarding, self._observe(networks))
         failures: Mapping[HostOp, Problem] = {}
@@ -199,7 +200,7 @@ class SystemHost:
                 break
             operations += len(plan.ops)
             self._dirty.update(one.network for one in plan.left_out)
-            # Which may be a place of no network any more.
+            # The place of a removal may belong to no network, so `_dirty` does not cover it.
             removals = (one for one in plan.ops if isinstance(one, Removal))
             self._cleared |= {Place(one.namespace, one.device) for one in removals}
             failures = await self.apply(plan.ops)
@@ -213,9 +214,9 @@ class SystemHost:
         return replace(plan, problems=problems, operations=operations)
 
     async def _observe(self, networks: Mapping[NetworkId, Network]) -> None:
-        """Look at all of the host, or at what may have changed and lay it over what was seen."""
+        """Observe the whole host, or only the parts that may have changed, and merge them into `seen`."""
         async with self.looking:
-            # Before the look: what is asked for meanwhile is looked at the next time.
+            # Take the marks before the observation: marks set meanwhile are for the next one.
             everything, self._all_dirty = self._all_dirty, False
             dirty, self._dirty = self._dirty, set()
             cleared, self._cleared = self._cleared, set()
@@ -229,13 +230,13 @@ class SystemHost:
                 else:
                     return
             except BaseException:
-                # What was to be looked at is forgotten.
+                # The marks are lost, so the next round observes everything.
                 self._all_dirty = True
                 raise
             self._networks = dict(networks)
 
     async def look_at(self, networks: Iterable[Network]) -> ObservedHost:
-        """The host as the last round saw it, but for the places of these networks, which are looked at now."""
+        """Return the host as of the last round, with these networks' places observed now."""
         return merge_observed(self.seen, await self.observe(networks))
 
     async def observe(
@@ -245,18 +246,18 @@ class SystemHost:
         *,
         everything: bool = False,
     ) -> ObservedHost:
-        """Look at what these networks' listeners need.
+        """Observe the parts of the host that these networks' listeners need.
 
         Args:
-            networks: Those of interest; for a part, also those that have just gone.
-            others: Other places, where something has just been removed.
-            everything: Look at all namespaces and the host's own devices, for what earlier processes may have left
-                there. Namespaces that are not ours by their name, of which a host may have thousands, are looked at
-                only where our journal says that we have put addresses there.
+            networks: Networks of interest; for a partial observation, also networks that were just removed.
+            others: Other places, where something was just removed.
+            everything: Also observe the host's own devices and namespaces in which earlier processes may have left
+                objects. A host may have thousands of namespaces without a name of our form; only those in our journal
+                are observed.
 
         Raises:
-            HostRefused: The host's own namespace cannot be looked at, or our journal cannot be read. (Trouble in
-                another one is reported as its `problem`.)
+            HostRefused: The host's own namespace cannot be observed, or our journal cannot be read. (A failure in
+                another namespace is reported as its `problem`.)
         """
         places = [*others, *(place_of(one, self.naming) for one in networks)]
         managed = {name for name, _ in self.managed()} if everything else frozenset()
@@ -290,13 +291,13 @@ class SystemHost:
         return await self.thread.run(look)
 
     async def peek(self, places: Collection[str | None]) -> dict[str | None, Peek | None]:
-        """Only which sockets listen in these namespaces (`None`: the host's own).
+        """Return only the sockets that listen in these namespaces (`None`: the host's own).
 
-        A fifth of the cost of a proper look. `None` where there is no namespace, or no way into it.
+        This costs a fifth of a full observation. The value is `None` if a namespace is missing or cannot be entered.
         """
 
         def look(place: str | None) -> Peek | None:
-            # The proper look, due as soon as this differs from the last one, says why it is refused.
+            # A failure counts as a difference, so a full observation follows and reports the reason.
             with contextlib.suppress(DataplaneError, OSError), self.thread.inside(place) as ref:
                 with NetlinkSocket(SOCK_DIAG) as channel:
                     ports = (METADATA_PORT, *_REDIRECTED_PORTS)
@@ -308,12 +309,12 @@ class SystemHost:
         return await self.thread.run(lambda: {name: look(name) for name in given})
 
     def _left_over(self, managed: Collection[str | None]) -> frozenset[str]:
-        """Namespaces in which an earlier process may have left something."""
+        """Return namespaces in which an earlier process may have left objects."""
         return frozenset(
             name
             for name in self.thread.directory.names()
             if (name in managed or self.naming.is_namespace(name))
-            # A name for the host's own namespace shows what `root` shows: nothing there is left over.
+            # `root` already covers the host's own namespace, also under another name.
             and not self.thread.is_home(name)
         )
 
@@ -333,12 +334,12 @@ class SystemHost:
     def _look(
         self, ref: NamespaceRef | None, wanted: set[str | None], near: Collection[str] = ()
     ) -> ObservedNamespace:
-        """Look at the thread's namespace.
+        """Observe the thread's current namespace.
 
         Args:
-            ref: Which it is.
-            wanted: Devices of interest; without one, only what may be ours in there is looked at.
-            near: Only these devices are looked at, and what belongs together with them; without one, all are.
+            ref: The namespace; `None` for the host's own.
+            wanted: Devices of interest; if empty, only objects that may be ours are observed.
+            near: Observe only these devices and those related to them; if empty, all devices.
         """
         with NetlinkSocket() as channel:
             devices, addresses = _devices_and_addresses(channel, near)
@@ -361,9 +362,9 @@ class SystemHost:
         )
 
     async def apply(self, ops: Iterable[HostOp]) -> Mapping[HostOp, Problem]:
-        """Do these things; returns what the host refused, the others are done all the same."""
+        """Carry out all ops, also after one failed. Return the refused ones."""
         given = tuple(ops)
-        # Before anything is done: what a killed process has added is known to the next one.
+        # Write the journal first, so that the next process knows what this one added if it is killed.
         added = {(one.namespace, one.device) for one in given if isinstance(one, AddAddress)}
         self._note(self.managed() | added)
         failures = await apply_ops(self.thread, given)
@@ -373,10 +374,10 @@ class SystemHost:
         return failures
 
     def managed(self) -> frozenset[ManagedPlace]:
-        """Where we have added addresses, in this process or an earlier one.
+        """Return the places where this process or an earlier one added addresses.
 
         Raises:
-            HostRefused: Our journal of it cannot be read.
+            HostRefused: Our journal cannot be read.
         """
         return frozenset((place[0], place[1]) for place in self._journal.load())
 
@@ -385,7 +386,7 @@ class SystemHost:
             self._journal.store(sorted(places, key=lambda one: (one[0] or "", one[1])))
 
     async def neighbour(self, network: Network, address: IpAddress) -> MacAddress | None:
-        """The MAC that the kernel has for an address behind a network's listener, if it has one."""
+        """Return the MAC in the kernel's neighbour table for an address behind a network's listener, if any."""
         place = place_of(network, self.naming)
 
         def ask() -> MacAddress | None:
@@ -399,16 +400,16 @@ class SystemHost:
 
 @dataclass(slots=True)
 class KeptNetworks:
-    """The file with the networks that HAProxy is configured for: the next process listens for them from its start."""
+    """File of the networks that HAProxy is configured for. The next process listens for them from its start."""
 
     path: Path
     _networks: Mapping[NetworkId, Network] | None = None
     _written: Mapping[NetworkId, Network] = field(default_factory=dict)
 
     def keep(self, networks: Mapping[NetworkId, Network]) -> None:
-        """Note what HAProxy is configured for now.
+        """Store the networks that HAProxy is configured for now.
 
-        Only the next process needs it, so a failure is only logged.
+        Only the next process needs the file, so a failure is only logged.
         """
         self._networks = dict(networks)
         if networks == self._written:
@@ -423,7 +424,7 @@ class KeptNetworks:
         self._written = self._networks
 
     def load(self) -> Mapping[NetworkId, Network]:
-        """The networks that HAProxy is configured for."""
+        """Return the networks that HAProxy is configured for."""
         if self._networks is None:
             records: object = []
             try:
@@ -447,7 +448,7 @@ def _with_owners(seen: ObservedNamespace, owned: dict[int, ListeningSocket]) -> 
 def _devices_and_addresses(
     channel: NetlinkSocket, near: Collection[str]
 ) -> tuple[dict[str, ObservedDevice], tuple[ObservedAddress, ...]]:
-    """Both of one moment, or nearly: every address is on one of the devices."""
+    """Return devices and addresses of nearly the same moment: every address is on one of the devices."""
     for _ in range(_TRIES):
         links = netlink.list_links_near(channel, near) if near else netlink.list_links(channel)
         devices = {one.name: one for one in links}
@@ -480,7 +481,7 @@ def _trials(
 
 
 def _own_metadata(channel: NetlinkSocket) -> str:
-    """By what the host's own namespace shows metadata of the host's own, in words; empty when nothing shows it."""
+    """Describe the sign that the host itself uses a metadata service; empty without a sign."""
     for name, known in _SIGNS.items():
         try:
             value = (_DMI / name).read_text(errors="replace").strip()

@@ -1,7 +1,7 @@
-"""From networks to listeners in force: observe the host, plan, act on the host, reload HAProxy.
+"""Loop that brings listeners into force: observe the host, plan, act on the host, reload HAProxy.
 
-Every round looks at the host before it decides. A listener that cannot be bound is reported, and never keeps another
-one from coming into force.
+Every round observes the host before it decides. A listener that cannot be bound is reported, and never prevents another
+listener from coming into force.
 """
 
 import asyncio
@@ -40,17 +40,17 @@ from imdsproxy.neutron_namespaces.routers import Routers
 from imdsproxy.unix_listener.listener import UnixListener, bound_path
 
 _RECHECK_S = 1.0
-"""Seconds until what the host refused is tried again, without any event."""
+"""Seconds until refused operations are tried again without an event."""
 
 
 @dataclass(slots=True)
 class ListenerLoop:
-    """Keeps HAProxy's binds equal to what the networks want and the host allows.
+    """Keeps HAProxy's binds equal to the listeners that the networks want and the host allows.
 
     Attributes:
-        settings: HAProxy's configuration as the settings have it, without binds; `maxconn` 0 to have it computed.
-        report: The result of the last round.
-        audits_per_s: Networks that are compared with the kernel each second without an event.
+        settings: Returns HAProxy's configuration from the settings, without binds; `maxconn` 0 to compute it.
+        report: Result of the last round.
+        audits_per_s: Returns the number of networks to compare with the kernel each second without an event.
     """
 
     inventory: Inventory
@@ -80,15 +80,15 @@ class ListenerLoop:
 
     def __post_init__(self) -> None:
         self.watch = HostWatch(self.host, self.touch, self.audits_per_s)
-        # At each look: without them it would take each of HAProxy's sockets for another program's.
+        # Asked at each observation: without the pids, HAProxy's own sockets would count as another program's.
         self.host.our_pids = lambda: self.haproxy.pids
 
     def touch(self, reason: str, networks: Iterable[NetworkId] | None = None) -> int:
-        """Look at the host again; the ticket says when what was found is in force.
+        """Observe the host again. Return a ticket that closes once the result is in force.
 
         Args:
-            reason: For the log and `status`.
-            networks: Whose listeners to look at; `None` looks at the whole host.
+            reason: Reason for the log and `status`.
+            networks: Networks whose listeners to observe; `None` for the whole host.
         """
         self.host.touch(networks)
         self._reasons.add(reason)
@@ -96,15 +96,15 @@ class ListenerLoop:
         return self.tickets.take()
 
     async def let_go(self, networks: Iterable[NetworkId]) -> None:
-        """Listen in these networks no more, for as long as this controller runs: another process does.
+        """Stop listening in these networks for as long as this controller runs: another process listens there.
 
-        Their records stay in force: connections that are open get their answers. Returns when it is in force.
+        Their records stay in force: open connections still get answers. Returns once the change is in force.
         """
         self._let_go |= frozenset(networks)
         await self.tickets.wait(self.touch("let go", self._let_go))
 
     def degraded(self) -> tuple[LeftOut, ...]:
-        """Networks that are configured and not served, as of the last round."""
+        """Return networks that are configured but not served, as of the last round."""
         known, last = self.inventory, self.report
         return find_degraded(
             known.networks, known.contradictory, last.endpoints, last.left_out, last.foreign
@@ -112,15 +112,15 @@ class ListenerLoop:
 
     @property
     def serving(self) -> int:
-        """How many networks are served over every family that their guests use, and by imdsproxy alone."""
+        """Number of networks that imdsproxy alone serves, over every family that their guests use."""
         wrong = {one.network for one in self.degraded()}
         return len(networks_of(self.report.endpoints) - wrong)
 
     def spec(self) -> DataplaneSpec:
-        """The configuration for the endpoints of the last round, with the settings of now.
+        """Return the configuration for the endpoints of the last round, with the current settings.
 
         Raises:
-            HostRefused: The limit on open files is too low for them.
+            HostRefused: The limit on open files is too low for the endpoints.
         """
         settings = self.settings()
         links = haproxy_name(self.host.links)
@@ -138,9 +138,9 @@ class ListenerLoop:
         )
 
     def _choose_exporter(self, wanted: str | None) -> str | None:
-        """The exporter's address to bind, if it can be; `unexported` says why it can't."""
+        """Return the exporter's address if it can be bound; else set `unexported` to the reason."""
         self.unexported = None
-        # Where none runs, nothing of ours has the exporter's port any more; another program may.
+        # If no HAProxy of ours runs, the configuration proves nothing: another program may have the port.
         config = "" if self.haproxy.processes is None else self.haproxy.in_force()
         if wanted is None or f" bind {wanted} name exporter " in config:
             return wanted
@@ -154,33 +154,33 @@ class ListenerLoop:
         return None
 
     def render(self) -> str:
-        """HAProxy's configuration as it would be written now; nothing is touched.
+        """Render HAProxy's configuration as of now, without changing anything.
 
         Raises:
-            HostRefused: The limit on open files is too low for it.
+            HostRefused: The limit on open files is too low.
         """
         return render_config(self.spec())
 
     async def first_look(self) -> None:
-        """Do what is to be done on the host, before the first round, which then finds it done.
+        """Act on the host before the first round, which then finds the host ready.
 
         Raises:
-            HostRefused: The host's own namespace cannot be looked at.
+            HostRefused: The host's own namespace cannot be observed.
         """
         if not self.routers.enabled:
             await self.routers.close_all()
         await self._settle(self._networks())
 
     async def first_round(self) -> None:
-        """Bring HAProxy up, or its configuration up to date.
+        """Start HAProxy, or update its configuration.
 
         Raises:
-            DataplaneError: HAProxy or the host does not let us.
+            DataplaneError: HAProxy or the host refuses.
         """
         await self._round(("start",))
 
     async def run(self) -> None:
-        """Work until cancelled; what fails is tried again, ever more slowly."""
+        """Work until cancelled. Failed rounds are retried with backoff."""
         backoff, delay = Backoff(0.2, 5.0), 0.0
         while True:
             await self._wait(delay)
@@ -202,7 +202,7 @@ class ListenerLoop:
                 self.working = False
 
     async def _wait(self, delay: float) -> None:
-        """Until there is work: an event, or a retry that is due."""
+        """Wait for work: an event, or a retry that is due."""
         patience = _RECHECK_S if self.report.problems else None
         if self.failure is not None:
             patience = delay
@@ -226,14 +226,14 @@ class ListenerLoop:
                 break
             except (ConfigRejected, ReloadFailed) as error:
                 if attempt == 0:
-                    # Something went away between looking and loading: look again, once, before giving up.
+                    # An object may have gone between observation and load: observe everything again, once.
                     self.host.touch(None)
                 elif attempt == 1 and not self.unix.blame(error):
                     raise
                 elif attempt > 1:
                     self.unix.acquit()
                     raise
-        # Without those that another network keeps from their listener: that one has it in the next round too.
+        # Networks that lost a shared listener are not kept: the network that has the listener keeps it next round too.
         shared = {one.network for one in plan.left_out if one.code is LeftOutCode.LISTENER_SHARED}
         self.kept.keep({key: one for key, one in networks.items() if key not in shared})
         own = (one for one in (self.unexported, self.unix.problem) if one is not None)
@@ -262,7 +262,7 @@ class ListenerLoop:
         return await self.host.settle(networks, self.kept.load(), sweep=self.inventory.in_sync)
 
     def _networks(self) -> dict[NetworkId, Network]:
-        """Networks to listen in; until all sources are in sync, also the networks of before."""
+        """Return the networks to listen in; until all sources are in sync, also those of the earlier process."""
         before = {} if self.inventory.in_sync else self.kept.load()
         known = {**before, **self.inventory.networks}
         return {name: one for name, one in known.items() if name not in self._let_go}
@@ -270,14 +270,14 @@ class ListenerLoop:
     async def _apply(
         self, endpoints: tuple[Endpoint, ...], reasons: tuple[str, ...]
     ) -> tuple[Endpoint, ...]:
-        """Make HAProxy listen there; returns where it does now."""
+        """Make HAProxy listen on the endpoints. Return those on which it listens now."""
         unsafe = await self.hop_limits.open(endpoints)
         endpoints = tuple(one for one in endpoints if one.network not in unsafe)
         self._listening = await self.mac_filters.open(
             self._networks(), endpoints, self.host.seen, running=self.haproxy.processes is not None
         )
         await self.mac_filters.release(self._listening, sweep=self.inventory.in_sync)
-        # The old worker does not look at the links any more, the next one needs all of its own.
+        # The old worker no longer reads the links. The next worker needs all of its own.
         namespaces = str(self.host.thread.directory.path)
         apply_links(self.host.links, plan_links(self._listening.binds, namespaces))
         await self.routers.withdraw(self._listening.binds)
@@ -301,10 +301,10 @@ class ListenerLoop:
         return endpoints
 
     def _log_new(self, before: ListenerPlan, known: frozenset[LeftOut]) -> None:
-        """Log what is new since the last round, not what was known."""
+        """Log networks, foreign listeners and problems that are new since the last round."""
         log = structlog.get_logger()
         for left in sorted(self._degraded - known, key=lambda one: one.network):
-            # Those that come by themselves are no trouble; foreign listeners have their own line.
+            # Pending listeners resolve by themselves; foreign listeners have their own line.
             if left.code not in {LeftOutCode.PENDING, LeftOutCode.FOREIGN_LISTENER}:
                 why = {"code": left.code.value, "reason": left.reason, "hint": left.hint}
                 log.warning("listener not served", network=left.network, **why)

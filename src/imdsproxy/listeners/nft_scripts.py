@@ -1,18 +1,19 @@
 """Scripts for nft(8) that keep guests of bridges and of the host's own devices on their listener. Pure.
 
-ARP: the host answers for an address of its own on every device, so that a guest of any bridge could reach a listener on
-another device. It is to answer for the metadata address on the devices of interface listeners only.
+ARP: by default the host answers for each of its addresses on every device, so a guest of any bridge could reach a
+listener on another device. The script lets the host answer for the metadata address only on devices of interface
+listeners.
 
-Diversions: a guest sends a packet for 169.254.169.254 to its default gateway unless it has a route. The gateway may be
-another machine, or this host, which must not take the address where it is a guest of a cloud itself. So on each port of
-a bridge that has a listener the kernel replaces the destination MAC of such frames before the bridge forwards them:
-by that of the listener's veth, or by the bridge's own where the bridge is an interface listener's device. Answers to
-ARP or ND do not matter any more: several hosts on one LAN may each have the address, and so may an impostor. Frames
-that a guest sends *from* the metadata address are dropped where the port is a guest's (tap, veth); a NIC may lead to a
-cloud that has that address too, for this host.
+Diversions: a guest without a route sends packets for 169.254.169.254 to its default gateway. The gateway may be another
+machine, or this host, which must not take the address if it is a guest of a cloud itself. So on each port of a bridge
+with a listener, the kernel replaces the destination MAC of such frames before the bridge forwards them. The new MAC is
+that of the listener's veth, or that of the bridge if the bridge is an interface listener's device. Answers to ARP or ND
+then do not matter: several hosts on one LAN, and even an impostor, may have the address. Frames *from* the metadata
+address are dropped on ports of guests (tap, veth). They pass on a NIC, which may lead to a cloud that serves this host
+at that address.
 
-With br_netfilter, as Docker loads it, bridged packets pass the host's NAT too: libvirt's rule would replace a guest's
-address by the host's. It spares what connection tracking does not see.
+With br_netfilter, which Docker loads, bridged packets also pass the host's NAT. libvirt's rule would replace a guest's
+address by the host's, so the script marks the packets `notrack`: NAT skips untracked packets.
 """
 
 import re
@@ -39,16 +40,16 @@ _WANTED: Final = tuple(
 )
 
 _NAME: Final = re.compile(r"[A-Za-z0-9._:@+-]+")
-"""Names that nft(8) takes literally; no hypervisor uses others."""
+"""Device names that nft(8) takes literally. No hypervisor uses others."""
 
 
 def render_diversions(
     networks: Mapping[NetworkId, Network], observed: ObservedHost, naming: Naming
 ) -> str:
-    """A script that replaces our table of family `bridge` at once.
+    """Render a script that replaces our table of family `bridge` atomically.
 
-    It is about each bridge that has our veth, or that is an interface listener's device, and another port; without one
-    the table is only removed.
+    The table covers each bridge that has another port and either our veth or an interface listener. Without such a
+    bridge, the script only removes the table.
     """
     on_bridges: dict[int, list[ObservedDevice]] = {}
     for device in observed.root.devices.values():
@@ -69,7 +70,7 @@ def render_diversions(
         macs = inward if link is None else cables
         macs |= {one.name: mac for one in ports}
         guests |= {one.name for one in ports if one.kind in _GUEST_KINDS}
-    # Where a bridge has both, a veth gets what is sent.
+    # If a bridge has both, the veth gets the frames.
     inward = {name: mac for name, mac in inward.items() if name not in cables}
     ports_of_all = sorted({*cables, *inward})
     body = [
@@ -82,14 +83,14 @@ def render_diversions(
         "    type filter hook prerouting priority -300; policy accept;",
         *(f"    iifname @guests {family} saddr {address} drop" for family, address in _ADDRESSES),
         *(f"    {one} ether daddr set iifname map @cables notrack" for one in _WANTED),
-        # The bridge has looked at the MAC already: for another one than its own the host would drop the packet.
+        # The bridge has compared the MAC already: without the new packet type the host would drop the packet.
         *(
             f"    {one} ether daddr set iifname map @inward meta pkttype set host"
             for one in _WANTED
         ),
         *(f"    iifname @links {family} saddr {address} notrack" for family, address in _ADDRESSES),
         "  }",
-        # A bridge that has not met our MAC yet sends the frame to every port.
+        # A bridge that has not learned our MAC yet sends the frame to every port.
         "  chain leaving {",
         "    type filter hook forward priority 0; policy accept;",
         *(f"    iifname @ports oifname != @links {one} drop" for one in _WANTED),
@@ -101,7 +102,7 @@ def render_diversions(
 def _led_to(
     network: Network, observed: ObservedHost, naming: Naming
 ) -> tuple[ObservedDevice, str, str | None] | None:
-    """A network's bridge, the MAC that its guests' requests are for, and our veth on it; `None` without a bridge."""
+    """Return a network's bridge, the MAC for its guests' requests, and our veth, if any; `None` without a bridge."""
     listener, root = network.listener, observed.root.devices
     if isinstance(listener, InterfaceListener):
         device = root.get(listener.device)
@@ -118,11 +119,11 @@ def _led_to(
 
 
 def render_arp_guard(table: str, networks: Iterable[Network]) -> str:
-    """A script that replaces the table of that name at once; without interface listeners it only removes it.
+    """Render a script that replaces the `arp` table atomically; without interface listeners it only removes the table.
 
     Args:
-        table: Our own table of family `arp`.
-        networks: All of them.
+        table: Name of our table of family `arp`.
+        networks: All networks.
     """
     listeners = (one.listener for one in networks)
     devices = {one.device for one in listeners if isinstance(one, InterfaceListener)}
@@ -137,7 +138,7 @@ def render_arp_guard(table: str, networks: Iterable[Network]) -> str:
 
 
 def _replace_table(family: str, table: str, body: list[str]) -> str:
-    # Naming it before deleting it is how nft(8) deletes what may not be there.
+    # The first line creates a missing table, so that nft(8) can delete it in any case.
     script = [f"table {family} {table}", f"delete table {family} {table}"]
     if body:
         script += [f"table {family} {table} {{", *body, "}"]

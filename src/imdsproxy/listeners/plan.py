@@ -1,19 +1,19 @@
-"""What the host must have so that every network can be listened on: pure planning of host objects.
+"""Planner for listeners: host objects that the networks need, endpoints and reasons for missing ones. Pure.
 
-`plan_listeners` compares the networks with what was observed of the host and says what HAProxy can
-bind now (`Endpoint`), what it cannot and why (`LeftOut`), who else listens there (`Foreign`) and
-what is to be done on the host (`HostOp`). It never waits: an endpoint whose namespace or address
-is still to be made is left out as pending and comes with the plan after the next observation.
+`plan_listeners` compares the networks with the observed host. Its plan lists the endpoints that HAProxy can bind now
+(`Endpoint`), those that it cannot bind, with reasons (`LeftOut`), other processes that listen there (`Foreign`), and
+operations on the host (`HostOp`). Planning never waits: an endpoint whose namespace or address does not exist yet is
+pending, and appears in the plan after the next observation.
 
-For every network and family there is at least one endpoint or exactly one `LeftOut`.
+Every network and family has at least one endpoint or exactly one `LeftOut`.
 
-A bridge's listener is made by us:
+imdsproxy creates the listener of a bridge:
 
     bridge ── imds<hash> ══veth══ imds0 in namespace imds-<hash>: 169.254.169.254, fe80::a9fe:a9fe
 
-Replies must reach guests of any subnet though we have no address in it, so the namespace has a
-default route of scope link: every guest is asked for by ARP or ND. Checksum offload stays on: a
-Linux bridge hands packets on with their checksum state, and every guest NIC knows it.
+Replies must reach guests of any subnet although the namespace has no address in that subnet. Its default route has
+scope link, so the kernel asks for every guest by ARP or ND. Checksum offload stays on: a Linux bridge passes packets
+on with their checksum state, and every guest NIC understands it.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -41,10 +41,10 @@ _NAMING = Naming()
 
 @dataclass(frozen=True, slots=True)
 class AttachBridge:
-    """Make whatever a bridge's listener lacks: namespace, veth pair, addresses and default routes, marked as ours.
+    """Create the missing parts of a bridge's listener, marked as ours: namespace, veth pair, addresses, default routes.
 
     Attributes:
-        mtu: The bridge's, in bytes.
+        mtu: MTU of the bridge, in bytes.
     """
 
     action: ClassVar[str] = "attach a namespace to bridge {0.bridge}"
@@ -68,7 +68,7 @@ class AddAddress:
 
 @dataclass(frozen=True, slots=True)
 class RemoveAddress:
-    """Take an address away again."""
+    """Remove an address from a device."""
 
     action: ClassVar[str] = "remove {0.address} on device {0.device}"
     network: ClassVar[None] = None
@@ -80,7 +80,7 @@ class RemoveAddress:
 
 @dataclass(frozen=True, slots=True)
 class DeleteNamespace:
-    """Remove a namespace of ours, and with it the veth pair that ends in it."""
+    """Remove one of our namespaces and the veth pair that ends there."""
 
     action: ClassVar[str] = "delete namespace {0.namespace}"
     network: ClassVar[None] = None
@@ -90,7 +90,7 @@ class DeleteNamespace:
 
 @dataclass(frozen=True, slots=True)
 class DeleteLink:
-    """Remove a link of ours from the host's own namespace."""
+    """Remove one of our links from the host's own namespace."""
 
     action: ClassVar[str] = "delete link {0.device}"
     network: ClassVar[None] = None
@@ -101,22 +101,23 @@ class DeleteLink:
 Removal: TypeAlias = RemoveAddress | DeleteNamespace | DeleteLink
 
 HostOp: TypeAlias = AttachBridge | AddAddress | Removal
-"""What `listeners.apply` does to a host. Done twice, or on a host that is that way already, it changes nothing."""
+"""Idempotent operation on the host, carried out by `listeners.apply`."""
 
 
 @dataclass(frozen=True, slots=True)
 class ListenerPlan:
-    """What to do for all networks, in the order of their ids.
+    """Plan for all networks, in the order of their ids, and its result.
 
     Attributes:
-        endpoints: What to bind.
-        left_out: What cannot be bound, with reasons; `PENDING` ones come right by `ops`.
-        foreign: Who else listens at those addresses and what that does.
-        ops: What to do on the host, in this order: removals first.
-        problems: What was refused when it was done.
-        operations: How many things were done on the host before nothing more was to be done.
-        at: When it was in force, Unix time; `seconds` later than the work on it had begun.
-        reasons: Of that work.
+        endpoints: Endpoints to bind.
+        left_out: Endpoints that cannot be bound, with reasons; `ops` resolve the `PENDING` ones.
+        foreign: Other processes' sockets at those addresses, and their effect.
+        ops: Operations on the host, in this order: removals first.
+        problems: Operations that the host refused.
+        operations: Number of operations carried out until none was left.
+        at: Unix time at which the plan came into force.
+        seconds: Duration of the work until then.
+        reasons: Reasons for that work.
     """
 
     endpoints: tuple[Endpoint, ...] = ()
@@ -131,14 +132,14 @@ class ListenerPlan:
 
 
 class Place(NamedTuple):
-    """Where a network is listened for, whether or not it is there.
+    """Place of a network's listener, whether or not the place exists.
 
     Attributes:
-        namespace: By name; `None` for the host's own.
-        device: In that namespace; `None` for all.
-        bridge: The bridge that a namespace of ours is attached to, and the name of the link that does it.
-        managed: The metadata addresses on the device are our business.
-        redirected: Requests come to a port of ours, at every address.
+        namespace: Name of the namespace; `None` for the host's own.
+        device: Device in that namespace; `None` for all devices.
+        bridge: Bridge that our namespace is attached to, and the name of the link that attaches it.
+        managed: Whether imdsproxy manages the metadata addresses on the device.
+        redirected: Whether requests are redirected to a port of ours, at every address.
     """
 
     namespace: str | None
@@ -149,21 +150,21 @@ class Place(NamedTuple):
 
     @property
     def host_devices(self) -> tuple[str, ...]:
-        """The devices of the host's own namespace that it depends on."""
+        """The devices in the host's own namespace that the place depends on."""
         if self.namespace is None and self.device is not None:
             return (self.device,)
         return self.bridge or ()
 
     @property
     def where(self) -> str:
-        """By name what networks share that may share a listener: a device of the host, or a namespace."""
+        """The device of the host, or the namespace, by name. Networks that share a listener have the same."""
         if self.host_devices:
             return f"device {self.host_devices[0]}"
         return f"namespace {self.namespace}"
 
 
 def place_of(network: Network, naming: Naming = _NAMING) -> Place:
-    """The place of a network's listener."""
+    """Return the place of a network's listener."""
     match network.listener:
         case NamespaceListener(namespace, device, manage, redirected):
             managed = manage and device is not None
@@ -178,12 +179,12 @@ def place_of(network: Network, naming: Naming = _NAMING) -> Place:
 
 
 ManagedPlace: TypeAlias = tuple[str | None, str]
-"""Namespace (`None`: the host's own) and device that we put the metadata addresses on."""
+"""Namespace (`None`: the host's own) and device to which imdsproxy added the metadata addresses."""
 
 Planned: TypeAlias = Endpoint | LeftOut | Foreign | HostOp
 
 PlanMemo: TypeAlias = dict[NetworkId, tuple[Network, ObservedNamespace | None, tuple[Planned, ...]]]
-"""Plans of networks in namespaces, with what each was made of. For one `Naming` only."""
+"""Plans of networks in namespaces, with the inputs of each plan. For one `Naming` only."""
 
 
 def plan_listeners(
@@ -199,14 +200,14 @@ def plan_listeners(
     """Plan the listeners of all networks at once.
 
     Args:
-        networks: All of them: what is ours on the host and belongs to none is removed.
-        observed: The host. What was not looked at counts as not there.
-        naming: How our own objects are named.
+        networks: All networks. The sweep removes our objects that belong to no network.
+        observed: The host. Parts that were not observed count as missing.
+        naming: Names of our own objects.
         sweep: Also plan removals; off until all sources are in sync.
-        managed: Where we have put addresses, by our own journal; only there are they removed again. The
-            mark on an address is one of 128 and may be another daemon's too. `None`: anywhere.
-        memo: Empty at first and then the same one again: most of a plan is that of before.
-        first: The networks that HAProxy is configured for: they keep a listener that another one claims too.
+        managed: Places where imdsproxy added addresses, by its journal; `None` for anywhere. Addresses are removed
+            only there: the mark on an address has 128 values, and another daemon may use the same.
+        memo: Empty at the first call; pass the same dictionary again to reuse unchanged parts of the plan.
+        first: Networks that HAProxy is configured for: they keep a listener that another network claims too.
     """
     memo = {} if memo is None else memo
     shared = find_shared(networks.values(), observed, first)
@@ -232,16 +233,16 @@ def plan_listeners(
 
 
 def explain_pending(plan: ListenerPlan, failures: Mapping[HostOp, Problem]) -> ListenerPlan:
-    """The same plan; what is pending because an op failed gets the failure as its reason.
+    """Return the plan with each failed op as the reason of the listeners that it keeps pending.
 
     Args:
-        plan: Made from what was observed after the ops were tried.
-        failures: Of the ops that were tried.
+        plan: Plan made from the host as observed after the ops were tried.
+        failures: Failed ops.
     """
 
     def explain(left: LeftOut) -> LeftOut:
         for op, failure in failures.items() if left.code is LeftOutCode.PENDING else ():
-            # A bridge is attached in steps: a failure explains all that is still pending.
+            # A bridge is attached in steps: a failure explains each pending part.
             version = op.address.version if isinstance(op, AddAddress) else left.family
             if op.network == left.network and left.family in (None, version):
                 code = LeftOutCode.HOST_REFUSED
@@ -254,12 +255,12 @@ def explain_pending(plan: ListenerPlan, failures: Mapping[HostOp, Problem]) -> L
 def _plan_again(
     network: Network, observed: ObservedHost, naming: Naming, memo: PlanMemo
 ) -> Iterable[Planned]:
-    """Plan a network, or remember the plan where it is made of the same things as before."""
+    """Plan a network, or reuse its earlier plan if its inputs are unchanged."""
     if not isinstance(network.listener, NamespaceListener):
         return plan_network(network, observed, naming)
     seen = observed.namespaces.get(network.listener.namespace)
     before = memo.get(network.id)
-    # `merge_observed` keeps what was not looked at anew: the same object is the same observation.
+    # `merge_observed` keeps the objects that were not observed anew: the same object is the same observation.
     if before is not None and before[0] == network and before[1] is seen:
         return before[2]
     part = tuple(plan_network(network, observed, naming))
@@ -268,7 +269,7 @@ def _plan_again(
 
 
 def plan_network(network: Network, observed: ObservedHost, naming: Naming) -> Iterator[Planned]:
-    """Endpoints of one network, or why it has none and what is to be done first."""
+    """Yield the endpoints of a network, or the reason for missing ones and the ops that create them."""
     place, root = place_of(network, naming), observed.root
     seen = root if place.namespace is None else observed.namespaces.get(place.namespace, _NOTHING)
     refusals = _refuse_place(place, seen)
@@ -295,7 +296,7 @@ def plan_network(network: Network, observed: ObservedHost, naming: Naming) -> It
 _NOTHING = ObservedNamespace(None)
 
 Refusal: TypeAlias = tuple[LeftOutCode, str, str]
-"""Why a network is not served, and a hint (see `LeftOut`)."""
+"""Code, reason and hint of a network that is not served (see `LeftOut`)."""
 
 
 def _refuse_place(place: Place, seen: ObservedNamespace) -> Iterator[Refusal]:
@@ -319,7 +320,7 @@ def _refuse_place(place: Place, seen: ObservedNamespace) -> Iterator[Refusal]:
 def _refuse_device(
     device: ObservedDevice, seen: ObservedNamespace, where: str
 ) -> Iterator[Refusal]:
-    """Also why packets to it, or of this host by it, belong to something else."""
+    """Also refuse a device whose packets a master takes, and one whose address would hide the host's own metadata."""
     name = device.name
     if not device.up:
         yield LeftOutCode.DEVICE_DOWN, f"device {name}{where} is down", f"ip link set {name} up"
@@ -342,7 +343,7 @@ def _refuse_device(
 def _refuse_bridge(
     place: Place, seen: ObservedNamespace, root: ObservedNamespace, alias: str
 ) -> Iterator[Refusal]:
-    """Also why what has the name of our link or namespace is not ours."""
+    """Also refuse a bridge if a link or namespace of our name exists that is not ours."""
     name, link_name = place.host_devices
     bridge, link = root.devices.get(name), root.devices.get(link_name)
     if bridge is None:
@@ -365,17 +366,17 @@ def _refuse_bridge(
 
 
 def _is_unmarked_veth(link: ObservedDevice) -> bool:
-    """Whether a link in our form of name is ours though it has no mark: its maker was killed."""
+    """Return whether a link with a name of our form has no mark: the process that created it was killed."""
     return link.kind == "veth" and not link.alias
 
 
 def _is_unmarked(seen: ObservedNamespace) -> bool:
-    """The same of a namespace."""
+    """Return whether a namespace with a name of our form has no mark: the process that created it was killed."""
     return not _alias_of(seen) and len(seen.devices) <= 1
 
 
 def _alias_of(seen: ObservedNamespace) -> str:
-    """The mark of a namespace's maker, on its loopback device; empty without one."""
+    """Return the mark on the namespace's loopback device; empty without one."""
     loopback = seen.devices.get(LOOPBACK)
     return loopback.alias if loopback is not None else ""
 
@@ -391,7 +392,7 @@ def _lacks(
     root: ObservedNamespace,
     naming: Naming,
 ) -> Iterator[AttachBridge | AddAddress]:
-    """What is to be done for a listener that nothing refuses."""
+    """Yield the ops that a listener needs if nothing refuses it."""
     if place.bridge is not None:
         bridge, link = (root.devices.get(name) for name in place.bridge)
         if bridge is not None and not _is_attached(bridge, link, seen, naming.inner_device):
@@ -406,7 +407,7 @@ def _lacks(
 def _is_attached(
     bridge: ObservedDevice, link: ObservedDevice | None, seen: ObservedNamespace, inner: str
 ) -> bool:
-    """Whether a bridge's listener has all that `AttachBridge` makes."""
+    """Return whether a bridge's listener has all parts that `AttachBridge` creates."""
     inside, loopback = seen.devices.get(inner), seen.devices.get(LOOPBACK)
     if link is None or inside is None or loopback is None:
         return False
@@ -423,13 +424,13 @@ def _is_attached(
 def find_shared(
     networks: Iterable[Network], observed: ObservedHost, first: Mapping[NetworkId, Network]
 ) -> dict[NetworkId, NetworkId]:
-    """Networks whose listener another network has, each with that other one.
+    """Return the networks whose listener another network has, each with that other network.
 
     Args:
-        networks: All of them.
+        networks: All networks.
         observed: The host: two names may lead to one namespace.
-        first: The networks as HAProxy is configured for them. One that is unchanged keeps its listener; of the
-            others the first by id has it.
+        first: Networks as HAProxy is configured for them. An unchanged network keeps its listener; among the others,
+            the first by id gets the listener.
     """
 
     def unchanged(network: Network) -> bool:
@@ -443,7 +444,7 @@ def find_shared(
         seen = observed.namespaces.get(place.namespace or "", _NOTHING)
         where: str | int = place.where
         device = None if place.host_devices else place.device
-        # Two names may lead to one namespace (`ip netns attach`): the inode is its identity.
+        # Two names may lead to one namespace (`ip netns attach`): the inode identifies the namespace.
         if seen.ref is not None and not place.host_devices:
             where = seen.ref.inode
         taken = places.setdefault(where, {})
@@ -463,7 +464,7 @@ def find_left_to_others(
     naming: Naming,
     managed: Collection[ManagedPlace],
 ) -> frozenset[ManagedPlace]:
-    """Places where we have put addresses that no network needs, and another process listens at: they are that one's."""
+    """Return places with our addresses that no network needs and another process listens at. It keeps the addresses."""
     places = [place_of(network, naming) for network in networks]
     wanted = {(one.namespace, one.device) for one in places}
     return frozenset(
@@ -481,13 +482,13 @@ def plan_sweep(
     naming: Naming,
     managed: Collection[ManagedPlace] | None,
 ) -> Iterator[HostOp]:
-    """Removals of what is marked as ours and belongs to no network any more.
+    """Yield removals of orphaned objects: marked as ours, but of no network.
 
     Args:
-        served: The networks whose listeners are wanted.
+        served: Networks whose listeners are wanted.
         observed: The host.
-        naming: How our own objects are named.
-        managed: Where we have put addresses; `None`: unknown.
+        naming: Names of our own objects.
+        managed: Places where imdsproxy added addresses; `None` if unknown.
     """
     places = [place_of(network, naming) for network in served]
     namespaces = {one.namespace for one in places}
@@ -507,7 +508,7 @@ def plan_sweep(
             where = (at, one.device)
             if one.protocol != protocol or where in wanted:
                 continue
-            # What is in a namespace of ours goes with it.
+            # Addresses in a namespace of ours disappear with the namespace.
             in_ours = at is not None and naming.is_namespace(at)
             if not in_ours and (managed is None or where in managed):
                 yield RemoveAddress(at, one.device, one.address, one.prefix)

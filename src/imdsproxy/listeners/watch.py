@@ -1,8 +1,8 @@
-"""Everything on the host that may change what HAProxy can bind, reported to the listener loop.
+"""Watcher of host changes that affect HAProxy's binds, for the listener loop.
 
-Three sources: namespaces that come and go, devices and addresses (in the host's own namespace and in those that HAProxy
-listens in), and a paced audit of what no event reports, above all other programs' listening sockets. The audit checks
-one network after the other, and those that are not served each time.
+It has three inputs: namespaces that appear and disappear; devices and addresses, in the host's own namespace and in
+those that HAProxy listens in; and a paced audit for changes without events, such as other programs' listening sockets.
+Each audit checks the next networks in turn, and those that are not served.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from imdsproxy.listeners.plan import place_of, plan_network
 T = TypeVar("T")
 
 _AT_ONCE: Final = 64
-"""Namespaces looked at in one go: the thread is free for others every 20 ms."""
+"""Maximum number of networks or namespaces in a batch: the namespace thread is free for others every 20 ms."""
 
 
 @dataclass(eq=False, slots=True)
 class HostWatch:
-    """Watches the host as long as its context is entered. An asynchronous context manager.
+    """Asynchronous context manager that watches the host while it is entered.
 
-    It reports nothing until `expect` was called, and of an audit only what differs from the host as it was last seen.
+    It reports nothing before the first call of `expect`. An audit reports only differences from the host as last seen.
 
     Attributes:
-        host: What is watched.
-        touch: Called with the kind of an event and the networks whose listener it concerns: a namespace came or went; a
-            link, which is a device or an address, changed; an audit found a change that no event had reported; or there
-            was an overflow, where events were lost or a look failed, and `None` says that all are concerned.
-        audits_per_s: Networks checked in turn each second; one takes 0.1 ms. 0 for none.
+        host: The watched host.
+        touch: Called with the kind of an event and the networks whose listeners the event concerns. Kinds are
+            `namespace-came`, `namespace-went`, `link` (a device or an address changed), `audit` (a change without an
+            event) and `overflow` (events were lost or an observation failed), with `None` for all networks.
+        audits_per_s: Returns the number of networks to check in turn each second; one takes 0.1 ms. 0 for none.
         every_s: Seconds between two checks of networks that are not served.
-        rechecks: At most so many of them each time, in turn.
+        rechecks: Maximum number of networks in such a check; the others have their turn in the next ones.
     """
 
     host: SystemHost
@@ -68,15 +68,15 @@ class HostWatch:
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
     def namespace_of_id(self, nsid: int) -> NamespaceRef | None:
-        """The namespace that has an id, as its events carry it."""
+        """Return the namespace with this id; events carry the id."""
         return self._nsids.get(nsid)
 
     def is_watched(self, namespace: NamespaceRef | None) -> bool:
-        """Whether events of a namespace are received; `None` is our own."""
+        """Return whether events of a namespace are received; `None` is our own."""
         return namespace is None or namespace in self._nsids.values()
 
     def expect(self, networks: Mapping[NetworkId, Network], silent: Collection[NetworkId]) -> None:
-        """Set what matters: all networks, and those of them that are to be checked every second."""
+        """Set all networks, and those among them to check in every audit."""
         if networks != self._networks:
             before, self._networks = self._networks, dict(networks)
             self._namespaces, self._devices = {}, {}
@@ -86,7 +86,7 @@ class HostWatch:
                 for device in place.host_devices:
                     self._devices.setdefault(device, set()).add(network.id)
                 if place.namespace is None and before.get(network.id) != network:
-                    # What happened to its device since the last look was not published.
+                    # Changes of its device since the last observation were not published.
                     self._new.append(network)
             for name in self._peeked.keys() - self._namespaces.keys():
                 del self._peeked[name]
@@ -130,7 +130,7 @@ class HostWatch:
             if change is None:
                 self._publish("overflow", self._networks)
             elif change.nsid is None:
-                # What a look that is under way sees is not known yet.
+                # Wait for an observation that is under way, so that `seen` includes it.
                 async with self.host.looking:
                     names = self._concerned(change)
                 networks = (self._devices.get(name, set()) for name in names)
@@ -139,7 +139,7 @@ class HostWatch:
                 self._publish("link", self._namespaces.get(ref.name, ()))
 
     def _concerned(self, change: LinkChange) -> list[str]:
-        """A device of the host, by its earlier name too, and the bridges that it joined or left."""
+        """Return the changed device, by its earlier name too, and the bridges that it joined or left."""
         devices = self.host.seen.root.devices
         known = devices.get(change.device)
         if change.index and (known is None or known.index != change.index):
@@ -156,9 +156,9 @@ class HostWatch:
         return names
 
     async def _give_ids(self) -> None:
-        """Give an id to each namespace that HAProxy listens in, so that its events are received.
+        """Assign an id to each namespace that HAProxy listens in, so that its events are received.
 
-        And look at what has just been expected, once its events are published: earlier ones were not.
+        Also observe newly expected networks once their events are published: earlier events were not.
         """
         while True:
             await self._wanted_ids.wait()
@@ -175,14 +175,14 @@ class HostWatch:
                 given = await self.host.thread.run(functools.partial(self._assign, some))
                 self._nsids.update(given)
                 ids = (self._namespaces.get(ref.name, ()) for ref in given.values())
-                # What happened before the id was given was not reported.
+                # Changes before the id was assigned were not reported.
                 await self._look([self._networks[one] for some in ids for one in some])
 
     def _assign(self, refs: Iterable[NamespaceRef]) -> dict[int, NamespaceRef]:
         given: dict[int, NamespaceRef] = {}
         with NetlinkSocket() as channel:
             for ref in refs:
-                # Without an id no events then; the audit looks at it properly every time.
+                # A namespace without an id has no events; each audit observes it fully.
                 with contextlib.suppress(NamespaceMissing, NetlinkRefused):
                     opened = self.host.thread.directory.open(ref.name)
                     with contextlib.closing(opened):
@@ -190,7 +190,7 @@ class HostWatch:
         return given
 
     async def _audit(self) -> None:
-        """Look at some networks after the others, and at those that are not served, for ever."""
+        """Check the networks in turn, and those that are not served each time, until cancelled."""
         due = 0.0
         while True:
             await asyncio.sleep(self.every_s)
@@ -206,8 +206,8 @@ class HostWatch:
         return [self._networks[one] for one in turn]
 
     async def _peek(self, networks: list[Network]) -> None:
-        # Devices and addresses are reported where a namespace has an id. Listening sockets are not:
-        # where they differ from the last proper look, it is time for another one.
+        # A namespace with an id has events for devices and addresses, but none for listening sockets:
+        # if its sockets differ from the last full observation, it is observed again.
         heard = {None, *(ref.name for ref in self._nsids.values())}
         places = {place_of(one, self.host.naming).namespace for one in networks}
         seen = await self.host.peek(places)
@@ -216,18 +216,18 @@ class HostWatch:
             for place in places
             if place not in heard or place not in self._peeked or seen[place] != self._peeked[place]
         ]
-        # All that listen there: that something has changed is seen only once.
+        # Observe all networks that listen there: a peek shows a change only once.
         stale = set[NetworkId]().union(*(self._namespaces.get(one, ()) for one in changed))
         looks = _batches([self._networks[one] for one in sorted(stale)])
         if all([await self._look(some) for some in looks]):
             self._peeked.update({place: seen[place] for place in changed})
 
     async def _look(self, networks: Sequence[Network]) -> bool:
-        """Look properly, and report networks whose plan is another one now; false when that was not possible."""
+        """Observe networks fully and report those whose plan changed. Return false if the host cannot be observed."""
         try:
             part = await self.host.observe(networks)
         except DataplaneError:
-            # The listener loop, which acts on the event, looks too, reports the error and tries again.
+            # The listener loop acts on the event: it observes the host too, reports the error and retries.
             self._publish("overflow", self._networks)
             return False
         before = self.host.seen
