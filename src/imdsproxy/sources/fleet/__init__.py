@@ -1,1 +1,1 @@
-"""The source `fleet`: records that a hub sends to this host, and the copy of them that it serves without one."""
+"""The source `fleet`: records that a hub sends to this host, and the local copy that is served without a hub."""

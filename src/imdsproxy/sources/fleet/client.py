@@ -1,4 +1,4 @@
-"""A host's connection to a hub: TLS, an upgrade to the stream of lines, and requests beside it."""
+"""A host's connection to a hub: TLS, an upgrade to the stream of lines, and separate requests."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _MOST_OF_ANSWER: Final = 1024 * 1024
 _REFUSALS: Final = frozenset(
     {AccessDenied.code, AlreadyExists.code, NotFound.code, UserDataUnreadable.code}
 )
-"""Codes of answers that stay the same until an operator acts."""
+"""Codes of refusals that last until an operator acts."""
 
 _SHOWN: Final = 500
 _OUT_OF_TIME: Final = (9, 10)
@@ -59,13 +59,13 @@ _NAMES: Final = "compare its URL with the names in its certificate, and its CA w
 
 @dataclass(frozen=True, slots=True)
 class HostFiles:
-    """What a host that joined a fleet has on disk, beside its items.
+    """Files of a host that joined a fleet, without its items.
 
     Attributes:
-        hubs: URLs of hubs, one a line.
-        certificate: The host's, PEM.
-        key: Its key, PEM; may be the same file.
-        authority: The certificate of the fleet's CA, PEM; of several while one takes the place of another.
+        hubs: URLs of hubs, one per line.
+        certificate: Certificate of the host, PEM.
+        key: Key of the certificate, PEM; may be the same file.
+        authority: CA certificate of the fleet, PEM; several while the fleet replaces its CA.
     """
 
     hubs: Path
@@ -75,13 +75,13 @@ class HostFiles:
 
     @classmethod
     def of(cls, directory: Path) -> Self:
-        """What `imdsproxy fleet join` writes into `fleet` of `paths.state_dir`."""
+        """Return the paths of the files that `imdsproxy fleet join` writes into this directory."""
         names = ("hubs", "host.pem", "host.pem", "ca.crt")
         return cls(*(directory / name for name in names))
 
     @classmethod
     def configured(cls, wanted: FleetSourceSettings, state_dir: Path) -> Self:
-        """Those that the settings name, else what `imdsproxy fleet join` wrote."""
+        """Return the files that the settings name, or else those of `imdsproxy fleet join`."""
         joined = cls.of(state_dir / "fleet")
         return cls(
             joined.hubs,
@@ -92,11 +92,11 @@ class HostFiles:
 
     @property
     def keeps_authority(self) -> bool:
-        """Whether it is the file of `imdsproxy fleet join`, which follows the fleet."""
+        """Whether `authority` is the file of `imdsproxy fleet join`, which imdsproxy keeps equal to the fleet's CAs."""
         return self.authority == self.of(self.hubs.parent).authority
 
     def read_hubs(self) -> tuple[str, ...]:
-        """The URLs; `SourceUnavailable` where there are none."""
+        """Return the URLs; raise `SourceUnavailable` if there are none."""
         try:
             found = tuple(self.hubs.read_text("ascii").split())
         except (OSError, ValueError) as error:
@@ -106,10 +106,10 @@ class HostFiles:
         return found
 
     def context(self) -> ssl.SSLContext:
-        """The client's side of TLS, of the files as they are now.
+        """Make a TLS client context from the current files.
 
         Raises:
-            SourceUnavailable: A file is missing, or is not what it should be.
+            SourceUnavailable: A file is missing or not valid.
         """
         try:
             context = ssl.create_default_context(cafile=self.authority)
@@ -125,10 +125,10 @@ class HostFiles:
 
 @dataclass(slots=True)
 class HubStream:
-    """The lines of one connection, and user data beside them.
+    """Stream of lines over one connection, with a second connection for user data and passwords.
 
     Attributes:
-        hub: The URL.
+        hub: URL of the hub.
     """
 
     hub: str
@@ -138,10 +138,10 @@ class HubStream:
     _timeout_s: float
 
     async def read(self, within_s: float) -> FromHub:
-        """The next line.
+        """Read the next line.
 
         Raises:
-            SourceUnavailable: None came in time, the connection ended, or it is none of a hub.
+            SourceUnavailable: No line came in time, the connection ended, or the line is not valid.
         """
         try:
             async with asyncio.timeout(within_s):
@@ -158,11 +158,11 @@ class HubStream:
             raise SourceUnavailable(f"the hub sent what is no line of a stream: {error}") from error
 
     def close(self) -> None:
-        """End it at once."""
+        """Abort the connection."""
         self._writer.transport.abort()
 
     async def send(self, *messages: FromHost) -> None:
-        """Write lines; `SourceUnavailable` where the connection has ended."""
+        """Write lines; raise `SourceUnavailable` if the connection has ended."""
         try:
             self._writer.write(b"".join(map(render_line, messages)))
             await self._writer.drain()
@@ -170,10 +170,10 @@ class HubStream:
             raise SourceUnavailable(f"the stream broke: {error}") from error
 
     async def user_data(self, sha256: str, size: int) -> bytes:
-        """User data of an instance on this host.
+        """Fetch user data of an instance on this host.
 
         Raises:
-            SourceRefused: The hub does not have it for this host, or cannot read it.
+            SourceRefused: The hub does not have the data for this host, or cannot read it.
             SourceUnavailable: The hub, or its etcd, does not answer now.
         """
         most = max(size, _MOST_OF_ANSWER)
@@ -187,10 +187,10 @@ class HubStream:
         return data
 
     async def give_password(self, instance: InstanceId, password: bytes) -> None:
-        """Give the hub a password that the guest of an instance posted on this host.
+        """Send the hub a password that the guest of an instance posted on this host.
 
         Raises:
-            SourceRefused: The instance is not on this host, or it has another password.
+            SourceRefused: The instance is not on this host, or has another password.
             SourceUnavailable: The hub, or its etcd, does not answer now.
         """
         body = {"instance": instance, "password": base64.b64encode(password).decode()}
@@ -205,11 +205,11 @@ class HubStream:
 
 @dataclass(frozen=True, slots=True)
 class HubClient:
-    """Reaches hubs by their URLs, `https://NAME:PORT`.
+    """Client of hubs, by their URLs `https://NAME:PORT`.
 
     Attributes:
-        identity: `None` only where hubs are reached without TLS.
-        timeout_s: How long the answer to a request may take.
+        identity: Files for TLS; `None` only for hubs without TLS.
+        timeout_s: Maximum time for the answer to a request, in seconds.
     """
 
     identity: HostFiles | None
@@ -217,11 +217,11 @@ class HubClient:
 
     @contextlib.asynccontextmanager
     async def stream(self, hub: str, within_s: float = CONNECT_S) -> AsyncIterator[HubStream]:
-        """Open a hub's stream, for as long as the block lasts.
+        """Open a hub's stream for the duration of the block.
 
         Raises:
             SourceUnavailable: The hub is not reached, or does not answer with a stream within `within_s`.
-            SourceRefused: It refuses this host.
+            SourceRefused: The hub refuses this host.
         """
         url = urlsplit(hub)
         context = self._context(hub)
@@ -238,14 +238,14 @@ class HubClient:
                     )
                     head = await reader.readuntil(b"\r\n\r\n")
             _check_status(hub, head)
-            # What is asked again and again has a connection that stays.
+            # Requests share a connection that stays open.
             async with httpcore.AsyncConnectionPool(ssl_context=context, max_connections=1) as pool:
                 yield HubStream(hub.rstrip("/"), reader, writer, pool, self.timeout_s)
         except TimeoutError as error:
             raise SourceUnavailable(f"{hub} did not answer in {within_s:g} s") from error
         finally:
             if writer is not None:
-                # TLS waits for the other side's farewell, which a hub that hangs does not say.
+                # A regular close waits for the peer's TLS close_notify, which a hub that hangs does not send.
                 writer.transport.abort()
 
     async def request(
@@ -257,10 +257,10 @@ class HubClient:
         body: bytes = b"",
         headers: Mapping[bytes | str, bytes | str] | None = None,
     ) -> tuple[int, bytes]:
-        """One request; its status and body.
+        """Send one request and return the status and body of the answer.
 
         Raises:
-            SourceUnavailable: There was no answer, or it is longer.
+            SourceUnavailable: No answer came, or the answer is too long.
         """
         async with httpcore.AsyncConnectionPool(ssl_context=self._context(hub)) as pool:
             url = f"{hub.rstrip('/')}{path}"
@@ -271,7 +271,7 @@ class HubClient:
 
 
 def _refusal_of(hub: str, what: str, status: int, body: bytes) -> SourceError:
-    """Why a hub does not do something: its answer is a problem with a code, or another program's."""
+    """Return the error for a hub's answer: a problem with a code, or an answer of another program."""
     try:
         found = json.loads(body)
         code, message = str(found["code"]), str(found["message"])[:_SHOWN]

@@ -1,4 +1,4 @@
-"""Fetches the user data that items need; user data that a hub does not give delays no other."""
+"""Fetcher of the user data that items need. User data that a hub does not send never delays the others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from imdsproxy.sources.fleet.client import HubStream
 
 @dataclass(slots=True)
 class UserDataFetcher:
-    """Asks a hub for user data, and stores the answers.
+    """Fetches user data from a hub and stores it.
 
     Args:
         keep: Stores user data on disk; raises `SourceError`.
@@ -32,18 +32,18 @@ class UserDataFetcher:
                 self._failures.pop(data.sha256, None)
 
     def reasons(self) -> Mapping[str, str]:
-        """Why the last attempts failed, by SHA-256."""
+        """Return the reasons of the last failed attempts, by SHA-256."""
         return {
             sha256: f"{error.message} ({error.hint})" if error.hint else error.message
             for sha256, error in self._failures.items()
         }
 
     def is_refused(self, data: UserData) -> bool:
-        """Whether the last attempt failed for a reason that lasts until an operator acts."""
+        """Return whether the last attempt failed for a reason that lasts until an operator acts."""
         return isinstance(self._failures.get(data.sha256), SourceRefused)
 
     def forget(self, needed: Iterable[UserData]) -> None:
-        """Forget the failures of user data that no item needs any more."""
+        """Forget the failures of all user data except `needed`."""
         left = {data.sha256 for data in needed}
         for sha256 in self._failures.keys() - left:
             del self._failures[sha256]

@@ -1,7 +1,7 @@
-"""The copy of a host's items on its disk: written before anything of it is in force, and served without a hub.
+"""Copy of a host's items on disk: written before the items come into force, and served without a hub.
 
-It may not be deleted as a cache may: it is also what keeps a host from going back in time. Whatever is read of it is
-compared with a digest, and what was deleted is overwritten.
+Unlike a cache, it must not be deleted: it also keeps a host from returning to older revisions. Each read is compared
+with a digest, and deleted data is overwritten.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ CREATE TABLE position (
 ) STRICT
 """
 _SECRET: Final = ("keys/", "password/")
-"""Items of which an old value is a secret, too."""
+"""Key prefixes of items whose old values are secrets too."""
 
 _REFILL: Final = "start it while a hub can be reached: the hub sends everything again"
 _UNUSED: Final = """
@@ -62,11 +62,11 @@ DELETE FROM user_data WHERE sha256 NOT IN (
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What the file has.
+    """Content of the file.
 
     Attributes:
-        items: Those that are as they were written.
-        damaged: The keys of the others, and whether the key itself is as it was written.
+        items: Intact items.
+        damaged: Keys of damaged items, and whether the key itself is intact.
     """
 
     position: Position
@@ -76,10 +76,10 @@ class Kept:
 
 @dataclass(slots=True, eq=False)
 class KeptItems:
-    """The file at `path`. Everything here blocks; `fetch` may be called in any thread, the rest in one.
+    """The file at `path`. All methods block; `fetch` may be called in any thread, the others in one thread only.
 
     Attributes:
-        vouched: When a hub last knew the fleet's state and this host had it; `None` for never.
+        vouched: Last moment at which a hub knew the fleet's state and this host had the same; `None` for never.
     """
 
     path: Path
@@ -92,15 +92,15 @@ class KeptItems:
     _has_deleted: bool = True
 
     def open(self) -> Kept:
-        """Everything in the file; it is made where there is none.
+        """Open the file, creating a missing one, and return its content.
 
         Raises:
-            SourceError: It cannot be used.
+            SourceError: The file cannot be used.
         """
         with self._failures():
             self._connection = open_store(self.path, (_SCHEMA,))
             self._connection.execute("PRAGMA secure_delete = ON").fetchall()
-            # An acknowledged revision outlives a power cut, and so does what a guest has read.
+            # An acknowledged revision must survive a power cut, and so must data that a guest has read.
             self._connection.execute("PRAGMA synchronous = FULL")
             execute = self._connection.execute
             uri = f"{self.path.as_uri()}?mode=ro"
@@ -127,7 +127,6 @@ class KeptItems:
             return Kept(position, items, damaged)
 
     def close(self) -> None:
-        """Close the file."""
         with self._reading:
             for connection in (self._reader, self._connection):
                 if connection is not None:
@@ -135,17 +134,17 @@ class KeptItems:
             self._reader = self._connection = None
 
     def stored(self, instance: InstanceId, sha256: str) -> StoredBytes | None:
-        """User data that is here."""
+        """Return a reference to stored user data; `None` if the file does not have it."""
         found = self._stored.get(sha256)
         if found is None:
             return None
         return StoredBytes(*found, instance, UserDataFile(self, sha256))
 
     def keep_user_data(self, data: bytes) -> None:
-        """Have user data here before items say that an instance has it.
+        """Store user data before the items that name it.
 
         Raises:
-            SourceError: It cannot be stored.
+            SourceError: The data cannot be stored.
         """
         sha256, digest = sha256_of(data).hexdigest(), digest_of(data)
         with self._failures(), closing(self._open().cursor()) as cursor:
@@ -155,7 +154,7 @@ class KeptItems:
         self._damaged.discard(sha256)
 
     def damaged_user_data(self) -> frozenset[UserData]:
-        """User data that was found to be damaged when it was read, and has not come again."""
+        """Return user data that was damaged when read, and has not been fetched again."""
         found = ((sha256, self._stored.get(sha256)) for sha256 in tuple(self._damaged))
         return frozenset(UserData(sha256, one[0]) for sha256, one in found if one is not None)
 
@@ -166,16 +165,16 @@ class KeptItems:
         vouched: Moment | None,
         renumbered: Iterable[ItemKey] = (),
     ) -> None:
-        """Have the disk keep a set of changes, all or none.
+        """Store a set of changes atomically.
 
         Args:
-            position: How far the host is with them.
+            position: Position of the host after these changes.
             items: See `Applied.stored`.
             vouched: See `KeptItems.vouched`.
             renumbered: See `Applied.renumbered`.
 
         Raises:
-            SourceError: It cannot be stored.
+            SourceError: The changes cannot be stored.
         """
         with self._failures(), transaction(connection := self._open()):
             for key, item in items.items():
@@ -196,7 +195,7 @@ class KeptItems:
         self.vouched = vouched
 
     def note(self, vouched: Moment) -> None:
-        """Have the file say that what it has was still so."""
+        """Store the moment at which a hub last vouched for the stored items."""
         with self._failures(), transaction(connection := self._open()):
             query = "SELECT fleet, incarnation, revision FROM position"
             for at in connection.execute(query).fetchall():
@@ -206,10 +205,10 @@ class KeptItems:
         self.vouched = vouched
 
     def sweep(self, needed: Collection[str] = ()) -> None:
-        """Delete user data that no item names any more, and the last copies of all that was deleted.
+        """Delete user data that no item names, and overwrite the last copies of deleted data.
 
         Args:
-            needed: User data, by SHA-256, that has come before its item.
+            needed: SHA-256 of user data that arrived before its item.
         """
         with self._failures():
             connection = self._open()
@@ -218,15 +217,15 @@ class KeptItems:
                 self._damaged.discard(sha256)
                 self._has_deleted = True
             if self._has_deleted:
-                # The log has what it replaced in the file, and goes on having it until other pages replace that.
+                # The write-ahead log still contains deleted data until other pages overwrite it.
                 busy = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
                 self._has_deleted = bool(busy)
 
     def fetch(self, sha256: str) -> bytes:
-        """User data, as it was written.
+        """Return user data after comparing it with its SHA-256.
 
         Raises:
-            SourceError: It is not here, is damaged, or cannot be read.
+            SourceError: The data is missing, damaged, or cannot be read.
         """
         with self._reading, self._failures():
             if self._reader is None:
@@ -265,11 +264,10 @@ def _row_of(moment: Moment | None) -> tuple[float, str, float] | tuple[None, Non
 
 @dataclass(frozen=True, slots=True)
 class UserDataFile:
-    """Gets user data of a file; equal where both are the same."""
+    """Reader of user data in a file. Readers of the same file and data are equal."""
 
     kept: KeptItems = field(repr=False)
     sha256: str
 
     def __call__(self, _: InstanceId) -> bytes:
-        """The bytes."""
         return self.kept.fetch(self.sha256)

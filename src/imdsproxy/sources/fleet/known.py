@@ -1,7 +1,7 @@
-"""What a host has of its fleet: items with their revisions, and what they say. Pure.
+"""A host's items of its fleet: revisions, records in force, policies and refusals. Pure.
 
-An item is never replaced by an older one. One that cannot be read, or that claims what another instance has, is
-refused, and the version before it stays.
+An older version never replaces a newer one. An item that cannot be read, or that claims an address of another instance,
+is refused, and its earlier version stays.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from imdsproxy.errors import Problem
 from imdsproxy.sources.in_force import Entry, InForce
 
 Item: TypeAlias = tuple[int, Json]
-"""Its revision and value."""
+"""Revision and value of an item."""
 
 UserDataOf: TypeAlias = Callable[[InstanceId, str], "StoredBytes | None"]
-"""User data by the instance and its SHA-256; `None` where this host does not have it."""
+"""Returns user data by instance and SHA-256; `None` if this host does not have it."""
 
 _RECORDS: Final = {"network": "networks", "instance": "instances"}
 _OF_HOST: Final = "policy/host"
@@ -44,11 +44,11 @@ _ACCEPT: Final = "compare the fleet with its backup, then `imdsproxy fleet accep
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """How far a host has followed its fleet.
+    """Position up to which a host has followed its fleet.
 
     Attributes:
-        fleet: The fleet's UUID; `None` before its first complete set.
-        revision: Everything up to it is known.
+        fleet: UUID of the fleet; `None` before the first complete set of items.
+        revision: Revision up to which the host has all changes.
     """
 
     fleet: str | None = None
@@ -58,13 +58,13 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """What a set of changes did.
+    """Result of applying a set of changes.
 
     Attributes:
-        records: The records that changed in force.
-        stored: What the copy on disk is to have of each item; `None` for one that is gone.
+        records: Changes of the records in force.
+        stored: Items to write to the copy on disk; `None` deletes an item.
         policies: Whether `FleetKnown.policies` changed.
-        renumbered: Items that stay as they are, of revision 0: theirs was one of a fleet before its restore.
+        renumbered: Items that stay unchanged but get revision 0: their revision is from before the fleet's restore.
     """
 
     records: Observation
@@ -74,11 +74,11 @@ class Applied:
 
 
 class _Unreadable(ValueError):
-    """An item's value is not what hubs send."""
+    """Value of an item that this version cannot read."""
 
 
 class _Later(_Unreadable):
-    """An instance that this host takes once it has its user data, or can read what limits it."""
+    """Instance that waits for its user data, or for a readable version of the items that limit it."""
 
 
 @dataclass(slots=True)
@@ -86,12 +86,12 @@ class FleetKnown:
     """All items of this host.
 
     Args:
-        user_data: Where user data is.
-        schema: What this version knows of records.
+        user_data: Returns stored user data.
+        schema: Record schema of this version.
 
     Attributes:
-        items: The revision of each that is in force.
-        held: Items that the hub cannot vouch for, and why: they stay.
+        items: Revisions of the items in force.
+        held: Items that stay in force although the hub cannot vouch for them, with reasons.
     """
 
     user_data: UserDataOf
@@ -115,7 +115,7 @@ class FleetKnown:
     # What is known
 
     def hello(self) -> Hello:
-        """What this host has."""
+        """Return the greeting for a hub: this host's position, items and operator overrides."""
         at = self.position
         guards = {
             InstanceId(key.partition("/")[2]): guard
@@ -126,15 +126,15 @@ class FleetKnown:
         return Hello(at.fleet, at.incarnation, at.revision, items, level=level, guards=guards)
 
     def digest(self, without: Collection[ItemKey]) -> str:
-        """`digest_items` of what is in force, without some."""
+        """Return `digest_items` of the items in force, except `without`."""
         return digest_items({key: one for key, one in self.items.items() if key not in without})
 
     def everything(self) -> Observation:
-        """All records in force."""
+        """Return all records in force."""
         return Observation.of_changes(*(one.records for one in self._kinds.values()))
 
     def policies(self) -> FleetPolicies:
-        """What the other items say."""
+        """Return the policies, operator overrides and token keys in force."""
         others: dict[str, dict[str, Any]] = {"guard": {}, "keys": {}, "password": {}, "policy": {}}
         for key, value in self._others.items():
             kind, _, name = key.partition("/")
@@ -156,12 +156,12 @@ class FleetKnown:
         )
 
     def passwords(self) -> dict[InstanceId, bytes | None]:
-        """The password of each instance here, as `core.fleet.passwords.plan_password` has what the fleet has."""
+        """Return the fleet's password of each instance here, in the form of `core.fleet.passwords.plan_password`."""
         names = (key.partition("/")[2] for key in self.items if key.startswith("instance/"))
         return {InstanceId(name): self._others.get(f"password/{name}") for name in names}
 
     def failed(self) -> dict[ItemKey, str]:
-        """Why items are refused, whose version before, if any, stays in force."""
+        """Return refused items with reasons; their earlier versions, if any, stay in force."""
         found = {key: str(problem) for key, problem in self._refused.items()}
         for kind, problem in self._clashes():
             key = f"{kind}/{problem.record}"
@@ -170,7 +170,7 @@ class FleetKnown:
         return found
 
     def problems(self) -> tuple[Problem, ...]:
-        """Everything that is refused, or held."""
+        """Return a problem for each item that is refused or held."""
         held = (
             Problem(
                 key,
@@ -196,14 +196,14 @@ class FleetKnown:
         items: Mapping[ItemKey, Item],
         damaged: Mapping[ItemKey, bool] = _NOTHING_DAMAGED,
     ) -> None:
-        """Take what was in force before a restart; the rest is asked for again.
+        """Restore the items from before a restart. The hub sends missing ones again.
 
-        An instance is not taken without each item that limits who reads it.
+        An instance is refused if an item that limits its readers cannot be read.
 
         Args:
-            position: How far this host was.
-            items: What it had.
-            damaged: Items of which the copy on disk is damaged, and whether their keys are not.
+            position: Position of this host before the restart.
+            items: Intact items on disk.
+            damaged: Keys of items whose copy on disk is damaged, and whether the key itself is intact.
         """
         self.position = position
         missing: set[ItemKey | None] = set()
@@ -233,7 +233,7 @@ class FleetKnown:
         self._kinds[_RECORDS[kind]].prime(entry)
 
     def missing_user_data(self, batch: Batch | None = None) -> frozenset[UserData]:
-        """User data that items need and this host does not have: those of a set, else those that lack it since."""
+        """Return missing user data of a batch's items, or, without a batch, of items refused for lack of data."""
         items = self._lacking if batch is None else batch.put
         found = (_user_data_of(key, value) for key, (_, value) in items.items())
         return frozenset(
@@ -241,19 +241,19 @@ class FleetKnown:
         )
 
     def needed_user_data(self) -> frozenset[str]:
-        """User data by SHA-256 that items lack, or lacked until it came: nothing else on disk names it yet."""
+        """Return SHA-256 of user data that items lack, or lacked until it arrived: no stored item names it yet."""
         found = (_user_data_of(key, value) for key, (_, value) in self._lacking.items())
         return frozenset(data.sha256 for _, data in found if data)
 
     def explain_lacking(self, reasons: Mapping[str, str]) -> None:
-        """Note why user data, by its SHA-256, could not be fetched."""
+        """Refuse items that lack user data with the reason, by SHA-256, why the data could not be fetched."""
         for key, (revision, value) in self._lacking.items():
             _, data = _user_data_of(key, value)
             if data and data.sha256 in reasons:
                 self._refuse(key, revision, reasons[data.sha256])
 
     def supplied(self) -> Batch:
-        """The items that were refused for the lack of what has come since."""
+        """Return a batch of items that were refused for lack of data and now have their user data and limits."""
         put: dict[ItemKey, Item] = {}
         for key, (revision, value) in self._lacking.items():
             owner, data = _user_data_of(key, value)
@@ -264,11 +264,11 @@ class FleetKnown:
         return Batch(at.revision, at.fleet or "", at.incarnation, put)
 
     def apply(self, batch: Batch, *, whole: bool) -> Applied:
-        """Take over a set of changes.
+        """Apply a set of changes.
 
         Args:
-            batch: All of it; not of an older incarnation, nor of an older revision of the same.
-            whole: It is what the hub answered to `hello`: no item but those in it is held or refused.
+            batch: The complete set, not older than this host's incarnation and revision.
+            whole: Whether the batch is the hub's answer to `hello`: then no other item is held or refused.
         """
         newer = batch.incarnation > self.position.incarnation
         stored: dict[ItemKey, Item | None] = {}
@@ -305,7 +305,7 @@ class FleetKnown:
     def _take(
         self, key: ItemKey, revision: int, value: Json, stored: dict[ItemKey, Item | None]
     ) -> bool:
-        """Take over an item; whether one that is no record changed."""
+        """Apply an item. Return whether an item other than a record changed."""
         self._refused.pop(key, None)
         self._lacking.pop(key, None)
         kind, _, _ = key.partition("/")
@@ -326,7 +326,7 @@ class FleetKnown:
             return False
         self._others[key], self.items[key] = found, revision
         if isinstance(found, OperatorOverride):
-            # As it is in force: what is on disk may not take a revocation back.
+            # Store the merged value: the copy on disk must not undo a revocation.
             value = {"epoch": found.epoch, "reopened_at": found.reopened_at}
         stored[key] = revision, value
         return found != before
@@ -335,7 +335,7 @@ class FleetKnown:
         return _parse_other(self.schema, kind, value, before)
 
     def _lacks_limit(self, key: ItemKey, value: Json) -> bool:
-        """Whether no version of an item that limits an instance can be read."""
+        """Return whether an item that limits an instance has no readable version."""
         if not self._refused:
             return False
         refused = {_limit(one) for one in self._refused if one not in self.items}
@@ -351,7 +351,7 @@ class FleetKnown:
         return self._others.pop(key, None) is not None
 
     def _forget_refused(self, batch: Batch, stored: dict[ItemKey, Item | None]) -> None:
-        """Forget what was refused and is gone: the hub would have sent it again."""
+        """Forget refused items that are missing in the batch: the hub would have sent them again."""
         for key in {*self._refused, *self._waiting, *self._lacking}.difference(batch.put):
             if key not in self.items:
                 self._remove(key)
@@ -379,7 +379,7 @@ class FleetKnown:
         self._refused[key] = Problem(key, reason, note, _place(key, revision), record=name)
 
     def _entry(self, key: ItemKey, revision: int, value: Json) -> Entry[Any]:
-        """A record as an entry: its file is the item, its position the revision."""
+        """Parse a record into an entry whose file is the item's key and whose position is the revision."""
         kind, _, name = key.partition("/")
         unknown = sorted(value.keys() - {"record", "user_data"})
         if unknown:
@@ -405,7 +405,7 @@ class FleetKnown:
 
 
 def _user_data_of(key: ItemKey, value: Json) -> tuple[InstanceId, UserData | None]:
-    """Whose item it is, and the user data that it names."""
+    """Return the instance of an item, and the user data that the item names, if any."""
     kind, _, name = key.partition("/")
     match value.get("user_data") if kind == "instance" else None:
         case {"sha256": str(sha256), "size": int(size)} if _SHA256.fullmatch(sha256):
@@ -419,12 +419,12 @@ def _limits_first(item: tuple[ItemKey, Item]) -> tuple[bool, ItemKey]:
 
 
 def _limit(key: ItemKey) -> ItemKey:
-    """An item as `_limits_of` has it: a host gets one policy of a host, its own."""
+    """Return the item's key in the form of `_limits_of`: a host gets only its own host policy."""
     return _OF_HOST if key.startswith(f"{_OF_HOST}/") else key
 
 
 def _limits_of(key: ItemKey, value: Json) -> set[ItemKey | None]:
-    """The items that limit who reads an instance, `None` for one of unknown key; nothing for other items."""
+    """Return the items that limit an instance's readers, with `None` for an unknown key; empty for other items."""
     kind, _, name = key.partition("/")
     record = value.get("record")
     if kind != "instance" or not isinstance(record, dict):
@@ -436,7 +436,7 @@ def _limits_of(key: ItemKey, value: Json) -> set[ItemKey | None]:
 
 
 def merge(before: Batch | None, batch: Batch) -> Batch:
-    """Two sets, one after the other, as one; both of the same incarnation."""
+    """Merge two consecutive sets of changes of the same incarnation."""
     if before is None:
         return batch
     gone = frozenset(batch.remove)
@@ -463,7 +463,7 @@ def _parse_other(schema: Schema, kind: str, value: Json, before: object) -> obje
                 raise _Unreadable("; ".join(map(str, rules.problems)))
             return rules
         case "guard", {"epoch": int(epoch), "reopened_at": int(reopened_at)}:
-            # Neither ever goes back, whatever backup a fleet was restored from.
+            # Neither value ever decreases, whatever backup a fleet was restored from.
             known = before if isinstance(before, OperatorOverride) else OperatorOverride()
             return OperatorOverride(max(epoch, known.epoch), max(reopened_at, known.reopened_at))
         case "password", {"password": None}:
@@ -480,7 +480,7 @@ def _decode(text: str, what: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except binascii.Error:
-        # Its cause would show a part of the secret.
+        # The exception's cause would show a part of the secret.
         raise _Unreadable(f"{what} is no base64") from None
 
 

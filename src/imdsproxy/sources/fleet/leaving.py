@@ -1,6 +1,6 @@
-"""Networks that leave a host with their last instance: for a while their guests get an answer, 404. Pure.
+"""Networks that leave a host with their last instance: for a while their guests still get an answer, 404. Pure.
 
-Without that, the way to the guests is removed at once, and connections that are open get no answer at all.
+Without the delay, the listener is removed at once, and open connections get no answer at all.
 """
 
 from dataclasses import dataclass, field, replace
@@ -14,16 +14,16 @@ class LeavingNetworks:
     """Delays the removal of networks.
 
     Args:
-        stay_s: By how many seconds.
+        stay_s: Delay in seconds.
     """
 
     stay_s: float
     _until: dict[NetworkId, float] = field(default_factory=dict)
 
     def delay(self, changes: Observation, now: float) -> Observation:
-        """Changes without the networks that are removed, which `due` has later.
+        """Return the changes without removed networks; `due` returns those later.
 
-        Where a network comes or changes, all that leave go at once: it may have the listener of one of them.
+        If a network is added or changed, all leaving networks are removed at once: it may take over a listener.
         """
         gone = dict.fromkeys(changes.networks_removed, now + self.stay_s)
         if not changes.networks and self.stay_s:
@@ -35,7 +35,7 @@ class LeavingNetworks:
         return replace(changes, networks_removed=removed)
 
     def due(self, now: float) -> Observation:
-        """The networks whose time is over, as removed."""
+        """Return the networks whose delay is over, as removed."""
         over = tuple(one for one, until in self._until.items() if until <= now)
         for one in over:
             del self._until[one]

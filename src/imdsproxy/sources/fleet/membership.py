@@ -1,4 +1,4 @@
-"""This host's membership of a fleet: the files that `fleet join` makes, and its certificate, which it renews."""
+"""This host's membership of a fleet: joining, the files of `fleet join`, and renewal of the host's certificate."""
 
 import contextlib
 import http.client
@@ -49,14 +49,14 @@ _NOTHING_SENT: Final = (
 
 @dataclass(frozen=True, slots=True)
 class _Issued:
-    """Certificate of a host, and the CAs of its fleet; both PEM."""
+    """Certificate of a host and CA certificates of its fleet, both PEM."""
 
     certificate: bytes
     authorities: bytes
 
 
 def join(invitation: Invitation, files: HostFiles) -> str:
-    """Join a fleet: exchange the one-time token for a certificate, at the first hub that proves its identity.
+    """Join a fleet: exchange the single-use token for a certificate, at the first hub that proves its identity.
 
     Only the CA certificate that the invitation names can prove it. The CA certificates to trust from then on come with
     the hub's answer.
@@ -65,10 +65,10 @@ def join(invitation: Invitation, files: HostFiles) -> str:
         The URL of the hub that issued the certificate.
 
     Raises:
-        AccessDenied: The token is not good.
+        AccessDenied: The token is not valid.
         AlreadyExists: This host is a member of another fleet.
         HostRefused: A file cannot be written.
-        RequestRefused: A hub does not take the request.
+        RequestRefused: A hub refuses the request.
         SourceUnavailable: No hub answers.
         SourceRefused: No hub of the fleet answers, but another server does.
     """
@@ -110,9 +110,10 @@ def _refuse_another_fleet(invitation: Invitation, files: HostFiles) -> None:
 
 
 def _fetch_authority(url: str, wanted: str) -> Certificate:
-    """Fetch the CA certificate with a fingerprint from a server that has proved nothing yet.
+    """Fetch the CA certificate with this fingerprint from a server whose identity is not proved yet.
 
-    While the fleet replaces its CA, a hub sends several. A server may add any to them: all others are ignored.
+    While the fleet replaces its CA, a hub sends several certificates. Those with other fingerprints are ignored: an
+    impostor may have added them.
     """
     anyone = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     anyone.check_hostname = False
@@ -149,7 +150,7 @@ def _exchange(
     headers = {} if body is None else {"content-type": "application/json"}
     with _refusing(url), contextlib.closing(connection):
         connection.connect()
-        # A hub may be busy; one whose machine hangs takes no connection.
+        # A busy hub gets more time for its answer. A machine that hangs does not even accept a connection.
         connection.sock.settimeout(_TIMEOUT_S)
         connection.request(method, path, body, headers)
         answer = connection.getresponse()
@@ -177,11 +178,11 @@ def _read_issued(
     """Read a certificate for a key, and the CAs, from the answer of a hub that has proved its identity.
 
     Args:
-        url: The hub's.
-        status: The answer's.
-        answer: Its body.
-        key: The certificate is for this key.
-        invited_by: A CA certificate that has to be among those of the answer.
+        url: URL of the hub.
+        status: HTTP status of the answer.
+        answer: Body of the answer.
+        key: Key that the certificate must have.
+        invited_by: CA certificate that the answer must contain.
     """
     shape: dict[str, Any] = {}
     with contextlib.suppress(ValueError):
@@ -218,17 +219,17 @@ def _read_issued(
 async def renew_if_due(
     files: HostFiles, client: HubClient, hubs: Sequence[str], now: datetime
 ) -> bool:
-    """Replace the certificate, with a new key, where it is time; whether it was.
+    """Replace the certificate, with a new key, if renewal is due. Return whether it was replaced.
 
-    It is where two thirds of its life are over, and where the fleet has other CAs than this host knows: a hub that has
-    proved by one of these that it is of the fleet says which, and they are kept.
+    Renewal is due after two thirds of the certificate's lifetime, and when the fleet has other CAs than this host
+    trusts. A hub that proved its identity by a trusted CA sends the new CA certificates, which are stored.
 
     Raises:
-        AccessDenied: A hub does not accept the present one any more.
-        ConfigInvalid: The file holds no certificate.
+        AccessDenied: A hub no longer accepts the current certificate.
+        ConfigInvalid: The file contains no certificate.
         HostRefused: The file cannot be written.
-        RequestRefused: A hub does not take the request.
-        SecretUnreadable: The file cannot be read, or others may.
+        RequestRefused: A hub refuses the request.
+        SecretUnreadable: The file cannot be read, or other accounts can read it.
         SourceUnavailable: No hub answers.
     """
     due = renewal_due(_read(files), now)
@@ -251,11 +252,11 @@ async def renew_if_due(
             continue
         _write_pair(files, key, issued.certificate)
         if others:
-            # Last: where it is not written, all of it is done again.
+            # The CAs come last: if they are not written, the next attempt repeats everything.
             write_atomic(files.authority, issued.authorities, mode=0o644, durable=True)
         return True
     if not due:
-        # That no hub answers is reported by the source.
+        # The source itself reports that no hub answers.
         return False
     raise SourceUnavailable("; ".join(reasons), hint="hubs are asked again")
 
@@ -272,7 +273,7 @@ async def _has_other_authorities(files: HostFiles, client: HubClient, url: str) 
 
 
 def _refuse_unusable(url: str, certificate: bytes, now: datetime) -> None:
-    """Have the present one stay where a hub's clock is wrong: with the new one this host would be refused."""
+    """Refuse a certificate that is not valid now: if a hub's clock is wrong, hubs would reject this host."""
     found = parse_certificate(certificate, f"the answer of {url}")
     if not found.not_valid_before_utc <= now < found.not_valid_after_utc:
         raise SourceUnavailable(
@@ -281,7 +282,7 @@ def _refuse_unusable(url: str, certificate: bytes, now: datetime) -> None:
 
 
 def end_of(files: HostFiles) -> datetime:
-    """When this host's certificate ends; raises as `renew_if_due`."""
+    """Return the end of this host's certificate; raises as `renew_if_due`."""
     return _read(files).not_valid_after_utc
 
 
@@ -290,5 +291,5 @@ def _read(files: HostFiles) -> Certificate:
 
 
 def _write_pair(files: HostFiles, key: PrivateKey, certificate: bytes) -> None:
-    """Key and certificate in one file, so that both are replaced at once."""
+    """Write key and certificate into one file, so that both are replaced atomically."""
     write_atomic(files.certificate, render_key(key) + certificate, mode=_SECRET, durable=True)

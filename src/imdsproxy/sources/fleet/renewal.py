@@ -1,4 +1,4 @@
-"""Renewal of this host's certificate in a process of its own: what it needs would stay in the controller's memory."""
+"""Renewal of this host's certificate in a separate process, so that its libraries do not stay in the controller."""
 
 import asyncio
 import json
@@ -19,13 +19,13 @@ _FAILED: Final = 1
 
 
 async def renew_apart(files: HostFiles, hubs: Sequence[str], timeout_s: float) -> float:
-    """Replace the certificate where it is time.
+    """Replace the certificate if renewal is due.
 
     Returns:
-        When the one that is there now ends, Unix time.
+        Unix time at which the current certificate ends.
 
     Raises:
-        SourceUnavailable: It is not renewed; the present one stays.
+        SourceUnavailable: Renewal failed; the old certificate stays.
         HostRefused: The process hangs.
     """
     paths = files.hubs, files.certificate, files.key, files.authority
@@ -41,7 +41,7 @@ async def renew_apart(files: HostFiles, hubs: Sequence[str], timeout_s: float) -
 
 
 def renew_here(order: str) -> None:
-    """Be that process; the last line says when the certificate ends, or what went wrong."""
+    """Renew the certificate in this process. Print the certificate's end, or the error, as the last line."""
     paths, hubs, timeout_s = json.loads(order)
     files = HostFiles(*map(Path, paths))
     try:

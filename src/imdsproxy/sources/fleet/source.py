@@ -1,9 +1,9 @@
-"""The source `fleet`: follows one hub at a time, and serves what is on disk while none is reached.
+"""The source `fleet`: follows one hub at a time, and serves the items on disk while no hub is reached.
 
-One task reads the stream, one brings what came into force, one acknowledges it: what comes meanwhile is taken
-together the next time. Another task fetches user data that was not to be had at once.
+One task reads the stream, another brings changes into force, a third acknowledges them. Changes that arrive meanwhile
+are merged and applied together. A fourth task fetches user data that could not be fetched at once.
 
-`known` belongs to the task that has the lock: a thread changes it, and hubs get a copy of it.
+Only the task that holds the lock may use `known`: a thread changes it, and hubs get a copy.
 """
 
 from __future__ import annotations
@@ -51,42 +51,41 @@ _T = TypeVar("_T")
 Confirm: TypeAlias = Callable[
     [Collection[ItemKey], Collection[ItemKey]], Awaitable[Mapping[ItemKey, str]]
 ]
-"""Waits until what was published is in force: items that are here, and those that are gone. Gives those that are not in
-force, and why."""
+"""Waits until published items, present and removed ones, are in force. Returns the items that are not, with reasons."""
 
 Renew: TypeAlias = Callable[[], Awaitable[float | None]]
-"""Renews this host's certificate, where it is time, and says when the one that is there ends, in Unix time."""
+"""Renews this host's certificate if renewal is due, and returns the end of the current one, in Unix time."""
 
 TakePasswords: TypeAlias = Callable[[Mapping[InstanceId, bytes | None]], Awaitable[None]]
-"""Has passwords of guests where the document server reads them; see `core.fleet.passwords`."""
+"""Stores passwords of guests for the document server; see `core.fleet.passwords`."""
 
 AnswerTo: TypeAlias = Callable[[Ask], Awaitable[tuple[int, Any]]]
-"""Status and body of a GET of the admin API."""
+"""Answers a hub's GET of this host's admin API with status and body."""
 
 _LOOK_EVERY_S: Final = 1.0
 _NOTE_EVERY_S: Final = 60.0
 _AGAIN_S: Final = 2.0
-"""After so long, what was not in force is looked at again."""
+"""Seconds after which failed work, such as items that are not in force, is tried again."""
 
 _RENEW_EVERY_S: Final = 3600.0
 _GRACE_S: Final = 5.0
-"""So long after a stream ended the source is in sync: hubs are restarted, and another one is there. Not after silence:
-no clock shows since when that hub was lost.
+"""Seconds for which the source stays in sync after a stream ended: while a hub restarts, another takes over. Not after
+silence, because the time at which the hub was lost is unknown then.
 """
 
 _STALE_S: Final = 15.0
-"""A hub whose last answer of etcd is older does not know what is new."""
+"""Maximum age in seconds of a hub's last answer from etcd; a hub with an older one does not know the latest changes."""
 
 _STAY_S: Final = 60.0
-"""As long as most clients keep a connection that is idle."""
+"""Seconds for which most clients keep an idle connection."""
 
 _COMPARE_EVERY_S: Final = 600.0
 _SKEW_S: Final = 1.0
 _SPREAD_S: Final = 1.0
-"""Hosts whose hub has ended come to the others within this time."""
+"""Seconds over which hosts spread their connections to other hubs after their hub ended."""
 
 _FINAL: Final = frozenset({ByeCode.REVOKED, ByeCode.REPLACED, ByeCode.FORMAT, ByeCode.OTHER_FLEET})
-"""Other hubs say the same."""
+"""Codes for which other hubs would give the same answer."""
 
 _HINTS: Final = {
     ByeCode.AHEAD: "etcd was restored to before that: look at `imdsproxy fleet status`, then `imdsproxy fleet "
@@ -97,7 +96,7 @@ _log: Final = structlog.get_logger()
 
 
 class _Left(Exception):
-    """The hub has ended the stream, or has to be left."""
+    """The hub ended the stream, or this host has to leave the hub."""
 
     def __init__(self, code: ByeCode, reason: str) -> None:
         super().__init__(reason or code.value)
@@ -124,34 +123,34 @@ async def _answer_nothing(_: Ask) -> tuple[int, Any]:
 
 @dataclass(slots=True)
 class FleetSource:
-    """The items that a fleet places on this host.
+    """Source of the items that a fleet places on this host.
 
     Args:
-        client: Reaches hubs.
-        hubs: Their URLs, as of now; raises `SourceUnavailable` where there are none.
-        path: The file that keeps the items.
-        silent_s: Seconds of silence after which a hub is left.
-        serve_s: How long instances are served since a hub last vouched for them; `None` without end.
-        clock: Monotonic, and Unix time.
-        random: From 0 to 1: the order of hubs and the length of pauses.
+        client: Client for hubs.
+        hubs: Returns the current URLs of hubs; raises `SourceUnavailable` if there are none.
+        path: File that keeps the items.
+        silent_s: Seconds of silence after which this host leaves a hub.
+        serve_s: Seconds for which instances are served after a hub last vouched for them; `None` for no limit.
+        clock: Monotonic clock and Unix time.
+        random: Returns numbers from 0 to 1, for the order of hubs and the length of pauses.
         backoff: Pauses after no hub could be followed.
-        fetch_s: Seconds that changes wait for user data that came with them: an address that moves is never without an
-            instance then.
+        fetch_s: Seconds for which changes wait for their user data, so that an address that moves always has an
+            instance.
         fetching: Pauses after user data could not be fetched.
-        leaving: Networks whose last instance has gone.
+        leaving: Networks whose last instance was removed.
 
     Attributes:
-        take_passwords: Called with the passwords of all instances here, before the disk has a change of them.
-        take_policies: Called with policies and token keys before the records that came with them are published.
+        take_passwords: Called with the passwords of all instances here, before changed passwords are stored on disk.
+        take_policies: Called with policies and token keys before the records of the same batch are published.
         confirm: See `Confirm`.
-        answer: What hubs may ask this host.
+        answer: See `AnswerTo`.
         renew: See `Renew`.
-        hub: The one that is followed.
-        alone: Each hub was tried and none was followed since, so what is on disk is all there is.
-        failing: Why items are not in force, or not in their newest version; as it was acknowledged.
-        acknowledged: The revision up to which all others are in force.
-        skew_s: By how much the hub's clock is ahead of this host's.
-        certificate_end: When this host's certificate ends, Unix time; `None` where that is not known.
+        hub: URL of the followed hub; `None` without a hub.
+        alone: Whether every hub failed since one was last followed, so that this host has only its items on disk.
+        failing: Items that are not in force, or not in their newest version, with reasons; as acknowledged.
+        acknowledged: Revision up to which all other items are in force.
+        skew_s: Seconds by which the hub's clock is ahead of this host's.
+        certificate_end: End of this host's certificate, in Unix time; `None` if unknown.
     """
 
     name: ClassVar = "fleet"
@@ -220,12 +219,12 @@ class FleetSource:
         self._fetcher = UserDataFetcher(self._keep_user_data)
 
     def explain_stranded(self, port: StrandedPort) -> Problem:
-        """By the record's own field."""
+        """Describe the problem by the record's own field."""
         return port.problem()
 
     @property
     def age_s(self) -> float:
-        """Seconds since a hub that was followed had an answer of etcd; 0 where that is not known."""
+        """Seconds since a followed hub got an answer from etcd; 0 if unknown."""
         return self._age() or 0.0
 
     def _age(self) -> float | None:
@@ -233,7 +232,7 @@ class FleetSource:
 
     @property
     def serves_for_s(self) -> float | None:
-        """Seconds for which instances are still served without a hub; `None` for no end."""
+        """Seconds for which instances are still served without a hub; `None` for no limit."""
         if self.serve_s is None or self.known.position.fleet is None:
             return None
         # A clock that was set back before a reboot proves nothing.
@@ -242,12 +241,12 @@ class FleetSource:
 
     @property
     def expired(self) -> bool:
-        """Whether no hub has vouched for the instances here for longer than they are served so."""
+        """Whether no hub has vouched for the instances here within `serve_s`."""
         return self.serves_for_s == 0
 
     @property
     def in_sync(self) -> bool:
-        """Everything is known that the fleet places here."""
+        """Whether this host has all items that the fleet places here."""
         if self._complete:
             return not self._awaits and self._hub_age_s < _STALE_S
         return self._lost_at is not None and self.clock.monotonic() - self._lost_at < _GRACE_S
@@ -278,7 +277,7 @@ class FleetSource:
         await self._report(publish, self.known.everything())
 
     async def _look(self, publish: Publish) -> None:
-        """Report what changes by itself, and keep how old the items are."""
+        """Report changes that need no event, and store the age of the items."""
         noted = self.clock.monotonic()
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
@@ -292,7 +291,7 @@ class FleetSource:
                 await self._on_disk(publish, partial(self.kept.note, self._vouched))
 
     async def _keep_renewed(self) -> None:
-        """Renew this host's certificate in time; reported by `_look` where that fails."""
+        """Renew this host's certificate in time; `_look` reports failures."""
         while True:
             try:
                 self.certificate_end = await self.renew()
@@ -314,7 +313,7 @@ class FleetSource:
         )
         async with self._publishing:
             problems = (*(one for one in found if one is not None), *self.known.problems())
-            # What had expired is served again only once everything that was removed meanwhile has been.
+            # Expired instances are served again only after those removed meanwhile are gone.
             states = (True, False) if self._expired and not expired else (expired,)
             for state in states:
                 observation = self._reports.next(
@@ -352,7 +351,7 @@ class FleetSource:
         last: str | None = None
         while True:
             try:
-                # The one that has just ended comes last.
+                # Pop from the end: the hub that has just ended is tried last.
                 left = left or sorted(self.hubs(), key=lambda one: (one != last, self.random()))
             except SourceError as error:
                 self._hub_problem = _problem_of("hubs", error)
@@ -372,23 +371,23 @@ class FleetSource:
                 await asyncio.sleep(_SPREAD_S * self.random())
             elif not left:
                 self.alone = self.known.position.fleet is not None
-                # A hub that thousands of hosts come to at once needs longer than one that hangs may take.
+                # A hub to which thousands of hosts connect at once needs longer than the limit for a hub that hangs.
                 self._connect_s = min(2 * self._connect_s, self.client.timeout_s)
                 await asyncio.sleep(self.backoff.fail() * (0.5 + self.random()))
 
     async def _follow(self, hub: str) -> tuple[bool, bool]:
-        """Follow a hub until it is lost: whether it sent all items, and whether another will not do better."""
+        """Follow a hub until it is lost. Return whether it sent all items, and whether other hubs would do the same."""
         final = False
         try:
             async with self.client.stream(hub, self._connect_s) as stream:
                 async with self._publishing:
-                    # What another stream brought is known by now, or is brought by this one.
+                    # Changes of an earlier stream are known by now, or this hub sends them again.
                     hello, self._greeted = self.known.hello(), stream
                     self._partial = self._pending = None
                     self._whole, self._hub_at = True, None
                 await stream.send(hello)
                 self._stream, self.hub = stream, hub
-                # The hub has just compared; thousands of hosts come at once.
+                # The hub has just compared the items. Spread the next comparison: thousands of hosts connect at once.
                 self._compare_at = self.clock.monotonic() + _COMPARE_EVERY_S * self.random()
                 while True:
                     message = await stream.read(self.silent_s)
@@ -434,14 +433,14 @@ class FleetSource:
                 raise _Left(code, reason)
 
     def _newest(self) -> Moment | None:
-        """The later moment: a hub that has lost etcd vouches for less than the hub before."""
+        """Return the later moment: a hub that lost etcd vouches for an earlier one than the previous hub."""
         before, now = self._vouched, self._hub_at
         if before is None or now is None or before.boot != now.boot:
             return now or before
         return max(before, now, key=lambda one: one.up_s)
 
     def _digest_in_time(self) -> str:
-        """Now and then what a hub compares with what it places here; empty while items are on their way or held."""
+        """Return a digest, now and then, for the hub to compare; empty while items are pending or held."""
         now, known, ack = self.clock.monotonic(), self.known, self._last_ack
         moving = self._applying or self._partial or self._pending
         settled = self._complete and not moving and ack.revision == known.position.revision
@@ -464,7 +463,7 @@ class FleetSource:
 
     async def _answer(self, stream: HubStream, ask: Ask) -> None:
         status, body = await self.answer(ask)
-        # Where the stream has ended there is no hub that waits.
+        # If the stream has ended, no hub waits for the answer.
         with contextlib.suppress(SourceUnavailable):
             await stream.send(Answer(ask.number, status, body))
 
@@ -478,7 +477,7 @@ class FleetSource:
             self._applying = True
             if batch is not None and stream is not None:
                 whole, self._pending, self._whole = self._whole, None, False
-                # The rest is not delayed: what is on its way is refused until then.
+                # Items whose user data is late are refused until it arrives; the rest is not delayed.
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(self.fetch_s):
                         await self._fetcher.fetch(stream, self.known.missing_user_data(batch))
@@ -488,12 +487,12 @@ class FleetSource:
             if supplied.put:
                 await self._apply(publish, supplied, self._greeted)
             self._applying, self._awaits = False, self._has_to_wait()
-            # What is on its way into force needs what was there before until it is confirmed.
+            # Records that are coming into force need the old user data until they are confirmed.
             if self._sweepable and not self._to_confirm.is_set():
                 await self._sweep()
 
     async def _fetch_all(self) -> None:
-        """Fetch user data that was not to be had at once, again and again."""
+        """Retry fetching user data that could not be fetched at once, until cancelled."""
         pause_s: float | None = None
         while True:
             with contextlib.suppress(TimeoutError):
@@ -512,7 +511,7 @@ class FleetSource:
             self._arrived.set()
 
     def _note_lacking(self) -> None:
-        """Look, with the lock, which user data is missing and why."""
+        """Update which user data is missing and why. The caller holds the lock."""
         lacking, damaged = self.known.missing_user_data(), self.kept.damaged_user_data()
         missing = lacking | damaged
         self._fetcher.forget(missing)
@@ -530,7 +529,7 @@ class FleetSource:
         return not refused or bool(self.known.supplied().put)
 
     async def send_password(self, instance: InstanceId, password: bytes) -> None:
-        """Give a hub the password that a guest posted; raises as `HubStream.give_password`."""
+        """Send the hub a password that a guest posted; raises as `HubStream.give_password`."""
         if self._stream is None:
             raise SourceUnavailable("no hub is followed")
         await self._stream.give_password(instance, password)
@@ -541,7 +540,7 @@ class FleetSource:
     async def _apply(
         self, publish: Publish, batch: Batch, stream: HubStream | None, *, whole: bool = False
     ) -> None:
-        """Bring a set of changes into force that a stream brought; `whole`: all of its answer to `hello`."""
+        """Bring a stream's set of changes into force; `whole` if the set is the hub's full answer to `hello`."""
         known = self.known
         async with self._publishing:
             if stream is not self._greeted:
@@ -550,7 +549,7 @@ class FleetSource:
             applied = await self._in_thread(lambda: known.apply(batch, whole=whole))
             self._note_lacking()
             passwords = known.passwords()
-        # One that was cleared is gone before the disk says so: what is there after a death in between was posted since.
+        # Remove cleared passwords before the disk is updated: a password found after a crash was then posted later.
         await self.take_passwords(passwords)
         complete = self._complete or (whole and stream is self._stream)
         vouched = self._newest() if complete else self._vouched
@@ -574,7 +573,7 @@ class FleetSource:
     async def _on_disk(
         self, publish: Publish, work: Callable[[], _T], batch: Batch | None = None
     ) -> _T:
-        """Do something with the file, again and again until it is done; a hub learns of a batch that waits for it."""
+        """Use the file, retrying until it succeeds. A batch that waits is reported to the hub as failing."""
         while True:
             try:
                 done = await self._in_thread(work)
@@ -616,7 +615,7 @@ class FleetSource:
                 self._arrived.set()
 
     async def _sweep(self) -> None:
-        """Delete user data that was in force until now."""
+        """Delete user data that no item needs."""
         self._sweepable = False
         async with self._publishing:
             needed = self.known.needed_user_data()
@@ -628,7 +627,7 @@ class FleetSource:
     async def _send(self, ack: Ack) -> None:
         self._last_ack = ack
         if self._stream is not None:
-            # Where the stream has ended, the next hub gets it.
+            # If the stream has ended, the next hub gets the acknowledgement.
             with contextlib.suppress(SourceUnavailable):
                 await self._stream.send(ack)
 
