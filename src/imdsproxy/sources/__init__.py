@@ -1,1 +1,1 @@
-"""Where networks and instances come from: one module per source, one interface for all."""
+"""Sources of networks and instances: one module per source, one interface for all."""

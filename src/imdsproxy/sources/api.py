@@ -1,10 +1,10 @@
-"""What a source of records is, seen from who consumes it, and how it reports.
+"""Interface between sources of records and the controller.
 
-A source is made by the controller, runs once, as one task, and reports by calling `publish` in the
-event loop's thread. Its first observation is full: everything that it has, in sync, once it has read all of
-it; pieces of it that come before are out of sync, and say that more follows. Later ones may hold only changes.
-Where it cannot read its records, it reports itself out of sync with the reason among the problems, keeps trying,
-and what it published before stays; it never ends by itself.
+The controller creates a source and runs it once, as one task. The source reports by calling `publish` in the event
+loop's thread. Its first complete observation is full and in sync: all records, once all are read. Earlier pieces are
+out of sync, and announce that more follows. Later observations may contain only changes. A source that cannot read its
+records reports itself out of sync, with the reason among the problems, and keeps trying. Its published records stay. A
+source never ends by itself.
 """
 
 import asyncio
@@ -24,25 +24,25 @@ _PIECE: Final = 200
 
 
 class Source(Protocol):
-    """Where networks, ports and instances come from."""
+    """Source of networks, ports and instances."""
 
     @property
     def name(self) -> SourceName:
-        """Its name in settings, status and conflicts."""
+        """Name of the source in settings, status and conflicts."""
 
     async def run(self, publish: Publish) -> None:
-        """Report until cancelled; everything opened is closed again when that is over."""
+        """Report until cancelled, then close everything that was opened."""
 
     def explain_stranded(self, port: StrandedPort) -> Problem:
-        """What is wrong with a port of its own in a network that no source has, and where it was written."""
+        """Return the problem of a port of this source in a network that no source has, with the port's place."""
 
 
 @dataclass(frozen=True, slots=True)
 class PortFound:
-    """One port has the address; its instance was published before.
+    """Result of a look-up: one port has the address, and its instance is published already.
 
     Attributes:
-        network: The port's own: behind a router it is not the id that was asked for.
+        network: Network of the port. Behind a router it differs from the id in the question.
     """
 
     network: NetworkId
@@ -51,19 +51,19 @@ class PortFound:
 
 @dataclass(frozen=True, slots=True)
 class PortMissing:
-    """No port that serves has the address."""
+    """Result of a look-up: no served port has the address."""
 
 
 @dataclass(frozen=True, slots=True)
 class PortAmbiguous:
-    """So many ports have it, and none is chosen."""
+    """Result of a look-up: `count` ports have the address, and none is chosen."""
 
     count: int
 
 
 @dataclass(frozen=True, slots=True)
 class LookUpUnavailable:
-    """It cannot be looked up now, and nothing is known of the address."""
+    """Result of a look-up: the address is unknown and cannot be looked up now."""
 
     reason: str
 
@@ -72,33 +72,33 @@ LookUp: TypeAlias = PortFound | PortMissing | PortAmbiguous | LookUpUnavailable
 
 
 class LookUpSource(Source, Protocol):
-    """A source that does not report everything by itself, but can look an address up.
+    """Source that does not report everything by itself, but can look up an address.
 
-    It is in sync also while it cannot: then look-ups of unknown addresses give `LookUpUnavailable`.
+    It is in sync even while it cannot: then look-ups of unknown addresses return `LookUpUnavailable`.
     """
 
     async def look_up(self, scope: Scope, network: NetworkId, address: IpAddress) -> LookUp:
-        """The instance that has the address, for a guest that asks; never raises.
+        """Look up the instance that has the address of a requesting guest; never raises.
 
         Args:
-            scope: What `network` stands for.
-            network: A network's id, or a router's.
-            address: The guest's.
+            scope: Kind of `network`: a network or a router.
+            network: Id of the network or router.
+            address: Address of the guest.
         """
 
     def routes(self) -> Mapping[AddressKey, PortFound]:
-        """Every address behind a router (the router's id in the key) that was looked up and holds now."""
+        """Return all valid addresses behind routers that were looked up; the key has the router's id."""
 
     def explain_freshness(self, network: NetworkId, address: IpAddress) -> str | None:
-        """How fresh the information about an address in its own network is, in words; `None` if there is none."""
+        """Describe the freshness of the information about an address in its own network; `None` without any."""
 
 
 @dataclass(slots=True)
 class Reports:
-    """What a source has reported: the first report in sync is full, later ones hold changes only.
+    """Reports of a source: the first report in sync is full, later ones contain only changes.
 
     Attributes:
-        source: The source's name.
+        source: Name of the source.
         defers: As `Observation.defers`.
     """
 
@@ -118,13 +118,13 @@ class Reports:
         implied: frozenset[NetworkId] = frozenset(),
         expired: bool = False,
     ) -> Observation | None:
-        """The report that is due; `None` where it would repeat the one before.
+        """Return the next report, or `None` if it would repeat the last report.
 
         Args:
-            changes: The records since this was called last.
-            everything: All records in force.
-            in_sync: Everything is known.
-            problems: All of them.
+            changes: Changes since the last call.
+            everything: Returns all records in force.
+            in_sync: Whether the source has all its records.
+            problems: All current problems.
             implied: As `Observation.implied_networks`.
             expired: As `Observation.expired`.
         """
@@ -150,8 +150,8 @@ async def publish_in_pieces(publish: Publish, observation: Observation) -> None:
     """Publish many packed instances a few at a time, so that the event loop does other work in between.
 
     Args:
-        publish: Takes each piece; the last one is the observation itself.
-        observation: One that moves an address between instances, and is not full, is published at once.
+        publish: Receives each piece, and last the observation itself.
+        observation: An observation that moves an address between instances, and is not full, is published at once.
     """
     instances, at_once = observation.instances, observation.moves and not observation.full
     if isinstance(instances, PackedInstances) and len(instances) > _PIECE and not at_once:

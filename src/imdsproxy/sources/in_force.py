@@ -1,8 +1,8 @@
-"""Which records are in force while what holds them comes, changes, breaks and goes, and why others are refused.
+"""Records in force while their files appear, change, break and disappear, and reasons for refused records.
 
-What was good stays in force: a record whose new version is bad keeps the old one, and a record that
-claims an id or an address in force is refused, wherever its file stands in the order. Where nothing is
-in force yet (a fresh start), the order of the files' names and of the records in them decides.
+Valid records stay in force: a record whose new version is invalid keeps the old version, and a record that claims an id
+or address in force is refused, whatever the order of the files. If nothing is in force yet (a fresh start), the order
+of the files' names and of the records in them decides.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,17 +22,16 @@ Record = TypeVar("Record", bound=Network | Instance | PackedInstance)
 
 @dataclass(frozen=True, slots=True)
 class Entry(Generic[Record]):
-    """A record as it stands in a file.
+    """Record in a file.
 
     Attributes:
-        id: Its id.
-        file: The file's name.
-        position: Its place among the file's records.
-        line: Where it begins, 1-based.
-        record: `None` when it was refused.
-        problems: Why.
-        offsets: Where its claims stand, in lines after `line`, in the order of `claim_places`. Many entries share one
-            tuple.
+        id: Id of the record.
+        file: Name of the file.
+        position: Position among the file's records.
+        line: First line of the record, 1-based.
+        record: The record; `None` if refused.
+        problems: Reasons for the refusal.
+        offsets: Lines of the claims, relative to `line`, in the order of `claim_places`. Many entries share one tuple.
     """
 
     id: str
@@ -45,7 +44,7 @@ class Entry(Generic[Record]):
 
     @property
     def lines(self) -> tuple[int | None, ...]:
-        """Where its claims stand, in the order of `claim_places`."""
+        """The lines of the claims, in the order of `claim_places`."""
         first = self.line
         if first is None:
             return (None,) * len(self.offsets)
@@ -53,18 +52,18 @@ class Entry(Generic[Record]):
 
     @property
     def order(self) -> tuple[str, int]:
-        """What decides where nothing is in force yet."""
+        """The sort key that decides if nothing is in force yet."""
         return self.file, self.position
 
 
 @dataclass(frozen=True, slots=True)
 class Clash(Generic[Record]):
-    """An entry that is refused for the sake of another.
+    """Conflict between two entries, of which one is refused.
 
     Attributes:
-        entry: The refused one.
-        other: The one that it would displace.
-        addresses: What both claim; none when it is the id.
+        entry: The refused entry.
+        other: The entry that it would displace.
+        addresses: Addresses that both claim; empty if they share the id.
     """
 
     entry: Entry[Record]
@@ -73,22 +72,22 @@ class Clash(Generic[Record]):
 
 
 _Each: TypeAlias = Mapping[str, Entry[Record] | None]
-"""What each id has in force, if anything."""
+"""Entry in force by id; `None` for an id without one."""
 
 
 @dataclass(slots=True)
 class InForce(Generic[Record]):
-    """The entries of all files of one kind, and those in force.
+    """All entries of one kind in all files, and the entries in force.
 
-    `replace_file` says what a file holds now; `settle` works out what that changes. The time of both
-    goes with what changed, not with what there is.
+    `replace_file` sets the content of a file, and `settle` computes the changes. The time of both depends on the
+    number of changes, not on the number of entries.
 
     Args:
-        claims: The addresses that a record claims; no two records in force have one in common.
-        where: Where an entry is, for problems: its path in the document, and the document.
+        claims: Returns the addresses that a record claims; no two records in force share an address.
+        where: Returns the place of an entry for problems: its path in the document, and the document.
 
     Attributes:
-        moved: Whether an address went from one record to another in the last `settle`.
+        moved: Whether an address moved from one record to another in the last `settle`.
     """
 
     claims: Callable[[Record], Iterable[AddressKey]]
@@ -106,32 +105,32 @@ class InForce(Generic[Record]):
 
     @property
     def records(self) -> dict[Any, Record]:
-        """Everything in force, by id."""
+        """All records in force, by id."""
         return {key: held.record for key, held in self._held.items() if held.record is not None}
 
     def prime(self, entry: Entry[Record]) -> None:
-        """Take as in force what a process before had, until `replace_file` is called for its file."""
+        """Put an entry of an earlier process in force until `replace_file` is called for its file."""
         if entry.id not in self._held and self._clash(entry, self._claimed(entry), {}) is None:
             self._hold(entry)
 
     def has(self, file: str) -> bool:
-        """Whether records of this file are in force."""
+        """Return whether records of this file are in force."""
         return file in self._held_by_file
 
     def entry_of(self, key: str) -> Entry[Record] | None:
-        """The entry in force."""
+        """Return the entry in force for an id."""
         return self._held.get(key)
 
     def replace_file(
         self, file: str, entries: Sequence[Entry[Record]], *, unclear: bool = False
     ) -> None:
-        """What the file holds now: nothing, when it is gone.
+        """Set the content of a file; no entries for a deleted file.
 
         Args:
-            file: Its name.
-            entries: All of them, in order.
-            unclear: It also has records whose id cannot be read. They may be any of those that it had,
-                so none of these goes.
+            file: Name of the file.
+            entries: All entries of the file, in order.
+            unclear: Whether the file also has records whose id cannot be read. They may be any of the earlier records,
+                so all earlier ones stay in force.
         """
         before = {entry.id for entry in self._files.get(file, ())}
         for key in before:
@@ -141,12 +140,12 @@ class InForce(Generic[Record]):
         (self._unclear.add if unclear else self._unclear.discard)(file)
         self._touched |= before
         self._touched.update(entry.id for entry in entries)
-        # Also those held without an entry, while it was unclear.
+        # Also entries that stayed in force without an entry in the file, because it was unclear.
         self._touched |= self._held_by_file.get(file, set())
         _store(self._files, file, tuple(entries))
 
     def settle(self) -> dict[Any, Record | None]:
-        """What has changed since the last time, by id: the new record, or `None` for one that is gone."""
+        """Return the changes since the last call, by id: the new record, or `None` for a removed one."""
         before = {key: self._held.get(key) for key in self._touched | self._clashes.keys()}
         self._touched.clear()
         self.moved = False
@@ -163,7 +162,7 @@ class InForce(Generic[Record]):
         return changes
 
     def problems(self) -> Iterator[Problem]:
-        """Every entry that is refused, with the reasons."""
+        """Yield the problems of all refused entries."""
         for file in sorted(self._files):
             for entry in self._files[file]:
                 for problem in entry.problems:
@@ -202,7 +201,7 @@ class InForce(Generic[Record]):
         _store(self._entries, key, tuple(sorted(entries, key=lambda entry: entry.order)))
 
     def _wish(self, key: str) -> tuple[Entry[Record] | None, list[Clash[Record]]]:
-        """What an id has in force if no address stands against it, and the good entries that repeat the id."""
+        """Return an id's entry to put in force unless an address conflicts, and clashes of entries with the same id."""
         entries, held = self._entries.get(key, ()), self._held.get(key)
         good = [entry for entry in entries if entry.record is not None]
         own = [entry for entry in entries if held is not None and entry.file == held.file]
@@ -210,14 +209,14 @@ class InForce(Generic[Record]):
         chosen = same or next((one for one in own or good if one.record is not None), None)
         rivals = [entry for entry in good if entry is not chosen]
         if held is not None and same is not None:
-            # The record in force is kept, not its equal: others have it already.
+            # Keep the same record object, not an equal one: others refer to it.
             chosen = replace(same, record=held.record)
         elif held is not None and chosen is None and (entries or held.file in self._unclear):
             chosen = held
         return chosen, [] if chosen is None else [Clash(rival, chosen) for rival in rivals]
 
     def _decide(self, before: _Each[Record]) -> None:
-        """Put in force what these ids wish for, all together, as far as addresses allow."""
+        """Put the wished entries in force together, as far as addresses allow."""
         wishes = {key: self._wish(key) for key in before}
         for key in before:
             self._release(key)
@@ -225,7 +224,7 @@ class InForce(Generic[Record]):
         while True:
             settled = {key: before[key] if key in fallen else wishes[key][0] for key in before}
             clashes = self._contest(before, settled)
-            # Who falls back claims its old addresses again, which another may have taken meanwhile.
+            # An id that falls back claims its old addresses again. Another may have taken them in this round.
             fall = {key: clash for key, clash in clashes.items() if before[key] is not None}
             if not fall:
                 break
@@ -238,7 +237,7 @@ class InForce(Generic[Record]):
             _store(self._clashes, key, tuple(found))
 
     def _contest(self, before: _Each[Record], after: _Each[Record]) -> dict[str, Clash[Record]]:
-        """Who loses an address, going through the changed records by their order."""
+        """Return the changed entries that lose an address, deciding by their order."""
         taken: dict[AddressKey, Entry[Record]] = {}
         changed: list[Entry[Record]] = []
         for key, entry in after.items():
@@ -269,7 +268,7 @@ class InForce(Generic[Record]):
         claimed: Iterable[AddressKey],
         taken: Mapping[AddressKey, Entry[Record]],
     ) -> Clash[Record] | None:
-        """What stands against an entry: the first of `taken` and what is held."""
+        """Return the clash of an entry with the first holder of its addresses, in `taken` or in force."""
         first: Entry[Record] | None = None
         addresses: list[AddressKey] = []
         for address in claimed:
@@ -283,7 +282,7 @@ class InForce(Generic[Record]):
         return None if first is None else Clash(entry, first, tuple(addresses))
 
     def _give_second_chance(self) -> bool:
-        """Put in force who was refused for the sake of one that fell back itself; say if any."""
+        """Put in force entries that were refused for an entry that fell back itself. Return whether there were any."""
         clashes = (clash for each in self._clashes.values() for clash in each if clash.addresses)
         moved = False
         for entry in sorted((clash.entry for clash in clashes), key=lambda each: each.order):
@@ -341,16 +340,16 @@ def taken_address(
     file: str | None = None,
     lines: tuple[int | None, ...] = (),
 ) -> Problem:
-    """Why an instance is refused that claims an address of another.
+    """Return the problem of an instance that claims another instance's address.
 
     Args:
-        instance: The refused one.
-        address: What both claim.
-        holder: The id of the instance that has it.
-        path: Where the refused record is in its document.
-        place: Where the other record is, if that is known.
-        file: The file of the refused record.
-        lines: The lines of its claims, in the order of `claim_places`.
+        instance: The refused instance.
+        address: The address that both claim.
+        holder: Id of the instance that has the address.
+        path: Path of the refused record in its document.
+        place: Place of the other record, if known.
+        file: File of the refused record.
+        lines: Lines of the refused record's claims, in the order of `claim_places`.
     """
     network, shown = address
     claims = zip_longest(claim_places(instance), lines)
@@ -371,7 +370,7 @@ def taken_address(
 def taken_id(
     key: str, *, path: Path, place: str, file: str | None = None, line: int | None = None
 ) -> Problem:
-    """Why a record is refused whose id another record has, at `place`."""
+    """Return the problem of a record whose id another record, at `place`, has."""
     return Problem(
         render_path((*path, "id")), f"{key} is also in {place}", "keep one of the two", file, line
     )

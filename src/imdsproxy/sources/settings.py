@@ -1,4 +1,4 @@
-"""The settings of the sources: where each one's records are, and how they are read."""
+"""Settings of the sources: places of their records, and how to read them."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -49,7 +49,7 @@ class FileSourceSettings(Section):
     """Records from a directory of YAML and JSON files."""
 
     enabled: bool = setting(False, Change.RESTART)
-    """Read and watch the directory. Off, because an empty or missing directory is no empty inventory."""
+    """Read and watch the directory. Off, because an empty or missing directory does not mean an empty inventory."""
 
     directory: AbsolutePath = setting(Path("/etc/imdsproxy/records"), Change.RESTART)
     """Directory of `*.yaml`, `*.yml` and `*.json` files with `networks:` and `instances:` lists."""
@@ -59,60 +59,60 @@ class SqliteSourceSettings(Section):
     """Records in the embedded store, written by the command line and the admin API."""
 
     enabled: bool = setting(True, Change.RESTART)
-    """Use the store. On, because it is what `network add` and `instance add` write to."""
+    """Use the store. On, because `network add` and `instance add` write to the store."""
 
     path: AbsolutePath | None = setting(None, Change.RESTART)
-    """The database file; null is `store.sqlite` in `paths.state_dir`."""
+    """Path of the database file; null is `store.sqlite` in `paths.state_dir`."""
 
 
 class NeutronSourceSettings(Section):
     """Ports from Neutron's API; their instances' documents come from Nova."""
 
     enabled: bool = setting(False, Change.RESTART)
-    """Ask Neutron. Off, because most hosts have none."""
+    """Query Neutron. Off, because most hosts have no Neutron."""
 
     cloud: str | None = setting(None, Change.RESTART, min_length=1)
-    """Name of the cloud in `clouds_file`: where Keystone is and who asks. The account needs to see every project's
-    ports (the role `admin` or a policy for `get_port`).
+    """Name of the cloud in `clouds_file`, with Keystone's URL and the account. The account must be able to read every
+    project's ports (the role `admin`, or a policy for `get_port`).
     """
 
     clouds_file: AbsolutePath | None = setting(None, Change.RESTART)
-    """An openstacksdk `clouds.yaml`; null is `/etc/openstack/clouds.yaml`. It holds a password: 0600."""
+    """An openstacksdk `clouds.yaml`; null is `/etc/openstack/clouds.yaml`. It contains a password: use mode 0600."""
 
     endpoint: ApiUrl | None = setting(None, Change.RESTART)
-    """URL of a Neutron that takes requests without a token, as `http://127.0.0.1:9696`; instead of `cloud`."""
+    """URL of a Neutron that accepts requests without a token, as `http://127.0.0.1:9696`; instead of `cloud`."""
 
     timeout_s: float = setting(5.0, Change.RESTART, ge=0.5, le=60)
-    """Seconds that one query may take."""
+    """Maximum seconds for one query."""
 
     max_queries: int = setting(8, Change.RESTART, ge=1, le=100)
-    """Queries at once. More would only wait in Neutron instead of here."""
+    """Maximum number of queries at once. More would only wait in Neutron instead of here."""
 
     negative_ttl_s: float = setting(3.0, Change.RESTART, ge=0, le=60)
-    """Seconds that the answer “no such port” is believed, so that a guest without a port does not cost a query a
+    """Seconds for which the answer “no such port” is cached, so that a guest without a port does not cause a query per
     request.
     """
 
     refresh_s: float = setting(10.0, Change.RESTART, ge=1, le=3600)
-    """Seconds after which a port in use is asked for again, many with one query. It is the longest that an address
-    which moved from one instance to another is answered as the first.
+    """Seconds after which ports in use are queried again, many in one query. An address that moves to another instance
+    is answered as the first instance for at most this long.
     """
 
     lifetime_s: float = setting(3600.0, Change.RESTART, ge=10, le=604_800)
-    """Seconds after which an address has to be asked for by its guest once more to be kept; who does not is
-    forgotten.
+    """Seconds for which an address is kept after its guest's request caused a look-up. After that, the guest's next
+    request has to cause another one, or the address is forgotten.
     """
 
     list_every_s: float = setting(0.0, Change.RESTART, ge=0, le=86_400)
-    """Seconds between two readings of all ports, so that no guest's first request waits for Neutron; 0 for none:
-    ports are looked up when a guest asks. What is on the list is as old as the list, unless its guest asked.
+    """Seconds between two listings of all ports, so that a guest's first request does not wait for Neutron. 0 disables
+    listings: ports are looked up when a guest asks. A listed port is as old as the list unless its guest asked.
     """
 
     list_host: HostName | None = setting(None, Change.RESTART)
-    """Only ports bound to this host (`binding:host_id`) are listed; null lists all."""
+    """List only ports bound to this host (`binding:host_id`); null lists all."""
 
     page_size: int = setting(500, Change.RESTART, ge=1, le=10_000)
-    """Ports in one page of that list."""
+    """Number of ports in one page of the list."""
 
     @property
     def clouds_path(self) -> Path:
@@ -121,11 +121,11 @@ class NeutronSourceSettings(Section):
 
     @property
     def aside_s(self) -> float:
-        """Seconds that a port whose time is over is still kept up to date: its guest may ask again."""
+        """Seconds for which an expired port is still kept up to date: its guest may ask again."""
         return max(6 * self.refresh_s, min(self.lifetime_s / 4, 900.0))
 
     def model_post_init(self, _: object) -> None:
-        """One setting says where Neutron is."""
+        """Check that `cloud` or `endpoint`, but not both, locates Neutron."""
         if self.cloud is not None and self.endpoint is not None:
             raise cross("endpoint", "`cloud` says already where Neutron is", "keep one of them")
         if self.enabled and self.cloud is None and self.endpoint is None:
@@ -142,22 +142,22 @@ class LibvirtSourceSettings(Section):
     """Domains and networks of a libvirt daemon."""
 
     enabled: bool = setting(False, Change.RESTART)
-    """Ask libvirt. Off, because not every host with libvirt should serve metadata to its guests."""
+    """Query libvirt. Off, because not every host with libvirt should serve metadata to its guests."""
 
     uri: ConnectionUri = setting("qemu:///system", Change.RESTART)
-    """The daemon, as `virsh -c` takes it. It is opened read-only."""
+    """URI of the daemon, as for `virsh -c`. The connection is read-only."""
 
     networks: Listed[NetworkName] | None = setting(None, Change.RESTART)
-    """Only these: networks of libvirt's by name, bridges of the host's by device; null for all."""
+    """Report only these libvirt networks, by name, and bridges of the host, by device; null for all."""
 
     domains: Literal["all", "marked"] = setting("all", Change.RESTART)
-    """`marked`: only domains with an `<imds:instance>` in their metadata. Others get their name as host name, their
-    UUID as instance id, and nothing else.
+    """`marked` reports only domains with an `<imds:instance>` in their metadata. Without that element a domain gets its
+    name as host name, its UUID as instance id, and nothing else.
     """
 
     reread_s: float = setting(30.0, Change.RESTART, ge=1, le=3600)
-    """Seconds after which networks are read again without an event: libvirt has none for a static host that is added
-    to a running network, until something happens to a domain.
+    """Seconds after which networks are read again without an event: libvirt sends no event when a static host is added
+    to a running network.
     """
 
 
@@ -165,37 +165,37 @@ class OvnSourceSettings(Section):
     """Ports bound to this host, from OVN's Southbound database; their instances' documents come from Nova."""
 
     enabled: bool = setting(False, Change.RESTART)
-    """Follow OVN. Off, because most hosts have none."""
+    """Follow OVN. Off, because most hosts have no OVN."""
 
     open_vswitch: OvsdbRemotes = setting("unix:/run/openvswitch/db.sock", Change.RESTART)
-    """This host's Open vSwitch database: it has this chassis's name and its integration bridge."""
+    """This host's Open vSwitch database, which contains the chassis's name and its integration bridge."""
 
     southbound: OvsdbRemotes | None = setting(None, Change.RESTART)
-    """The Southbound database; null takes `external_ids:ovn-remote` of Open vSwitch's, as ovn-controller does. Any
-    member of a cluster will do.
+    """The Southbound database; null takes `external_ids:ovn-remote` from Open vSwitch's database, as ovn-controller
+    does. Any member of a cluster is suitable.
     """
 
     private_key_file: AbsolutePath | None = setting(None, Change.RESTART)
-    """PEM file of the key for `ssl:`. ovn-controller's is in `ovs-vsctl get-ssl`."""
+    """PEM file of the key for `ssl:`. `ovs-vsctl get-ssl` prints ovn-controller's."""
 
     certificate_file: AbsolutePath | None = setting(None, Change.RESTART)
-    """PEM file of the certificate shown to an `ssl:` server."""
+    """PEM file of the certificate for an `ssl:` server."""
 
     ca_file: AbsolutePath | None = setting(None, Change.RESTART)
-    """PEM file of the authorities that may have signed an `ssl:` server's certificate."""
+    """PEM file of the CA certificates that verify an `ssl:` server."""
 
     probe_s: float = setting(5.0, Change.RESTART, ge=1, le=3600)
-    """Seconds of silence after which the Southbound database's server is asked whether it is there; as long after that
-    it counts as lost, and addresses that are not known get 503. ovn-controller's default, too.
+    """Seconds of silence after which the Southbound database's server is probed. If the server stays silent for as long
+    again, it counts as lost, and unknown addresses get 503. The default is the same as ovn-controller's.
     """
 
     grace_s: float = setting(600.0, Change.RESTART, ge=0, le=86_400)
-    """Seconds that guests are served on after this chassis's row has gone, as when ovn-controller is stopped: its ports
-    go with it, and its guests run on.
+    """Seconds for which guests are still served after this chassis's row was removed, as when ovn-controller stops: its
+    port bindings disappear too, but its guests keep running.
     """
 
     def model_post_init(self, _: object) -> None:
-        """All three files for TLS, or none."""
+        """Check that all three files for TLS are set, or none."""
         files = (self.private_key_file, self.certificate_file, self.ca_file)
         if any(files) and not all(files):
             raise cross(
@@ -206,24 +206,24 @@ class OvnSourceSettings(Section):
 
 
 class NeutronNamespacesSettings(Section):
-    """Namespaces that Neutron's agents make on this host, served in place of their metadata proxies."""
+    """Namespaces that Neutron's agents create on this host, served in place of their metadata proxies."""
 
     routers: bool = setting(False, Change.RESTART)
-    """Serve each `qrouter-UUID`. Rules in it redirect guests' requests to imdsproxy, whether or not the agent's
-    own proxy listens. Instances come from `sources.neutron`.
+    """Serve each `qrouter-UUID`. Rules in the namespace redirect guests' requests to imdsproxy, whether or not the
+    agent's own proxy listens. Instances come from `sources.neutron`.
     """
 
     dhcp: bool = setting(False, Change.RESTART)
-    """Serve each `qdhcp-UUID` where the DHCP agent wants metadata served: its settings decide, and whether the network
-    has a router. Instances come from `sources.neutron`.
+    """Serve each `qdhcp-UUID` for which the DHCP agent wants metadata. This depends on the agent's settings and on
+    whether the network has a router. Instances come from `sources.neutron`.
     """
 
     state_path: AbsolutePath = setting(Path("/var/lib/neutron"), Change.RESTART)
-    """The DHCP agent's `state_path`: `ns-metadata-proxy` in it has the configurations of its proxies."""
+    """The DHCP agent's `state_path`. Its directory `ns-metadata-proxy` has the configurations of the DHCP proxies."""
 
     @property
     def enabled(self) -> bool:
-        """Whether any of them are served."""
+        """Whether any of the namespaces are served."""
         return self.routers or self.dhcp
 
 
@@ -234,40 +234,40 @@ class FleetSourceSettings(Section):
     """Follow a hub. Off, because a host belongs to no fleet until `imdsproxy fleet join`."""
 
     hubs: Listed[HubUrl] = setting((), Change.RESTART)
-    """URLs of hubs, in any order: one is followed, another when that one fails. None is what `imdsproxy fleet join`
-    stored.
+    """URLs of hubs, in any order. This host follows one hub, and another if that fails. If empty, it uses the URLs that
+    `imdsproxy fleet join` stored.
     """
 
     certificate_file: AbsolutePath | None = setting(None, Change.RESTART)
-    """PEM file of this host's certificate; null is `fleet/host.pem` in `paths.state_dir`, which is renewed in
-    time; another one is not.
+    """PEM file of this host's certificate; null is `fleet/host.pem` in `paths.state_dir`. imdsproxy renews only that
+    default file.
     """
 
     private_key_file: AbsolutePath | None = setting(None, Change.RESTART)
-    """PEM file of its key; null is `fleet/host.pem` in `paths.state_dir`."""
+    """PEM file of the certificate's key; null is `fleet/host.pem` in `paths.state_dir`."""
 
     ca_file: AbsolutePath | None = setting(None, Change.RESTART)
-    """PEM file of the fleet's CA, which signed hubs' certificates; null is `fleet/ca.crt` in `paths.state_dir`."""
+    """PEM file of the fleet's CA, which signs hubs' certificates; null is `fleet/ca.crt` in `paths.state_dir`."""
 
     timeout_s: float = setting(10.0, Change.RESTART, ge=2, le=60)
-    """Seconds that a hub has for the answer to a request. For a connection it has two seconds before the next hub is
-    tried, and twice as long in each further round over all hubs, up to this.
+    """Maximum seconds for a hub's answer to a request. A connection may take two seconds before the next hub is tried;
+    this time doubles with each round over all hubs, up to `timeout_s`.
     """
 
     retry_s: float = setting(30.0, Change.RESTART, ge=0.2, le=600)
-    """Seconds between two attempts when no hub is reached, in the long run and on average: hosts take between half and
-    one and a half of it, so that they do not come back all at once.
+    """Long-run average of the seconds between two attempts when no hub is reached. Each pause is between 0.5 and 1.5
+    times this value, so that hosts do not return all at once.
     """
 
     serve_without_hubs_s: float | None = setting(None, Change.RESTART, ge=60)
-    """Seconds since a hub last knew the state of the fleet after which the instances here, which may have been removed
-    meanwhile, are answered 503 until a hub is followed again: no document and no new token. Null serves them without
-    end, also after a reboot.
+    """Seconds for which instances are still served after a hub last knew the state of the fleet. Later they may have
+    been removed, so they get 503 (no document, no new token) until a hub is followed again. Null serves them without
+    limit, also after a reboot.
     """
 
 
 class SourcesSettings(Section):
-    """Where networks, ports and instances come from. Several at once are allowed."""
+    """Sources of networks, ports and instances. Several may be enabled at once."""
 
     file: FileSourceSettings = section(FileSourceSettings)
     """Files in a directory."""
@@ -285,13 +285,13 @@ class SourcesSettings(Section):
     """OVN, without Neutron's metadata agent."""
 
     neutron_namespaces: NeutronNamespacesSettings = section(NeutronNamespacesSettings)
-    """Routers, without the proxies of Neutron's L3 agent."""
+    """Namespaces of Neutron's L3 and DHCP agents, without their metadata proxies."""
 
     fleet: FleetSourceSettings = section(FleetSourceSettings)
     """A fleet's hubs."""
 
     def model_post_init(self, _: object) -> None:
-        """At least one source is enabled."""
+        """Check that at least one source is enabled."""
         if not any(getattr(self, name).enabled for name in type(self).model_fields):
             raise cross(
                 (),

@@ -1,4 +1,4 @@
-"""SQLite files of ours: how they are opened, what their failures mean, and caches that outlive a restart."""
+"""Our SQLite files: opening, error messages, and caches that survive a restart."""
 
 import os
 import sqlite3
@@ -29,8 +29,8 @@ _HINTS: Final = {
 }
 _PRAGMAS: Final = (
     "journal_mode = WAL",
-    # What is committed outlives a kill -9; `Store.sync` makes it outlive a power cut before it is acknowledged. FULL
-    # does the same inside each commit, and guests would wait for the disk (measured: 4 to 10 ms against 0.15 ms).
+    # Committed data survives a kill -9. `Store.sync` makes it survive a power cut before it is acknowledged. FULL does
+    # that inside each commit, and guests would wait for the disk (measured: 4 to 10 ms against 0.15 ms).
     "synchronous = NORMAL",
     "foreign_keys = ON",
     "trusted_schema = OFF",
@@ -47,15 +47,15 @@ _REFILL: Final = (
 
 @contextmanager
 def store_failures(path: Path, *, refill: str = _REFILL) -> Iterator[None]:
-    """Turn what goes wrong with the store at `path` into a `SourceError`.
+    """Convert failures of the store at `path` into a `SourceError`.
 
     Args:
-        path: The file.
-        refill: How a damaged file gets its content again, once it was moved aside; `{name}` is the file's.
+        path: Path of the file.
+        refill: Hint on how to restore the content after moving a damaged file aside; `{name}` is the file's name.
 
     Raises:
-        SourceCorrupt: The file is damaged, or no SQLite database.
-        SourceUnavailable: Anything else; trying again can help once the cause is gone.
+        SourceCorrupt: The file is damaged or not an SQLite database.
+        SourceUnavailable: Another failure; a retry can succeed once the cause is gone.
     """
     try:
         yield
@@ -70,20 +70,20 @@ def store_failures(path: Path, *, refill: str = _REFILL) -> Iterator[None]:
 
 @contextmanager
 def transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    """What is executed within is done as a whole, or not at all."""
+    """Run the block's statements as one atomic transaction."""
     connection.execute("BEGIN IMMEDIATE")
     try:
         yield
         connection.execute("COMMIT")
     except BaseException:
-        # SQLite has rolled back by itself after some errors, a full disk among them.
+        # After some errors, such as a full disk, SQLite has already rolled back.
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
 
 
 def _sqlite_failure(path: Path, error: sqlite3.Error, refill: str) -> SourceError:
-    # The low byte is the kind; the rest of an extended code says more than anybody can act on.
+    # The low byte is the primary result code. The rest of an extended code does not change what to do.
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
     if code in _DAMAGED:
         return SourceCorrupt(
@@ -99,25 +99,24 @@ def _sqlite_failure(path: Path, error: sqlite3.Error, refill: str) -> SourceErro
 
 
 def open_store(path: Path, migrations: Sequence[str]) -> sqlite3.Connection:
-    """Open the file, making it or bringing it up to date; for the calling thread only.
+    """Open the file for the calling thread only. Create or migrate it if needed.
 
-    A file of a newer version, and a database of another program, are not changed.
+    A file of a newer version, or of another program, is never changed.
 
     Args:
-        path: The file.
-        migrations: What takes it from one version (`user_version`) to the next; statements between semicolons.
+        path: Path of the file.
+        migrations: Migrations from each version (`user_version`) to the next: SQL statements separated by semicolons.
 
     Raises:
-        SourceRefused: It is one of those.
+        SourceRefused: The file is of a newer version or of another program.
         sqlite3.Error: SQLite refuses.
-        OSError: The file or its directory cannot be made.
+        OSError: The file or its directory cannot be created.
     """
     path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
-    # Made here so that no other account can read it, whatever the umask is: it holds user-data.
+    # The file contains user-data: create it with mode 0600, whatever the umask is.
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
     connection = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None)
-    # Another program may have stored what is no UTF-8: that spoils its own row, not the reading of
-    # all.
+    # Another program may have stored invalid UTF-8: this must spoil only its own row.
     connection.text_factory = lambda data: data.decode("utf-8", "backslashreplace")
     try:
         version = _check_version(connection, path, len(migrations))
@@ -158,16 +157,16 @@ def _pragma(connection: sqlite3.Connection, name: str) -> int:
 
 @dataclass(slots=True)
 class SideCache(Generic[_Key, _Value]):
-    """An SQLite file that may be deleted at any time: it is made again.
+    """Cache in an SQLite file that may be deleted at any time: it is created again.
 
     Attributes:
-        path: The file; made when there is something to keep.
-        schema: Statements that make its tables.
-        read: Every value that the file has, by its key.
-        write: Stores a value under its key; deletes what is there for `None`.
-        subject: The field of `problem`.
-        lost: What `problem` says, as "records in force are not kept".
-        problem: Why the file cannot be used, while that is so.
+        path: Path of the file, which is created when there is something to keep.
+        schema: SQL statements that create the tables.
+        read: Yields all values in the file with their keys.
+        write: Stores a value under its key; `None` deletes the stored value.
+        subject: Field of `problem`.
+        lost: Text of `problem`, as "records in force are not kept".
+        problem: Problem while the file cannot be used.
     """
 
     path: Path
@@ -180,7 +179,7 @@ class SideCache(Generic[_Key, _Value]):
     _unsaved: dict[_Key, _Value | None] = field(default_factory=dict)
 
     def load(self) -> tuple[tuple[_Key, _Value], ...]:
-        """Every value by its key; none where there is no file or it cannot be used. Blocks."""
+        """Return all values with their keys; empty if the file is missing or cannot be used. Blocks."""
         try:
             with store_failures(self.path):
                 if self.path.exists():
@@ -191,11 +190,11 @@ class SideCache(Generic[_Key, _Value]):
         return ()
 
     def keep(self, changes: Mapping[_Key, _Value | None]) -> None:
-        """Have `save` write these; `None` for what is gone."""
+        """Queue changes for `save`; `None` deletes a value."""
         self._unsaved.update(changes)
 
     def save(self) -> None:
-        """Write what is to be kept; what cannot be written now is written the next time. Blocks."""
+        """Write the queued changes; failed writes are retried by the next call. Blocks."""
         pending, self._unsaved = self._unsaved, {}
         if not pending:
             return

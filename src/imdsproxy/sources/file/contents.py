@@ -1,7 +1,7 @@
-"""What a record file holds, read here or, where it is large, by another process.
+"""Reader of record files. A separate process reads large files.
 
-A file of 50 MB takes gigabytes and minutes of Python to read. In a process of its own neither the event loop waits for
-it, nor does the memory stay.
+Reading a file of 50 MB takes Python gigabytes and minutes. With a separate process the event loop does not wait, and
+the memory is freed afterwards.
 """
 
 import os
@@ -32,26 +32,26 @@ Signature: TypeAlias = "tuple[int, ...] | None"
 
 _LARGEST: Final = 512 * 1024 * 1024
 _APART: Final = 1024 * 1024
-"""Bytes from which on a process is worth its start."""
+"""Minimum size in bytes of files read by a separate process."""
 
 _TOGETHER: Final = 200
 _CHILD: Final = f"import sys; from {__name__} import send_contents; send_contents(sys.argv[1])"
 
 
 _Take: TypeAlias = "Callable[[str, Entry[Any], float], None]"
-"""Takes a record, its kind first, and the share of the file that is read."""
+"""Receives the kind of a record, its entry, and the share of the file read so far."""
 
 
 @dataclass(slots=True)
 class FileContents:
-    """What a file holds.
+    """Content of a record file.
 
     Attributes:
-        entries: By kind (`networks` or `instances`), in the file's order; an instance's record is a `PackedInstance`.
-        payloads: The files that its records name, with their state when they were read.
-        problems: What is wrong with it as a whole; then its records do not count.
-        blank: There is nothing in it at all.
-        nameless: What is wrong with records whose id cannot be read, by kind.
+        entries: Entries by kind (`networks` or `instances`), in the file's order; instances are `PackedInstance`.
+        payloads: Files that the records name, with their signatures when read.
+        problems: Problems of the whole file; if there are any, its records do not count.
+        blank: Whether the file has nothing but white space.
+        nameless: Problems of records whose id cannot be read, by kind.
     """
 
     entries: dict[str, list[Entry[Any]]] = field(
@@ -66,7 +66,7 @@ class FileContents:
 
 
 def read_contents(path: Path, progress: Progress) -> FileContents:
-    """Read a file; blocks for as long as that takes. `progress` shows how far a large one is."""
+    """Read a file and report the progress of a large file. Blocks."""
     signature = signature_of(path)
     if signature is not None and _APART <= signature[1] <= _LARGEST:
         return _read_apart(path, progress)
@@ -76,7 +76,7 @@ def read_contents(path: Path, progress: Progress) -> FileContents:
 
 
 def _read(path: Path, contents: FileContents, take_entry: _Take) -> None:
-    """Read a file here; what is in it beside its records is put into `contents`."""
+    """Read a file in this process. Pass its entries to `take_entry`, and store everything else in `contents`."""
     read = payload_reader(path.parent)
 
     def read_payload(field: Field) -> bytes:
@@ -156,9 +156,9 @@ def _read_apart(path: Path, progress: Progress) -> FileContents:
 
 
 def send_contents(path: str) -> None:
-    """Write what a file holds to standard output, for the process that started this one.
+    """Write the content of a file to standard output, for the parent process.
 
-    In parts, so that neither process has more of it in memory than it must, and the reader's other threads go on.
+    It is written in parts, to limit memory in both processes and to let the parent's other threads run.
     """
     contents, waiting = FileContents(), list[tuple[str, Entry[Any]]]()
 
@@ -178,7 +178,7 @@ def send_contents(path: str) -> None:
 
 
 def signature_of(path: Path) -> Signature:
-    """A file's state, by which a change shows; `None` where there is no such file."""
+    """Return a file's signature, which differs after a change; `None` if there is no such file."""
     try:
         status = path.stat()
     except OSError:
@@ -187,7 +187,7 @@ def signature_of(path: Path) -> Signature:
 
 
 def _read_regular(path: Path) -> bytes:
-    # Not blocking: opening a FIFO would wait for a writer for ever.
+    # O_NONBLOCK, because opening a FIFO would wait for a writer for ever.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as stream:
         status = os.fstat(descriptor)

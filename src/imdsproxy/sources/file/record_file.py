@@ -1,6 +1,6 @@
-"""Record files: bytes in, records out, and every problem with its file and line.
+"""Parser of record files: bytes in, records out, and every problem with its file and line.
 
-The file source, the command line's `--file` and the tests read them all through here.
+The file source, the command line's `--file` and the tests all use this parser.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ _T = TypeVar("_T")
 _NOTED: Final = 500
 
 Note: TypeAlias = "Callable[[int, int], None]"
-"""Takes how much is done, of how much."""
+"""Receives the progress: the number of checked records and the estimated total."""
 
 _DEEPEST: Final = 100
 _TOO_DEEP: Final = f"nested deeper than {_DEEPEST} levels"
 _MOST_DIGITS: Final = 1000
-"""Of a whole number: guests are given it as it is, and not all of them read more (Python: 4,300)."""
+"""Maximum length of an integer: guests get the number unchanged, and not all can read more (Python: 4,300)."""
 _NO_VALUES: Final = {"NaN", "Infinity", "-Infinity"}
-"""JavaScript's, which the standard library accepts."""
+"""JavaScript values that are not JSON, but that the standard library accepts."""
 _TOKEN: Final = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{}]|[^][{}":, \t\r\n]+')
-"""Of what is JSON: a text, a bracket, or another value. Possessive: user data is a text of up to 22 MB, and a place to
-come back to for each of its characters would take gigabytes."""
+"""Token of valid JSON: a string, a bracket, or another value. Possessive, because user data is a string of up to 22 MB,
+and a backtracking position for each character would take gigabytes."""
 
 SUFFIXES = (".yaml", ".yml", ".json")
-"""How the names of record files end."""
+"""File name suffixes of record files."""
 
 
 TakeRecord: TypeAlias = "Callable[[Path, Network | Instance | Refused, LineOf, float], None]"
-"""Takes a record, its path in the file, where its parts stand, and how much of the file is read, from 0 to 1."""
+"""Receives a record's path in the file, the record, a function for its lines, and the share read, from 0 to 1."""
 
 
 def read_records(
@@ -62,14 +62,14 @@ def read_records(
     """Read the records of a file one by one.
 
     Args:
-        data: The file's bytes: UTF-8, JSON where `file` ends so, else YAML.
-        file: Its name, for the problems.
-        take: Given each record. What it got holds only if the file itself has no problems.
-        read_file: Reads what `user_data_file` names (`payload_reader`); without it the key is refused.
-        tables: What the records may have.
+        data: Content of the file in UTF-8: JSON if `file` ends with `.json`, else YAML.
+        file: Name of the file, for the problems.
+        take: Receives each record. The records count only if the file itself has no problems.
+        read_file: Reads the file that `user_data_file` names (`payload_reader`); without it the key is refused.
+        tables: Schema of the records.
 
     Returns:
-        What is wrong with the file itself.
+        Problems of the file itself.
     """
     try:
         text = data.decode("utf-8-sig")
@@ -84,7 +84,7 @@ def read_records(
         found = parse_listed(path, item.value, findings, item.faults, tables)
         take(path, found, item.line_of, share)
 
-    # YAML record by record: the tree of a large file is 60 times its size.
+    # YAML is decoded record by record: the tree of a large file is 60 times the file's size.
     decoded = (
         decode_json(text)
         if file.endswith(".json")
@@ -106,9 +106,9 @@ def decode_records(
     note: Note | None = None,
     tables: Tables = TABLES,
 ) -> Records:
-    """All records of a file; arguments as of `read_records`.
+    """Read all records of a file; arguments as for `read_records`.
 
-    `note` is given now and then how many records were checked, and an estimate of how many there are.
+    `note` receives the number of checked records, and the estimated total, after every 500 records.
     """
     found: list[tuple[Path, Network | Instance | Refused]] = []
 
@@ -124,11 +124,11 @@ def decode_records(
 
 
 def decode_json(text: str) -> Decoded | Undecodable:
-    """The one JSON value in `text` (RFC 8259), with all lines; blank text is `None`, as an empty YAML file is.
+    """Decode the single JSON value in `text` (RFC 8259), with all line numbers; blank text is `None`, as for YAML.
 
-    The standard library decodes it, and a second reading of its tokens finds where everything is. The YAML reader is no
+    The standard library decodes the value, and a second pass over the tokens finds the lines. The YAML reader is no
     substitute: libyaml refuses the surrogate pairs that JSON writes for characters beyond U+FFFF, reads U+2028 in a
-    text as a line break, accepts what is no JSON, and takes four times as long (3.4 s against 0.7 s for 20,000
+    string as a line break, accepts text that is not JSON, and takes five times as long (3.4 s against 0.7 s for 20,000
     instances).
     """
     if not text.strip(" \t\r\n"):
@@ -163,7 +163,7 @@ def _first_of_each(pairs: Iterable[tuple[str, _T]]) -> dict[str, _T]:
 
 
 class _Places:
-    """Where the parts of a JSON text are; `repeated` are the keys that are there twice."""
+    """Positions of the parts of a JSON text; `repeated` has the keys that occur twice."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -171,7 +171,7 @@ class _Places:
         self.repeated: list[tuple[Path, int]] = []
 
     def tree(self, token: re.Match[str], path: Path) -> Tree:
-        """The value that begins with that token."""
+        """Return the positions in the value that begins with this token."""
         if token[0] in {"{", "["} and len(path) > _DEEPEST:
             raise json.JSONDecodeError(_TOO_DEEP, self.text, token.start())
         if token[0] in _NO_VALUES:
@@ -197,12 +197,12 @@ class _Places:
 
 
 def payload_reader(directory: pathlib.Path) -> ReadFile:
-    """Reads files named by records; a relative name is looked up in `directory`."""
+    """Return a reader of files named by records; relative names are resolved in `directory`."""
 
     def read(field: Field) -> bytes:
         path = directory / field.value
         try:
-            # Asked first: opening a FIFO would wait for ever, and reading a device would never end.
+            # Check first: opening a FIFO would wait for ever, and reading a device would never end.
             if not path.is_file():
                 hint = "an absolute path, or one beside the record file"
                 none = f"{path} is no regular file" if path.exists() else f"there is no file {path}"

@@ -1,4 +1,4 @@
-"""The file source: a directory of YAML and JSON records, in force as soon as they are written."""
+"""The source `file`: a directory of YAML and JSON records, in force as soon as they are written."""
 
 import asyncio
 import json
@@ -27,13 +27,13 @@ from imdsproxy.sources.in_force import Entry, InForce, Record
 from imdsproxy.sources.sqlite_file import SideCache
 
 _UNWATCHED_S: Final = 1.0
-"""How often to look where inotify cannot be used."""
+"""Seconds between two readings if inotify cannot be used."""
 
 _GONE_S: Final = 0.05
-"""Some editors move the old file away before they write the new one."""
+"""Seconds for which a missing file keeps its records: some editors move the old file away before they write the new."""
 
 _EMPTY_S: Final = 0.5
-"""A writer that does not rename truncates the file first."""
+"""Seconds for which an empty file keeps its records: a writer that does not rename truncates the file first."""
 
 _SCHEMA: Final = """
 CREATE TABLE last_good (
@@ -55,13 +55,13 @@ _NOTED: Final = 1000
 
 @dataclass(slots=True)
 class _File:
-    """What is known of a record file.
+    """State of a record file.
 
     Attributes:
-        signature: Its state when it was last read.
-        payloads: The files that its records name, with their state when they were read.
-        problems: What is wrong with it as a whole, or with records whose id cannot be read.
-        doubtful_since: When it was first seen gone or empty, until that is believed.
+        signature: Signature of the file when last read.
+        payloads: Files that its records name, with their signatures when read.
+        problems: Problems of the whole file, or of records whose id cannot be read.
+        doubtful_since: Time at which the file was first seen missing or empty, until that is believed.
     """
 
     signature: Signature = None
@@ -72,22 +72,21 @@ class _File:
 
 @dataclass(slots=True)
 class FileSource:
-    """A directory of record files, watched. Bad records are refused one by one; see `in_force`.
+    """Source that watches a directory of record files. Invalid records are refused one by one; see `in_force`.
 
-    The files are `*.yaml`, `*.yml` and `*.json`; hidden ones are not looked at.
+    The files are `*.yaml`, `*.yml` and `*.json`; hidden files are ignored.
 
     Args:
-        directory: Where the files are; it need not exist yet.
-        kept: A file of ours that keeps what is in force over a restart, for the case that a record
-            file is broken then.
-        clock: Monotonic seconds.
-        progress: Where reading a large file says how far it is.
+        directory: Directory of the files; it need not exist yet.
+        kept: Our file that keeps the records in force over a restart, in case a record file is invalid then.
+        clock: Returns monotonic seconds.
+        progress: Receives the progress of reading a large file.
 
     Attributes:
-        problems: Everything that was wrong in the directory when it was read last.
-        readable: The directory could be listed then; if not, all stays as it was.
-        again_s: Look again after so many seconds, even without an event.
-        last_good: What is in force, kept over a restart: of an entry, the file and the record.
+        problems: All problems in the directory at the last reading.
+        readable: Whether the directory could be listed then; if not, all records stay unchanged.
+        again_s: Seconds until the next reading, even without an event; `None` to wait for an event.
+        last_good: Entries in force, kept over a restart with file and record.
     """
 
     name: ClassVar = "file"
@@ -119,11 +118,11 @@ class FileSource:
         self.last_good = SideCache(kept, _SCHEMA, _read, _write, "last-good", lost)
 
     def everything(self) -> Observation:
-        """All in force."""
+        """Return all records in force."""
         return Observation.of_changes(*(one.records for one in self._kinds.values()))
 
     def explain_stranded(self, port: StrandedPort) -> Problem:
-        """With the port's place in its file; the line is that of its first claim."""
+        """Describe the problem with the port's place in its file and the line of the port's first claim."""
         entry = self._kinds["instances"].entry_of(port.instance)
         record = None if entry is None or entry.record is None else entry.record.open()
         if entry is None or record is None or port.number >= len(record.ports):
@@ -134,24 +133,24 @@ class FileSource:
         return port.problem(field=field, file=str(self.directory / entry.file), line=line)
 
     async def run(self, publish: Publish) -> None:
-        """Report the directory's records, and every change of them, until cancelled.
+        """Report the directory's records, and every change, until cancelled.
 
-        While the directory cannot be listed the source is out of sync, and what it reported stays.
+        While the directory cannot be listed, the source is out of sync, and its reported records stay.
         """
         changed: frozenset[Path] = frozenset()
         try:
             while True:
-                # In a thread: ten thousand records take seconds, and guests are waiting.
+                # Read in a thread: ten thousand records take seconds, and guests are waiting.
                 changes = await asyncio.to_thread(self.read, changed)
                 begins = self._follow()
                 await self._report(publish, changes)
-                # These may be all there is, and are not needed any more.
+                # The changes may be all records: release their memory.
                 del changes
                 changed = frozenset()
                 if begins:
-                    # What changed before it began to watch is seen now.
+                    # Read once more for changes from before the watch began.
                     continue
-                # Afterwards: guests do not wait for what only a restart needs.
+                # Save last: guests must not wait for data that only a restart needs.
                 await asyncio.to_thread(self.last_good.save)
                 await self._report(publish, Observation())
                 changed = await self._wait()
@@ -159,7 +158,7 @@ class FileSource:
             self._unfollow()
 
     def _follow(self) -> bool:
-        """Watch what is to be watched now; whether that begins only now."""
+        """Watch the current places. Return whether a new watch began."""
         if self._watch is not None and self._watch.places == self._places:
             return False
         self._unfollow()
@@ -199,11 +198,11 @@ class FileSource:
             await publish_in_pieces(publish, observation)
 
     def read(self, changed: Collection[Path] = ()) -> Observation:
-        """Read what has changed since the last time, and what that changes in force; blocks for as long as it takes.
+        """Read changed files and return the changes of the records in force. Blocks.
 
         Args:
-            changed: Files that are read again though they look the same: two writes within one tick of
-                the file system's clock do.
+            changed: Files to read again even if their signature is the same: two writes within one tick of the file
+                system's clock give the same signature.
         """
         if not self._begun:
             self._begun = True
@@ -224,7 +223,7 @@ class FileSource:
     def _prime(self) -> None:
         for (kind, _), entry in self.last_good.load():
             self._kinds[kind].prime(entry)
-            # So that it is looked for, and what is from it goes if it is not there.
+            # If the file is missing, `read` then removes its records.
             self._files.setdefault(entry.file, _File())
 
     def _list(self) -> Iterator[tuple[str, Path]]:
@@ -256,7 +255,7 @@ class FileSource:
         self._read_file(name, path, file)
 
     def _believe(self, file: _File, after_s: float) -> bool:
-        """Whether a file that had records has been gone or empty for long enough."""
+        """Return whether a file has been missing or empty for long enough, or never had records."""
         if file.signature is None:
             return True
         if file.doubtful_since is None:
@@ -266,7 +265,7 @@ class FileSource:
     def _read_file(self, name: str, path: Path, file: _File) -> None:
         contents = read_contents(path, self.progress)
         if contents.blank and any(one.has(name) for one in self._kinds.values()):
-            # A write that failed, most likely: to remove all records, people remove the file.
+            # This is most likely a failed write: to remove all records, people remove the file.
             reason = "is blank: the records that it had stay in force"
             hint = "restore it, write `instances: []`, or remove it"
             file.problems = (Problem("file", reason, hint, str(path)),)
@@ -278,7 +277,7 @@ class FileSource:
             file.problems = self._replace(name, contents)
 
     def _replace(self, name: str, contents: FileContents) -> tuple[Problem, ...]:
-        """Hand on what a file holds now; gives the problems of records without a readable id."""
+        """Pass on the content of a file. Return the problems of records without a readable id."""
         for kind, in_force in self._kinds.items():
             unclear = bool(contents.nameless[kind])
             in_force.replace_file(name, contents.entries[kind], unclear=unclear)
@@ -302,10 +301,10 @@ class FileSource:
         return Observation.of_changes(**changes, moves=self._kinds["instances"].moved)
 
     def _find_places(self, payloads: Iterable[Path]) -> None:
-        """Which directories to watch, and which paths in them matter beside everything in the directory itself."""
+        """Set the directories to watch, and the relevant paths outside the record directory."""
         files = [self.directory / name for name in self._files]
         named = {*payloads, *(path.resolve() for path in files if path.is_symlink())}
-        # In the parent it shows when the directory itself is made, removed or replaced.
+        # The parent has events for the directory itself: created, removed or replaced.
         wanted = {self.directory, self.directory.parent, *(path.parent for path in named)}
         self._places = frozenset(place_of(path) for path in wanted)
         self._relevant = frozenset(
@@ -313,7 +312,7 @@ class FileSource:
         )
 
     def _claims(self, instance: PackedInstance) -> list[AddressKey]:
-        # A start waits for the records as long as it sees progress, and this takes seconds for very many of them.
+        # This takes seconds for very many records, and a start waits for them only while it sees progress.
         self._opened += 1
         if self._opened % _NOTED == 0:
             self.progress.note(_SETTLING, self._opened, 0)
@@ -326,7 +325,7 @@ class FileSource:
 def _read(connection: sqlite3.Connection) -> Iterator[tuple[_Key, Entry[Any]]]:
     rows = connection.execute("SELECT kind, file, record, user_data FROM last_good")
     for kind, file, text, user_data in rows:
-        # By the same rules as files, because others may have written to it.
+        # Apply the same rules as for files, because other programs may have written to the cache.
         try:
             record: Any = parse_listed((kind,), json.loads(text))
         except (ValueError, KeyError, RecursionError):

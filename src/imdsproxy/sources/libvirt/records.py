@@ -1,4 +1,4 @@
-"""The records that libvirt's domains and networks make, and which of them are in force."""
+"""Records made from libvirt's domains and networks, and the records in force."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -17,14 +17,14 @@ _NETWORK_ID: Final = re.compile(ID_PATTERN)
 
 
 def _id_of(network: LibvirtNetwork) -> str:
-    """A network's id: its name, or its UUID where the name is no id."""
+    """Return a network's id: its name, or its UUID if the name is not a valid id."""
     return network.name if _NETWORK_ID.fullmatch(network.name) else network.uuid
 
 
 def describe_network(network: LibvirtNetwork) -> Network | Refused:
-    """The record of a network that is `made_by_libvirt`.
+    """Return the record of a network that is `made_by_libvirt`.
 
-    Its gateway is the host where libvirt's DHCP says the same: not in an isolated network.
+    The host is the gateway, as in libvirt's DHCP, except in an isolated network.
     """
     identity = _id_of(network)
     record: dict[str, Json] = {"id": identity, "listener": {"bridge": network.bridge or ""}}
@@ -47,23 +47,23 @@ def describe_network(network: LibvirtNetwork) -> Network | Refused:
 
 @dataclass(slots=True)
 class LibvirtKnown:
-    """Domains by UUID, networks by name, and the records that they make.
+    """Domains by UUID, networks by name, and their records.
 
-    A domain whose element breaks keeps the record that it had, as a record file would (see `in_force`).
+    A domain whose element becomes invalid keeps its earlier record, as in a record file (see `in_force`).
 
     Args:
-        selected: Report only these: networks of libvirt's by name, bridges of the host's by device; `None` for all.
-        marked_only: Report only domains that have our element in their metadata.
+        selected: Report only these libvirt networks, by name, and bridges of the host, by device; `None` for all.
+        marked_only: Report only domains with our element in their metadata.
 
     Attributes:
-        networks: The records of active networks whose bridge is libvirt's.
+        networks: Records of active networks whose bridge libvirt creates.
     """
 
     selected: frozenset[str] | None = None
     marked_only: bool = False
     networks: Mapping[NetworkId, Network] = field(default_factory=dict)
     _domains: dict[str, Domain | Refused] = field(default_factory=dict)
-    # As they were last read, for the networks of those that cannot be read now.
+    # Domains as last parsed, for the networks of domains that cannot be parsed now.
     _read: dict[str, Domain] = field(default_factory=dict)
     _described: dict[str, LibvirtNetwork] = field(default_factory=dict)
     _leases: dict[tuple[str, str], list[Json]] = field(default_factory=dict)
@@ -75,12 +75,12 @@ class LibvirtKnown:
 
     @property
     def records(self) -> Observation:
-        """All in force."""
+        """All records in force."""
         return Observation.of_changes(self.networks, self._instances.records)
 
     @property
     def implied(self) -> frozenset[NetworkId]:
-        """Networks that ports are in without a record: inactive ones, and bridges that are the operator's."""
+        """Networks of ports without a network record: inactive networks, and bridges created by the operator."""
         return frozenset(
             network
             for domain in self._read.values()
@@ -91,11 +91,11 @@ class LibvirtKnown:
 
     @property
     def problems(self) -> tuple[Problem, ...]:
-        """Everything that is refused now."""
+        """Problems of all records refused now."""
         return (*self._network_problems, *self._instances.problems())
 
     def place_of(self, instance: InstanceId) -> str | None:
-        """The domain whose record is in force, for problems."""
+        """Return the domain whose record is in force, for problems."""
         entry = self._instances.entry_of(instance)
         return None if entry is None else self._where(entry)[1]
 
@@ -106,12 +106,12 @@ class LibvirtKnown:
         *,
         everything: bool = False,
     ) -> Observation:
-        """Take in what libvirt has now; which records in force that changes.
+        """Update domains and networks. Return the changes of the records in force.
 
         Args:
-            domains: By UUID; `None` for a domain that is gone.
-            networks: All of them.
-            everything: `domains` is all that there are.
+            domains: Domains by UUID; `None` for a removed domain.
+            networks: All networks.
+            everything: Whether `domains` has all domains.
         """
         if everything:
             domains = {**dict.fromkeys(self._domains), **domains}
@@ -162,9 +162,9 @@ class LibvirtKnown:
         self._instances.replace_file(uuid, entries, unclear=unclear)
 
     def _describe(self, domain: Domain) -> Instance | Refused | None:
-        """The record of a domain; `None` for one that is not reported.
+        """Return the record of a domain; `None` for a domain that is not reported.
 
-        Without an element of ours a domain has its UUID as id, and its name as name and host name.
+        A domain without our element has its UUID as id, and its name as name and host name.
         """
         ports: list[Json] = []
         for interface in domain.interfaces:
@@ -183,9 +183,9 @@ class LibvirtKnown:
         return Refused((*domain.problems, *more), parsed.id)
 
     def _network_of(self, interface: DomainInterface) -> NetworkId | None:
-        """The network that an interface is a port of; `None` where its guest cannot be served there.
+        """Return the network of an interface; `None` if the guest cannot be served there.
 
-        Guests on a bridge of the host's are in one network, whether libvirt has a network for that bridge or not.
+        All guests on a bridge of the host are in the same network, whether or not libvirt has a network for the bridge.
         """
         network = self._described.get(interface.network or "")
         if network is None:

@@ -1,7 +1,7 @@
 """The source `libvirt`: domains and networks of one libvirt daemon, by its events.
 
-No other module imports libvirt's own Python module. It is C, installed by the distribution (Debian: python3-libvirt) or
-built against the library that is there (`pip install imdsproxy[libvirt]`), and imported only when the source connects.
+Only this module imports libvirt's own Python module, when the source connects. That module is written in C, installed
+by the distribution (Debian: python3-libvirt) or built against the installed library (`pip install imdsproxy[libvirt]`).
 """
 
 import asyncio
@@ -39,11 +39,11 @@ _KEEPALIVE_MISSED: Final = 3
 
 @dataclass(slots=True)
 class LibvirtEvents:
-    """Events since they were last taken; many of one domain are one. For the event loop's thread only.
+    """Events since the last `take`; events of the same domain are merged. For the event loop's thread only.
 
     Attributes:
-        arrived: There are some.
-        lost: Why no more events arrive on this connection, if so.
+        arrived: Set while there are events.
+        lost: Reason why the connection is lost; `None` while it works.
     """
 
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
@@ -51,18 +51,18 @@ class LibvirtEvents:
     _domains: dict[str, None] = field(default_factory=dict)
 
     def change(self, domain: str = "") -> None:
-        """The domain of that UUID, or without one a network, was defined, started, stopped, undefined or changed."""
+        """Note that a domain, by UUID, or a network (empty) was defined, started, stopped, undefined or changed."""
         if domain:
             self._domains[domain] = None
         self.arrived.set()
 
     def lose(self, reason: str) -> None:
-        """The connection is lost."""
+        """Note that the connection is lost."""
         self.lost = reason
         self.arrived.set()
 
     def take(self) -> Iterable[str]:
-        """The domains that changed.
+        """Return the UUIDs of changed domains, and forget them.
 
         Raises:
             SourceUnavailable: The connection is lost.
@@ -75,10 +75,10 @@ class LibvirtEvents:
 
 
 def import_library() -> _Library:
-    """The module `libvirt`.
+    """Import the module `libvirt`.
 
     Raises:
-        LibraryMissing: It is not installed, or not for this Python.
+        LibraryMissing: The module is not installed, or not for this Python.
     """
     with optional_library(
         "libvirt's Python module",
@@ -89,7 +89,7 @@ def import_library() -> _Library:
 
 @cache
 def run_events(library: _Library) -> None:
-    """Run libvirt's event loop, of which a process has one: from before the first connection to the process's end."""
+    """Run libvirt's event loop, one per process, from before the first connection until the process ends."""
     library.virEventRegisterDefaultImpl()
 
     def run() -> None:
@@ -101,22 +101,22 @@ def run_events(library: _Library) -> None:
 
 @dataclass(slots=True)
 class LibvirtClient:
-    """Connections to the daemon at `uri`, one at a time, read-only.
+    """Read-only connections to the daemon at `uri`, one at a time.
 
-    Read-only is enough for the XML without passwords and for events, and cannot change or stop a guest.
+    A read-only connection suffices for events and for XML without passwords, and cannot change or stop a guest.
 
-    Calls block, and each has a thread of its own: a daemon thread, not one of a pool, for a call to a libvirtd that
-    hangs never returns, and Python would wait for a pool's threads at its end. Every method but `close` may raise
+    Calls block, and each runs in its own daemon thread. A pool is unsuitable: a call to a libvirtd that hangs never
+    returns, and Python would wait for the pool's threads when it exits. Every method except `close` may raise
     `SourceUnavailable`.
 
     Args:
-        uri: As `virsh -c` takes it.
-        connect_s: Seconds after which a daemon that accepts a connection and does not answer counts as hung.
+        uri: URI of the daemon, as for `virsh -c`.
+        connect_s: Seconds after which a daemon that accepts a connection but does not answer counts as hung.
     """
 
     uri: str
     connect_s: float = 10.0
-    # Held during a call: they follow each other.
+    # The lock is held during a call, so that calls run one after another.
     _turn: threading.Lock = field(default_factory=threading.Lock)
     _closing: asyncio.Future[None] | None = None
     _library: _Library = None
@@ -124,7 +124,7 @@ class LibvirtClient:
     _undo: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     async def connect(self, events: LibvirtEvents) -> None:
-        """Connect; from then on events are noted in `events`."""
+        """Connect, and note all later events in `events`."""
         if self._closing is not None and not self._closing.done():
             raise SourceUnavailable(f"{self.uri} does not answer")
         loop = asyncio.get_running_loop()
@@ -144,7 +144,7 @@ class LibvirtClient:
             ) from error
 
     async def domains(self) -> Mapping[str, Domain | Refused]:
-        """Every domain by its UUID: as it runs where it is active."""
+        """Return all domains by UUID; for active domains, the live configuration."""
 
         def read() -> dict[str, Domain | Refused]:
             found = self._connection.listAllDomains()
@@ -154,7 +154,7 @@ class LibvirtClient:
         return await self._call(read)
 
     async def domain(self, uuid: str) -> Domain | Refused | None:
-        """A domain; `None` when there is no such."""
+        """Return the domain with this UUID; `None` if there is none."""
 
         def read() -> Domain | Refused | None:
             found = self._present(lambda: self._connection.lookupByUUIDString(uuid))
@@ -163,7 +163,7 @@ class LibvirtClient:
         return await self._call(read)
 
     async def networks(self) -> tuple[LibvirtNetwork | Refused, ...]:
-        """Every network."""
+        """Return all networks."""
 
         def read() -> tuple[LibvirtNetwork | Refused, ...]:
             networks = (
@@ -175,9 +175,9 @@ class LibvirtClient:
         return await self._call(read)
 
     async def close(self) -> None:
-        """Disconnect; no more events. While a daemon hangs, no new connection is made.
+        """Disconnect and stop events. While a daemon hangs, no new connection is made.
 
-        Never raises, and can be called twice.
+        Never raises, and may be called twice.
         """
         if self._closing is None or self._closing.done():
             self._closing = self._in_thread(self._close)
@@ -187,7 +187,7 @@ class LibvirtClient:
         try:
             return await self._in_thread(work)
         except Exception as error:
-            # Its exception's class is known only where the module is.
+            # The class of libvirt's exception is known only once the module is imported.
             if self._library is None or not isinstance(error, self._library.libvirtError):
                 raise
             hint = f"`virsh -r -c {self.uri} list` asks the same; sources.libvirt.uri says where"
@@ -208,7 +208,7 @@ class LibvirtClient:
     def _open(self, change: Callable[[str], None], lose: Callable[[str], None]) -> None:
         library = import_library()
         self._library = library
-        # Without one of ours it writes every error to standard error.
+        # libvirt's default handler writes every error to standard error.
         library.registerErrorHandler(lambda *_: None, None)
         run_events(library)
         self._connection = connection = library.openReadOnly(self.uri)
@@ -231,25 +231,25 @@ class LibvirtClient:
             None, library.VIR_NETWORK_EVENT_ID_LIFECYCLE, lambda *_: change(""), None
         )
         self._undo.callback(connection.networkEventDeregisterAny, number)
-        # So that calls to a daemon that hangs end with an error.
+        # With keepalive, calls to a daemon that hangs end with an error.
         connection.setKeepAlive(_KEEPALIVE_S, _KEEPALIVE_MISSED)
 
     def _close(self) -> None:
         if self._connection is None:
             return
         self._connection = None
-        # Each callback references the connection: with one left it would never be closed. Where the daemon is gone,
-        # what only it could do fails; the rest is done.
+        # Each callback references the connection: a remaining callback would keep the connection open. If the daemon is
+        # gone, the calls that need the daemon fail; the others succeed.
         with contextlib.suppress(self._library.libvirtError):
             self._undo.close()
 
     def _read(self, described: Any, parse: Callable[[str], _T]) -> _T | None:  # noqa: ANN401 - libvirt has no types
-        """What a domain or network is, `None` where it went meanwhile."""
+        """Parse the XML of a domain or network; `None` if libvirt removed it meanwhile."""
         text = self._present(lambda: str(described.XMLDesc(0)))
         return None if text is None else parse(text)
 
     def _present(self, ask: Callable[[], _T]) -> _T | None:
-        """The answer, or `None` where the domain or network went meanwhile."""
+        """Return the answer, or `None` if libvirt removed the domain or network meanwhile."""
         try:
             return ask()
         except self._library.libvirtError as error:
@@ -261,15 +261,15 @@ class LibvirtClient:
 
 @dataclass(slots=True)
 class LibvirtSource:
-    """Domains as instances, networks as networks.
+    """Source of libvirt's domains as instances, and its networks.
 
-    While libvirt does not answer, the source is out of sync, and what it reported stays: guests go on running without
+    While libvirt does not answer, the source is out of sync, and its reported records stay: guests keep running without
     libvirtd, and read their documents.
 
     Args:
-        client: Libvirt; connected here, again and again.
-        settings: Which domains and networks are reported, and how often networks are read again without an event.
-        backoff: Pauses before a lost connection is made anew.
+        client: Client of libvirt; this source connects and reconnects it.
+        settings: Domains and networks to report, and the interval for reading networks again without an event.
+        backoff: Pauses before a reconnection.
     """
 
     name: ClassVar = "libvirt"
@@ -285,7 +285,7 @@ class LibvirtSource:
         self._known = LibvirtKnown(networks, marked_only=marked_only)
 
     def explain_stranded(self, port: StrandedPort) -> Problem:
-        """With the domain that the port is of."""
+        """Describe the problem with the port's domain."""
         place = self._known.place_of(port.instance)
         return port.problem(field="instance.ports" if place else "", file=place)
 
@@ -302,13 +302,13 @@ class LibvirtSource:
             await asyncio.sleep(self.backoff.fail())
 
     async def _follow(self, publish: Publish) -> None:
-        """Report everything and then changes, until the connection is lost (`SourceUnavailable`)."""
+        """Report all records and then changes, until the connection is lost (`SourceUnavailable`)."""
         events = LibvirtEvents()
         await self.client.connect(events)
         domains: Mapping[str, Domain | Refused | None] = await self.client.domains()
         everything = True
         while True:
-            # Whatever happened to a domain, its network's static hosts may have changed just before.
+            # With any event of a domain, its network's static hosts may have changed just before.
             networks = await self.client.networks()
             self._report(publish, self._known.update(domains, networks, everything=everything))
             self.backoff.succeed()
@@ -332,7 +332,7 @@ class LibvirtSource:
 
 
 def read_domain(uri: str, name: str) -> tuple[Domain, Mapping[str, LibvirtNetwork]]:
-    """A domain by its name or UUID, and every network by its name; blocks.
+    """Return a domain by its name or UUID, and all networks by name. Blocks.
 
     Raises:
         SourceUnavailable: The daemon, or libvirt's Python module, cannot be used.

@@ -1,9 +1,9 @@
-"""Libvirt's XML of domains and networks, and our element in a domain's metadata.
+"""Parser of libvirt's XML of domains and networks, and of our element in a domain's metadata.
 
 Sources: https://libvirt.org/formatdomain.html (general metadata, network interfaces) and
 https://libvirt.org/formatnetwork.html (connectivity, addressing, static hosts).
 
-The element that a domain's `<metadata>` carries for us, as keys of an instance's record:
+Our element in a domain's `<metadata>`, which gives keys of an instance's record:
 
     <imds:instance xmlns:imds="urn:imdsproxy:libvirt:1" id="ID">      id: the domain's UUID without it
       <imds:hostname>NAME</imds:hostname>                             made of the domain's name without it
@@ -15,7 +15,7 @@ The element that a domain's `<metadata>` carries for us, as keys of an instance'
       <imds:dialect name="ec2" serve="no"/>
     </imds:instance>
 
-No element names a file: otherwise an account that may define a domain could have root pass any file to a guest.
+No element names a file: otherwise an account that may define a domain could make root pass any file to a guest.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _ISOLATED: Final = "isolated"
 ROUTING: Final = frozenset({"nat", "route", "open"})
 
 METADATA_URI: Final = "urn:imdsproxy:libvirt:1"
-"""The element's namespace. A URN: no one else can own it, and there is nothing to fetch."""
+"""XML namespace of our element. It is a URN, so it needs no domain name and nothing can be fetched from it."""
 
 _Record: TypeAlias = "dict[str, Json]"
 
@@ -45,11 +45,11 @@ _BLANKS: Final = " \t\r\n"
 
 @dataclass(frozen=True, slots=True)
 class DomainInterface:
-    """A NIC on a network of libvirt's, or on a bridge of the host's.
+    """NIC on a libvirt network or on a bridge of the host.
 
     Attributes:
-        network: The name of a network of libvirt's.
-        bridge: The bridge's device, where the domain names it itself.
+        network: Name of the libvirt network.
+        bridge: Device of the bridge, if the domain names the bridge itself.
     """
 
     mac: str
@@ -59,12 +59,12 @@ class DomainInterface:
 
 @dataclass(frozen=True, slots=True)
 class Domain:
-    """The parts of a domain that make a record.
+    """Parts of a domain that are used for a record.
 
     Attributes:
-        marked: It has an element of ours in its metadata.
-        keys: The keys of an instance's record from this element.
-        problems: What in that element is not understood.
+        marked: Whether the domain has our element in its metadata.
+        keys: Keys of an instance's record from this element.
+        problems: Problems of this element.
     """
 
     uuid: str
@@ -76,21 +76,21 @@ class Domain:
 
     @property
     def place(self) -> str:
-        """Where its record is written, for problems."""
+        """Place of the domain, for problems."""
         return f"domain {self.name}"
 
 
 @dataclass(frozen=True, slots=True)
 class LibvirtNetwork:
-    """The parts of a network that make a record.
+    """Parts of a network that are used for a record.
 
     Attributes:
         mode: `<forward mode>`; `isolated` without that element.
-        bridge: Its bridge; libvirt creates it, or with mode `bridge` the operator.
-        addresses: Those that the host has on the bridge, with their prefixes.
-        hosts: MAC and address of each `<host>` that names both: dnsmasq gives that address to that MAC only.
-        resolves: Its dnsmasq answers DNS at the host's addresses.
-        active: It runs: the bridge is there.
+        bridge: Bridge of the network, created by libvirt or, with mode `bridge`, by the operator.
+        addresses: Addresses of the host on the bridge, with their prefixes.
+        hosts: MAC and address of each `<host>` with both: dnsmasq gives that address to that MAC only.
+        resolves: Whether the network's dnsmasq answers DNS at the host's addresses.
+        active: Whether the network runs, so that the bridge exists.
     """
 
     uuid: str
@@ -105,25 +105,25 @@ class LibvirtNetwork:
 
     @property
     def place(self) -> str:
-        """Where its record is written, for problems."""
+        """Place of the network, for problems."""
         return f"network {self.name}"
 
     @property
     def made_by_libvirt(self) -> bool:
-        """Its bridge is libvirt's, so that it is known how to reach it."""
+        """Whether libvirt creates the network's bridge, so that imdsproxy knows how to reach the guests."""
         return self.mode in {_ISOLATED, *ROUTING} and self.bridge is not None
 
 
 def _parse(text: str, what: str) -> Element | Refused:
     try:
-        # libvirtd wrote it: it has no DTD, and so no entities to expand.
+        # libvirtd wrote the XML: it has no DTD, and so no entities to expand.
         return fromstring(text)  # noqa: S314 - see above
     except ParseError as error:
         return Refused((Problem("xml", f"cannot be parsed: {error}", file=what),))
 
 
 def parse_domain(text: str) -> Domain | Refused:
-    """A domain's XML, active or not.
+    """Parse the XML of an active or inactive domain.
 
     Interfaces without a host bridge (macvtap, user mode, passed-through devices) are ignored: their guests do not reach
     the host.
@@ -159,7 +159,7 @@ def _attribute(root: Element, child: str, name: str) -> str | None:
 
 
 def parse_libvirt_network(text: str, *, active: bool) -> LibvirtNetwork | Refused:
-    """A network's XML: the live one where it is active."""
+    """Parse a network's XML; for an active network, its live XML."""
     root = _parse(text, "a network")
     if isinstance(root, Refused):
         return root
@@ -188,11 +188,11 @@ def parse_libvirt_network(text: str, *, active: bool) -> LibvirtNetwork | Refuse
 
 
 def read_metadata(element: Element, place: str) -> tuple[_Record, tuple[Problem, ...]]:
-    """The keys of an instance's record that the element gives, and what in it is not understood.
+    """Return the keys of an instance's record in the element, and the element's problems.
 
     Args:
         element: `{urn:imdsproxy:libvirt:1}instance`.
-        place: Where it is, for the problems: `domain web-1`.
+        place: Place of the element, for the problems: `domain web-1`.
     """
     problems: list[Problem] = []
     record: dict[str, Any] = {}
@@ -240,7 +240,7 @@ def _put(record: dict[str, Any], key: str, value: Json | tuple[str, Json]) -> No
 
 
 class _Wrong(Exception):
-    """What is wrong with an element, and a hint."""
+    """Problem of an element, with a hint."""
 
 
 def _text(element: Element) -> str:
@@ -269,7 +269,7 @@ def _dialect(element: Element) -> tuple[str, bool]:
 def _payload(element: Element) -> Json:
     text, encoding = element.text or "", element.get("encoding")
     if encoding is None:
-        # Without the line end that follows the opening tag: `#cloud-config` must be first.
+        # Drop the line end after the opening tag: `#cloud-config` must be first.
         first, end, rest = text.partition("\n")
         return rest if end and not first.strip(_BLANKS) else text
     if encoding == "base64" and element.tag.endswith("}user-data"):
@@ -290,4 +290,4 @@ _ELEMENTS: Final[
     "user-data": ("user_data", ("encoding",), _payload),
     "vendor-data": ("vendor_data", ("encoding",), _payload),
 }
-"""By name: the record's key, the element's attributes, and what it says: a value, or one under a name."""
+"""Elements by name: key in the record, attributes, and a function that returns a value, or a name and a value."""

@@ -1,4 +1,4 @@
-"""What is known of Neutron's ports, in a file that outlives a restart."""
+"""Cache of Neutron's known ports in a file that survives a restart."""
 
 import json
 import sqlite3
@@ -29,21 +29,21 @@ _Value: TypeAlias = NeutronPort | Route | float
 
 
 def open_cache(path: Path) -> SideCache[_Key, _Value]:
-    """The cache in the file at `path`.
+    """Return the cache in the file at `path`.
 
-    It has ports by id, routes (`confirmed` is 0) by router and address, and by `None` when Neutron answered last, in
-    Unix time; that may be a minute later than stored.
+    Its keys are port ids for ports, router and address for routes (with `confirmed` 0), and `None` for the Unix time of
+    Neutron's last answer. The real time may be up to a minute later than the stored time.
     """
     lost = "what is known of Neutron's ports is not kept"
     return SideCache(path, _SCHEMA, _read, _write, "kept", lost)
 
 
 def _read(connection: sqlite3.Connection) -> Iterator[tuple[_Key, _Value]]:
-    # First: how old the ports are counts from then.
+    # The time of the last answer comes first: the ports' age depends on it.
     for (at,) in connection.execute("SELECT at FROM answered"):
         yield None, float(at)
     for (text,) in connection.execute("SELECT port FROM ports"):
-        # By the same rules as Neutron's own answer, because others may have written to the file.
+        # Apply the same rules as for Neutron's answers, because other programs may have written to the file.
         try:
             (port,) = parse_ports({"ports": [json.loads(text)]})
         except (ValueError, RecursionError):

@@ -1,8 +1,8 @@
-"""A client of Neutron's REST API by keystoneauth and openstacksdk: the only module that imports them.
+"""Client of Neutron's REST API. Only this module imports keystoneauth and openstacksdk.
 
-They come with `imdsproxy[neutron]` and are imported with the first query, in its thread: 12 MB and 80 ms without
-Keystone, 27 MB and 140 ms with it (openstacksdk reads `clouds.yaml` and finds Neutron by Keystone's catalogue). Hosts
-without this source do not load them. Ports are read as JSON: openstacksdk's resource objects add nothing.
+`imdsproxy[neutron]` installs them. The first query imports them in its thread: 12 MB and 80 ms without Keystone, 27 MB
+and 140 ms with Keystone (openstacksdk reads `clouds.yaml` and finds Neutron by Keystone's catalogue). Hosts without
+this source do not load them. Ports are read as JSON: openstacksdk's resource objects add nothing.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from imdsproxy.sources.settings import NeutronSourceSettings
 _VERSION: Final = "/v2.0"
 _CHUNK: Final = 65_536
 _MAX_ANSWER: Final = 32 * 1024 * 1024
-"""Bytes of one answer: a page of 10,000 ports with three addresses each has 6 MiB."""
+"""Maximum bytes of one answer: a page of 10,000 ports with three addresses each has 6 MiB."""
 
 _SHOWN: Final = 300
 _PLACE: Final = re.compile(r"https?://[^/\s?]+")
@@ -44,7 +44,7 @@ _HINTS: Final = {
 
 
 _Adapter: TypeAlias = Any
-"""A `keystoneauth1.adapter.Adapter`, whose types are known only where keystoneauth is installed."""
+"""A `keystoneauth1.adapter.Adapter`; its type is available only if keystoneauth is installed."""
 
 
 class QueryTimedOut(SourceUnavailable):
@@ -52,10 +52,10 @@ class QueryTimedOut(SourceUnavailable):
 
 
 def import_openstack() -> AbstractContextManager[None]:
-    """Import OpenStack's libraries.
+    """Return a context for importing OpenStack's libraries.
 
     Raises:
-        LibraryMissing: They are not installed, or not for this Python.
+        LibraryMissing: The libraries are not installed, or not for this Python.
     """
     return optional_library(
         "openstacksdk", "apt install python3-openstacksdk, or pip install 'imdsproxy[neutron]'"
@@ -63,7 +63,7 @@ def import_openstack() -> AbstractContextManager[None]:
 
 
 def require_library() -> None:
-    """Find out whether the libraries are installed, without a connection.
+    """Check that the libraries are installed, without a connection.
 
     Raises:
         LibraryMissing: As `import_openstack`.
@@ -73,9 +73,9 @@ def require_library() -> None:
 
 
 def _connect(settings: NeutronSourceSettings) -> _Adapter:
-    """An adapter for Neutron: one that takes requests without a token, or that of a cloud in a `clouds.yaml`.
+    """Make an adapter for a Neutron without tokens, or for a cloud in a `clouds.yaml`.
 
-    Only that file and a `secure.yaml` beside it are read, whatever the environment or the working directory hold.
+    Only that file and a `secure.yaml` beside it are read; environment and working directory are ignored.
 
     Raises:
         LibraryMissing: As `import_openstack`.
@@ -122,7 +122,7 @@ def _connect(settings: NeutronSourceSettings) -> _Adapter:
 
 
 class NeutronClient:
-    """Neutron's list of ports over HTTP, each query in a thread of a small pool; it connects with its first query."""
+    """Client for Neutron's list of ports. Queries run in a small thread pool; the first one connects."""
 
     def __init__(self, settings: NeutronSourceSettings) -> None:
         self._settings = settings
@@ -132,11 +132,11 @@ class NeutronClient:
         self._session: _Adapter = None
 
     async def ports(self, query: PortQuery) -> tuple[NeutronPort, ...]:
-        """The ports, in Neutron's order; more than was asked for where it does not know a filter.
+        """Return the ports, in Neutron's order. If Neutron does not know a filter, it returns additional ports.
 
         Raises:
-            QueryTimedOut: It takes too long.
-            SourceUnavailable: It cannot be reached, refuses, or answers what cannot be understood.
+            QueryTimedOut: The answer takes too long.
+            SourceUnavailable: Neutron cannot be reached, refuses, or sends an answer that is not valid.
         """
         loop = asyncio.get_running_loop()
         try:
@@ -146,7 +146,7 @@ class NeutronClient:
             raise self._too_long() from error
 
     async def close(self) -> None:
-        """Give up queries on their way. Does not wait: a thread ends with its query, and that with its timeout."""
+        """Cancel queries without waiting: each thread ends with its query, at the latest at the query's timeout."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _ports(self, query: PortQuery) -> tuple[NeutronPort, ...]:
@@ -174,10 +174,10 @@ class NeutronClient:
                 raise _unfindable("no endpoint")
             answer = session.get(
                 root.rstrip("/").removesuffix(_VERSION) + path,
-                # When to try again is decided in one place: `queries`.
+                # Only `queries` decides when to retry.
                 connect_retries=0,
                 status_code_retries=0,
-                # Our token would be sent to the other host.
+                # A redirection would send our token to the other host.
                 redirect=False,
                 raise_exc=False,
                 log=False,
@@ -211,7 +211,7 @@ class NeutronClient:
     def _read(self, answer: Any, ends: float) -> bytes:  # noqa: ANN401 - a `requests.Response`
         parts: list[bytes] = []
         size = 0
-        # What arrives at a time, so that an answer of a byte a second ends too.
+        # Read what has arrived, so that the deadline also stops an answer of a byte per second.
         while part := answer.raw.read1(_CHUNK, decode_content=True):
             parts.append(part)
             size += len(part)
@@ -246,7 +246,7 @@ def _refused(status: int, text: str) -> SourceUnavailable:
 
 
 def _cause(error: BaseException) -> str:
-    """What went wrong at the bottom, and with whom: without our query, which is different each time."""
+    """Return the root cause and the server, without our query, which differs each time."""
     place = _PLACE.search(str(error))
     bottom: BaseException | None = error
     system = ""
@@ -261,6 +261,6 @@ def _cause(error: BaseException) -> str:
 
 def _words(error: object) -> str:
     words = " ".join(str(error).split()) or type(error).__name__
-    # It is untrusted text, shown on terminals.
+    # The text is untrusted and is shown on terminals.
     shown = (one if one.isprintable() else ascii(one)[1:-1] for one in words[:_SHOWN])
     return "".join(shown)[:_SHOWN]

@@ -1,4 +1,4 @@
-"""The ports that are known, the addresses behind routers that they have, and the instances made of those in force."""
+"""Known ports, their addresses behind routers, and the instances made from the ports in force."""
 
 from collections import Counter
 from collections.abc import Container, Mapping
@@ -13,11 +13,11 @@ from imdsproxy.sources.neutron.ports import NeutronPort, plan_instance
 
 _MAX_REFUSED: Final = 100
 _REFUSED_S: Final = 300.0
-"""How long a refused port is reported after it was seen: nothing looks at it again by itself."""
+"""Seconds for which a refused port is reported after it was seen, because it is not queried again."""
 
 _PATIENCE_S: Final = 3.0
-"""For how long answers without any port must repeat to be believed. A Neutron that starts gives such answers: while one
-of its threads reads the policy's rules, the others omit every port, and answer 200."""
+"""Seconds for which answers without any port must repeat before they count. A starting Neutron gives such answers:
+while one of its threads reads the policy rules, the others omit all ports and answer 200."""
 
 EntryKey: TypeAlias = str | AddressKey
 """A port's id, or a router's id and an address behind it."""
@@ -25,15 +25,16 @@ EntryKey: TypeAlias = str | AddressKey
 
 @dataclass(slots=True)
 class Known:
-    """A port as Neutron last described it; times by the monotonic clock.
+    """Port as Neutron last described it, with monotonic times.
 
     Attributes:
-        confirmed: When Neutron was asked.
-        until: Until when its guest's last request keeps it in force.
-        listed: It is on the list of all ports, which keeps it in force whether or not its guest asks.
-        aside: Its time is over. Kept up to date for a while, in case its guest asks again.
-        doubted: It was on the list and is not now. Due at once: it is gone, or elsewhere, or the list was not whole.
-        unseen: When an answer first had no port at all.
+        confirmed: Time of the query that confirmed the port.
+        until: End of the time for which the guest's last request keeps the port in force.
+        listed: Whether the port is on the list of all ports, which keeps it in force even if its guest does not ask.
+        aside: Whether its time is over. It is kept up to date for a while, in case its guest asks again.
+        doubted: Whether it disappeared from the list: it was deleted or moved, or the list was incomplete. It is due at
+            once.
+        unseen: Time of the first answer that had no port at all.
     """
 
     port: NeutronPort
@@ -45,15 +46,15 @@ class Known:
     unseen: float | None = None
 
     def is_due(self, before: float) -> bool:
-        """Whether to ask for it again: it is doubted, or in use and was confirmed before then."""
-        # Listed ports are as fresh as the list: it does not say whether they are in use.
+        """Return whether to query the port again: it is doubted, or in use and was confirmed before then."""
+        # A listed port that its guest has not used since is refreshed by the next list.
         in_use = not self.listed or self.until > self.confirmed
         return self.doubted or (in_use and self.confirmed <= before)
 
 
 @dataclass(slots=True)
 class Route:
-    """An address behind a router: which port has it; `confirmed` and `unseen` as in `Known`."""
+    """Port that has an address behind a router; `confirmed` and `unseen` as in `Known`."""
 
     network: NetworkId
     port: str
@@ -65,15 +66,15 @@ class Route:
 class KnownPorts:
     """Ports by id and by address, and routes: the addresses behind routers.
 
-    A network has an address once: it is the port's that was confirmed last, and the other is out of date. A router's
-    networks share no address among the subnets that it joins, but each may have other subnets. So an address behind it
-    is known only while exactly one port has it in all of the router's networks, and holds while that port has it.
+    An address is unique in a network: it belongs to the port that was confirmed last, and the other port is out of
+    date. The subnets that a router joins share no address, but its networks may have other subnets. So a route exists
+    only if exactly one port in all networks of the router has the address, and is valid while that port has it.
 
     Attributes:
-        ports: In force or aside, by id.
-        routes: By router and address.
-        published: The instances as `changes` last had them.
-        unsaved: What came or changed, or `None` for what went; emptied by who saves it.
+        ports: Ports in force or aside, by id.
+        routes: Routes by router and address.
+        published: Instances as of the last `changes`.
+        unsaved: New and changed entries, and `None` for removed ones; the caller that saves them empties it.
     """
 
     ports: dict[str, Known] = field(default_factory=dict)
@@ -87,18 +88,18 @@ class KnownPorts:
     _networks: Counter[NetworkId] = field(default_factory=Counter)
 
     def at(self, network: NetworkId, address: IpAddress) -> Known | None:
-        """The port that has the address in the network, in force or aside."""
+        """Return the port, in force or aside, that has the address in the network."""
         return self.ports.get(self._by_address.get((network, address), ""))
 
     def behind(self, router: NetworkId, address: IpAddress) -> Known | None:
-        """The port that has an address behind the router, in force or aside."""
+        """Return the port, in force or aside, that has an address behind the router."""
         route = self.routes.get((router, address))
         if route is None or self._by_address.get((route.network, address)) != route.port:
             return None
         return self.ports[route.port]
 
     def of(self, instance: InstanceId) -> tuple[NeutronPort, ...]:
-        """The instance's ports that are in force, in order of their ids."""
+        """Return the instance's ports in force, in order of their ids."""
         ports = (self.ports[each] for each in sorted(self._by_instance.get(instance, ())))
         return tuple(each.port for each in ports if not each.aside)
 
@@ -109,20 +110,20 @@ class KnownPorts:
 
     @property
     def problems(self) -> tuple[Problem, ...]:
-        """Why ports seen lately get nothing, in order of their ids; at most a hundred."""
+        """Problems of recently seen ports that are not served, in order of their ids; at most a hundred."""
         return tuple(problem for _, (problem, _) in sorted(self._refused.items()))
 
     # Answers
 
     def put(self, port: NeutronPort, asked: float) -> Known | None:
-        """Take in a port from an answer; a later answer stays.
+        """Store a port from an answer, unless a later answer is known.
 
         Args:
-            port: As Neutron described it.
-            asked: When Neutron was asked.
+            port: Port as Neutron described it.
+            asked: Time of the query.
 
         Returns:
-            What is known of it now: `None` where it does not serve.
+            The known port; `None` if it does not serve.
         """
         known = self.ports.get(port.id)
         if known is not None and known.confirmed > asked:
@@ -154,7 +155,7 @@ class KnownPorts:
     def put_route(
         self, router: NetworkId, address: IpAddress, port: NeutronPort, asked: float
     ) -> None:
-        """Take in that a port has the address behind the router; a later answer stays."""
+        """Store the port that has an address behind the router, unless a later answer is known."""
         key = router, address
         before = self.routes.get(key)
         if before is not None and before.confirmed > asked:
@@ -164,13 +165,13 @@ class KnownPorts:
             self.unsaved[key] = route
 
     def lose(self, key: EntryKey, asked: float, steady: float | None = None) -> None:
-        """An answer did not have the port, or no port alone has the router's address.
+        """Remove a port that an answer did not have, or a route that no longer has exactly one port.
 
         Args:
-            key: Which.
-            asked: When Neutron was asked.
-            steady: Of an answer without any port: since when Neutron has had no outage. It is believed once another has
-                none for some seconds; answers before that do not count.
+            key: Key of the port or route.
+            asked: Time of the query.
+            steady: For an answer without any port, the end of Neutron's last outage. Such answers must repeat for some
+                seconds before they count; answers from before that time are ignored.
         """
         entry = self.ports.get(key) if isinstance(key, str) else self.routes.get(key)
         if entry is None or entry.confirmed > asked:
@@ -185,12 +186,12 @@ class KnownPorts:
     def take_list(
         self, seen: Mapping[str, tuple[NeutronPort, float]], host: str | None, began: float
     ) -> None:
-        """Have in force what is on the list of all ports, and doubt what is not on it any more.
+        """Put all listed ports in force, and doubt ports that disappeared from the list.
 
         Args:
-            seen: By id, with when Neutron was asked.
-            host: Only ports bound there, or where that is not answered; `None` for all.
-            began: When the list was begun.
+            seen: Ports by id, with the time of the query.
+            host: Accept only ports bound to this host or without a host; `None` for all.
+            began: Time at which the list was begun.
         """
         listed = set()
         for port, asked in seen.values():
@@ -214,12 +215,12 @@ class KnownPorts:
     # Lifetimes
 
     def keep(self, known: Known, until: float) -> None:
-        """Have it in force until then: its guest has asked."""
+        """Keep a port in force until then, because its guest has asked."""
         known.until = max(known.until, until)
         self._put_aside(known, aside=False)
 
     def expire(self, now: float, aside_s: float) -> None:
-        """Put aside what no guest has asked for in time; forget what has been aside so long, and its routes."""
+        """Put expired ports aside; forget ports that have been aside for `aside_s`, and their routes."""
         self._forget_refused((), now - _REFUSED_S)
         for port_id, known in tuple(self.ports.items()):
             if known.listed or known.until > now:
@@ -240,7 +241,7 @@ class KnownPorts:
     # Instances
 
     def changes(self) -> Observation:
-        """The instances that differ from `published`, which then has them."""
+        """Return the instances that differ from `published`, and update `published`."""
         changed: dict[InstanceId, Instance | None] = {}
         for instance in self._touched:
             before = self.published.pop(instance, None)

@@ -1,7 +1,7 @@
-"""Neutron's ports: what is asked for, what is taken from answers, and the instances that ports make.
+"""Neutron's ports: queries, parsing of answers, and the instances made from ports.
 
-Tenants can write `device_id` and `device_owner`, and no part of an answer is trusted: what does not have its form is
-refused here.
+Tenants can write `device_id` and `device_owner`, so no part of an answer is trusted. Invalid values are refused
+here.
 
 Sources: the API reference's "Ports" (https://docs.openstack.org/api-ref/network/v2/), and `neutron_lib/constants.py`
 for the owners of ports.
@@ -35,11 +35,11 @@ ROUTER_OWNERS: Final = (
     "network:ha_router_replicated_interface",
     "network:router_interface_distributed",
 )
-"""Owners of a router's ports in the networks that it joins."""
+"""Owners of a router's ports in its networks."""
 
 MAX_VALUES: Final = 32
-"""Values of one filter in one query. By default uWSGI takes 4 KiB for a request's variables, and has the query among
-them twice; 32 ids of 40 bytes leave room for the token."""
+"""Maximum number of values of one filter in one query. By default uWSGI accepts 4 KiB of request variables, which
+contain the query twice; 32 ids of 40 bytes leave room for the token."""
 
 _SERVICE: Final = "network:"
 _FORM: Final = re.compile(ID_PATTERN)
@@ -61,15 +61,15 @@ _SHOWN: Final = 80
 
 @dataclass(frozen=True, slots=True)
 class NeutronPort:
-    """A port as Neutron describes it.
+    """Port as Neutron describes it.
 
     Attributes:
-        addresses: From `fixed_ips`. Allowed address pairs do not count: any port of the network may claim them.
-        device: The id of the instance, router or service whose port it is, or empty.
-        owner: The kind of device, as `compute:nova` or `network:dhcp`.
-        project: The port's own, which is not always that of the instance it names.
-        host: Where it is bound; `None` where that was not asked for or not answered.
-        created_at: Unix time; `None` where there is none, or no valid one. No tenant can write it.
+        addresses: Addresses in `fixed_ips`. Allowed address pairs do not count: any port of the network may claim them.
+        device: Id of the instance, router or service that the port belongs to, or empty.
+        owner: Kind of device, as `compute:nova` or `network:dhcp`.
+        project: Project of the port, which may differ from that of the instance.
+        host: Host to which the port is bound; `None` if not queried or not answered.
+        created_at: Creation in Unix time; `None` if missing or not valid. Tenants cannot write it.
     """
 
     id: str
@@ -84,27 +84,27 @@ class NeutronPort:
 
     @property
     def instance(self) -> InstanceId:
-        """The device, where that is an instance (see `serves`)."""
+        """The device, if it is an instance (see `serves`)."""
         return InstanceId(self.device)
 
     @property
     def serves(self) -> bool:
-        """It is an instance's port with valid ids, so that its guest gets documents."""
+        """Whether this is an instance's port with valid ids, so that its guest gets documents."""
         return self.names_instance and self.problem() is None
 
     @property
     def names_instance(self) -> bool:
-        """It is an instance's port, whether its ids are valid or not."""
+        """Whether this is an instance's port, even if its ids are not valid."""
         return bool(self.device) and not self.owner.startswith(_SERVICE)
 
     @property
     def keys(self) -> frozenset[AddressKey]:
-        """Its addresses in its network, the link-local one that is derived from its MAC among them."""
+        """The port's addresses in its network, including the link-local address derived from its MAC."""
         derived = () if self.mac is None else (link_local_of(self.mac),)
         return frozenset((self.network, address) for address in (*self.addresses, *derived))
 
     def problem(self) -> Problem | None:
-        """Why its guest gets nothing although the port names an instance, if so."""
+        """Return why the guest gets no documents although the port names an instance; else `None`."""
         if not self.names_instance:
             return None
         for field, value in (
@@ -125,12 +125,12 @@ class NeutronPort:
 
 @dataclass(frozen=True, slots=True)
 class PortQuery:
-    """Filters of a list of ports: each that is given must match, by one of its values.
+    """Filters of a list of ports. All given filters must match, each by one of its values.
 
     Attributes:
-        host: Where they are bound.
-        limit: How many at most, in order of their ids; `None` for all.
-        after: The last id of the page before.
+        host: Host to which the ports are bound.
+        limit: Maximum number of ports, in order of their ids; `None` for all.
+        after: Last id of the previous page.
     """
 
     ids: tuple[str, ...] = ()
@@ -145,7 +145,7 @@ class PortQuery:
 
 
 def render_query(query: PortQuery) -> str:
-    """The query's part of the URL, after the question mark."""
+    """Render the query string of the URL, after the question mark."""
     parameters: dict[str, object] = {
         "id": query.ids,
         "network_id": query.networks,
@@ -159,7 +159,7 @@ def render_query(query: PortQuery) -> str:
         parameters[_HOST_FIELD] = query.host
         fields.append(_HOST_FIELD)
     if query.limit is not None:
-        # By ids: ports that are created or deleted meanwhile then move no other to another page.
+        # Sort by id, so that ports created or deleted meanwhile do not move others to another page.
         parameters |= {"limit": query.limit, "sort_key": "id", "sort_dir": "asc"}
     if query.after is not None:
         parameters["marker"] = query.after
@@ -167,10 +167,10 @@ def render_query(query: PortQuery) -> str:
 
 
 def parse_ports(answer: object) -> tuple[NeutronPort, ...]:
-    """The ports in an answer's JSON.
+    """Parse the ports in an answer's JSON.
 
     Raises:
-        ValueError: It is no such answer.
+        ValueError: The answer is not a list of ports.
     """
     rows = answer.get("ports") if isinstance(answer, Mapping) else None
     if not isinstance(rows, list):
@@ -217,13 +217,13 @@ def _addresses(fixed: object) -> Iterator[IpAddress]:
         if not isinstance(text, str):
             raise ValueError("a port's fixed_ips have no ip_address")  # noqa: TRY004 - as above
         address = normalise_address(ip_address(text))
-        # Every host has those; a record of one would name this host as the guest.
+        # Every host has such addresses; a record with one would name this host as the guest.
         if not (address.is_unspecified or address.is_loopback or address.is_multicast):
             yield address
 
 
 def render_port(port: NeutronPort) -> dict[str, object]:
-    """A port in the form of Neutron's own answer, without its host."""
+    """Render a port in the form of Neutron's own answer, without its host."""
     created_at = port.created_at
     return {
         "id": port.id,
@@ -242,22 +242,22 @@ def render_port(port: NeutronPort) -> dict[str, object]:
 def plan_instance(
     instance: InstanceId, ports: tuple[NeutronPort, ...], *, created_at: int | None = None
 ) -> Instance | None:
-    """The record of an instance whose documents Nova has, from its known ports.
+    """Make the record of an instance whose documents Nova has, from its known ports.
 
-    Any tenant can write any instance's id on a port. So each port keeps its own project, which Nova is asked with:
-    Nova answers 404 where the instance is not that project's (OSSA-2013-033). The instance's own project, that of the
-    first port, has then no meaning.
+    Any tenant can write any instance's id on a port. So each port keeps its own project, and requests to Nova name that
+    project: Nova answers 404 if the instance belongs to another project (OSSA-2013-033). The instance's own project,
+    taken from the first port, then has no meaning.
 
-    The instance is as old as its oldest port ever seen: a port that is added later, or removed, must not start its
-    boot anew, and a port from before the instance only makes it open for less long.
+    The instance is as old as its oldest port ever seen. A port added or removed later must not start the boot anew. A
+    port older than the instance only shortens the boot.
 
     Args:
-        instance: Its id.
-        ports: Those in force.
-        created_at: Unix time of its record before.
+        instance: Id of the instance.
+        ports: Ports in force.
+        created_at: Creation time in the earlier record, in Unix time.
 
     Returns:
-        `None` where there is no port.
+        The record; `None` without ports.
     """
     if not ports:
         return None

@@ -1,8 +1,8 @@
-"""Queries to Neutron: bounded, none for a while when it does not answer, and the ones that find an address's ports.
+"""Queries to Neutron with limits and back-off, and the queries that find an address's ports.
 
-The questions and rules are neutron-metadata-agent's (`neutron/agent/metadata/agent.py`): in a network by `fixed_ips`,
-behind a router in all of its networks, and for an IPv6 link-local address by the MAC that it is derived from (RFC 4291,
-appendix A).
+Queries and rules are those of neutron-metadata-agent (`neutron/agent/metadata/agent.py`): in a network by `fixed_ips`,
+behind a router in all its networks, and for an IPv6 link-local address by the MAC from which the address is derived
+(RFC 4291, appendix A).
 """
 
 import asyncio
@@ -28,34 +28,34 @@ _T = TypeVar("_T")
 _FIRST_S: Final = 2.0
 _LONGEST_S: Final = 30.0
 _SETTLES_S: Final = 3.0
-"""How long a Neutron that has just come back may omit ports (see `known`)."""
+"""Seconds for which a Neutron that has just come back may omit ports (see `known`)."""
 _MAX_WAITING: Final = 64
 _HALF: Final = MAX_VALUES // 2
 
 
 Answer: TypeAlias = tuple[_T, float]
-"""What Neutron has, and when it was asked, by the monotonic clock: the answer is not older."""
+"""Answer of Neutron and the monotonic time of the query: the answer is not older."""
 
 
 @dataclass(slots=True)
 class Queries:
-    """Queries to Neutron.
+    """Queries to Neutron, with limits and back-off.
 
-    Each belongs to a share: a network, a router, or our own work. No share may use more than half of the slots, so that
-    a network whose guests invent addresses leaves room for the others.
+    Each query belongs to a share: a network, a router, or our own work. No share may use more than half of the slots,
+    so that a network whose guests invent addresses leaves room for the others.
 
-    After a failure no query is made until a back-off with full jitter is over (at most 30 s); then one is. Others fail
-    at once, meanwhile and while that one is on its way.
+    After a failure, queries fail at once during a back-off with full jitter (at most 30 s). Then a single query probes
+    Neutron; other queries fail at once until it is answered.
 
     Attributes:
-        settings: `max_queries` are the slots; the networks that a router joins are believed for half of `refresh_s`.
-        random: Gives numbers from 0 to 1.
+        settings: `max_queries` is the number of slots; a router's networks are cached for half of `refresh_s`.
+        random: Returns numbers from 0 to 1.
         on_change: Called when an outage begins or ends.
-        outage: Why Neutron does not answer, while it does not: its last failure.
-        until: When the next query is due then, by the monotonic clock.
-        answered: When Neutron last answered, by that clock; at first now.
-        steady: Since when it has answered without an outage, by that clock.
-        durations: How long queries took that were answered.
+        outage: Last failure during an outage; `None` while Neutron answers.
+        until: Monotonic time of the next query during an outage.
+        answered: Monotonic time of Neutron's last answer; initially the time of the start.
+        steady: Monotonic time at which the last outage ended.
+        durations: Durations of answered queries.
     """
 
     client: NeutronClient
@@ -87,27 +87,27 @@ class Queries:
 
     @property
     def may_ask(self) -> bool:
-        """A query would be made, not refused."""
+        """Whether a query would be made now, not refused."""
         return self.outage is None or not (self._probing or self.backoff_s)
 
     @property
     def stale_s(self) -> float:
-        """Seconds since Neutron last answered, or since the start, while it does not; else 0."""
+        """Seconds since Neutron's last answer, or since the start, during an outage; else 0."""
         return 0.0 if self.outage is None else self.clock.monotonic() - self.answered
 
     @property
     def backoff_s(self) -> float:
-        """Seconds until Neutron is asked again, while it does not answer; else 0."""
+        """Seconds until the next query during an outage; else 0."""
         return 0.0 if self.outage is None else max(0.0, self.until - self.clock.monotonic())
 
     @property
     def per_share(self) -> int:
-        """Queries that one share may have on their way."""
+        """Maximum number of running queries of one share."""
         return max(1, self.settings.max_queries // 2)
 
     @property
     def settling(self) -> bool:
-        """An outage has just ended: ports that Neutron omits now may appear in a moment."""
+        """Whether an outage has just ended: Neutron may still omit ports that exist."""
         return self.clock.monotonic() - self.steady < _SETTLES_S
 
     async def ask(
@@ -116,12 +116,12 @@ class Queries:
         """Make a query.
 
         Args:
-            query: Of what guests send it may hold an address, and nothing else.
-            share: The network or router that it counts for; `None` for our own work.
-            patient: Our own long query: its timeout is no outage.
+            query: The query. It may contain a guest's address, and no other data from guests.
+            share: Network or router to which the query counts; `None` for our own work.
+            patient: Whether the query is our own long query, whose timeout is no outage.
 
         Raises:
-            SourceUnavailable: Neutron does not answer, now or since a moment ago, or the share is full.
+            SourceUnavailable: Neutron does not answer, has not answered a moment ago, or the share is full.
         """
         self._refuse_in_outage()
         slots = self._shares.setdefault(share, asyncio.Semaphore(self.per_share))
@@ -150,7 +150,7 @@ class Queries:
         except SourceUnavailable as error:
             late = isinstance(error, QueryTimedOut)
             self.results["timeout" if late else "failed"] += 1
-            # One that was on its way when another query failed has met the same failure.
+            # A query that was already running when another failed has met the same failure.
             if not (late and patient) and (probe or self.outage is None):
                 begins, self.outage = self.outage is None, error
                 self.until = self.clock.monotonic() + self.random() * self._backoff.fail()
@@ -175,9 +175,9 @@ class Queries:
     async def find(
         self, networks: Sequence[NetworkId], addresses: Iterable[IpAddress], share: NetworkId | None
     ) -> Answer[Mapping[IpAddress, Sequence[NeutronPort]]]:
-        """By address, all ports in any of the networks that have it, serving or not.
+        """Return all ports in the networks that have the addresses, by address, whether the ports serve or not.
 
-        A port of an answer counts only if it has the address: a Neutron that does not know a filter ignores it.
+        Each port of an answer is checked for the address: a Neutron that does not know a filter ignores it.
 
         Raises:
             SourceUnavailable: As `ask`.
@@ -201,7 +201,7 @@ class Queries:
     async def networks_of(
         self, router: NetworkId, share: NetworkId | None
     ) -> Answer[list[NetworkId]]:
-        """The networks that the router has an interface in; believed for a while.
+        """Return the networks in which the router has an interface; cached for a while.
 
         Raises:
             SourceUnavailable: As `ask`.
@@ -209,8 +209,8 @@ class Queries:
         before = self._routers.get(router)
         async with self._asking.setdefault(router, asyncio.Lock()):
             known = self._routers.get(router)
-            # Who waits for another's question takes its answer, whatever it is. Later, one without any network is not
-            # believed: it may be of a Neutron that has just started, and omits ports.
+            # A task that waited for another task's query takes its answer in any case. Later, an answer without
+            # networks is not reused: a Neutron that has just started may omit ports.
             if known is not None and (known is not before or (known[0] and self._is_fresh(known))):
                 return known
             query = PortQuery(devices=(router,), owners=ROUTER_OWNERS)
@@ -224,7 +224,7 @@ class Queries:
             return answer
 
     def forget_old(self) -> None:
-        """Forget routers' networks that are not believed any more."""
+        """Forget expired networks of routers."""
         self._routers = {key: one for key, one in self._routers.items() if self._is_fresh(one)}
 
     def _is_fresh(self, joined: Answer[list[NetworkId]]) -> bool:
@@ -232,5 +232,5 @@ class Queries:
 
 
 def chunks(values: Sequence[_T], size: int) -> list[tuple[_T, ...]]:
-    """The values in tuples of that size; the last one may be shorter."""
+    """Split the values into tuples of `size`; the last tuple may be shorter."""
     return [tuple(values[start : start + size]) for start in range(0, len(values), size)]

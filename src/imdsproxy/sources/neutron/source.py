@@ -1,6 +1,6 @@
 """The source `neutron`: ports of OpenStack's network service, looked up when their guests ask.
 
-Ports in use are asked for again, many with one query; all ports are listed where the settings say so.
+Ports in use are queried again, many in one query. If configured, the source also lists all ports.
 """
 
 import asyncio
@@ -41,33 +41,33 @@ _RESULTS: Final[Mapping[type[api.LookUp], LookUpResult]] = {
 }
 _TICK_S: Final = 1.0
 _SAVE_S: Final = 60.0
-"""How often it is stored that Neutron still answers, where nothing else is to be stored."""
+"""Seconds after which the time of Neutron's last answer is stored if nothing else has changed."""
 _LIST_AGAIN_S: Final = 10.0
 _MAX_LISTED: Final = 1_000_000
 _MAX_NEGATIVE: Final = 10_000
-"""Negative answers that are kept: guests that invent addresses must not fill the memory."""
+"""Maximum number of cached negative answers: guests that invent addresses must not fill the memory."""
 _SPREAD: Final = 0.1
-"""By how much of itself a lifetime is shortened at random, so that those begun together do not end together."""
+"""Maximum fraction by which a lifetime is shortened at random, so that lifetimes begun together end apart."""
 
 
 @dataclass(slots=True)
 class NeutronSource:
-    """Ports as instances whose documents Nova has; see `api.LookUpSource`. It can run once.
+    """Source of ports as instances whose documents Nova has; see `api.LookUpSource`. It can run once.
 
     Args:
-        client: Neutron; closed when the run ends.
-        cache: A file of ours that keeps what is known over a restart.
-        settings: How Neutron is asked.
-        clock: Time.
-        random: Numbers from 0 to 1.
-        sleep: Lets seconds pass.
-        begin: Waited for before Neutron is asked for anything but a guest's look-up, because the first query loads
-            libraries. A list without which the source knows nothing is read at once.
+        client: Client of Neutron; closed when the run ends.
+        cache: Our file that keeps the known ports over a restart.
+        settings: Settings of the queries.
+        clock: Monotonic clock and Unix time.
+        random: Returns numbers from 0 to 1.
+        sleep: Waits for a number of seconds.
+        begin: Awaited before any query except guests' look-ups, because the first query loads libraries. A list without
+            which the source knows no ports is read at once.
 
     Attributes:
-        known: The ports, in force or aside.
-        queries: Whether Neutron answers, and how often it did.
-        look_ups: How many, by result.
+        known: Ports in force or aside.
+        queries: State and statistics of the queries.
+        look_ups: Number of look-ups by result.
     """
 
     name: ClassVar = "neutron"
@@ -96,10 +96,10 @@ class NeutronSource:
         self.queries = Queries(*asked, self._outage_changed)
 
     async def run(self, publish: api.Publish) -> None:
-        """Report what is known, and keep it up to date, until cancelled.
+        """Report the known ports, and keep them up to date, until cancelled.
 
-        While Neutron does not answer, what was reported stays, and the source reports a problem. It stays in sync:
-        what it does not know it learns when a guest asks, not with time.
+        While Neutron does not answer, reported records stay, and the source reports a problem. It stays in sync: it
+        learns unknown ports when a guest asks, not with time.
         """
         try:
             await self._load()
@@ -122,13 +122,13 @@ class NeutronSource:
     # Questions
 
     def explain_stranded(self, port: StrandedPort) -> Problem:
-        """With the port's id in Neutron."""
+        """Describe the problem with the port's id in Neutron."""
         ports = self.known.of(port.instance)
         field = f"ports.{ports[port.number].id}" if port.number < len(ports) else ""
         return port.problem(field=field)
 
     def routes(self) -> Mapping[AddressKey, api.PortFound]:
-        """Every address behind a router that was looked up and holds now."""
+        """Return all valid addresses behind routers that were looked up."""
         return {
             key: api.PortFound(known.port.network, known.port.instance)
             for key in self.known.routes
@@ -136,7 +136,7 @@ class NeutronSource:
         }
 
     def explain_freshness(self, network: NetworkId, address: IpAddress) -> str | None:
-        """Which port has an address, and when Neutron confirmed that last."""
+        """Describe which port has an address, and when Neutron last confirmed that."""
         known = self.known.at(network, normalise_address(address))
         if known is None:
             return None
@@ -145,10 +145,9 @@ class NeutronSource:
         return f"it is port {known.port.id} of {self.name}, confirmed {age:.0f} s ago{stale}"
 
     async def look_up(self, scope: Scope, network: NetworkId, address: IpAddress) -> api.LookUp:
-        """The instance that has the address.
+        """Look up the instance that has the address.
 
-        It is found by what is known, else by one query, however many wait for it; it is in force, and published, before
-        it is answered.
+        One query finds an unknown port, however many callers wait. The instance is published before the answer.
         """
         if self._publish is None:
             return api.LookUpUnavailable("the source has not started yet")
@@ -168,7 +167,7 @@ class NeutronSource:
             task = self._pending[key] = asyncio.create_task(self._ask(key))
             task.add_done_callback(lambda _: self._pending.pop(key))
         try:
-            # One that gives up does not take the answer from the others.
+            # A cancelled caller must not cancel the query for the others.
             return await asyncio.shield(task)
         except asyncio.CancelledError:
             asker = asyncio.current_task()
@@ -226,7 +225,7 @@ class NeutronSource:
 
     async def _keep_fresh(self) -> None:
         while True:
-            # Before Neutron is asked: an answer may take long, and the controller may be killed meanwhile.
+            # Save before the queries: an answer may take long, and the controller may be killed meanwhile.
             await self._save()
             now = self.clock.monotonic()
             if self.queries.outage is None:
@@ -237,27 +236,27 @@ class NeutronSource:
             if self.queries.may_ask:
                 asked = await self._refresh(now - max(0.0, self.settings.refresh_s - _TICK_S))
                 if not asked and (self.queries.outage is not None or not self.queries.results):
-                    # Only to find out whether Neutron answers: an outage notes itself.
+                    # This only tests whether Neutron answers; `queries` records an outage itself.
                     with contextlib.suppress(SourceUnavailable):
                         await self.queries.ask(PortQuery(limit=1))
             self._report()
             await self.sleep(_TICK_S)
 
     async def _refresh(self, before: float) -> bool:
-        """Ask again for everything in use that was confirmed before then; `False` where nothing is.
+        """Query again all ports and routes in use that were confirmed before then. Return false if there are none.
 
-        What cannot be asked for now stays as it is.
+        Ports that cannot be queried now stay unchanged.
         """
         ports = self._due_ports(before)
         behind: dict[NetworkId, list[IpAddress]] = {}
         for (router, address), route in self.known.routes.items():
             if route.confirmed <= before:
                 behind.setdefault(router, []).append(address)
-        # Guests wait for what is asked about their router: only what can be asked at once may begin.
+        # Guests wait while their router is queried: start only as many refreshes as can run at once.
         slots = asyncio.Semaphore(self.queries.per_share)
 
         async def attempt(work: Callable[..., Awaitable[None]], *what: object) -> None:
-            # The outage has been noted, or was already.
+            # `queries` has recorded the outage.
             with contextlib.suppress(SourceUnavailable):
                 async with slots:
                     await work(*what)
@@ -272,7 +271,7 @@ class NeutronSource:
         return bool(ports or behind)
 
     def _due_ports(self, before: float) -> list[tuple[str, ...]]:
-        """Ids in parts, each with the port that was seen last: its presence confirms that an answer is whole."""
+        """Return due ids in chunks, each with the last confirmed port: its presence confirms a complete answer."""
         ports = self.known.ports
         due = [port_id for port_id, known in ports.items() if known.is_due(before)]
         if not due:
@@ -288,7 +287,7 @@ class NeutronSource:
             self._update(ports, asked)
             found = {port.id for port in ports}
             missing = [port_id for port_id in ids if port_id not in found]
-            # What is missing is asked for once more, beside one that is there.
+            # Query missing ports once more, together with a port that exists.
             ids = (*missing, *[port_id for port_id in ids if port_id in found][:1])
             steady = self.queries.steady if len(ids) == len(missing) else None
             if not missing or steady is not None:
@@ -334,10 +333,10 @@ class NeutronSource:
             await self.sleep(max(pause, _TICK_S))
 
     async def _list(self) -> None:
-        """Read the list of ports, and have in force what is on it.
+        """Read the list of ports and put its ports in force.
 
         Raises:
-            SourceUnavailable: It could not be read to its end; what was in force before still is.
+            SourceUnavailable: The list could not be read to its end; the ports in force are unchanged.
         """
         host, page_size = self.settings.list_host, self.settings.page_size
         began = self.clock.monotonic()
@@ -348,7 +347,7 @@ class NeutronSource:
             ports, asked = await self.queries.ask(query, patient=True)
             fresh = [port for port in ports if port.id not in seen]
             seen.update((port.id, (port, asked)) for port in fresh)
-            # Another number than was asked for: the last page, or everything from a Neutron without pages.
+            # A different number of ports means the last page, or all ports from a Neutron without pages.
             if len(ports) != page_size or not fresh:
                 break
             if len(seen) > _MAX_LISTED:
@@ -371,13 +370,13 @@ class NeutronSource:
         self._report()
 
     def _report(self) -> None:
-        """Publish what has changed."""
+        """Publish the changes since the last report."""
         if self._publish is None:
             return
         observation = self._reports.next(
             self.known.changes(),
             lambda: Observation(instances=dict(self.known.published)),
-            # Whether Neutron answers does not count: what is known is published, the rest is looked up.
+            # An outage does not count: known ports are published, and the others are looked up.
             in_sync=self._complete,
             problems=tuple(self._problems()),
             implied=self.known.networks,
@@ -398,10 +397,10 @@ class NeutronSource:
     # The cache
 
     async def _load(self) -> None:
-        """Take over what the process before knew."""
+        """Load the ports that the earlier process knew."""
         kept = await asyncio.to_thread(self._cache.load)
         now, settings = self.clock.monotonic(), self.settings
-        # Old enough that all of it is asked for at once.
+        # With this age all loaded ports are due at once.
         age = settings.refresh_s
         self._complete = not settings.list_every_s
         for key, value in kept:

@@ -1,7 +1,7 @@
-"""Follows the files in which Neutron's DHCP agent says where guests are to get metadata: its HAProxies' configurations.
+"""Watcher of the HAProxy configurations that Neutron's DHCP agent writes for networks with metadata.
 
-So the agent decides, by its settings and the network's routers and subnets, whether or not its HAProxies run. An agent
-that starts writes each file anew, hence one that goes counts for a while longer.
+So the agent decides by its settings and by the network's routers and subnets, whether or not its HAProxies run. An
+agent that starts rewrites each file, so a deleted file still counts for a while.
 """
 
 import asyncio
@@ -27,15 +27,15 @@ _WHAT: Final = "read the configurations of Neutron's proxies"
 
 @dataclass(slots=True)
 class DhcpProxies:
-    """What the DHCP agent wants served.
+    """Networks for which the DHCP agent wants metadata.
 
     Args:
-        directory: Of the configurations: `ns-metadata-proxy` in the agent's state path. It need not exist yet.
-        namespaces: Where the agent's namespaces are.
-        monotonic: Seconds.
+        directory: Directory of the configurations: `ns-metadata-proxy` in the agent's state path. It may be missing.
+        namespaces: Directory of the agent's namespaces.
+        monotonic: Returns monotonic seconds.
 
     Attributes:
-        networks: By the name of the namespace.
+        networks: Networks by the name of the namespace.
     """
 
     directory: Path
@@ -46,10 +46,10 @@ class DhcpProxies:
     _unplaced: bool = False
 
     async def read(self) -> bool:
-        """Read the files; whether `networks` is another now.
+        """Read the files. Return whether `networks` changed.
 
         Raises:
-            HostRefused: They cannot be read.
+            HostRefused: The files cannot be read.
         """
         with refusing(_WHAT):
             found = await asyncio.to_thread(self._read)
@@ -57,7 +57,7 @@ class DhcpProxies:
         return self.networks != before
 
     async def changes(self) -> AsyncIterator[None]:
-        """Each time that `networks` is another, until cancelled.
+        """Yield after each change of `networks`, until cancelled.
 
         Raises:
             HostRefused: The files cannot be read or watched.
@@ -103,7 +103,7 @@ class DhcpProxies:
 
 
 def _namespace_of(proxy: DhcpProxy) -> int:
-    """The inode of the namespace of a proxy's process; 0 where it does not run."""
+    """Return the inode of the namespace of a proxy's process; 0 if it does not run."""
     try:
         pid = int(Path(proxy.pid_file).read_text())
         return (PROC / str(pid) / "ns" / "net").stat().st_ino

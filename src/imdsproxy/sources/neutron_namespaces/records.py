@@ -1,4 +1,4 @@
-"""Which network a namespace of Neutron's agents stands for: pure."""
+"""Networks and routers that belong to namespaces of Neutron's agents. Pure."""
 
 import re
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from imdsproxy.core.model import (
 )
 
 ROUTER_PREFIX: Final = "qrouter-"
-"""What the L3 agent's namespaces begin with; its others (`snat-`, `fip-`) have no guests behind them."""
+"""Prefix of the L3 agent's router namespaces; its others (`snat-`, `fip-`) have no guests behind them."""
 
 DHCP_PREFIX: Final = "qdhcp-"
 
@@ -31,14 +31,14 @@ _PID_FILE: Final = re.compile(r"^\s*pidfile\s+(/.+)$", re.MULTILINE)
 
 @dataclass(frozen=True, slots=True)
 class DhcpProxy:
-    """What the DHCP agent has configured a HAProxy for.
+    """HAProxy that the DHCP agent has configured.
 
-    The agent writes a file for it where guests are to get metadata in the network's own namespace, and removes it where
-    they are not: the network got a router, and the agent's settings do not force metadata.
+    The agent writes a configuration file if guests should get metadata in the network's own namespace. It removes the
+    file if not: the network got a router, and the agent's settings do not force metadata.
 
     Attributes:
-        id: Of the network; of the router where the network is one that leads from a router to metadata.
-        pid_file: Where the pid of the HAProxy is, or of what stands there in its place.
+        id: Id of the network, or of the router if the network leads from a router to metadata.
+        pid_file: File with the pid of the HAProxy, or of its replacement.
     """
 
     id: NetworkId
@@ -47,16 +47,16 @@ class DhcpProxy:
 
     @property
     def namespace(self) -> str | None:
-        """Its name; `None` where only the process shows it."""
+        """Name of the proxy's namespace; `None` if only the process shows it."""
         return f"{DHCP_PREFIX}{self.id}" if self.scope is Scope.NETWORK else None
 
     def network_in(self, namespace: str) -> Network:
-        """The record of the namespace that it is for."""
+        """Return the network record for the proxy's namespace."""
         return Network(self.id, NamespaceListener(namespace), scope=self.scope)
 
 
 def parse_proxy(text: str) -> DhcpProxy | None:
-    """Read a configuration of HAProxy's that an agent wrote; `None` for one that is not the DHCP agent's.
+    """Parse a HAProxy configuration written by an agent; `None` if it is not the DHCP agent's.
 
     Source: `neutron/agent/metadata/driver_base.py`.
     """
@@ -68,13 +68,13 @@ def parse_proxy(text: str) -> DhcpProxy | None:
 
 
 def router_network(name: str) -> Network | None:
-    """The record of a router's namespace; `None` for others."""
+    """Return the record of a router's namespace; `None` for others."""
     if (router := router_of(name)) is None:
         return None
     return Network(router, NamespaceListener(name, redirected=True), scope=Scope.ROUTER)
 
 
 def router_of(name: str) -> NetworkId | None:
-    """The router of a namespace of the L3 agent's; `None` for others."""
+    """Return the router of one of the L3 agent's namespaces; `None` for others."""
     found = name.removeprefix(ROUTER_PREFIX)
     return NetworkId(found) if found != name and _UUID.fullmatch(found) else None

@@ -1,6 +1,6 @@
 """The source `neutron_namespaces`: a network for each namespace of Neutron's agents, by events of the directory.
 
-It reports no instances: those behind a router or in a network are looked up by the source `neutron`.
+It reports no instances: the source `neutron` looks up those behind a router or in a network.
 """
 
 import asyncio
@@ -21,26 +21,26 @@ from imdsproxy.sources.neutron_namespaces.records import router_network, router_
 from imdsproxy.sources.settings import NeutronNamespacesSettings
 
 _AUDIT_S: Final = 60.0
-"""How often the directory is read without an event."""
+"""Seconds after which the directory is read again without an event."""
 
 _AGAIN_S: Final = 5.0
 _PROXIES: Final = "ns-metadata-proxy"
 
 
 async def _nothing(_: Collection[NamespaceRef]) -> None:
-    """Nothing is to be prepared."""
+    """Prepare nothing."""
 
 
 @dataclass(slots=True)
 class NeutronNamespacesSource:
-    """Namespaces as networks.
+    """Source of namespaces as networks.
 
     Args:
-        settings: Which namespaces.
-        directory: Where they are.
+        settings: Kinds of namespaces to report.
+        directory: Directory of the namespaces.
 
     Attributes:
-        prepare: Called with routers' namespaces that have come, before they are reported.
+        prepare: Called with new routers' namespaces before they are reported.
     """
 
     name: ClassVar = "neutron_namespaces"
@@ -51,7 +51,7 @@ class NeutronNamespacesSource:
     _networks: dict[NetworkId, Network] = field(default_factory=dict)
 
     def explain_stranded(self, port: StrandedPort) -> Problem:
-        """Never needed: no port is reported."""
+        """Return the plain problem. It never occurs, because the source reports no ports."""
         return port.problem(field="", file=None)
 
     async def run(self, publish: Publish) -> None:

@@ -1,20 +1,20 @@
-"""This chassis in Open vSwitch's database: its names, where OVN is, and what is plugged in (ovn-controller(8))."""
+"""This chassis in Open vSwitch's database: names, OVN's location, and bridge ports (ovn-controller(8))."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
 NETWORK_KEY: Final = "imdsproxy-network"
-"""Marks the interfaces in Open vSwitch's database that we look after: they outlive a boot, their devices do not."""
+"""Key that marks our interfaces in Open vSwitch's database. They survive a reboot; their devices do not."""
 
 
 @dataclass(frozen=True, slots=True)
 class BridgePort:
-    """A port of a bridge with one interface.
+    """Port of a bridge with one interface.
 
     Attributes:
-        interface_id: `external_ids:iface-id`, the logical port that it is; empty without one.
-        network: `external_ids:imdsproxy-network`, the network that we have it for; empty for all others.
+        interface_id: `external_ids:iface-id`, the logical port; empty without one.
+        network: `external_ids:imdsproxy-network`, the network that this interface of ours serves; else empty.
     """
 
     bridge: str
@@ -24,15 +24,15 @@ class BridgePort:
 
 @dataclass(frozen=True, slots=True)
 class LocalChassis:
-    """This chassis as ovn-controller is configured.
+    """This chassis, from ovn-controller's configuration.
 
     Attributes:
         name: `external_ids:system-id`; empty while Open vSwitch has none.
-        hostname: `external_ids:hostname`, which Neutron calls the host.
+        hostname: `external_ids:hostname`, Neutron's name of the host.
         southbound: `external_ids:ovn-remote`.
-        bridge: The integration bridge, `br-int` where none is named.
-        datapath: The bridge's `datapath_type`: `netdev` is in user space; `None` without the bridge.
-        ports: By the names of their devices.
+        bridge: Integration bridge; `br-int` by default.
+        datapath: `datapath_type` of the bridge: `netdev` is in user space; `None` without the bridge.
+        ports: Ports by device name.
     """
 
     name: str
@@ -44,5 +44,5 @@ class LocalChassis:
 
     @property
     def names(self) -> frozenset[str]:
-        """By which OVN and Neutron call it."""
+        """Names of this chassis in OVN and Neutron."""
         return frozenset(filter(None, (self.name, self.hostname)))

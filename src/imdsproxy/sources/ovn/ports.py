@@ -1,8 +1,8 @@
-"""Rows of OVN's table Port_Binding: which are served on this host, and the records that they make.
+"""Rows of OVN's table Port_Binding: the rows served on this host, and their records.
 
-Neutron copies all that a metadata service needs into `external_ids` (`neutron:*`): the instance, its project, the
+Neutron copies all data that a metadata service needs into `external_ids` (`neutron:*`): the instance, its project, the
 network and the addresses (neutron/plugins/ml2/drivers/ovn/mech_driver/ovsdb/ovn_client.py, `create_port`). Tenants can
-write the instance's id on a port, and no value is trusted: what does not have its form is refused by `NeutronPort`.
+write the instance's id on a port, so no value is trusted: `NeutronPort` refuses invalid values.
 
 Source for rows: ovn-sb(5), "Port_Binding TABLE".
 """
@@ -44,12 +44,12 @@ _VIF_TYPES: Final = frozenset(("", "external"))
 
 @dataclass(frozen=True)
 class PortBinding:
-    """A row of Port_Binding. What is made of it is made once, as long as the row does not change.
+    """Row of Port_Binding. Derived values are computed once, until the row changes.
 
     Attributes:
-        chassis: UUID of the row in Chassis that has claimed it, or empty.
-        additional: UUIDs of chassis that it is about to move to.
-        requested: Names of the chassis that it is meant for, as the northbound database has them.
+        chassis: UUID of the Chassis row that has claimed the port, or empty.
+        additional: UUIDs of chassis to which the port is about to move.
+        requested: Names of the chassis that the Northbound database requests for the port.
     """
 
     port: str
@@ -62,31 +62,31 @@ class PortBinding:
 
     @cached_property
     def network(self) -> NetworkId | None:
-        """The network's id in Neutron; `None` where the row is not Neutron's."""
+        """The network's id in Neutron; `None` if the row is not Neutron's."""
         name = self.external_ids.get("neutron:network_name", "")
         return NetworkId(name.removeprefix(_SWITCH)) if name.startswith(_SWITCH) else None
 
     @cached_property
     def is_metadata_port(self) -> bool:
-        """It is the port that metadata of its network is served through, the same on every chassis."""
+        """Whether this is the port through which its network's metadata is served, the same on every chassis."""
         owner = self.external_ids.get("neutron:device_owner")
         return self.kind == "localport" and owner == METADATA_OWNER
 
     @cached_property
     def mac(self) -> MacAddress | None:
-        """The port's MAC; `None` where OVN was not given it, as for a port without port security and DHCP."""
+        """The port's MAC; `None` if OVN does not have it, as for a port without port security and DHCP."""
         first = self.macs[0].split() if self.macs else []
         mac = first[0].lower() if first else ""
         return MacAddress(mac) if _MAC.fullmatch(mac) else None
 
     @cached_property
     def interfaces(self) -> tuple[IpInterface, ...]:
-        """Its addresses with their prefixes, from `neutron:cidrs`: `mac` may have none of them ("unknown")."""
+        """The port's addresses with prefixes, from `neutron:cidrs`: column `mac` may lack them ("unknown")."""
         return tuple(_interfaces(self.external_ids.get("neutron:cidrs", "").split()))
 
     @property
     def lacks_keys(self) -> bool:
-        """It is like a guest's port, and has not what Neutron writes on each."""
+        """Whether this looks like a guest's port, but lacks the keys that Neutron writes on each port."""
         known = self.network is not None and "neutron:device_id" in self.external_ids
         return self.kind == "" and not known
 
@@ -119,7 +119,7 @@ class PortBinding:
 
     @cached_property
     def problem(self) -> Problem | None:
-        """Why its guest gets nothing although it is the port of an instance, if so."""
+        """Problem that keeps an instance's port from being served; `None` without one."""
         return None if self.neutron_port is None else self.neutron_port.problem()
 
 
@@ -128,7 +128,7 @@ def _interfaces(texts: Iterable[str]) -> Iterable[IpInterface]:
         try:
             yield ip_interface(text)
         except ValueError:
-            # The row is Neutron's, and shows nothing of it to its owner: the rest of the port is served.
+            # Only Neutron writes the row, and its owner would not see a problem: serve the rest of the port.
             continue
 
 
@@ -138,13 +138,13 @@ def _is_host(address: IpAddress) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class SouthboundView:
-    """The rows that concern this host, at one moment.
+    """Rows that concern this host, at one moment.
 
     Attributes:
-        chassis: UUID of this host's row in Chassis; `None` while there is none, as after `ovn-controller` was stopped.
-        names: This host's chassis name and host name.
-        private: `external_ids` of its row in Chassis_Private; `None` while there is none.
-        nb_cfg: The configuration's number, which agents that are alive repeat.
+        chassis: UUID of this host's row in Chassis; `None` without a row, as after `ovn-controller` was stopped.
+        names: Chassis name and host name of this host.
+        private: `external_ids` of this host's row in Chassis_Private; `None` without a row.
+        nb_cfg: Number of the configuration, which live agents repeat.
     """
 
     chassis: str | None
@@ -154,31 +154,31 @@ class SouthboundView:
     nb_cfg: int | None = None
 
     def may_claim(self, row: PortBinding) -> bool:
-        """Whether a port is bound nowhere, and meant for this chassis or for any."""
+        """Return whether a port is unbound, and requests this chassis or none."""
         meant = not row.requested or not self.names.isdisjoint(row.requested)
         return meant and not row.chassis
 
 
 def namespace_of(network: NetworkId) -> str:
-    """The namespace's name (neutron/agent/ovn/metadata/agent.py, `_get_namespace_name`)."""
+    """Return the network's namespace (neutron/agent/ovn/metadata/agent.py, `_get_namespace_name`)."""
     return f"ovnmeta-{network}"
 
 
 def devices_of(network: NetworkId) -> tuple[str, str]:
-    """The ends of the veth pair, on the integration bridge and in the namespace (same file, `_get_veth_name`)."""
+    """Return the veth devices on the integration bridge and in the namespace (same file, `_get_veth_name`)."""
     stem = f"tap{network[:_TAP_DIGITS]}"
     return f"{stem}0", f"{stem}1"
 
 
 @dataclass(slots=True)
 class OvnKnown:
-    """The ports that are in force, and the records that they make.
+    """Ports in force and their records.
 
     Attributes:
-        networks: Published, by id.
-        instances: Published, by id.
-        problems: Why ports get nothing.
-        metadata_ports: The row of each network's metadata port.
+        networks: Published networks by id.
+        instances: Published instances by id.
+        problems: Problems of ports that are not served.
+        metadata_ports: Rows of the networks' metadata ports.
     """
 
     networks: dict[NetworkId, Network] = field(default_factory=dict)
@@ -190,25 +190,25 @@ class OvnKnown:
 
     @property
     def records(self) -> Observation:
-        """All in force."""
+        """All records in force."""
         return Observation.of_changes(self.networks, self.instances)
 
     def update(
         self, view: SouthboundView, *, keep_absent: bool = False, keep_unclaimed: bool = False
     ) -> Observation:
-        """Take in what the database has now; which records in force that changes.
+        """Apply the current rows. Return the changes of the records in force.
 
         Args:
             view: All rows that concern this host.
-            keep_absent: Ports that were bound here stay in force while their rows are not there: this chassis's row has
-                gone, and with it every binding, although the guests run on; or it has just come back.
-            keep_unclaimed: Those stay that no chassis has claimed since, and that are meant for this one.
+            keep_absent: Keep ports that were bound here while their rows are missing. If this chassis's row is removed,
+                all its bindings disappear although the guests keep running; they may also be late when it comes back.
+            keep_unclaimed: Keep ports that were bound here, are unclaimed now, and may be claimed by this chassis.
         """
         here = self._bindings_here(view)
         present = {row.port: row for row in view.bindings}
         for name, before in self._here.items():
             now = present.get(name)
-            # What this row of the chassis had claimed and has no more is gone.
+            # The same row of the chassis had claimed the port and has released it: the port is gone.
             if name in here or before.chassis == view.chassis:
                 continue
             if now is None and keep_absent:
@@ -241,14 +241,14 @@ class OvnKnown:
             for row in view.bindings
             if row.is_metadata_port and row.network is not None
         }
-        # Without this chassis's row they may be out of view: as before, then.
+        # Without this chassis's row the conditions may hide metadata ports: keep the earlier ones.
         self.metadata_ports = (
             metadata if view.chassis is not None else {**self.metadata_ports, **metadata}
         )
         networks = {
             network: Network(
                 network,
-                # Its addresses are on the device before it is plugged in (`imdsproxy.ovn`).
+                # `imdsproxy.ovn` adds the addresses before it plugs the device in.
                 NamespaceListener(namespace_of(network), devices_of(network)[1]),
                 project=self._project_of(network),
             )
@@ -262,7 +262,7 @@ class OvnKnown:
         )
 
     def ports_by_network(self) -> dict[NetworkId, list[PortBinding]]:
-        """The ports in force of each network."""
+        """Return the ports in force by network."""
         found: dict[NetworkId, list[PortBinding]] = {}
         for row in self._here.values():
             if row.network is not None:
@@ -283,7 +283,7 @@ class OvnKnown:
 
 
 def _list_unserved(ports: Sequence[str]) -> Iterator[Problem]:
-    """One problem for all ports that lack Neutron's keys."""
+    """Yield one problem for all ports that lack Neutron's keys."""
     if ports:
         yield Problem(
             "Port_Binding",

@@ -49,7 +49,7 @@ _SOUTHBOUND: Final = Schema(
     },
 )
 _CLAIM_S: Final = 10.0
-"""How long rows of ports may take to come back after this chassis's row: ovn-northd may still be writing them."""
+"""Seconds for which rows of ports may be late after this chassis's row came back: ovn-northd may still write them."""
 
 _BRIDGE: Final = "br-int"
 _NO_REMOTE: Final = (
@@ -60,18 +60,18 @@ _NO_NAME: Final = "Open vSwitch has no external_ids:system-id: ovn-controller is
 
 @dataclass(slots=True)
 class OvnSource:
-    """Ports as instances, their networks as networks.
+    """Source of OVN's ports as instances, and their networks.
 
-    While a database is away the source is out of sync, and what it reported stays.
+    While a database cannot be reached, the source is out of sync, and its reported records stay.
 
     Args:
-        settings: Where the databases are.
+        settings: Locations of the databases, and time limits.
 
     Attributes:
         local: This chassis; `None` until Open vSwitch's database was read.
-        known: The ports in force.
-        view: What the Southbound database has of this host; `None` until it was read.
-        on_change: Called when one of these may have changed.
+        known: Ports in force.
+        view: This host's rows in the Southbound database; `None` until they were read.
+        on_change: Called when an attribute may have changed.
     """
 
     name: ClassVar = "ovn"
@@ -91,7 +91,7 @@ class OvnSource:
     _complete: bool = False
 
     def explain_stranded(self, port: StrandedPort) -> Problem:
-        """Never needed while a port's network is published with it."""
+        """Describe the problem by the table only. It never occurs while a port's network is published with the port."""
         return port.problem(field="Port_Binding", file=None)
 
     async def run(self, publish: Publish) -> None:
@@ -118,7 +118,7 @@ class OvnSource:
         """Write to Open vSwitch's database.
 
         Raises:
-            SourceUnavailable: It is away, or refuses.
+            SourceUnavailable: The database cannot be reached, or refuses.
         """
         if self._vswitch is None:
             raise SourceUnavailable("Open vSwitch's database was not read yet")
@@ -128,14 +128,14 @@ class OvnSource:
         """Write to the Southbound database.
 
         Raises:
-            SourceUnavailable: It is away, or refuses.
+            SourceUnavailable: The database cannot be reached, or refuses.
         """
         if self._southbound is None:
             raise SourceUnavailable("the Southbound database was not read yet")
         await self._southbound.transact(change)
 
     def _where(self, local: LocalChassis) -> tuple[str, str, frozenset[str]] | None:
-        """The Southbound database, this chassis's name in it, and the names that ports may be meant for."""
+        """Return the Southbound database, this chassis's name there, and the names that ports may request."""
         remotes = self.settings.southbound or local.southbound
         self._failures["setup"] = (
             _NO_REMOTE if not remotes else _NO_NAME if not local.name else None
@@ -181,7 +181,7 @@ class OvnSource:
         absent_s = grace_s if view.chassis is None else min(_CLAIM_S, grace_s)
         since = None if self._chassis_changed is None else loop.time() - self._chassis_changed
         self._keeps_absent = since is not None and since < absent_s
-        # Until then its guests are not known: what asks is answered 503, not 404.
+        # While kept ports may be stale the source is out of sync: unknown guests get 503, not 404.
         self._failures["chassis"] = (
             "OVN has no row of this chassis: what was bound to it stays as it was"
             if view.chassis is None and self._keeps_absent
@@ -198,7 +198,7 @@ class OvnSource:
         )
 
     async def _watch_deadlines(self, publish: Publish) -> None:
-        """Look again when ports need not be kept any longer."""
+        """Update the known ports when a grace period ends."""
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(self._due):
@@ -210,7 +210,7 @@ class OvnSource:
 
     @property
     def settled(self) -> bool:
-        """No port of `known` is there only because its row may come back."""
+        """Whether each port of `known` has a current row: none is kept because its row may come back."""
         failing = any(reason is not None for reason in self._failures.values())
         there = self.view is not None and self.view.chassis is not None
         return there and not self._keeps_absent and not failing
@@ -234,7 +234,7 @@ class OvnSource:
 def _conditions(
     name: str, names: frozenset[str], chassis: str | None, networks: tuple[str, ...]
 ) -> Conditions:
-    """This chassis, its ports, and the metadata ports of their networks: not the rest of the cloud."""
+    """Return conditions for this chassis, its ports, and the metadata ports of their networks: no other rows."""
     ports: list[object] = [
         ["options", "includes", ["map", [["requested-chassis", one]]]] for one in sorted(names)
     ]
@@ -256,7 +256,7 @@ def _conditions(
 def read_southbound(
     name: str, names: frozenset[str], tables: Rows
 ) -> tuple[SouthboundView, Conditions]:
-    """The rows of interest; called in the connection's thread."""
+    """Read the rows of interest and the next conditions; called in the connection's thread."""
     chassis = next((str(row.uuid) for row in tables["Chassis"]), None)
     bindings: tuple[PortBinding, ...] = tuple(tables["Port_Binding"])
     networks = {
@@ -269,7 +269,7 @@ def read_southbound(
 
 
 def parse_binding(row: Row) -> PortBinding:
-    """A row of Port_Binding; called in the connection's thread."""
+    """Parse a row of Port_Binding; called in the connection's thread."""
     options: Mapping[str, str] = row.options
     requested = options.get("requested-chassis", "")
     return PortBinding(
@@ -284,7 +284,7 @@ def parse_binding(row: Row) -> PortBinding:
 
 
 def read_chassis(tables: Rows) -> tuple[LocalChassis, Conditions]:
-    """This chassis; called in the connection's thread."""
+    """Read this chassis; called in the connection's thread."""
     ids: Mapping[str, str] = next((dict(row.external_ids) for row in tables["Open_vSwitch"]), {})
     bridge = ids.get("ovn-bridge", _BRIDGE)
     bridges = {row.name: row for row in tables["Bridge"]}

@@ -21,18 +21,18 @@ _T = TypeVar("_T")
 
 @dataclass(slots=True)
 class SqliteSource:
-    """The store at `path`.
+    """Source of the records in the store at `path`.
 
-    SQLite works in a thread of its own. A write is published as soon as it is committed, so that
-    guests do not wait for the disk, and acknowledged when the disk has it; writes at the same time
-    share one wait. A write is done as a whole or refused as a whole (`SourceRefused` with the fields). While the
-    source is not running or its store cannot be used, writes raise `SourceUnavailable` or `SourceCorrupt`.
+    SQLite works in a thread of its own. A write is published as soon as it is committed, so that guests do not wait for
+    the disk. It is acknowledged when the disk has it; concurrent writes share one wait. A write is atomic: the store
+    does all or refuses all (`SourceRefused` with the fields). While the source is not running or its store cannot be
+    used, writes raise `SourceUnavailable` or `SourceCorrupt`.
 
     Args:
-        path: The file; made when it is not there.
-        retry_s: How long to wait before a store that cannot be used is tried again.
-        now: Unix time, for when instances came.
-        progress: Where long writes say how far they are.
+        path: Path of the file; a missing file is created.
+        retry_s: Seconds before a store that cannot be used is tried again.
+        now: Returns Unix time, for the creation times of instances.
+        progress: Receives the progress of long writes.
     """
 
     name: ClassVar = "sqlite"
@@ -54,13 +54,13 @@ class SqliteSource:
     _syncing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def explain_stranded(self, port: StrandedPort) -> Problem:
-        """By the record's own field: people do not read the store's file."""
+        """Describe the problem by the record's own field: people do not read the store's file."""
         return port.problem()
 
     async def run(self, publish: Publish) -> None:
-        """Report everything in the store, and every write, until cancelled.
+        """Report all records in the store, and every write, until cancelled.
 
-        While the store cannot be used the source is out of sync, and writes raise the reason.
+        While the store cannot be used, the source is out of sync, and writes raise the reason.
         """
         try:
             await self._open(publish)
@@ -70,7 +70,7 @@ class SqliteSource:
             self._publish = None
             if self._writes:
                 await asyncio.wait(self._writes)
-            # After whatever the thread still does: it works in order.
+            # The thread works in order, so this closes the store after all earlier work.
             await self._in_thread(self._close_store)
             self._thread.shutdown(wait=False)
 
@@ -101,30 +101,30 @@ class SqliteSource:
     async def put(
         self, networks: Collection[Network], instances: Collection[Instance], *, bulk: bool = False
     ) -> None:
-        """Add or change records, many at once; all or none.
+        """Add or change records: all or none.
 
-        An instance without a creation time keeps the one that the store has, or, if it is new, gets the present.
+        An instance without a creation time keeps the stored creation time; a new instance gets the current time.
 
         Args:
-            networks: The whole records.
-            instances: The same.
-            bulk: A problem's field begins with `networks[i]` or `instances[i]`.
+            networks: Complete network records.
+            instances: Complete instance records.
+            bulk: Whether a problem's field begins with `networks[i]` or `instances[i]`.
 
         Raises:
-            SourceRefused: Another instance of the store has an address or a MAC, or an id is there twice.
+            SourceRefused: Another instance in the store has an address or a MAC, or an id occurs twice.
         """
         await self._write(lambda store: store.put(networks, instances, bulk=bulk))
 
     async def remove_network(self, network: NetworkId) -> None:
-        """Remove a network, if there is one; `SourceRefused` where instances of the store have ports in it."""
+        """Remove a network, if it exists; raise `SourceRefused` if instances in the store have ports in the network."""
         await self._write(lambda store: store.remove_network(network))
 
     async def remove_instance(self, instance: InstanceId) -> None:
-        """Remove an instance, if there is one."""
+        """Remove an instance, if it exists."""
         await self._write(lambda store: store.remove_instance(instance))
 
     async def _write(self, work: Callable[[Store], Observation]) -> None:
-        """Complete a write and publish it even if its caller is cancelled meanwhile."""
+        """Complete and publish a write even if its caller is cancelled meanwhile."""
         if self._failure is not None:
             raise self._failure
         if self._publish is None or self._store is None:
@@ -132,14 +132,14 @@ class SqliteSource:
         task = asyncio.ensure_future(self._commit(self._publish, self._store, work))
         self._writes.add(task)
         task.add_done_callback(self._writes.discard)
-        # A task complains about an exception that is never read; the caller may be gone.
+        # Retrieve the exception: asyncio warns about unretrieved ones, and the caller may be gone.
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
         await asyncio.shield(task)
 
     async def _commit(
         self, publish: Publish, store: Store, work: Callable[[Store], Observation]
     ) -> None:
-        """Write, publish what is committed, and wait until the disk has it."""
+        """Commit a write, publish its changes, and wait until the disk has them."""
         changes = await self._in_thread(lambda: work(store))
         if not changes.has_records:
             return
@@ -165,7 +165,7 @@ class SqliteSource:
             changes, lambda: changes, in_sync=failure is None, problems=tuple(problems)
         )
         if observation is not None:
-            # In the order of the commits: the last piece of one write must not undo the next write.
+            # Publish in the order of the commits: the last piece of one write must not undo the next write.
             async with self._publishing:
                 await publish_in_pieces(publish, observation)
 

@@ -1,7 +1,6 @@
-"""The embedded store, one call at a time: records as rows, written as a whole or not at all.
+"""The embedded store: records as rows, written atomically, one call at a time.
 
-Everything here blocks and, `sync` apart, belongs to one thread; `source` brings
-it into the event loop.
+All calls block. Except for `sync` and `fetch` they belong to one thread; `source` connects them to the event loop.
 """
 
 import json
@@ -53,9 +52,9 @@ CREATE TABLE addresses (
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX addresses_by_instance ON addresses (instance)
 """
-# Columns hold what is looked up by; all else is the record as JSON, in the form of `core.records`.
-# User data is apart, as it is: up to 16 MiB of any bytes. That no address is there twice holds for
-# whatever program writes.
+# Columns contain the search keys; the rest is the record as JSON, in the form of `core.records`.
+# User data has its own column: up to 16 MiB of arbitrary bytes. The primary key of `addresses`
+# keeps addresses unique, whatever program writes.
 
 PACKED: Final = """
 CREATE TABLE IF NOT EXISTS packed (
@@ -64,12 +63,12 @@ CREATE TABLE IF NOT EXISTS packed (
     data BLOB NOT NULL
 ) STRICT, WITHOUT ROWID
 """
-"""Records as `core.packed` has them in memory, so that a start need not parse each one. A row that is missing, or has
-another stamp than the rows beside it, is made again: it is no part of what a version of the store promises."""
+"""Records in the packed form of `core.packed`, so that a start need not parse each record. A row that is missing, or
+whose stamp does not match the other tables, is created again: the table is no part of the store's versioned schema."""
 
 MIGRATIONS: Final[tuple[str, ...]] = (_VERSION_1,)
-"""What takes a store from one version (`user_version`) to the next; statements between
-semicolons. Never changed, only added to."""
+"""Migrations from each version (`user_version`) to the next: statements separated by semicolons. Never change an entry,
+only append."""
 
 _EVERYTHING: Final = """
     SELECT id, record, length(user_data),
@@ -80,7 +79,7 @@ _EVERYTHING: Final = """
         stamp, data
     FROM instances LEFT JOIN packed ON instance = id
 """
-"""Each instance with what others must not have, and what it was when it was packed."""
+"""Each instance with its claims, and with its stamp and data in packed form."""
 
 _USER_DATA: Final = "SELECT user_data FROM instances WHERE id = ?"
 _PUT_NETWORK: Final = """
@@ -97,7 +96,7 @@ _STORING: Final = "storing instances"
 _READING: Final = "reading the store"
 _NOTED: Final = 1000
 _NAMED: Final = 20
-"""How many instances a refusal names."""
+"""Maximum number of instances named in a refusal."""
 
 
 @dataclass(slots=True)
@@ -105,18 +104,18 @@ class Store:
     """The store at `path`, open and locked until `close`.
 
     Args:
-        path: The file; made when it is not there.
-        now: Unix time, for when instances came.
-        progress: Where long work says how far it is.
+        path: Path of the file; a missing file is created.
+        now: Returns Unix time, for the creation times of instances.
+        progress: Receives the progress of long work.
 
     Attributes:
-        problems: Of rows that were no good records at the last `load`, by table and id: they are not in force, and
-            stay in the file.
+        problems: Problems of rows that were not valid records at the last `load`, by table and id. Such rows are not in
+            force, and stay in the file.
 
     Raises:
-        SourceUnavailable: Another process has it, or the file system refuses.
-        SourceRefused: It is newer than this program, or not ours.
-        SourceCorrupt: It is damaged.
+        SourceUnavailable: Another process has locked the store, or the file system refuses.
+        SourceRefused: The store is newer than this program, or of another program.
+        SourceCorrupt: The store is damaged.
     """
 
     path: Path
@@ -136,14 +135,14 @@ class Store:
             try:
                 self._connection = open_store(path, MIGRATIONS)
                 self._connection.execute(PACKED)
-                # User-data is in memory only for as long as it is needed; it is read in any thread.
+                # User-data is in memory only while needed. Any thread may read it.
                 self._reader = _open_to_read(path)
             except BaseException:
                 os.close(self._lock)
                 raise
 
     def close(self) -> None:
-        """Close the file and let others have it."""
+        """Close the file and release the lock."""
         try:
             with self._reading:
                 self._reader.close()
@@ -152,21 +151,21 @@ class Store:
             os.close(self._lock)
 
     def sync(self) -> None:
-        """Have the disk keep all that is committed; from any thread.
+        """Flush all committed data to the disk; from any thread.
 
-        Committed records are in SQLite's write-ahead log until a checkpoint takes them over, which
-        SQLite itself syncs (https://www.sqlite.org/pragma.html#pragma_synchronous).
+        Committed records are in SQLite's write-ahead log until a checkpoint, which SQLite itself syncs
+        (https://www.sqlite.org/pragma.html#pragma_synchronous).
         """
-        # Never the database itself: closing any descriptor of it drops SQLite's locks on it.
+        # Open only the log: closing any descriptor of the database would drop SQLite's locks on the database.
         log = self.path.with_name(f"{self.path.name}-wal")
         with store_failures(self.path), log.open("rb") as stream:
             os.fdatasync(stream.fileno())
 
     def fetch(self, instance: InstanceId) -> bytes:
-        """An instance's user-data, as the store has it now; from any thread.
+        """Return an instance's current user-data; from any thread.
 
         Raises:
-            SourceError: It has none, or cannot be read.
+            SourceError: The instance has no user-data, or the store cannot be read.
         """
         with self._reading, store_failures(self.path):
             row = self._reader.execute(_USER_DATA, (instance,)).fetchone()
@@ -177,13 +176,13 @@ class Store:
     # Reading
 
     def load(self) -> Observation:
-        """Everything; rows that hold no good record are noted and not changed."""
+        """Load all records. Rows without a valid record are noted in `problems` and not changed."""
         networks: dict[NetworkId, Network] = {}
         instances = PackedInstances()
         self.problems.clear()
         execute = self._connection.execute
         with store_failures(self.path), transaction(self._connection):
-            # Programs other than this one do not enforce references by default.
+            # Other programs do not enforce foreign keys by default, and may have left orphaned rows.
             for table in ("addresses", "ports"):
                 execute(f"DELETE FROM {table} WHERE instance NOT IN (SELECT id FROM instances)")  # noqa: S608 - a constant
             for key, text in execute("SELECT id, record FROM networks ORDER BY id"):
@@ -210,7 +209,7 @@ class Store:
         return Observation(networks=networks, instances=instances)
 
     def _read_anew(self, key: str, text: str) -> Network | Instance | Refused:
-        """Read an instance that another program has written; it claims what no other record has."""
+        """Parse an instance that another program may have written, and claim its addresses."""
         (user_data,) = self._connection.execute(_USER_DATA, (key,)).fetchone() or (None,)
         instance = self._parse_row("instances", key, text, user_data)
         if isinstance(instance, Instance):
@@ -244,7 +243,7 @@ class Store:
         )
 
     def _leave(self, instance: Instance) -> Instance:
-        """The instance with its user-data left in the store."""
+        """Return the instance with a reference to its user-data in the store."""
         data = instance.user_data
         if not isinstance(data, bytes):
             return instance
@@ -267,22 +266,22 @@ class Store:
     def put(
         self, networks: Collection[Network], instances: Collection[Instance], *, bulk: bool = True
     ) -> Observation:
-        """Write all of them or none.
+        """Write all records or none.
 
-        An instance that does not say when it was made keeps what the store has of that. One that the store does
-        not have was made now.
+        An instance without a creation time keeps the stored creation time. A new instance without one gets the
+        current time.
 
         Args:
-            networks: To add or change.
-            instances: The same.
-            bulk: Problems name the record: `instances[3].ports[0].mac`, not `ports[0].mac`.
+            networks: Networks to add or change.
+            instances: Instances to add or change.
+            bulk: Whether problems name the record: `instances[3].ports[0].mac`, not `ports[0].mac`.
 
         Raises:
-            RecordConflict: An id stands twice, or an address belongs to another instance.
+            RecordConflict: An id occurs twice, or an address belongs to another instance.
         """
         problems = [*_repeated("networks", networks), *_repeated("instances", instances)]
         changed_networks: dict[NetworkId, Network] = {}
-        # Not as they are: a write may have hundreds of thousands.
+        # Keep instances packed: a write may have hundreds of thousands.
         changed: dict[InstanceId, RecordPath] = {}
         packed = PackedInstances()
         with store_failures(self.path), transaction(self._connection):
@@ -297,7 +296,7 @@ class Store:
                     packed[instance.id] = self._leave(instance)
                 if number % _NOTED == _NOTED - 1:
                     self.progress.note(_STORING, number // 2, len(instances))
-            # First let go, then take: addresses may move among the records of one write.
+            # Release all addresses before claiming any: they may move among the records of one write.
             freed: dict[tuple[str, str], InstanceId] = {}
             for key in changed:
                 freed.update(dict.fromkeys(self._release(key), key))
@@ -316,7 +315,7 @@ class Store:
         return Observation(networks=changed_networks, instances=packed, moves=moved)
 
     def remove_network(self, network: NetworkId) -> Observation:
-        """Remove a network, if there is one; `RecordConflict` where instances have ports in it."""
+        """Remove a network, if it exists; raise `RecordConflict` if instances have ports in the network."""
         with store_failures(self.path), transaction(self._connection):
             users = self._connection.execute(
                 "SELECT instance FROM ports WHERE network = ? ORDER BY instance", (network,)
@@ -327,13 +326,13 @@ class Store:
         return Observation(networks_removed=(network,) if found else ())
 
     def remove_instance(self, instance: InstanceId) -> Observation:
-        """Remove an instance, if there is one."""
+        """Remove an instance, if it exists."""
         with store_failures(self.path), transaction(self._connection):
             found = self._put_row("DELETE FROM instances WHERE id = ?", instance)
         return Observation(instances_removed=(instance,) if found else ())
 
     def _put_row(self, statement: str, *values: object) -> bool:
-        """Whether that changed the row."""
+        """Execute a statement. Return whether it changed the row."""
         return self._connection.execute(statement, values).rowcount > 0
 
     def _with_creation(self, instance: Instance) -> Instance:
@@ -344,8 +343,7 @@ class Store:
         ).fetchone()
         if row is None:
             return replace(instance, created_at=int(self.now()))
-        # Of one that was there before, a time that is not known is not made up: a boot that was over would begin
-        # anew.
+        # An unknown creation time of an existing instance stays unknown: otherwise a finished boot would begin anew.
         known = self._parse_row("instances", instance.id, row[0])
         created_at = known.created_at if isinstance(known, Instance) else None
         return replace(instance, created_at=created_at)
@@ -353,7 +351,7 @@ class Store:
     # Who claims what
 
     def _release(self, instance: InstanceId) -> list[tuple[str, str]]:
-        """Have it claim nothing; what it claimed, as network and address."""
+        """Release an instance's claims. Return its addresses as network and address."""
         self._connection.execute("DELETE FROM ports WHERE instance = ?", (instance,))
         released = "DELETE FROM addresses WHERE instance = ? RETURNING network, address"
         return self._connection.execute(released, (instance,)).fetchall()
@@ -364,7 +362,7 @@ class Store:
             {(port.network, instance.id) for port in instance.ports},
         )
         problems = []
-        # Each once: an address may be that of the MAC too.
+        # Claim each address once: it may also be the MAC's link-local address.
         for key in dict.fromkeys(key for key, _ in claim_places(instance)):
             place = key[0], str(key[1])
             if not self._put_row(
@@ -379,13 +377,13 @@ class Store:
 
 
 def lock_store(path: Path) -> int:
-    """Keep others from writing to the store for as long as the descriptor given back is open.
+    """Lock the store against other imdsproxy processes while the returned descriptor is open.
 
-    SQLite's own locks allow several writers in turn; ours would overwrite what they do not know of.
+    SQLite's own locks allow several writers in turn, which would overwrite each other's changes.
 
     Raises:
-        SourceUnavailable: Another process has it.
-        OSError: The lock file cannot be made.
+        SourceUnavailable: Another process holds the lock.
+        OSError: The lock file cannot be created.
     """
     lock = path.with_name(f"{path.name}.lock")
     descriptor = open_locked(lock, os.O_RDWR | os.O_CREAT)
@@ -406,14 +404,14 @@ def _open_to_read(path: Path, more: str = "") -> sqlite3.Connection:
 
 
 def read_store(path: Path) -> Records:
-    """What the file holds; none holds nothing. User-data is not read: a byte stands for what there is of it.
+    """Read the records of a store; none if the file is missing. One byte stands for each instance's user-data.
 
     Raises:
-        SourceUnavailable: It cannot be read, or is no store.
+        SourceUnavailable: The file cannot be read, or is no store.
     """
     if not path.exists():
         return Records()
-    # Without a log the file is whole, and SQLite need not make files beside it to read it.
+    # Without a log the file is complete, and SQLite can read it without creating files beside it.
     whole = "" if path.with_name(f"{path.name}-wal").exists() else "&immutable=1"
     try:
         with closing(_open_to_read(path, whole)) as store:
@@ -432,7 +430,7 @@ def read_store(path: Path) -> Records:
 
 
 def _stamp(text: object, claims: object, ports: object, user_data: object) -> bytes:
-    """What a packed record was made of."""
+    """Return a digest of the inputs of a packed record."""
     made_of = f"{FORMAT}\n{claims}\n\n{ports}\n\n{user_data}\n{text}"
     return blake2b(made_of.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
