@@ -1,1 +1,1 @@
-"""Networks of OVN on this host: each one's namespace and port on the integration bridge, and the heartbeat."""
+"""OVN's networks on this host: their namespaces and ports on the integration bridge, and the heartbeat."""

@@ -1,4 +1,4 @@
-"""Writes the ports of OVN's networks into Open vSwitch's database; called in its connection's thread."""
+"""Transactions for the ports of OVN's networks in Open vSwitch's database; called in the connection's thread."""
 
 from collections.abc import Collection, Mapping
 
@@ -14,7 +14,7 @@ def write_ports(
     tables: Mapping[str, Table],
     transaction: Transaction,
 ) -> None:
-    """Have Open vSwitch's bridges as planned; in the connection's thread."""
+    """Add and remove ports of Open vSwitch's bridges as planned; in the connection's thread."""
     bridges = {row.name: row for row in tables["Bridge"].rows.values()}
     ports = {row.name: row for row in tables["Port"].rows.values()}
     interfaces = {row.name: row for row in tables["Interface"].rows.values()}
@@ -24,7 +24,7 @@ def write_ports(
         if bridge is None:  # it went meanwhile: the next look shows that
             continue
         if port is None or interface is None or port.uuid not in bridge.ports:
-            # On another bridge it is a new port: ovn-controller overlooks an interface that only changes its bridge.
+            # Create a new port for another bridge: ovn-controller overlooks an interface that only changes its bridge.
             _remove(port, bridges)
             interface = transaction.insert(tables["Interface"])
             interface.name = place.outer
@@ -47,7 +47,7 @@ def _remove(port: Row | None, bridges: Mapping[str, Row]) -> None:
 def sweep_ports(
     staying: Collection[str], tables: Mapping[str, Table], _transaction: Transaction
 ) -> None:
-    """Remove every port of ours, but for those of namespaces that stay: these are ours no more."""
+    """Remove all our ports, except those of namespaces that stay; remove our mark from these."""
     bridges = {row.name: row for row in tables["Bridge"].rows.values()}
     ports = {row.name: row for row in tables["Port"].rows.values()}
     for interface in list(tables["Interface"].rows.values()):

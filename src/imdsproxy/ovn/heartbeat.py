@@ -1,7 +1,8 @@
-"""Shows Neutron that this chassis's metadata agent is alive: `openstack network agent list` looks at Chassis_Private.
+"""Heartbeat that shows Neutron a live metadata agent on this chassis; `openstack network agent list` shows the result.
 
-The server counts an agent as alive that repeats the configuration's number (neutron/agent/ovn/metadata/agent.py,
-`register_metadata_agent` and `SbGlobalUpdateEvent`). All agents would write at once: each waits for a random time.
+The server counts an agent as alive if Chassis_Private repeats the configuration's number. Each agent waits for a random
+time, so that not all agents write at once. Source: `register_metadata_agent` and `SbGlobalUpdateEvent` in
+neutron/agent/ovn/metadata/agent.py.
 """
 
 import asyncio
@@ -25,7 +26,7 @@ _SB_CFG: Final = "neutron:ovn-metadata-sb-cfg"
 _BRIDGE: Final = "neutron:ovn-bridge"
 
 _LONGEST_DELAY_S: Final = 10.0
-"""As Neutron's agent has it: a third of the server's default `agent_down_time`, and at most this."""
+"""Maximum delay, as in Neutron's agent, which takes a third of the server's default `agent_down_time` up to this."""
 
 _FIRST_AGAIN_S: Final = 1.0
 _LONGEST_AGAIN_S: Final = 30.0
@@ -36,7 +37,7 @@ _log: Final = structlog.get_logger()
 
 
 def agent_id(chassis: str) -> str:
-    """The agent's id in Neutron, the same as that of Neutron's own agent on this chassis."""
+    """Return the agent's id in Neutron, the same as for Neutron's own agent on this chassis."""
     try:
         namespace = uuid.UUID(chassis)
     except ValueError:
@@ -45,7 +46,7 @@ def agent_id(chassis: str) -> str:
 
 
 def plan_registration(chassis: str, bridge: str, present: Mapping[str, str]) -> dict[str, str]:
-    """What of the agent's registration is missing; an id that is there stays, as Neutron's agent leaves it."""
+    """Return the missing keys of the agent's registration; an existing id stays, as with Neutron's agent."""
     wanted = {_ID: present.get(_ID) or agent_id(chassis), _BRIDGE: bridge}
     return {key: value for key, value in wanted.items() if present.get(key) != value}
 
@@ -55,12 +56,12 @@ class OvnHeartbeat:
     """Registers the agent and repeats the configuration's number.
 
     Args:
-        source: The Southbound database.
-        random: From 0 to 1.
+        source: Source with the Southbound database.
+        random: Returns numbers from 0 to 1.
 
     Attributes:
-        problems: Why the server does not see it.
-        changed: Set to look at once.
+        problems: Reasons why the server does not see the agent.
+        changed: Set to check at once.
     """
 
     source: OvnSource
@@ -70,7 +71,7 @@ class OvnHeartbeat:
     _due: float | None = None
 
     async def run(self) -> None:
-        """Follow until cancelled."""
+        """Repeat the number after each change, until cancelled."""
         backoff = Backoff(_FIRST_AGAIN_S, _LONGEST_AGAIN_S)
         while True:
             self.changed.clear()
@@ -86,7 +87,7 @@ class OvnHeartbeat:
                 await asyncio.wait_for(self.changed.wait(), pause)
 
     async def _beat(self) -> float | None:
-        """Write what is due; in how many seconds something will be due, if nothing changes."""
+        """Write the keys that are due. Return the seconds until the next ones; `None` to wait for a change."""
         view, local = self.source.view, self.source.local
         if view is None or view.private is None or local is None:
             return None
@@ -97,7 +98,7 @@ class OvnHeartbeat:
         else:
             now = asyncio.get_running_loop().time()
             if self._due is None:
-                # A row without a number is new: the server takes its agent for one that is down.
+                # A row without a number is new: the server counts its agent as down, so do not wait.
                 delay_s = 0.0 if written is None else self.random() * _LONGEST_DELAY_S
                 self._due = now + delay_s
             if self._due <= now:

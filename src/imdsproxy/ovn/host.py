@@ -1,4 +1,4 @@
-"""All that is done for OVN on this host beside reporting its ports."""
+"""Work for OVN on this host, besides reporting its ports."""
 
 from collections.abc import Coroutine
 from dataclasses import InitVar, dataclass, field
@@ -14,12 +14,12 @@ from imdsproxy.sources.ovn.source import OvnSource
 
 @dataclass(slots=True)
 class OvnHost:
-    """The provisioner and the heartbeat over one source.
+    """Provisioner and heartbeat of one source.
 
     Args:
-        source: The databases.
-        thread: Where namespaces are entered.
-        naming: Marks what is made here.
+        source: Source with the databases.
+        thread: Thread that enters namespaces.
+        naming: Names and marks of our own objects.
     """
 
     source: OvnSource
@@ -34,11 +34,11 @@ class OvnHost:
         self.source.on_change = self._changed
 
     def work(self) -> tuple[Coroutine[object, object, None], ...]:
-        """What runs as long as the controller does."""
+        """Return the coroutines to run as long as the controller runs."""
         return self.provisioner.run(), self.heartbeat.run()
 
     def problems(self) -> tuple[Problem, ...]:
-        """What the host refuses."""
+        """Return the problems of provisioner and heartbeat."""
         return (*self.provisioner.problems.values(), *self.heartbeat.problems)
 
     def _changed(self) -> None:

@@ -1,8 +1,8 @@
-"""Looks at, makes and removes the namespaces of OVN's networks and their veth pairs, in idempotent steps.
+"""Observation, creation and removal of the namespaces of OVN's networks and their veth pairs, in idempotent steps.
 
-A process that is killed between any two steps leaves what the next look finds: a namespace has its name and our mark at
-once, the pair's two ends are made together, and a namespace loses its name last. All functions run in the namespaces'
-thread.
+If a process is killed between two steps, the next observation finds the remains: a namespace gets its name and our mark
+together, both ends of the pair are created together, and a namespace loses its name last. All functions run in the
+namespaces' thread.
 """
 
 import array
@@ -39,18 +39,18 @@ _ETHTOOL_GTXCSUM: Final = 0x16
 _ETHTOOL_STXCSUM: Final = 0x17
 
 _HALF_MADE_S: Final = 10.0
-"""After this time a file without a namespace is one that its maker will not go on with."""
+"""Seconds after which a file without a namespace counts as abandoned by the program that created it."""
 
 
 def look_at_places(
     thread: NamespaceThread, naming: Naming, *, skip: Collection[str] = ()
 ) -> dict[str, SeenPlace]:
-    """What there is of each namespace of OVN's networks, by name.
+    """Observe the namespaces of OVN's networks; return them by name.
 
     Args:
-        thread: Where namespaces are entered; the calling one.
-        naming: Says what is ours.
-        skip: Names that are not looked at.
+        thread: Thread that enters namespaces; the calling thread.
+        naming: Names and marks of our own objects.
+        skip: Names of namespaces to skip.
 
     Raises:
         DataplaneError: The host refuses.
@@ -90,7 +90,7 @@ def _look(thread: NamespaceThread, naming: Naming, outside: NetlinkSocket, name:
     except OSError as error:
         if error.errno != errno.ENODEV:
             raise host_refused(f"look at namespace {name}", error) from error
-        # Another program takes the device away just now.
+        # Another program is removing the device.
         return SeenPlace(outer=outer)
 
 
@@ -102,7 +102,7 @@ def _is_abandoned(file: Path) -> bool:
 
 
 def _has_ipv6(device: str) -> bool:
-    """Of the namespace that the calling thread is in. An MTU below 1280 takes the setting away."""
+    """Return whether a device of the calling thread's namespace has IPv6. An MTU below 1280 removes the setting."""
     try:
         return Path(f"/proc/sys/net/ipv6/conf/{device}/disable_ipv6").read_text() == "0\n"
     except FileNotFoundError:
@@ -110,7 +110,7 @@ def _has_ipv6(device: str) -> bool:
 
 
 def make_place(thread: NamespaceThread, naming: Naming, place: MetadataPlace) -> None:
-    """Make what a network lacks, and leave the rest as it is.
+    """Create a network's missing parts, and leave the rest unchanged.
 
     Raises:
         DataplaneError, OSError: The host refuses.
@@ -151,7 +151,7 @@ def _mark(naming: Naming, network: NetworkId) -> None:
 
 
 def _delete_inner(thread: NamespaceThread, place: MetadataPlace) -> None:
-    """Its other end is not on this host."""
+    """Delete the inner device of a pair whose other end is not on this host."""
     with thread.inside(place.namespace), NetlinkSocket() as channel:
         inside = netlink.find_link(channel, place.inner)
         if inside is not None:
@@ -163,7 +163,7 @@ def _set_up_inner(channel: NetlinkSocket, naming: Naming, place: MetadataPlace) 
     if inside is None:
         raise host_refused(f"find {place.inner}", OSError(errno.ENODEV, "No such device"))
     if place.in_user_space:
-        # Nothing fills in the checksums that the kernel leaves to a NIC.
+        # In user space nothing computes the checksums that the kernel leaves to a NIC.
         _ask_ethtool(place.inner, _ETHTOOL_STXCSUM)
     mac = None if inside.mac == place.mac else place.mac
     netlink.set_link(channel, inside.index, mtu=place.mtu, mac=mac)
@@ -174,7 +174,7 @@ def _set_addresses(
     channel: NetlinkSocket, index: int, wanted: frozenset[IpInterface], naming: Naming
 ) -> None:
     for _ in range(2):
-        # A device's first address of a subnet takes the others with it when it goes: they are added again.
+        # The kernel removes all addresses of a subnet with the first one: the second pass adds them again.
         present = {plan_interface(one): one for one in netlink.list_interfaces(channel, index)}
         for one in sorted(wanted - present.keys(), key=str):
             with Ignoring(errno.EEXIST):  # the kernel's own link-local address has come meanwhile
@@ -204,7 +204,7 @@ def remove_place(thread: NamespaceThread, naming: Naming, name: str) -> None:
 def _ask_ethtool(device: str, command: int) -> int:
     """Read a device's TX checksum offload, or switch it off (linux/ethtool.h, `struct ethtool_value`).
 
-    The device is in the namespace that the calling thread is in.
+    The device is in the calling thread's namespace.
     """
     value = array.array("I", (command, 0))
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as channel:

@@ -1,11 +1,11 @@
-"""What each network of OVN needs on this host, and what is to be done for it: pure.
+"""Planner for the namespaces and ports that OVN's networks need on this host. Pure.
 
-As Neutron's agent makes it, so that either can take over from the other (neutron/agent/ovn/metadata/agent.py,
+The layout is that of Neutron's agent, so that either can take over from the other (neutron/agent/ovn/metadata/agent.py,
 `provision_datapath`):
 
     integration bridge ── tap<10>0 ══veth══ tap<10>1 in namespace ovnmeta-NETWORK: the metadata port's MAC and addresses
 
-`<10>` is the beginning of the network's id. The metadata addresses are on the inner device too.
+`<10>` is the first ten characters of the network's id. The inner device also has the metadata addresses.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -32,15 +32,15 @@ _METADATA: Final = tuple(family.metadata_address for family in Family)
 
 @dataclass(frozen=True, slots=True)
 class MetadataPlace:
-    """What a network has on this host.
+    """Planned namespace and devices of a network on this host.
 
     Attributes:
-        port: Id of the network's metadata port, which the device on the bridge stands for.
-        mtu: In bytes; `None` leaves it as it is.
-        interfaces: The metadata port's addresses in the subnets that have ports here, its link-local one, and
-            the metadata addresses.
-        bridge: The integration bridge.
-        in_user_space: Open vSwitch forwards packets itself, and needs their checksums.
+        port: Id of the network's metadata port, to which the device on the bridge belongs.
+        mtu: MTU in bytes; `None` leaves the MTU unchanged.
+        interfaces: Addresses of the metadata port in subnets that have ports here, its link-local address, and the
+            metadata addresses.
+        bridge: Integration bridge.
+        in_user_space: Whether Open vSwitch forwards packets in user space, and needs their checksums.
     """
 
     network: NetworkId
@@ -53,7 +53,7 @@ class MetadataPlace:
 
     @property
     def namespace(self) -> str:
-        """Its namespace."""
+        """The network's namespace."""
         return namespace_of(self.network)
 
     @property
@@ -68,11 +68,11 @@ class MetadataPlace:
 
     @property
     def plugged(self) -> BridgePort:
-        """The device on the bridge, as Open vSwitch is to have it."""
+        """The port on the bridge that Open vSwitch should have."""
         return BridgePort(self.bridge, self.port, self.network)
 
     def addresses(self, *, ipv6: bool) -> frozenset[IpInterface]:
-        """What the inner device is to have, with IPv6 or without."""
+        """Return the planned addresses of the inner device, with or without IPv6."""
         if ipv6:
             return self.interfaces
         return frozenset(one for one in self.interfaces if isinstance(one, IPv4Interface))
@@ -80,14 +80,14 @@ class MetadataPlace:
 
 @dataclass(frozen=True, slots=True)
 class SeenPlace:
-    """What there is of a namespace on this host.
+    """Observed namespace and devices on this host.
 
     Attributes:
-        interfaces: On the inner device, as `plan_interface` has them.
-        ipv6: The inner device takes IPv6 addresses: it is not switched off, and the MTU is large enough.
-        has_checksums: The inner device does not leave them to a NIC.
-        is_ours: It bears our mark, or is only a file that a program left which was killed.
-        is_listened: A process listens at a metadata address in it.
+        interfaces: Addresses of the inner device, in the form of `plan_interface`.
+        ipv6: Whether the inner device accepts IPv6 addresses: IPv6 is enabled, and the MTU is large enough.
+        has_checksums: Whether the kernel computes checksums for the inner device, instead of leaving them to a NIC.
+        is_ours: Whether the namespace has our mark, or is only a file left by a killed program.
+        is_listened: Whether a process listens on a metadata address in the namespace.
     """
 
     inner: ObservedDevice | None = None
@@ -101,15 +101,15 @@ class SeenPlace:
 
 @dataclass(frozen=True, slots=True)
 class OvnPlan:
-    """What to do on this host.
+    """Operations on this host.
 
     Attributes:
-        make: Places that lack something.
-        plug: Those whose device Open vSwitch does not have, or has elsewhere.
+        make: Incomplete places.
+        plug: Places whose device Open vSwitch does not have, or has elsewhere.
         remove: Names of namespaces that no network needs.
-        unplug: Devices of those that Open vSwitch still has.
-        wait: Names that are removed once no process listens in them: HAProxy could not read a configuration that
-            names a namespace which has gone.
+        unplug: Devices without a network that Open vSwitch still has.
+        wait: Names of namespaces to remove once no process listens there: HAProxy could not read a configuration that
+            names a removed namespace.
     """
 
     make: tuple[MetadataPlace, ...] = ()
@@ -123,7 +123,7 @@ class OvnPlan:
 
 
 def plan_places(known: OvnKnown, local: LocalChassis) -> dict[NetworkId, MetadataPlace]:
-    """What each network with ports on this host needs; none for a network whose metadata port is not known."""
+    """Return the place of each network with ports on this host; none if its metadata port is unknown."""
     places: dict[NetworkId, MetadataPlace] = {}
     for network, rows in known.ports_by_network().items():
         port = known.metadata_ports.get(network)
@@ -147,12 +147,12 @@ def plan_places(known: OvnKnown, local: LocalChassis) -> dict[NetworkId, Metadat
 
 
 def plan_interface(one: IpInterface) -> IpInterface:
-    """An address as a place has it: a metadata address has no subnet, however another program has added it."""
+    """Return an address in the form of a place: a metadata address has no subnet, however it was added."""
     return ip_interface(one.ip) if one.ip in _METADATA else one
 
 
 def networks_without_port(known: OvnKnown) -> tuple[NetworkId, ...]:
-    """Networks with ports on this host of which no metadata port with a MAC is known."""
+    """Return networks with ports on this host but without a known metadata port that has a MAC."""
     found = known.metadata_ports
     return tuple(
         network
@@ -171,20 +171,20 @@ def plan_host(
     overdue: Collection[str] = (),
     sweep: bool,
 ) -> OvnPlan:
-    """Compare.
+    """Compare planned places with the host, and return the operations.
 
     Args:
-        places: What is needed.
-        seen: The namespaces of OVN's networks that are on this host, by name.
-        local: What is plugged into Open vSwitch.
-        whole: Places that were whole at the last look, and were not looked at again.
-        spared: Networks that have ports here and no place: what there is of them stays as it is.
-        overdue: Namespaces that no longer wait for those who listen in them.
-        sweep: Also remove what no network needs; off while the ports on this host are not known for certain.
+        places: Needed places by network.
+        seen: Observed namespaces of OVN's networks on this host, by name.
+        local: This chassis, with the ports of Open vSwitch.
+        whole: Places that were complete at the last observation, and were not observed again.
+        spared: Networks with ports here but without a place: their objects stay unchanged.
+        overdue: Namespaces that no longer wait for processes that listen there.
+        sweep: Also remove orphaned objects; off while the ports on this host are uncertain.
     """
     needed = {place.namespace: place for place in places.values()}
     kept = {namespace_of(network) for network in spared}
-    # A namespace whose device is not on this host belongs to another one that has the same directory.
+    # An unmarked namespace without a device here belongs to another host that shares the directory.
     unneeded = {
         name: device
         for name, one in seen.items()
@@ -224,10 +224,10 @@ def _lacks(place: MetadataPlace, seen: SeenPlace | None) -> bool:
 
 
 def device_of_namespace(name: str) -> str:
-    """The device on the bridge that belongs to a namespace."""
+    """Return the device on the bridge that belongs to a namespace."""
     return devices_of(NetworkId(name.removeprefix(NAMESPACE_PREFIX)))[0]
 
 
 def is_metadata_namespace(name: str) -> bool:
-    """Whether a namespace has the name of one of OVN's networks."""
+    """Return whether a namespace has the name of one of OVN's networks."""
     return name.startswith(NAMESPACE_PREFIX)

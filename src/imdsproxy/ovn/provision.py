@@ -1,4 +1,4 @@
-"""Gives each network of OVN its namespace and its port on the integration bridge, and takes them away again."""
+"""Provisioner of namespaces and ports on the integration bridge for OVN's networks."""
 
 import asyncio
 import contextlib
@@ -32,16 +32,16 @@ from imdsproxy.sources.ovn.chassis import LocalChassis
 from imdsproxy.sources.ovn.source import OvnSource
 
 _LOOK_EVERY_S: Final = 10.0
-"""How often all of the host is looked at: another program may have changed a namespace."""
+"""Seconds between two full observations of the host: another program may have changed a namespace."""
 
 _TOGETHER_S: Final = 0.02
-"""So long other changes may join one: records of guests come into force meanwhile, which must not wait for this."""
+"""Seconds to wait for more changes. Meanwhile guests' records come into force, which must not wait for this work."""
 
 _LOOK_AGAIN_S: Final = 0.2
-"""How soon it is looked at again whether a process still listens in a namespace that is to go."""
+"""Seconds until the next check whether a process still listens in a namespace to remove."""
 
 _LISTENED_S: Final = 10.0
-"""How long such a namespace waits: HAProxy closes its sockets in it at its next reload."""
+"""Maximum seconds to wait for such a process: HAProxy closes its sockets in the namespace at its next reload."""
 
 _FIRST_AGAIN_S: Final = 0.5
 _LONGEST_AGAIN_S: Final = 30.0
@@ -55,16 +55,16 @@ _log: Final = structlog.get_logger()
 
 @dataclass(slots=True)
 class Provisioner:
-    """Keeps this host as `ovn.plan` says.
+    """Keeps this host equal to the plans of `ovn.plan`.
 
     Args:
-        source: Which networks have ports here, and Open vSwitch's database.
-        thread: Where namespaces are entered.
-        naming: Marks namespaces and addresses that are made here.
+        source: Source with the networks that have ports here, and Open vSwitch's database.
+        thread: Thread that enters namespaces.
+        naming: Marks for namespaces and addresses created here.
 
     Attributes:
-        problems: What the host refuses, by network, namespace or database.
-        changed: Set to look at once.
+        problems: Problems by network, namespace or database.
+        changed: Set to check at once.
     """
 
     source: OvnSource
@@ -76,7 +76,7 @@ class Provisioner:
     _waits: dict[str, float] = field(default_factory=dict)
 
     async def run(self) -> None:
-        """Compare and act until cancelled, at each change of the databases and now and then."""
+        """Compare and act until cancelled, at each change of the databases and every ten seconds."""
         clock = asyncio.get_running_loop().time
         backoff = Backoff(_FIRST_AGAIN_S, _LONGEST_AGAIN_S)
         due = clock()
@@ -103,10 +103,10 @@ class Provisioner:
                 await asyncio.sleep(_TOGETHER_S)
 
     async def converge(self) -> OvnPlan:
-        """Look, plan and act once; what was planned.
+        """Observe, plan and act once. Return the plan.
 
         Raises:
-            DataplaneError: The host cannot be looked at.
+            DataplaneError: The host cannot be observed.
         """
         local, known = self.source.local, self.source.known
         if local is None:

@@ -1,4 +1,4 @@
-"""Takes away what was made here for OVN's networks, when the operator wants it: `imdsproxy stop --data-plane`."""
+"""Removal of our objects for OVN's networks, for `imdsproxy stop --data-plane`."""
 
 import asyncio
 from collections.abc import Iterable
@@ -19,18 +19,18 @@ _ANSWER_S: Final = 10.0
 
 
 async def sweep_places(open_vswitch: str, thread: NamespaceThread, naming: Naming) -> None:
-    """Remove our namespaces and their ports, once HAProxy has ended.
+    """Remove our namespaces and their ports, after HAProxy has ended.
 
-    What an agent has made stays, and so does a namespace that another process listens in: it serves the guests now.
+    Objects of an agent stay. A namespace in which another process listens stays too: that process serves the guests.
 
     Args:
-        open_vswitch: Its database.
-        thread: Where namespaces are entered.
-        naming: Says what is ours.
+        open_vswitch: Open vSwitch's database.
+        thread: Thread that enters namespaces.
+        naming: Names and marks of our own objects.
 
     Raises:
         DataplaneError: The host refuses.
-        SourceUnavailable: Open vSwitch's database is away, or refuses; the namespaces are removed all the same.
+        SourceUnavailable: Open vSwitch's database cannot be reached, or refuses. The namespaces are removed anyway.
     """
     seen = await thread.run(lambda: look_at_places(thread, naming))
     remove = [name for name, one in seen.items() if one.is_ours and not one.is_listened]
