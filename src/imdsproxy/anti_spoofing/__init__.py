@@ -1,1 +1,1 @@
-"""MAC filters and hop limits: what the kernel does so that guests get their own metadata only."""
+"""MAC filters and hop limits: rules in the kernel that let guests read only their own metadata."""

@@ -1,6 +1,6 @@
-"""Forged claims: guests that say by ARP or ND that an address is at their MAC, while its pair has another.
+"""Forged claims: guests that claim an address for their MAC by ARP or ND, although its pair has another MAC.
 
-They change nothing for the owner (`anti_spoofing.rules`); they are counted so that operators learn of them.
+They change nothing for the owner (`anti_spoofing.rules`). They are counted so that operators see them.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from imdsproxy.errors import DataplaneError
 from imdsproxy.host.clock import Clock
 
 _FRESH_S: Final = 1.0
-"""For so long counters are not read again: of a thousand networks that takes a tenth of a second."""
+"""Seconds for which counters are not read again: a thousand networks take a tenth of a second."""
 
 
 @dataclass(slots=True)
@@ -25,7 +25,7 @@ class ForgedClaims:
     """Counts of forged claims, read from the MAC filters when an operator or Prometheus asks.
 
     Attributes:
-        by_network: Of each network with a MAC filter.
+        by_network: Claims by network, for each network with a MAC filter.
     """
 
     filters: MacFilters
@@ -34,7 +34,7 @@ class ForgedClaims:
     _read_at: float | None = None
 
     async def refresh(self) -> None:
-        """Read the counters, unless that was done a moment ago."""
+        """Read the counters, unless they were read a moment ago."""
         now = self.clock.monotonic()
         if self._read_at is not None and now - self._read_at < _FRESH_S:
             return
@@ -55,13 +55,13 @@ class ForgedClaims:
         return {str(name): claims.count for name, claims in self.by_network.items()}
 
     def claimants(self, key: AddressKey) -> tuple[MacAddress, ...]:
-        """MACs that have claimed an address in the last ten minutes, without its pair's of now."""
+        """Return the MACs that claimed an address in the last ten minutes, except the MAC of its current pair."""
         claims = self.by_network.get(key[0])
         found = () if claims is None else claims.macs.get(key[1], ())
         return tuple(mac for mac in found if mac != self.filters.granted(key))
 
     def lines(self) -> tuple[str, ...]:
-        """A line for each address that was claimed in the last ten minutes."""
+        """Return a line for each address that was claimed in the last ten minutes."""
         keys = [
             (network, address)
             for network, claims in self.by_network.items()

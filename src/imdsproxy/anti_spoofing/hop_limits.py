@@ -1,8 +1,8 @@
-"""Hop limits as records and the host want them: the kernel's rule exists before a record relies on it.
+"""Hop limits for records: the kernel's rule exists before a record relies on it.
 
-Two loops work here, as with MAC filters. The record loop has every map value checked before it is in force: where the
-rule is missing, no token is given. The listener loop creates the rule where guests of such records are answered, and
-removes it where it is no longer needed.
+Two loops use this module, as with MAC filters. The record loop checks every map value before it comes into force: if
+the rule is missing, guests get no token. The listener loop creates the rule where HAProxy answers guests of such
+records, and removes unneeded rules.
 """
 
 import asyncio
@@ -22,14 +22,14 @@ _NONE: frozenset[NetworkId] = frozenset()
 
 @dataclass(slots=True)
 class HopLimits:
-    """Which networks have records with a hop limit, and where the rule for it is.
+    """Networks that have records with a hop limit, and the places of the kernel's rule.
 
     Args:
-        on_change: Called with networks whose records have to be planned again.
-        on_need: Called with networks whose listeners have to be looked at.
+        on_change: Called with networks whose records must be planned again.
+        on_need: Called with networks whose listeners must be checked again.
 
     Attributes:
-        refused: Why a network has no rule.
+        refused: Problems of networks without the rule.
     """
 
     kernel: KernelHopLimits
@@ -50,7 +50,7 @@ class HopLimits:
         return bool(self._limited)
 
     async def preload(self) -> None:
-        """Rely on what an earlier process left, as far as it can be had.
+        """Restore the rules of an earlier process, as far as possible, and rely on them.
 
         Raises:
             HostRefused: Our journal cannot be read.
@@ -59,19 +59,19 @@ class HopLimits:
         self._open = await self.kernel.restore({name for some in places.values() for name in some})
         there = set(map(name_of, self._open))
         self._armed = frozenset(network for network, some in places.items() if there >= set(some))
-        # HAProxy may have records that rely on it until all of them have been checked.
+        # Until all records have been checked, HAProxy may have some that rely on the rule.
         self._promised = frozenset(places)
 
     # For the record loop
 
     def effective(self, network: NetworkId, policy: str) -> str:
-        """A record's policy field as it may be in force now."""
+        """Return a record's policy field, without a token if the network has no rule now."""
         if hop_limit_of(policy) == UNLIMITED or network in self._armed:
             return policy
         return withhold_token(policy)
 
     def restrict(self, wanted: dict[str, str | None]) -> frozenset[NetworkId]:
-        """Change map values that rely on a rule which is not there; `commit` takes what this returns.
+        """Change map values that rely on a missing rule. Return a value to pass to `commit`.
 
         Args:
             wanted: Map values by map key.
@@ -93,11 +93,11 @@ class HopLimits:
         return self._armed
 
     def commit(self, armed: frozenset[NetworkId], *, complete: bool) -> None:
-        """What `restrict` changed is in force.
+        """Note that the map values of `restrict` are in force.
 
         Args:
-            armed: What `restrict` returned.
-            complete: Every record has been checked by now.
+            armed: Return value of `restrict`.
+            complete: Whether every record has been checked by now.
         """
         if not complete or not self._promised:
             return
@@ -111,10 +111,10 @@ class HopLimits:
         """Create the rule wherever it is needed, before HAProxy listens there.
 
         Args:
-            endpoints: What can be bound.
+            endpoints: Endpoints that can be bound.
 
         Returns:
-            Networks not to listen in yet: HAProxy has records that rely on a rule which cannot be created there.
+            Networks not to listen in yet: HAProxy has records that rely on the rule, which cannot be created there.
 
         Raises:
             HostRefused: Our journal cannot be read or written.
@@ -123,13 +123,13 @@ class HopLimits:
         if not needed:
             self._armed, self._open, self.refused = _NONE, frozenset(), {}
             return _NONE
-        # Where answers to guests of these networks are sent from; without networks that have no endpoint.
+        # Namespaces that send answers to guests of these networks; networks without an endpoint have none.
         places: dict[NetworkId, set[HopPlace]] = {}
         for one in endpoints:
             if one.network in needed:
                 places.setdefault(one.network, set()).add(one.namespace)
         wanted = frozenset(place for some in places.values() for place in some)
-        # A removal during this is looked at in the next round.
+        # The next round handles a removal during this call.
         before, self._suspect = frozenset() if self._suspect else self._open, False
         missing = wanted - before
         if missing:
@@ -149,7 +149,7 @@ class HopLimits:
             structlog.get_logger().error("no hop limit", network=name, reason=refused[name].reason)
         self.refused = refused
         armed = frozenset(network for network, some in places.items() if some <= self._open)
-        # A network without endpoints keeps what it has: what is in force for it harms no guest.
+        # A network without endpoints keeps its state: its records in force harm no guest.
         armed |= self._armed - places.keys()
         changed, self._armed = self._armed ^ armed, armed
         if changed:
@@ -159,7 +159,7 @@ class HopLimits:
         )
 
     async def sweep(self) -> None:
-        """Remove the rule where no record relies on it any more, once HAProxy listens as it should.
+        """Remove the rule where no record relies on it, after HAProxy's configuration is in force.
 
         Raises:
             HostRefused: The kernel refuses, or our journal cannot be written.
@@ -167,7 +167,7 @@ class HopLimits:
         await self._close(self._limited.keys() | self._promised)
 
     async def close_all(self) -> None:
-        """Remove all of ours."""
+        """Remove all our rules."""
         await self._close(set())
 
     async def _close(self, needed: set[NetworkId]) -> None:
@@ -177,7 +177,7 @@ class HopLimits:
         kept = {network: some for network, some in places.items() if network in needed}
         gone = {name for some in places.values() for name in some}
         gone -= {name for some in kept.values() for name in some}
-        # Before it is removed: a record that comes meanwhile must not rely on it.
+        # Disarm before the removal: a record that comes meanwhile must not rely on the rule.
         self._armed &= kept.keys()
         async with self._lock:
             await self.kernel.close([(name, self.kernel.table) for name in gone])
@@ -185,9 +185,9 @@ class HopLimits:
         self.journal.store(kept)
 
     async def lost(self, table: str | None) -> None:
-        """A table of this name (`None`: any) was removed, perhaps by us: create ours again, and look at all of it.
+        """Recreate our tables after a table of this name (`None`: any) was removed, perhaps by us. Request a check.
 
-        At once: the listener loop may wait for HAProxy, and answers have no limit meanwhile.
+        This happens at once: the listener loop may be waiting for HAProxy, and answers have no limit meanwhile.
         """
         if table in (None, self.kernel.table) and self._open:
             self._suspect = True

@@ -1,4 +1,4 @@
-"""What the host does to guests' packets beside our own tables, and whether its kernel can filter by MAC. Read only."""
+"""Observation of other programs' rules for guests' packets, and of the kernel's support for MAC filters. Read only."""
 
 import asyncio
 import contextlib
@@ -50,12 +50,12 @@ _ANSWERER: Final = re.compile(r"arp saddr ip|--arp-ip-src")
 
 @dataclass(frozen=True, slots=True)
 class GuestBridge:
-    """A bridge that guests are on.
+    """Bridge with guests.
 
     Attributes:
-        name: Its own, and where it is.
-        macs: By the port's name, words for what keeps the guest on it to its MAC; empty where nothing was seen.
-        posing: Ports whose guest may answer ARP and ND in the metadata service's place.
+        name: Name of the bridge, and its namespace.
+        macs: Description, by port, of the rule that binds the guest to its MAC; empty without such a rule.
+        posing: Ports whose guest may answer ARP and ND in place of the metadata service.
     """
 
     name: str
@@ -65,11 +65,11 @@ class GuestBridge:
 
 @dataclass(frozen=True, slots=True)
 class GuestBridges:
-    """What the guests of a network are plugged into.
+    """Bridges of a network's guests.
 
     Attributes:
-        bridges: As far as they are to be seen.
-        missing: The device or namespace that is not there, in the network namespace of who looks.
+        bridges: Visible bridges.
+        missing: Device or namespace that does not exist in the observing process's network namespace.
     """
 
     bridges: tuple[GuestBridge, ...] = ()
@@ -82,14 +82,14 @@ def observe_guests(
     directory: NamespaceDirectory,
     read: Callable[[str | None], str],
 ) -> GuestBridges:
-    """The bridges that a network's guests are on: of this namespace, and behind a namespace's devices.
+    """Observe the bridges of a network's guests: in this namespace, and behind a namespace's devices.
 
     Args:
-        listener: The network's.
-        naming: How our own ports are named.
-        directory: Of namespaces.
-        read: Lists the rules (`read_rules`) of the namespace that the calling thread is in. It gets its name, or `None`
-            for that of this process.
+        listener: Listener of the network.
+        naming: Names of our own ports.
+        directory: Directory of namespaces.
+        read: Lists the rules (`read_rules`) in the calling thread's namespace. Its argument is the namespace's name, or
+            `None` for that of this process.
 
     Raises:
         OSError: The kernel refuses.
@@ -111,7 +111,7 @@ def _observe_guests(
             device = find_link(channel, name)
             if device is None:
                 return GuestBridges(missing=f"device {name}")
-            # Nobody else gets what guests send for the metadata address (`listeners.nft_scripts`).
+            # No other guest gets packets for the metadata address (`listeners.nft_scripts`).
             seen = _observe_bridge(channel, device, naming, read, led=True)
             return GuestBridges(tuple(filter(None, [seen])))
     namespace, found = listener.namespace, list[GuestBridge | None]()
@@ -127,7 +127,7 @@ def _observe_guests(
         with NetlinkSocket() as channel:
             ends = veth_ends(channel)
             here = {one.index: one for one in list_links(channel)}
-            # The index alone may be that of another device.
+            # Compare both ends: the index alone may belong to another device.
             ports = [here[peer] for own, peer in far.items() if ends.get(peer) == own]
             own_ports = frozenset(one.name for one in ports)
             masters = dict.fromkeys(one.master for one in ports if one.master in here)
@@ -148,9 +148,10 @@ def _observe_bridge(
     own: Collection[str] = (),
     led: bool = False,
 ) -> GuestBridge | None:
-    """`None` for what is no bridge. Where guests are `led`, none can pose as the metadata service.
+    """Observe a bridge; `None` for other devices.
 
-    No guest is on the ports that are the service's `own`.
+    On ports in `own`, which belong to the service, there are no guests. If guests are `led`, none can pose as the
+    metadata service.
     """
     if device.kind != "bridge":
         return None
@@ -167,29 +168,29 @@ def _observe_bridge(
     names = [one.device.name for one in guests if not one.isolated]
     posing = [name for name in names if not rules_for(name, rules, _ANSWERER)]
     where = "" if namespace is None else f" in namespace {namespace}"
-    # One guest has no neighbour.
+    # A single guest has no neighbour.
     return GuestBridge(device.name + where, macs, () if led or len(guests) < 2 else tuple(posing))  # noqa: PLR2004
 
 
 def rules_for(port: str, rules: str, what: re.Pattern[str] = _SOURCE) -> str:
-    """Words for a rule that names a port beside a source MAC, or something else; empty where none does."""
+    """Return a description if a rule's table names a port and matches `what`, such as a source MAC; else empty."""
     name = re.compile(rf"(?<![\w.-]){re.escape(port)}(?![\w.-])")
     found = any(name.search(one) and what.search(one) for one in _TABLE.split(rules))
     return "a rule" if found else ""
 
 
 def read_rules(commands: Iterable[tuple[str, ...]] = _RULE_READERS) -> str:
-    """Every rule for bridges and devices, as far as there are programs that list them.
+    """Read all rules for bridges and devices, with the installed programs that list them.
 
     Raises:
-        HostRefused: One of them hangs.
+        HostRefused: A program hangs.
     """
     listed = (_run(*command) for command in commands)
     return "\n".join(text for _, text in filter(None, listed))
 
 
 def _run(program: str, *arguments: str) -> tuple[int, str] | None:
-    """Status and output of a program; `None` where it is not installed."""
+    """Run a program; return its status and output, or `None` if it is not installed."""
     path = shutil.which(program)
     if path is None:
         return None
@@ -197,7 +198,7 @@ def _run(program: str, *arguments: str) -> tuple[int, str] | None:
 
 
 def try_mac_filter() -> str:
-    """Why the kernel cannot have a MAC filter; empty where it can. Tried in a network namespace that ends at once."""
+    """Try a MAC filter in a temporary network namespace. Return why the kernel refuses; empty if it does not."""
 
     def attempt() -> str:
         try:
@@ -216,12 +217,12 @@ def try_mac_filter() -> str:
 
 @dataclass(frozen=True, slots=True)
 class DroppingChain:
-    """A base chain for IPv4 that drops what no rule of it accepts.
+    """Base chain for IPv4 with policy `drop`.
 
     Attributes:
-        name: Family, table and its own name.
+        name: Family, table and name of the chain.
         hook: `input` or `forward`.
-        rules: All rules of its table, as text to look for words in.
+        rules: All rules of the chain's table, as text to search.
     """
 
     name: str
@@ -230,7 +231,7 @@ class DroppingChain:
 
 
 def read_dropping_chains() -> tuple[DroppingChain, ...]:
-    """The dropping chains that nft(8) lists, which are not those of iptables-legacy; none without nft(8).
+    """Read the dropping chains that nft(8) lists; without those of iptables-legacy, and empty without nft(8).
 
     Raises:
         HostRefused: nft hangs.
@@ -240,7 +241,7 @@ def read_dropping_chains() -> tuple[DroppingChain, ...]:
 
 
 def parse_dropping_chains(ruleset: str) -> tuple[DroppingChain, ...]:
-    """Out of `nft --json list ruleset` (libnftables-json(5))."""
+    """Parse the dropping chains in the output of `nft --json list ruleset` (libnftables-json(5))."""
     entries: Sequence[Mapping[str, Mapping[str, object]]] = json.loads(ruleset)["nftables"]
     found = []
     for chain in (one["chain"] for one in entries if "chain" in one):
@@ -254,7 +255,7 @@ def parse_dropping_chains(ruleset: str) -> tuple[DroppingChain, ...]:
 
 
 def passes_forward_chain(setting: Path = _BRIDGED) -> bool:
-    """Whether packets between a bridge's ports go through IPv4's chains (br_netfilter)."""
+    """Return whether packets between a bridge's ports pass IPv4's chains (br_netfilter)."""
     try:
         return setting.read_text().strip() == "1"
     except FileNotFoundError:
@@ -262,7 +263,7 @@ def passes_forward_chain(setting: Path = _BRIDGED) -> bool:
 
 
 def leads_by(address: IPv4Address, device: str) -> bool | None:
-    """Whether the host's own way to an address is by a device; `None` where there is no such device."""
+    """Return whether the host's own route to an address uses a device; `None` if there is no such device."""
     with NetlinkSocket() as channel:
         link = find_link(channel, device)
         return None if link is None else route_device(channel, address) == link.index

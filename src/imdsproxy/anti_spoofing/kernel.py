@@ -1,4 +1,4 @@
-"""Our tables in nf_tables: MAC filters and hop limits, created, changed and removed, each in its namespace."""
+"""Our tables in nf_tables: creation, change and removal of MAC filters and hop limits in their namespaces."""
 
 import asyncio
 import contextlib
@@ -35,13 +35,13 @@ K = TypeVar("K")
 T = TypeVar("T")
 
 TableJournal: TypeAlias = Journal[dict[NetworkId, list[str | None]]]
-"""For each network the names of namespaces (`None`: the host's own), or that of one and of a table in it."""
+"""Names of namespaces by network (`None`: the host's own), or the names of one namespace and its table."""
 
 HopPlace: TypeAlias = NamespaceRef | None
-"""A namespace that answers are sent from; `None` is the host's own."""
+"""Namespace that sends answers; `None` is the host's own."""
 
 FilterChange: TypeAlias = tuple[MacFilter, PairMap, PairMap]
-"""A filter, the pairs in it, and those that are to be."""
+"""Filter, its current pairs, and its wanted pairs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Claims:
     """Claims of guests, by ARP or ND, to addresses whose pair has another MAC.
 
     Attributes:
-        count: How often, since the filter was created.
+        count: Number of claims since the filter was created.
         macs: MACs that claimed an address in the last ten minutes, by address.
     """
 
@@ -66,24 +66,24 @@ _NO_TABLES: Final = (errno.EOPNOTSUPP, errno.EPROTONOSUPPORT, errno.ENOENT, errn
 
 
 def table_journal(path: Path) -> TableJournal:
-    """The journal in a file."""
+    """Return the journal in a file."""
     return Journal(path, {}, "remove it; nft list tables shows what is left")
 
 
 def name_of(namespace: NamespaceRef | None) -> str | None:
-    """The name of a namespace; `None` is the host's own."""
+    """Return the name of a namespace; `None` is the host's own."""
     return None if namespace is None else namespace.name
 
 
 class TableGone(HostRefused):
-    """A table, or its namespace, was removed by another program."""
+    """Another program removed a table or its namespace."""
 
 
 class KernelTables:
     """Tables of one family in many namespaces.
 
     Args:
-        thread: Where namespaces are entered.
+        thread: Thread that enters namespaces.
     """
 
     family: int
@@ -95,12 +95,12 @@ class KernelTables:
         self.thread = thread
 
     async def close(self, places: Collection[Sequence[str | None]]) -> None:
-        """Remove tables (namespace or `None` for the host's own, name).
+        """Remove tables, given by namespace (`None` for the host's own) and name.
 
         Raises:
             HostRefused: The kernel refuses.
         """
-        # For each the kernel waits 12 ms, for many at once not much longer.
+        # The kernel waits 12 ms per table, but not much longer for many in parallel.
         work = iter(places)
         count = min(len(places), _CLOSERS)
         await asyncio.gather(*(self._close_some(work) for _ in range(count)))
@@ -113,7 +113,7 @@ class KernelTables:
     def _drop(self, thread: NamespaceThread, namespace: str | None, table: str) -> None:
         batch = Batch(table, self.family)
         batch.drop_table()
-        # A kernel without such tables has none, and neither has a namespace that is gone.
+        # A kernel without such tables, or a removed namespace, has nothing to remove.
         none, action = Ignoring(*_NO_TABLES), f"remove table {self.family_name} {table}"
         with refusing(action), none, thread.inside(namespace):
             commit(batch)
@@ -122,7 +122,7 @@ class KernelTables:
         name = name_of(namespace)
         try:
             with contextlib.suppress(NamespaceMissing), self.thread.inside(name) as ref:
-                # A name may lead to another namespace by now.
+                # The name may belong to another namespace by now.
                 if ref == namespace:
                     return work()
         except OSError as error:
@@ -133,7 +133,7 @@ class KernelTables:
     async def attempt(
         self, works: Mapping[K, tuple[NamespaceRef | None, str, Callable[[], T]]]
     ) -> dict[K, T | DataplaneError]:
-        """Do work in many namespaces (each with what it is, in words); its results, or why it failed."""
+        """Run functions in their namespaces, each with a description. Return the results or errors."""
 
         def try_all() -> dict[K, T | DataplaneError]:
             found: dict[K, T | DataplaneError] = {}
@@ -161,10 +161,10 @@ class KernelMacFilters(KernelTables):
     async def open(
         self, filters: Iterable[MacFilter]
     ) -> dict[NetworkId, PairMap | DataplaneError | None]:
-        """Create these filters, empty; one that is as it should be stays as it is.
+        """Create empty filters; an existing filter with the same rules and devices stays.
 
         Returns:
-            For each network the pairs that its filter has from before; `None` where it was created just now.
+            By network, the pairs of an existing filter, `None` for a new filter, or an error.
         """
         return await self.attempt(
             {one.network: (one.namespace, _action(one), partial(_open, one)) for one in filters}
@@ -180,10 +180,10 @@ class KernelMacFilters(KernelTables):
         """Change the pairs of many filters.
 
         Args:
-            changes: Of each filter.
-            fresh: Networks whose filter was created just now: in others, addresses may have another guest by now.
-            busy: Networks that HAProxy listened in before there was a filter: connections that are open there go on
-                as they began.
+            changes: Changes of each filter.
+            fresh: Networks whose filter is new; in the others, an address may have changed its guest.
+            busy: Networks in which HAProxy listened before the filter existed: their open connections continue as they
+                began.
         """
         works: dict[NetworkId, tuple[NamespaceRef | None, str, Callable[[], None]]] = {}
         for one, has, wanted in changes:
@@ -195,7 +195,7 @@ class KernelMacFilters(KernelTables):
     async def change(
         self, one: MacFilter, *, has: PairMap = _NO_PAIRS, wanted: PairMap = _NO_PAIRS
     ) -> None:
-        """Remove pairs that it has, and end their connections with all that is still to be sent; add those wanted.
+        """Remove pairs and end their connections, discarding unsent data; add the wanted pairs.
 
         Raises:
             TableGone: There is no such filter.
@@ -204,10 +204,10 @@ class KernelMacFilters(KernelTables):
         await self._change(one, partial(_fill, one, has, wanted))
 
     async def release(self, places: Collection[Sequence[str | None]]) -> None:
-        """Have filters redirect only connections that are open now: new ones are another process's.
+        """Make filters redirect only connections that are open now: another process gets new connections.
 
         Args:
-            places: Namespace, or `None` for the host's own, and the table's name.
+            places: Tables by namespace (`None` for the host's own) and name.
 
         Raises:
             HostRefused: The kernel refuses.
@@ -215,7 +215,7 @@ class KernelMacFilters(KernelTables):
 
         def release() -> None:
             for namespace, table in places:
-                # A filter that is gone redirects nothing.
+                # A removed filter redirects nothing.
                 none = Ignoring(*_NO_TABLES)
                 with refusing(f"release table {table}"), none, self.thread.inside(namespace):
                     _release(table or "")
@@ -223,7 +223,7 @@ class KernelMacFilters(KernelTables):
         await self.thread.run(release)
 
     async def has_connections(self, namespace: str | None) -> bool:
-        """Whether connections to the metadata addresses are open there, another process's too."""
+        """Return whether a namespace has open connections to the metadata addresses, including other processes'."""
 
         def look() -> bool:
             with (
@@ -245,8 +245,7 @@ class KernelMacFilters(KernelTables):
         """Send answers on an unverified connection to this MAC only.
 
         Returns:
-            False where those on a connection from that port go to another MAC already: what was sent to that one may
-            have to be sent again.
+            False if answers to that port already go to another MAC: data sent to that MAC may need retransmission.
 
         Raises:
             TableGone: There is no such filter.
@@ -264,7 +263,7 @@ class KernelMacFilters(KernelTables):
         return await self._change(one, bind)
 
     async def sender(self, one: MacFilter, address: IpAddress, port: int) -> MacAddress | None:
-        """The MAC that an unverified connection came from; `None` where that is not known (any more).
+        """Return the MAC that an unverified connection came from; `None` if unknown or expired.
 
         Raises:
             HostRefused: The kernel refuses.
@@ -286,8 +285,9 @@ class KernelMacFilters(KernelTables):
         """Read the counters of forged claims.
 
         Args:
-            filters: Of which networks.
-            before: The claims read before. If no claim was counted since, and none was recent then, no more is read.
+            filters: Filters to read.
+            before: Claims of the last reading. If the counter is unchanged and no claim was recent then, the sets are
+                not read.
         """
         return await self.attempt(
             {
@@ -316,8 +316,8 @@ class KernelHopLimits(KernelTables):
     """The rule for hop limits: one table of family `inet` in each namespace.
 
     Args:
-        thread: Where namespaces are entered.
-        table: Its name in nf_tables, ours alone.
+        thread: Thread that enters namespaces.
+        table: Name of the table, used only by us.
     """
 
     family = INET
@@ -332,7 +332,7 @@ class KernelHopLimits(KernelTables):
         self.table = table
 
     async def open(self, places: Iterable[HopPlace]) -> dict[HopPlace, DataplaneError | None]:
-        """Create the rule; one that is as it should be stays as it is."""
+        """Create the rule; an equal existing rule stays. Return the errors by place."""
 
         def create() -> None:
             with NetfilterSocket() as channel:
@@ -342,7 +342,7 @@ class KernelHopLimits(KernelTables):
         return await self.attempt({one: (one, action, create) for one in places})
 
     async def restore(self, names: Collection[str | None]) -> frozenset[HopPlace]:
-        """Create the rule in namespaces of these names (`None`: the host's own); where it is then."""
+        """Create the rule in the named namespaces (`None`: the host's own). Return the places with the rule."""
         identity = self.thread.directory.identity
         found = {None if name is None else identity(name) for name in names}
         results = await self.open(found if None in names else found - {None})
@@ -355,7 +355,7 @@ def _action(one: MacFilter) -> str:
 
 def _open(one: MacFilter) -> PairMap | None:
     def fill(batch: Batch) -> None:
-        # HAProxy would refuse the whole configuration.
+        # A port that is in use would make HAProxy refuse the whole configuration.
         for name, index in one.devices:
             for family in Family:
                 if try_bind(family, name, index, VERIFIED_PORT) == errno.EADDRINUSE:
@@ -389,7 +389,7 @@ def _fill(
                 flow = rules.flow_of(connection.peer, connection.port)
                 batch.add_elements(f"begun{connection.peer.version}", [(flow,)])
     for name, keys in _elements(gone).items():
-        # Adding them first: the kernel refuses to remove an element that is not there.
+        # Add the elements first: the kernel refuses to remove a missing element.
         batch.add_elements(name, keys)
         batch.remove_elements(name, keys)
     for name, keys in _elements(come).items():
@@ -397,11 +397,11 @@ def _fill(
     if batch.changes:
         commit(batch)
     if gone:
-        # Their answers are dropped now, and nothing may be sent again to the next guest that has the address.
+        # Their answers are dropped now. HAProxy must not retransmit them to the next guest with the address.
         end_connections(VERIFIED_PORT, frozenset(gone))
     macs = {address: mac for address, mac in come.items() if mac != ANY_MAC}
     if macs and not fresh:
-        # Where another guest had the address, the kernel would look for that one, for up to a minute.
+        # If another guest had the address, the kernel would use that guest's MAC for up to a minute.
         with NetlinkSocket() as route:
             for _, index in one.devices:
                 correct_neighbours(route, index, macs)
@@ -411,7 +411,7 @@ def _read_claims(table: str, before: Claims) -> Claims:
     with NetfilterSocket() as channel:
         count = channel.counted(table, rules.CLAIMS)
         if count is None or (count == before.count and not before.macs):
-            # A filter that is gone is created again soon.
+            # A removed filter is created again soon.
             return before
         macs: dict[IpAddress, tuple[MacAddress, ...]] = {}
         for name in rules.CLAIMED:
@@ -422,7 +422,7 @@ def _read_claims(table: str, before: Claims) -> Claims:
 
 
 def _release(table: str) -> None:
-    """In the namespace of the calling thread."""
+    """Release a table in the calling thread's namespace."""
     batch = Batch(table)
     rules.pass_by_new(batch)
     commit(batch)

@@ -1,8 +1,8 @@
-"""MAC filters and the pairs in them, kept as networks and records want them.
+"""MAC filters and their pairs, kept in step with networks and records.
 
-Two loops work here. The listener loop creates filters before HAProxy listens behind them, and fills them afterwards;
-the record loop withdraws and grants pairs around a change of HAProxy's maps. What was granted is kept here, so that a
-filter that is created again gets the pairs of the one before.
+Two loops use this module. The listener loop creates filters before HAProxy listens behind them, and fills them
+afterwards. The record loop withdraws and grants pairs around a change of HAProxy's maps. This module keeps the granted
+pairs, so that a recreated filter gets the pairs of the earlier filter.
 """
 
 import asyncio
@@ -42,10 +42,10 @@ T = TypeVar("T")
 _Mac = TypeVar("_Mac", MacAddress, MacAddress | None)
 
 _RELEASED: Final = "released"
-"""In the journal: the filter redirects nothing new, and is created anew before it is used again."""
+"""Mark in the journal: the filter redirects no new connections, and must be recreated before its next use."""
 
 _LINGER_S: Final = 30.0
-"""Longer than HAProxy keeps an idle connection."""
+"""Seconds for which pairs and released filters linger: longer than HAProxy keeps an idle connection."""
 
 
 @dataclass(slots=True)
@@ -53,12 +53,12 @@ class MacFilters:
     """All MAC filters of this host.
 
     Args:
-        on_change: Called with networks whose guests are trusted by another rule than before.
+        on_change: Called with networks whose rule for trusting guests has changed.
         on_missing: Called when another program has removed a filter.
 
     Attributes:
-        plan: What HAProxy listens on, by who answers there.
-        refused: Why a network has no filter.
+        plan: HAProxy's current endpoints and filters.
+        refused: Problems of networks without a filter.
     """
 
     kernel: KernelMacFilters
@@ -88,25 +88,25 @@ class MacFilters:
     # State
 
     def is_plain(self, network: NetworkId) -> bool:
-        """Whether HAProxy answers there, or is about to, without MAC checks."""
+        """Return whether HAProxy answers, or is about to answer, in a network without MAC checks."""
         return network in self._plain
 
     def is_up(self, network: NetworkId) -> bool:
-        """Whether the kernel filters a network's guests by their MACs."""
+        """Return whether the kernel filters a network's guests by their MACs."""
         return network in self._full
 
     def granted(self, key: AddressKey) -> MacAddress | None:
-        """The MAC that an address is trusted with now; `None` for none."""
+        """Return the MAC in the granted pair of an address; `None` without a pair."""
         return self._granted.get(key[0], {}).get(key[1])
 
     def keys(self) -> Iterator[AddressKey]:
-        """Every address that has a pair."""
+        """Yield all addresses that have a pair."""
         for network in tuple(self._granted):
             yield from ((network, address) for address in self._granted.get(network, {}))
 
     @property
     def pair_count(self) -> int:
-        """How many addresses have a pair."""
+        """Number of addresses that have a pair."""
         return self._granted.total
 
     # For the listener loop
@@ -119,24 +119,24 @@ class MacFilters:
         *,
         running: bool,
     ) -> MacFilterPlan:
-        """Plan what to listen on, and create the filters for it, before HAProxy listens behind them.
+        """Plan the endpoints and create their filters, before HAProxy listens behind them.
 
         Args:
-            networks: All of them.
-            endpoints: What can be bound.
-            observed: The host that they were planned from.
-            running: HAProxy listens already.
+            networks: All networks.
+            endpoints: Endpoints that can be bound.
+            observed: Host from which the endpoints were planned.
+            running: Whether HAProxy listens already.
 
         Raises:
             HostRefused: Our journal cannot be read or written.
         """
         plan = plan_mac_filters(networks, endpoints, observed, self.naming, self._checkable)
         listened = plan if running and not self._settled else self.plan
-        # Connections that another process has there go on as well.
+        # Open connections of another process there must continue too.
         self._busy = {one.network for one in listened.binds} | {
             name for name, one in plan.filters.items() if _is_shared(one, observed)
         }
-        # Before HAProxy is: a record that comes meanwhile must not rely on a filter that is not there.
+        # Mark plain networks before HAProxy changes: a record that comes meanwhile must not rely on a missing filter.
         self._plain |= plan.plain_networks
         async with self._lock:
             released = self._released().keys()
@@ -151,10 +151,10 @@ class MacFilters:
                 places = {name: [name_of(one.namespace), one.table] for name, one in new.items()}
                 self.journal.store({**self.journal.load(), **places})
             self._full -= new.keys() - self._suspect
-            # A removal during this is looked at in the next round.
+            # The next round handles a removal during this call.
             self._suspect -= new.keys()
             opened = await self.kernel.open(new.values())
-            # Those from before are among what was opened, or are not needed any more.
+            # Earlier refusals were tried again just now, or are no longer relevant.
             before, self.refused = self.refused, {}
             for name, result in opened.items():
                 self._opened(new[name], result)
@@ -172,8 +172,8 @@ class MacFilters:
     def _checkable(self, network: NetworkId) -> bool:
         if self.inventory.carries_macs(network):
             return True
-        # What there is already stays: to close it would end its guests' connections. And before the sources have
-        # reported everything, what an earlier process left.
+        # Existing filters stay: closing a filter would end its guests' connections. Until all sources are in sync, the
+        # filters of an earlier process stay too.
         kept = {} if self.inventory.in_sync else self.journal.load()
         return network in self._open or network in kept
 
@@ -188,19 +188,19 @@ class MacFilters:
             return
         self._full.add(name)
         granted = self._granted.get(name, {})
-        # What an earlier process granted counts on where not all sources were in sync.
+        # If not all sources were in sync, the pairs that an earlier process granted stay valid.
         if not self._known or self._partial:
             granted = self._granted[name] = {**found, **granted}
         if found != granted:
             self._found[name] = found
 
     async def release(self, plan: MacFilterPlan, *, sweep: bool) -> None:
-        """Have the filters of what is listened on no more redirect only connections that are open.
+        """Make filters that are no longer needed redirect only open connections.
 
-        HAProxy still listens: whatever else does gets each connection that begins from now on.
+        HAProxy still listens: other processes get each connection that begins from now on.
 
         Args:
-            plan: Of `open`.
+            plan: Plan returned by `open`.
             sweep: As for `settle`.
 
         Raises:
@@ -216,7 +216,7 @@ class MacFilters:
             self.journal.store(places | {name: [*places[name], _RELEASED] for name in going})
 
     def _released(self) -> dict[NetworkId, list[str | None]]:
-        """Filters that redirect nothing new, by our journal."""
+        """Return the released filters in our journal: they redirect no new connections."""
         return {n: place for n, place in self.journal.load().items() if _RELEASED in place[2:]}
 
     def _unneeded(self, plan: MacFilterPlan, *, sweep: bool) -> set[NetworkId]:
@@ -224,11 +224,11 @@ class MacFilters:
         return known - plan.filters.keys()
 
     async def settle(self, plan: MacFilterPlan, *, sweep: bool) -> None:
-        """HAProxy listens: fill what was created, remove what is no longer needed.
+        """Fill new filters and remove unneeded ones, after HAProxy listens.
 
         Args:
-            plan: Of `open`.
-            sweep: Also remove what an earlier process left; off until all sources are in sync.
+            plan: Plan returned by `open`.
+            sweep: Also remove filters left by an earlier process; off until all sources are in sync.
 
         Raises:
             HostRefused: A filter cannot be removed, or our journal cannot be written.
@@ -255,7 +255,7 @@ class MacFilters:
         first, self._settled = not self._settled, True
         changed = before.plain_networks ^ plan.plain_networks
         changed |= empty
-        # At first all records are looked at anyway.
+        # In the first round all records are planned anyway.
         if changed and not first:
             self.on_change(frozenset(changed))
 
@@ -264,14 +264,14 @@ class MacFilters:
         self.refused[network] = Problem(f"networks.{network}", error.message, error.hint)
 
     async def close_all(self) -> None:
-        """Remove all of ours."""
+        """Remove all our filters."""
         async with self._lock:
             await self._close(self.journal.load().keys() | self._open.keys())
 
     async def _close_idle(self, networks: Collection[NetworkId]) -> None:
-        """Remove filters; one that was released stays while connections are open there, for a while.
+        """Remove filters, but keep a released filter for a while as long as its network has open connections.
 
-        Also those that it does not redirect: until they have ended, answers on them are bound to a MAC.
+        Connections that it does not redirect count too: until they end, their answers are bound to a MAC.
         """
         released, now = self._released(), self.clock.monotonic()
         kept = {
@@ -297,14 +297,14 @@ class MacFilters:
     def preload(self, pairs: Pairs) -> None:
         """Add pairs before HAProxy runs."""
         self._known = True
-        # For good: a source that is in sync a moment later is none that these pairs were planned from.
+        # This stays set: these pairs were planned without the sources that are in sync only later.
         self._partial |= not self.inventory.in_sync
         some = _by_network((key, mac) for key, mac in pairs.items() if mac is not None)
         for network, coming in some.items():
             self._granted[network] = {**self._granted.get(network, {}), **coming}
 
     def withheld(self, pairs: Pairs) -> frozenset[AddressKey]:
-        """Addresses that HAProxy must not know yet: MACs are not checked where they are."""
+        """Return addresses that HAProxy must not know yet, because their network does not check MACs now."""
         return frozenset(
             key
             for key, mac in pairs.items()
@@ -312,7 +312,7 @@ class MacFilters:
         )
 
     def differing(self, pairs: Pairs) -> Pairs:
-        """Those that are not granted so, and those that were about to be withdrawn."""
+        """Return pairs that differ from the granted ones, and pairs that linger."""
         return {
             (network, address): mac
             for network, some in _by_network(pairs.items()).items()
@@ -324,13 +324,13 @@ class MacFilters:
     async def withdraw(self, pairs: Pairs, staying: Collection[AddressKey] = ()) -> None:
         """Withdraw pairs of addresses that have another MAC in `pairs`.
 
-        An address without an owner keeps its pair for a moment, so that open connections get an answer instead of being
-        cut; HAProxy's map has nothing for it.
+        An address without an owner keeps its pair for a while, so that open connections get an answer instead of being
+        cut; HAProxy's map has no entry for the address.
 
         Args:
-            pairs: By address; `None` for an address without an owner.
-            staying: Addresses whose instance has them already. Their new pairs come at once, each in the place of the
-                old one: a controller that is killed before `grant` would leave the guest without one.
+            pairs: Wanted MACs by address; `None` for an address without an owner.
+            staying: Addresses that stay with their instance. Their new pairs replace the old ones at once: a controller
+                killed before `grant` would otherwise leave the guest without a pair.
 
         Raises:
             HostRefused: The kernel refuses.
@@ -358,7 +358,7 @@ class MacFilters:
                 await self._change(network, granted, {one: granted[one] for one in come}, come)
 
     async def expire(self) -> None:
-        """Withdraw the pairs of addresses that have had no owner for a while, and remove filters that are idle.
+        """Withdraw lingering pairs whose time is over, and remove idle released filters.
 
         Raises:
             HostRefused: The kernel refuses.
@@ -398,7 +398,7 @@ class MacFilters:
             self._granted[network] = {**left, **come}
 
     async def sender(self, key: AddressKey, port: int) -> MacAddress | None:
-        """The MAC that an unverified connection came from; `None` where that is not known.
+        """Return the MAC that an unverified connection came from; `None` if unknown.
 
         Raises:
             HostRefused: The kernel refuses.
@@ -407,7 +407,7 @@ class MacFilters:
         return None if mac_filter is None else await self.kernel.sender(mac_filter, key[1], port)
 
     async def bind_answers(self, key: AddressKey, port: int, mac: MacAddress) -> bool:
-        """Send answers on an unverified connection to this MAC only; false where no filter can.
+        """Send answers on an unverified connection to this MAC only. Return false if no filter can.
 
         Raises:
             HostRefused: The kernel refuses.
@@ -420,17 +420,17 @@ class MacFilters:
     async def read_claims(
         self, before: Mapping[NetworkId, Claims]
     ) -> Mapping[NetworkId, Claims | DataplaneError]:
-        """Read what guests have claimed of addresses whose pair has another MAC; see `KernelMacFilters`."""
+        """Read guests' claims to addresses whose pair has another MAC; see `KernelMacFilters`."""
         full = [one for name, one in self._open.items() if name in self._full]
         return await self.kernel.read_claims(full, before)
 
     async def _try(self, network: NetworkId, work: Callable[[MacFilter], Awaitable[T]]) -> T | None:
-        """Change a network's filter; `None` where it has none."""
+        """Run work on a network's filter; return `None` if it has no filter."""
         if network in self._full:
             try:
                 return await work(self._open[network])
             except TableGone:
-                # Without its filter all requests go to the resolver; a new filter gets what is granted by then.
+                # Without the filter all requests go to the resolver. A new filter gets the pairs granted by then.
                 structlog.get_logger().warning("MAC filter is gone", network=network)
                 self._drop(network)
                 self.on_missing(network)
@@ -441,28 +441,28 @@ class MacFilters:
         self._full.discard(network)
 
     def lost(self, table: str | None) -> None:
-        """A table of this name (`None`: any) was removed, perhaps by us: check the filters of that name."""
+        """Check the filters of this name (`None`: all) after a table was removed, perhaps by us."""
         for name in [name for name, one in self._open.items() if table in (None, one.table)]:
             self._suspect.add(name)
             self.on_missing(name)
 
     def tables(self) -> Collection[str]:
-        """The names of our tables."""
+        """Return the names of our tables."""
         return {mac_filter.table for mac_filter in self._open.values()}
 
     def namespace_of(self, network: NetworkId) -> NamespaceRef | None:
-        """The namespace of a network's filter; `None` for the host's own, or without a filter."""
+        """Return the namespace of a network's filter; `None` for the host's own, or without a filter."""
         mac_filter = self._open.get(network)
         return None if mac_filter is None else mac_filter.namespace
 
     def network_at(self, namespace: NamespaceRef | None, index: int) -> NetworkId | None:
-        """The network whose guests use a device."""
+        """Return the network whose guests use a device; `None` without a filter there."""
         network = self._devices.get((namespace, index))
         return network if network in self._open else None
 
 
 def _is_shared(one: MacFilter, observed: ObservedHost) -> bool:
-    """Whether another process listens where a filter is."""
+    """Return whether another process listens in a filter's namespace."""
     name = name_of(one.namespace)
     seen = observed.root if name is None else observed.namespaces.get(name)
     return seen is not None and any(not each.ours for each in seen.sockets)

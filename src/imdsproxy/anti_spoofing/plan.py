@@ -1,15 +1,16 @@
-"""Where MAC filters are needed, and which address goes with which MAC. Pure.
+"""Planner for MAC filters, and for pairs of address and MAC. Pure.
 
-HAProxy cannot see a client's MAC, so nf_tables sorts packets on each device that guests of a network use. Packets from
-an address with its own MAC (a pair) are redirected to a port of their own, where HAProxy answers from its maps.
-All others stay on the port that they were sent to, where HAProxy asks the resolver. Without a filter every request
-goes to the resolver: nothing is trusted by accident.
+HAProxy cannot see a client's MAC, so nf_tables sorts packets on each device that guests of a network use. It redirects
+packets from an address with its own MAC (a pair) to a separate port, where HAProxy answers from its maps. All other
+packets stay on their port, where HAProxy asks the resolver. Without a filter every request goes to the resolver: no
+guest is trusted by accident.
 
     guest ─► port 80 ─► MAC filter ─┬─ a pair        ─► port 254 ─► maps
                                     └─ anything else ─► port 80  ─► resolver
 
-Where the owner's record has no MAC, any MAC will do (`ANY_MAC`). While HAProxy's map says that an address belongs to an
-instance, no pair but that instance's may exist for it: pairs are withdrawn before the map changes and granted after.
+If the owner's record has no MAC, any MAC is accepted (`ANY_MAC`). While HAProxy's map assigns an address to an
+instance, only that instance's pair may exist for the address: pairs are withdrawn before the map changes, and granted
+afterwards.
 """
 
 from __future__ import annotations
@@ -28,26 +29,26 @@ from imdsproxy.core.observation import AddressKey, Conflict, Expired
 from imdsproxy.core.wire import VERIFIED_PORT
 
 ANY_MAC: Final = MacAddress("*")
-"""In place of a MAC: the owner's record has none."""
+"""Value in place of a MAC if the owner's record has none."""
 
 LEARNED_PER_MAC: Final = 16
-"""Addresses that one MAC of a network can have at once; a guest may take as many as it likes."""
+"""Maximum number of learned addresses per MAC and network, because a guest can take any number of addresses."""
 
 Pairs: TypeAlias = Mapping[AddressKey, MacAddress | None]
-"""The MAC of each address; `None`: it has no pair."""
+"""MACs by address; `None` for an address without a pair."""
 
 PairMap: TypeAlias = Mapping[IpAddress, MacAddress]
-"""The MAC of each address of one network; `ANY_MAC` for any."""
+"""MACs by address in one network; `ANY_MAC` for any MAC."""
 
 
 @dataclass(frozen=True, slots=True)
 class MacFilter:
-    """The filter of one network, on all devices that its guests use.
+    """Filter of one network, on all devices that its guests use.
 
     Attributes:
-        namespace: Where; `None` is the host's own.
-        devices: Names and indexes: another device may have the name next time.
-        table: Its name in nf_tables, ours alone.
+        namespace: Namespace of the filter; `None` is the host's own.
+        devices: Names and indexes of the devices; the index detects a new device with an old name.
+        table: Name of the table in nf_tables, used only by us.
     """
 
     network: NetworkId
@@ -58,13 +59,13 @@ class MacFilter:
 
 @dataclass(frozen=True, slots=True)
 class MacFilterPlan:
-    """What HAProxy binds, by who answers there.
+    """Endpoints that HAProxy binds, by the component that answers, and their filters.
 
     Attributes:
-        plain: Answered from the maps, as in networks that check no MACs.
-        verified: The same, behind a filter.
-        unverified: Answered by the resolver.
-        filters: By network.
+        plain: Endpoints answered from the maps, in networks without MAC checks.
+        verified: Endpoints behind a filter, answered from the maps.
+        unverified: Endpoints answered by the resolver.
+        filters: Filters by network.
     """
 
     plain: tuple[Endpoint, ...] = ()
@@ -79,11 +80,11 @@ class MacFilterPlan:
 
     @property
     def binds(self) -> tuple[Endpoint, ...]:
-        """Everything that HAProxy listens on."""
+        """All endpoints that HAProxy listens on."""
         return (*self.plain, *self.verified, *self.unverified)
 
     def without(self, refused: Collection[NetworkId]) -> MacFilterPlan:
-        """The same where the kernel has no filter for some networks: nothing is verified there."""
+        """Return the plan without filters for some networks, in which then no request is verified."""
         return replace(
             self,
             verified=tuple(one for one in self.verified if one.network not in refused),
@@ -98,14 +99,14 @@ def plan_mac_filters(
     naming: Naming,
     carries_macs: Callable[[NetworkId], bool],
 ) -> MacFilterPlan:
-    """Which networks need a filter, and where.
+    """Plan the filters that networks need, and the endpoints.
 
     Args:
-        networks: All of them.
-        endpoints: What can be bound.
-        observed: The host that they were planned from.
-        naming: How our own tables are named.
-        carries_macs: Whether a network's ports have MACs; where none has, nothing can be checked.
+        networks: All networks.
+        endpoints: Endpoints that can be bound.
+        observed: Host from which the endpoints were planned.
+        naming: Names of our own tables.
+        carries_macs: Returns whether a network's ports have MACs; without MACs nothing can be checked.
     """
     given = tuple(endpoints)
     checked = {
@@ -133,7 +134,7 @@ def plan_mac_filters(
 
 
 def _devices(endpoint: Endpoint, observed: ObservedHost) -> tuple[tuple[str, int], ...]:
-    """The devices on which packets for an endpoint arrive."""
+    """Return the devices on which packets for an endpoint arrive."""
     if endpoint.device is not None:
         return ((endpoint.device, endpoint.device_index),)
     if endpoint.namespace is None:
@@ -142,7 +143,7 @@ def _devices(endpoint: Endpoint, observed: ObservedHost) -> tuple[tuple[str, int
     if seen is None:
         return ()
     kinds = {one.index: one.kind for one in seen.devices.values()}
-    # IPv4 is answered on every device, wherever the address is; but only what has a MAC can be checked.
+    # IPv4 is answered on every device, wherever the address is. Only devices with a MAC can be checked.
     return tuple(
         (one.name, one.index)
         for one in sorted(seen.devices.values(), key=lambda one: one.index)
@@ -153,12 +154,12 @@ def _devices(endpoint: Endpoint, observed: ObservedHost) -> tuple[tuple[str, int
 def plan_pair(
     inventory: Inventory, key: AddressKey, learned: Mapping[AddressKey, Learned]
 ) -> MacAddress | None:
-    """The MAC that must have an address, `ANY_MAC`, or `None` where its owner is unknown or MACs are not checked."""
+    """Return the MAC for an address, `ANY_MAC`, or `None` if its owner is unknown or MACs are not checked."""
     if not checks_macs(inventory, key[0]):
         return None
     owner = inventory.owner(key)
     if isinstance(owner, Expired):
-        # HAProxy answers its guest, with 503.
+        # HAProxy itself answers the guest of an expired instance, with 503.
         owner = owner.instance
     if isinstance(owner, Conflict):
         return None
@@ -175,14 +176,14 @@ def plan_pair(
 def plan_pairs(
     inventory: Inventory, keys: Iterable[AddressKey], learned: Mapping[AddressKey, Learned]
 ) -> dict[AddressKey, MacAddress | None]:
-    """`plan_pair` for many addresses."""
+    """Return the pairs of many addresses; see `plan_pair`."""
     return {key: plan_pair(inventory, key, learned) for key in keys}
 
 
 def excess_learned(
     learned: Mapping[AddressKey, Learned], key: AddressKey, mac: MacAddress
 ) -> tuple[AddressKey, ...]:
-    """Addresses to forget, the oldest first, so that a MAC has no more than its share of learned ones."""
+    """Return the learned addresses to forget, oldest first, so that a MAC does not exceed `LEARNED_PER_MAC`."""
     others = [
         one
         for one, entry in learned.items()

@@ -1,10 +1,11 @@
-"""The tables of MAC filters and hop limits in nf_tables, rule by rule.
+"""Tables of MAC filters and hop limits in nf_tables, rule by rule.
 
-In nft(8)'s syntax, for IPv4 (and the same for IPv6), where M is the metadata address. `FLOW` is `ip saddr . tcp sport`
-on the way in and `ip daddr . tcp dport` on the way out; SYN is `tcp flags & (fin|syn|rst|ack) == syn`. A MAC filter:
+The rules are shown in nft(8)'s syntax, for IPv4 (IPv6 is the same), where M is the metadata address. `FLOW` is
+`ip saddr . tcp sport` on the way in and `ip daddr . tcp dport` on the way out; SYN is
+`tcp flags & (fin|syn|rst|ack) == syn`. A MAC filter:
 
     chain ingress                                 # hook ingress, the filter's devices
-      ether type vlan, outer vlan id 0 → drop     # would be unpacked behind our back
+      ether type vlan, outer vlan id 0 → drop     # the kernel would untag it past these rules
       ip daddr M jump in4
       ether type arp jump claim4
     chain in4
@@ -19,7 +20,7 @@ on the way in and `ip daddr . tcp dport` on the way out; SYN is `tcp flags & (fi
       FLOW . ether saddr @open4 update @from4, update @open4 return
       FLOW @from4 drop                            # another MAC began the connection
       SYN update @from4 { FLOW : ether saddr }, update @open4 { FLOW . ether saddr } return
-      meta l4proto tcp ip saddr @macs4 drop       # another MAC has the address: of TCP nothing but a SYN may come
+      tcp, ip saddr @macs4 drop                   # another MAC has the address: of TCP only a SYN may pass
     chain free4
       FLOW @from4 update @from4 goto pass4
       SYN update @from4 { FLOW : ether saddr }
@@ -53,24 +54,24 @@ on the way in and `ip daddr . tcp dport` on the way out; SYN is `tcp flags & (fi
     chain claim4                                  # ARP; of IPv6 NS, NA, RS and RA that carry a MAC
       arp saddr ip @macs4 arp saddr ip . arp saddr ether != @good4 counter claims, update @claims4
 
-There is no connection tracking: each packet is checked by itself, and a packet that lost its pair arrives at port 80,
+There is no connection tracking: each packet is checked separately. A packet that lost its pair arrives at port 80,
 where the kernel knows no such connection and resets it.
 
-**Answers go to the MAC of the pair, or to the MAC that the connection came from**, whatever the neighbour table has: a
-guest that claims a neighbour's address by ARP or ND gets none of its answers, and keeps none from it. The neighbour
-table may also still have the guest that had the address before, and only an answer makes the kernel learn the new one.
+**Answers go to the MAC of the pair, or to the MAC that the connection came from**, whatever the neighbour table has. A
+guest that claims a neighbour's address by ARP or ND neither gets nor blocks the neighbour's answers. The neighbour
+table may also still have the address's previous guest, and the kernel learns the new guest only from an answer.
 
-**A connection belongs to the MAC of its SYN.** Verified ones have their pair. Of the others `from` has the MAC, `open`
-has connection and MAC; packets of other MACs are dropped. `from` outlives `open` by a second.
+**A connection belongs to the MAC of its SYN.** Verified connections have their pair. For the others, `from` has the
+MAC, and `open` has connection and MAC; packets from other MACs are dropped. `from` outlives `open` by a second.
 
-The rule that turns DSCPs into hop limits (`core.wire`), for IPv6 into its hop limit:
+The rule that converts DSCPs into hop limits (`core.wire`), or into IPv6's hop limit:
 
     chain output                                  # hook output, before all other programs' chains
       ip saddr M tcp sport 80 jump limit4         # and 254, behind a MAC filter
     chain limit4
       ip dscp 0 return
       ip dscp 0x2f return                         # the MAC filter's own mark
-      ip ttl set (ip dscp)                        # nft(8) has no syntax for it
+      ip ttl set (ip dscp)                        # nft(8) has no syntax for this
       ip dscp set 0
 """
 
@@ -89,29 +90,29 @@ from imdsproxy.host import nftables as nft
 from imdsproxy.host.nftables import LINK, NETWORK, TRANSPORT, Batch, Change, Element
 
 FORMAT: Final = 4
-"""In each table's comment: a table of another format is replaced."""
+"""Format number in each table's comment: a table with another number is replaced."""
 
 SETS: Final = tuple(f"{what}{family.value}" for family in Family for what in ("good", "free"))
-"""The sets that hold pairs."""
+"""Names of the sets that contain pairs."""
 
 CLAIMS: Final = "claims"
-"""The counter of claims to an address whose pair has another MAC."""
+"""Name of the counter of forged claims: to an address whose pair has another MAC."""
 
 CLAIMED: Final = tuple(f"claims{family.value}" for family in Family)
-"""The sets of the last such claims."""
+"""Names of the sets of recent forged claims."""
 
 _BEGUN_MS: Final = 600_000
 _OPEN_MS: Final = 60_000
-"""Longer than HAProxy keeps an idle connection."""
+"""Lifetime of an open connection's entry: longer than HAProxy keeps an idle connection."""
 
 _SYN_MS: Final = 10_000
-"""The same for a connection that has only begun."""
+"""Lifetime of an entry of a connection that has sent only its SYN."""
 
 _SECOND_MS: Final = 1_000
 _TOLD_MS: Final = 120_000
 _CLAIMED_MS: Final = 600_000
 _FLOWS: Final = 2048
-"""Memory of the kernel is taken for all of them, whether they are there or not: 0.7 MB a network."""
+"""Size of the sets of connections. The kernel allocates memory for the whole size: 0.7 MB per network."""
 
 _MORE_FLOWS: Final = 3000
 _CLAIMANTS: Final = 256
@@ -125,7 +126,7 @@ _VLANS: Final = (b"\x81\x00", b"\x88\xa8")
 _FRAGMENT_HEADER: Final = 44
 _SPORT, _DPORT, _FLAGS, _CHECKSUM = 0, 2, 13, 16
 _SCRATCH: Final = 12
-"""A register for a value that is not needed."""
+"""Register for an unused value."""
 
 _ARP: Final = b"\x08\x06"
 _ARP_MAC, _ARP_ADDRESS = 8, 14
@@ -136,8 +137,8 @@ _ND_OPTIONS: Final = (
     (135, 24, None),
     (136, 24, _ND_TARGET),
 )
-"""Types of ICMPv6 that say a MAC, where their options begin, and the address that the MAC is of: in the message, or its
-source."""
+"""ICMPv6 types that contain a MAC, offset of their options, and offset of the MAC's address in the message; `None` for
+the packet's source address."""
 _DADDR_MAC, _SADDR_MAC, _VLAN_ID = 0, 6, 14
 _MAC_BYTES: Final = 6
 _ETHER, _SERVICE = 9, 13
@@ -152,19 +153,19 @@ _RETURN: Final = nft.verdict(nft.RETURN)
 
 
 class Layout:
-    """Where things are in a family's header.
+    """Layout of a family's header.
 
     Attributes:
-        metadata: The family's metadata address.
-        protocol: The family's number (`NFPROTO_IPV4`, `NFPROTO_IPV6`).
-        kind: The type of its addresses, in nft(8)'s numbers.
-        dscp: Mask for the DSCP in the header's first two bytes.
-        bits: How far it is above the lowest bit of these.
-        limit: Where the two bytes are that have TTL and protocol, or next header and hop limit.
-        checksum: Where the header's is, if it has one.
-        fragment: Goes on only with a packet that may be a fragment.
-        word: Makes the two bytes at `limit`, with the DSCP as the limit.
-        claims: Goes on only with a packet that may say which MAC an address has.
+        metadata: Metadata address of the family.
+        protocol: Number of the family (`NFPROTO_IPV4`, `NFPROTO_IPV6`).
+        kind: Type of the family's addresses, in nft(8)'s numbers.
+        dscp: Mask of the DSCP in the header's first two bytes.
+        bits: Bit offset of the DSCP in these two bytes.
+        limit: Offset of the two bytes with TTL and protocol, or next header and hop limit.
+        checksum: Offset of the header's checksum; `None` without one.
+        fragment: Expressions that match only packets that may be fragments.
+        word: Expressions that compute the two bytes at `limit`, with the DSCP as the limit.
+        claims: Expressions that match only packets that may claim a MAC for an address.
     """
 
     def __init__(self, family: Family) -> None:
@@ -180,7 +181,7 @@ class Layout:
         if four:
             offset = nft.payload(NETWORK, 6, 2) + nft.bitwise(b"\x3f\xff")
             self.fragment = offset + nft.compare(b"\0\0", differs=True)
-            # The kernel updates a checksum for two bytes at least; the second one, the protocol, is TCP.
+            # The kernel updates checksums for at least two bytes. The second byte is the protocol, TCP.
             dscp = nft.payload(NETWORK, 1, 1) + nft.shift_right(2)
             self.word = dscp + nft.bitwise(b"\x3f\x00", b"\x00" + _TCP)
             self.claims = nft.meta(nft.PROTOCOL) + nft.compare(_ARP)
@@ -194,15 +195,15 @@ class Layout:
 
     @property
     def is_tcp(self) -> bytes:
-        """Go on only with a TCP packet of the family."""
+        """Expressions that match only TCP packets of the family."""
         return nft.meta(nft.FAMILY) + nft.compare(bytes((self.protocol,))) + _IS_TCP
 
     def load(self, offset: int) -> bytes:
-        """Load an address of the header."""
+        """Return expressions that load an address of the header."""
         return nft.payload(NETWORK, offset, len(self.metadata))
 
     def name(self, what: str) -> str:
-        """Of a chain or set of the family."""
+        """Return the name of a chain or set of the family."""
         return f"{what}{self._version}"
 
 
@@ -210,7 +211,7 @@ LAYOUTS: Final = tuple(map(Layout, Family))
 
 
 def fill_mac_filter(batch: Batch, devices: Sequence[str]) -> None:
-    """Put chains, rules and empty sets into a table that is new."""
+    """Add chains, rules and empty sets to a new table."""
     batch.make_base_chain("ingress", nft.INGRESS, _BEFORE_OTHERS, devices)
     batch.make_base_chain("egress", nft.EGRESS, _AFTER_OTHERS, devices)
     batch.changes += _filter_rules()
@@ -218,7 +219,7 @@ def fill_mac_filter(batch: Batch, devices: Sequence[str]) -> None:
 
 @cache
 def _filter_rules() -> tuple[Change, ...]:
-    """The same for all filters, and what takes most of the time."""
+    """Return the rules, which are the same for all filters; cached, because they take most of the time."""
     batch = Batch("")
     for ethertype in _VLANS:
         tagged = nft.meta(nft.PROTOCOL) + nft.compare(ethertype) + nft.payload(LINK, _VLAN_ID, 2)
@@ -252,7 +253,7 @@ def _make_sets(batch: Batch, layout: Layout) -> None:
     batch.make_set(name("free"), (address,), length)
     batch.make_set(name("begun"), *flow, size=_FLOWS, timeout_ms=_BEGUN_MS, dynamic=True)
     batch.make_set(name("from"), *flow, size=_FLOWS, timeout_ms=outlives, dynamic=True, value=mac)
-    # With room for more: what has its MAC in `from` is in both.
+    # `open` is larger than `from`, because each connection in `from` is also in `open`.
     batch.make_set(name("open"), *own, size=_MORE_FLOWS, timeout_ms=_OPEN_MS, dynamic=True)
     batch.make_set(name("told"), *flow, size=_FLOWS, timeout_ms=_TOLD_MS, value=mac)
     pair = (address, _ETHER), length + 8
@@ -260,13 +261,13 @@ def _make_sets(batch: Batch, layout: Layout) -> None:
 
 
 class _Flow:
-    """A connection of a packet, in the registers: its address and port, and behind them a MAC.
+    """Connection of a packet in the registers: address and port, then a MAC.
 
-    So it is a key of `from` and `begun` as well as of `open`.
+    The registers are a key of `from` and `begun` as well as of `open`.
 
     Attributes:
-        load: Loads it all.
-        value: The register of the MAC.
+        load: Expressions that load the registers.
+        value: Register of the MAC.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -276,19 +277,19 @@ class _Flow:
         self.load += nft.payload(LINK, _SADDR_MAC, _MAC_BYTES, into=self.value)
 
     def keep(self, *, timeout_ms: int = _OPEN_MS) -> bytes:
-        """Have it belong to the MAC, or go on to."""
+        """Return expressions that assign the connection to the MAC, or refresh the assignment."""
         name, value = self._name, self.value
         whose = nft.remember(name("from"), value=value, timeout_ms=timeout_ms + _SECOND_MS)
         return whose + nft.remember(name("open"), timeout_ms=timeout_ms)
 
     def forget(self) -> bytes:
-        """Have it belong to no MAC."""
+        """Return expressions that remove the connection's assignment to a MAC."""
         whose = nft.remember(self._name("from"), value=self.value, delete=True)
         return whose + nft.remember(self._name("open"), delete=True)
 
 
 def _is_in(name: str) -> bytes:
-    """Go on only where a map has the key.
+    """Return expressions that match only if a map has the key.
 
     Linux before 6.4 has no lookup in a map without its value, and nft(8) would not list one whose value is not used.
     """
@@ -319,15 +320,15 @@ def _inward(batch: Batch, layout: Layout) -> None:
         ("in", own, flow.keep(), _RETURN),
         ("in", whose, _DROP),
         ("in", begins, flow.keep(timeout_ms=_SYN_MS), _RETURN),
-        # No other protocol: without a guest's neighbour advertisement it would not even be refused.
+        # TCP only: to refuse a guest, the host needs the guest's neighbour advertisements.
         ("in", _IS_TCP, taken, _DROP),
-        # The first MAC stays.
+        # The MAC that began the connection stays.
         ("free", whose, nft.remember(name("from"), value=flow.value), passed),
         ("free", begins, nft.remember(name("from"), value=flow.value)),
         ("free", passed),
         ("pass", begins, nft.remember(name("open"), delete=True)),
         ("pass", begins, nft.remember(name("begun"), delete=True)),
-        # Where there is no room in `from` it has to return all the same.
+        # The packet must return even if `from` is full.
         ("pass", own, flow.keep()),
         ("pass", own, _RETURN),
         ("pass", begun, nft.remember(name("begun")), _RETURN),
@@ -372,7 +373,7 @@ def _count_claims(batch: Batch) -> None:
     arp = nft.payload(NETWORK, _ARP_ADDRESS, len(four.metadata))
     _count_claim(batch, four, arp, nft.payload(NETWORK, _ARP_MAC, _MAC_BYTES, into=1))
     for kind, options, target in _ND_OPTIONS:
-        # Of the source or of the target: the option's type.
+        # Type of the option: link-layer address of the source or of the target.
         option = bytes((1 if target is None else 2,))
         is_it = nft.payload(TRANSPORT, 0, 1) + nft.compare(bytes((kind,)))
         is_it += nft.payload(TRANSPORT, options, 1) + nft.compare(option)
@@ -392,17 +393,17 @@ def _count_claim(batch: Batch, layout: Layout, address: bytes, mac: bytes) -> No
 
 
 def pass_by_new(batch: Batch) -> None:
-    """From now on, have connections that begin go on as unverified ones do."""
+    """Make new connections pass as unverified ones."""
     for layout in LAYOUTS:
         flow, chain = _Flow(layout), layout.name("pass")
         batch.insert_rule(chain, _BEGINS, _RETURN)
         batch.insert_rule(chain, _BEGINS, flow.load, flow.keep())
-        # What another process answers is not ours to direct.
+        # Answers of another process must not be redirected.
         batch.insert_rule(layout.name("rest"), _RETURN)
 
 
 def keep_only(batch: Batch, flows: Mapping[Family, Sequence[bytes]]) -> None:
-    """Have nothing redirected any more but these connections."""
+    """Stop redirecting all connections except these."""
     for layout in LAYOUTS:
         words, kept = len(layout.metadata) // 4, layout.name("kept")
         kind = (layout.kind, _SERVICE)
@@ -416,7 +417,7 @@ def keep_only(batch: Batch, flows: Mapping[Family, Sequence[bytes]]) -> None:
 
 
 def fill_hop_limit(batch: Batch) -> None:
-    """Put chains and rules into a table that is new."""
+    """Add chains and rules of the hop limit to a new table."""
     batch.make_base_chain("output", nft.OUTPUT, _BEFORE_OTHERS)
     for layout in LAYOUTS:
         jump = _make_limit_chain(batch, layout)
@@ -426,7 +427,7 @@ def fill_hop_limit(batch: Batch) -> None:
 
 
 def fill_redirected_hop_limit(batch: Batch) -> None:
-    """The same for answers to requests that were redirected, whose own address is written into them later."""
+    """Add the hop limit for answers to redirected requests, whose source address the kernel rewrites later."""
     batch.make_base_chain("output", nft.OUTPUT, _BEFORE_OTHERS)
     for layout in LAYOUTS:
         jump = _make_limit_chain(batch, layout)
@@ -438,7 +439,7 @@ def _sent_by(port: bytes) -> bytes:
 
 
 def _make_limit_chain(batch: Batch, layout: Layout) -> bytes:
-    """The verdict that leads there."""
+    """Add the chain, and return a verdict that jumps to the chain."""
     chain, head = layout.name("limit"), nft.payload(NETWORK, 0, 2)
     batch.make_chain(chain)
     for ours in (0, ANSWER_DSCP):
@@ -451,9 +452,9 @@ def _make_limit_chain(batch: Batch, layout: Layout) -> bytes:
 
 
 def elements_of(address: IpAddress, mac: MacAddress) -> Iterator[tuple[str, Element]]:
-    """What a pair is in the sets: the name of each, and its element there.
+    """Yield the elements of a pair: the name of each set, and the element.
 
-    The set that lets its packets through is the last one: by then its answers know the way.
+    The set that lets the guest's packets pass comes last: by then the path of the answers exists.
     """
     if mac == ANY_MAC:
         yield f"free{address.version}", (address.packed,)
@@ -464,7 +465,7 @@ def elements_of(address: IpAddress, mac: MacAddress) -> Iterator[tuple[str, Elem
 
 
 def pair_of(name: str, key: bytes) -> tuple[IpAddress, MacAddress]:
-    """The address and MAC of a set's key."""
+    """Return the address and MAC of a set's key."""
     length = 4 if name.endswith("4") else 16
     address = ip_address(key[:length])
     if name.startswith("free"):
@@ -473,10 +474,10 @@ def pair_of(name: str, key: bytes) -> tuple[IpAddress, MacAddress]:
 
 
 def flow_of(address: IpAddress, port: int) -> bytes:
-    """A connection as a key of `begun`, `from` and `told`."""
+    """Return a connection as a key of `begun`, `from` and `told`."""
     return address.packed + struct.pack(">Hxx", port)
 
 
 def packed_mac(mac: MacAddress) -> bytes:
-    """A MAC as a map's value."""
+    """Return a MAC as a map's value."""
     return bytes.fromhex(mac.replace(":", ""))
