@@ -1,7 +1,6 @@
 """Neutron's ports: queries, parsing of answers, and the instances made from ports.
 
-Tenants can write `device_id` and `device_owner`, so no part of an answer is trusted. Invalid values are refused
-here.
+Tenants can write `device_id` and `device_owner`, so this module trusts no part of an answer and refuses invalid values.
 
 Sources: the API reference's "Ports" (https://docs.openstack.org/api-ref/network/v2/), and `neutron_lib/constants.py`
 for the owners of ports.
