@@ -1,1 +1,1 @@
-"""What the namespaces of Neutron's agents need on this host so that imdsproxy answers in them."""
+"""Tables in the namespaces of Neutron's agents that let imdsproxy answer there."""

@@ -1,4 +1,4 @@
-"""Keeps the tables in the namespaces of Neutron's routers as they should be (`neutron_namespaces.rules`)."""
+"""Keeper of our tables in the namespaces of Neutron's routers (`neutron_namespaces.rules`)."""
 
 import contextlib
 from collections.abc import Callable, Collection, Iterable
@@ -31,12 +31,12 @@ class Routers:
     """Both tables of each router.
 
     Args:
-        directory: The namespaces.
-        prefix: What the tables' names begin with.
-        enabled: A source reports routers: tables of an earlier process may stay.
+        directory: Directory of the namespaces.
+        prefix: Prefix of the tables' names.
+        enabled: Whether a source reports routers, so that tables of an earlier process may stay.
 
     Attributes:
-        problems: What the kernel refuses, by namespace.
+        problems: Tables that the kernel refuses, by namespace.
     """
 
     directory: NamespaceDirectory
@@ -49,11 +49,11 @@ class Routers:
 
     @property
     def tables(self) -> tuple[str, str]:
-        """The names of the two tables, the first one's first."""
+        """Names of the two tables: the dropping, then the redirecting one."""
         return f"{self.prefix}-drop", f"{self.prefix}-redirect"
 
     async def drop_others(self, routers: Collection[NamespaceRef]) -> None:
-        """See that no request leaves these namespaces, which have just come: what was known of their names is over."""
+        """Add the dropping table to new namespaces, so that no request leaves them."""
         come = frozenset(routers)
         self._dropping -= come
         self._redirected -= come
@@ -61,7 +61,7 @@ class Routers:
         await self._close_known()
 
     async def withdraw(self, endpoints: Iterable[Endpoint]) -> None:
-        """Redirect nothing any more where HAProxy is about to stop listening.
+        """Stop redirecting where HAProxy is about to stop listening.
 
         Raises:
             HostRefused: The kernel refuses.
@@ -79,7 +79,7 @@ class Routers:
         self._redirected |= await self._ensure(missing, self.tables[1], rules.fill_redirect)
 
     async def lost(self, table: str | None) -> None:
-        """A table of this name (`None`: any) was removed, perhaps by us: make ours again."""
+        """Recreate our tables after a table of this name (`None`: any) was removed, perhaps by us."""
         if table in (None, *self.tables):
             dropping, redirected = self._dropping, self._redirected
             await self._ensure(filter(self._is_there, dropping), self.tables[0], rules.fill_drop)
@@ -88,14 +88,14 @@ class Routers:
             )
 
     async def close_all(self) -> None:
-        """Remove all of ours, also those of an earlier process.
+        """Remove all our tables, also those of an earlier process.
 
         Raises:
             HostRefused: The kernel refuses.
         """
         self._known = self._dropping = self._redirected = frozenset()
         names = [name for name in self.directory.names() if router_of(name) is not None]
-        # First what leads to HAProxy.
+        # Remove the redirecting table first.
         for table in reversed(self.tables):
             await self._remove([(name, table) for name in names])
 
@@ -116,7 +116,7 @@ class Routers:
     async def _ensure(
         self, routers: Iterable[NamespaceRef], table: str, fill: Callable[[Batch], None]
     ) -> frozenset[NamespaceRef]:
-        """Have a table in these namespaces; those that have it."""
+        """Create a table in these namespaces. Return the namespaces that have the table."""
         wanted = tuple(routers)
         if not wanted:
             return frozenset()
@@ -126,7 +126,7 @@ class Routers:
             with NetfilterSocket() as channel:
                 ensure_table(channel, Batch(table, INET), comment, fill)
 
-        # Not in the thread for looks at the host: with many namespaces one takes seconds.
+        # Use a separate thread: with many namespaces an observation blocks the host's thread for seconds.
         with contextlib.closing(NamespaceThread(self.directory)) as thread:
             action = f"make table {table}"
             results = await _RouterTables(thread).attempt(

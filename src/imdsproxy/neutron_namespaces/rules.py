@@ -1,16 +1,16 @@
 """Tables of nf_tables in the namespace of a Neutron router, rule by rule. Pure.
 
-In nft(8)'s syntax, for IPv4 (and the same for IPv6), where M is the metadata address. The first table is there as long
-as the namespace, so that no request ever goes on to another router:
+The rules are shown in nft(8)'s syntax, for IPv4 (IPv6 is the same), where M is the metadata address. The first table
+exists as long as the namespace, so that no request ever reaches another router:
 
-    chain arriving                                # prerouting, after NAT: what nothing has redirected
+    chain arriving                                # prerouting, after NAT: requests that no rule has redirected
       ip daddr M drop
     chain input
       tcp dport 9254 ct status != dnat drop       # only redirected requests come in
 
-The second one is there while HAProxy listens in the namespace. Its chain is before those that iptables makes, which
-may lead to the L3 agent's own proxy: the first one that redirects a connection has it for good. Connections that
-another rule has redirected before stay where they are.
+The second table exists while HAProxy listens in the namespace. Its chain runs before iptables' chains, which may
+redirect to the L3 agent's own proxy: the first rule that redirects a connection decides for the whole connection.
+Connections that another rule has already redirected stay there.
 
     chain redirect                                # nat, prerouting
       iifname "qr-*" ip daddr M tcp dport 80 redirect to :9254
@@ -28,7 +28,7 @@ from imdsproxy.host import nftables as nft
 from imdsproxy.host.nftables import NETWORK, TRANSPORT, Batch
 
 FORMAT: Final = 1
-"""In each table's comment: a table of another format is replaced."""
+"""Format number in each table's comment: a table with another number is replaced."""
 
 _GUEST_DEVICES: Final = b"qr-"
 _DPORT: Final = 2
@@ -39,7 +39,7 @@ _DROP: Final = nft.verdict(nft.DROP)
 
 
 def fill_drop(batch: Batch) -> None:
-    """Put the rules into a table that is new: nothing for the metadata addresses goes on to another router."""
+    """Add the rules to a new table that keep packets for the metadata addresses from reaching another router."""
     batch.make_base_chain("arriving", nft.PREROUTING, _AFTER_NAT)
     batch.make_base_chain("input", nft.INPUT, _FILTER)
     for layout in LAYOUTS:
@@ -51,7 +51,7 @@ def fill_drop(batch: Batch) -> None:
 
 
 def fill_redirect(batch: Batch) -> None:
-    """Put the rules into a table that is new: guests' requests come to HAProxy."""
+    """Add the rules to a new table that redirect guests' requests to HAProxy."""
     batch.make_base_chain("redirect", nft.PREROUTING, _BEFORE_IPTABLES, kind="nat")
     inward = nft.meta(nft.INPUT_DEVICE) + nft.compare(_GUEST_DEVICES)
     for layout in LAYOUTS:

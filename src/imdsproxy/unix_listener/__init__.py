@@ -1,1 +1,1 @@
-"""The listener `unix`: a socket for Neutron's proxies, in the place of neutron-metadata-agent's."""
+"""The listener `unix`: a socket for Neutron's proxies that replaces neutron-metadata-agent's."""

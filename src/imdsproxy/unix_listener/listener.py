@@ -1,7 +1,7 @@
-"""The listener `unix`: whether HAProxy may bind its socket, and whether the socket stays HAProxy's.
+"""Controller of the listener `unix`: decides whether HAProxy may bind the socket, and checks that it stays HAProxy's.
 
-It never keeps another listener from coming into force: its problems disable it alone. A running process keeps the path,
-unless the settings say to take it over.
+Problems of this listener disable only this listener, never another. A running process keeps the path unless the
+settings allow a takeover.
 """
 
 import re
@@ -29,20 +29,20 @@ _BIND: Final = re.compile(rf"^\s*bind unix@(\S+) name {AGENTS}\b", re.MULTILINE)
 _LARGEST_ID: Final = 2**32 - 2
 
 SocketLook: TypeAlias = Callable[[Path, Collection[int]], SeenSocket]
-"""What is at a path; see `SocketFiles.observe`."""
+"""Observes the file at a path; see `SocketFiles.observe`."""
 
 
 @dataclass(slots=True)
 class UnixListener:
-    """Decides what HAProxy binds, before each change of its configuration, and checks the socket afterwards.
+    """Chooses the bind before each change of HAProxy's configuration, and checks the socket afterwards.
 
     Attributes:
-        bind: For the configuration; `None` where the listener is off or disabled by a problem.
-        problem: Why it is disabled.
-        serving: The socket at the path is HAProxy's.
-        rebind: HAProxy would hand on a socket that no client can reach: it must let go of it first.
-        taken_over: How often the path was taken from a running process.
-        taken_from: The last of these processes.
+        bind: Bind for the configuration; `None` if the listener is off or disabled by a problem.
+        problem: Problem that disables the listener.
+        serving: Whether the socket at the path is HAProxy's.
+        rebind: Whether HAProxy must close its socket first: its next worker would get one that no client can reach.
+        taken_over: Number of takeovers of the path from a running process.
+        taken_from: Process of the last takeover.
     """
 
     settings: Callable[[], UnixListenerSettings]
@@ -63,7 +63,7 @@ class UnixListener:
     _again_at: float = 0.0
 
     async def choose(self) -> None:
-        """Look at the host and decide; `bind`, `problem` and `rebind` are as of now afterwards."""
+        """Observe the host and update `bind`, `problem` and `rebind`."""
         self.rebind, self._taking = False, None
         settings, bind, problem = self.settings(), None, None
         try:
@@ -80,13 +80,13 @@ class UnixListener:
         wanted, now = _prepare(settings), self.clock.monotonic()
         if self._refused is not None and self._refused[0] != wanted:
             self._refused = None
-        # Each try of what HAProxy refused costs a worker.
+        # Each new attempt after a refusal costs a worker of HAProxy, so wait for the back-off.
         if self._refused is not None and now < self._again_at:
             return None, self._refused[1]
         has = bound_path(self.haproxy.in_force()) == wanted.path
         seen = await self._look(settings.path)
         if seen is None:
-            # HAProxy is just being started, so whose socket it is can't be known: as it was, then.
+            # HAProxy is just starting, so the socket's owner is unknown: keep the earlier state.
             return wanted if has else None, self.problem
         pause_s = self._takeovers.pause_s if self._takeovers.pause_left_s(now) else 0.0
         problem = judge_socket(wanted.path, seen, take_over=settings.take_over, pause_s=pause_s)
@@ -94,18 +94,18 @@ class UnixListener:
             return None, problem
         if seen.state is SocketState.FOREIGN:
             self._taking = seen
-        # For the configuration that it has, HAProxy would do nothing.
+        # HAProxy would ignore an unchanged configuration, so make it rebind.
         runs = self._taking is not None and self.haproxy.processes is not None
         self.rebind = seen.orphaned or (runs and has)
         return wanted, None
 
     def blame(self, error: DataplaneError) -> bool:
-        """Disable it when HAProxy refused a configuration because of it; whether that was so, or may be."""
+        """Disable the listener if it caused, or may have caused, HAProxy's refusal. Return whether it did."""
         bind = self.bind
         if bind is None:
             return False
         words = (f"[{bind.path}]", f"frontend {AGENTS}")
-        # Where no HAProxy runs it is worth a try without it, whatever the reason.
+        # If no HAProxy runs, try without the listener, whatever the reason.
         if self.haproxy.processes is not None and not any(word in error.message for word in words):
             return False
         reason = f"{error.message}: the unix listener is not served"
@@ -119,14 +119,14 @@ class UnixListener:
         return True
 
     def acquit(self) -> None:
-        """The configuration was refused without it as well: it may be tried again at once."""
+        """Clear the rejection, because HAProxy refused the configuration without the listener too."""
         self._refused = None
 
     async def settle(self, before: str | None) -> None:
-        """After a configuration has come into force: mode and owner, and no file without a listener.
+        """After a reload, set mode and owner of the socket, and remove the socket of an earlier path.
 
         Args:
-            before: The path that the configuration of before had bound.
+            before: Path that the earlier configuration had bound.
         """
         bind = self.bind
         if self._taking is not None and bind is not None:
@@ -145,7 +145,7 @@ class UnixListener:
             self.problem = Problem("unix_listener", error.message, error.hint)
 
     def changed(self) -> bool:
-        """Whether the file is not the one any more that was HAProxy's."""
+        """Return whether the socket file is no longer HAProxy's."""
         if self.bind is None:
             return False
         return not self.serving or identify_file(Path(self.bind.path)) != self._signature
@@ -160,7 +160,7 @@ class UnixListener:
         seen = self.look(path, () if processes is None else processes.pids)
         if seen.state is not SocketState.FOREIGN or processes is None:
             return seen
-        # It may be a HAProxy that was started a moment ago, by us or by systemd.
+        # The process may be a HAProxy that imdsproxy or systemd has just started.
         async with self.haproxy.records.lock:
             try:
                 processes = await self.haproxy.master.read_processes()
@@ -174,7 +174,7 @@ class UnixListener:
         self.serving = seen is not None and seen.state is SocketState.OURS
         if self.serving:
             self._refused = None
-            # HAProxy gives both to a socket that it makes, not to one that it was handed.
+            # HAProxy sets both on sockets that it creates, but not on inherited sockets.
             give_socket(path, mode=int(bind.mode, 8), owner=(bind.user, bind.group))
             self._signature = identify_file(path)
 
@@ -184,21 +184,21 @@ class UnixListener:
         if file is None or seen is None:
             return
         if seen.state in {SocketState.OURS, SocketState.STALE}:
-            # Not a socket that was bound here since.
+            # This never removes a socket that was bound here meanwhile: `file` identifies the earlier one.
             remove_file(path, file)
 
 
 def _prepare(settings: UnixListenerSettings) -> UnixBind:
-    """The socket that HAProxy is to bind; its directory is made where it is missing.
+    """Return the bind for HAProxy, and create a missing directory.
 
     Raises:
-        HostRefused: An account of the settings does not exist, or there is no directory.
+        HostRefused: An account in the settings does not exist, or the directory cannot be created.
     """
     directory = settings.path.parent
     user = None if settings.user is None else user_id(settings.user)
     group = None if settings.group is None else group_id(settings.group)
     if not directory.is_dir():
-        # One that is there is Neutron's and left alone.
+        # An existing directory is Neutron's and is left alone.
         mode = int(settings.directory_mode, 8)
         ensure_directory(directory, mode=mode, owner=(user or 0, group or 0))
     with refusing(f"look at {directory}"):
@@ -214,21 +214,21 @@ def _prepare(settings: UnixListenerSettings) -> UnixBind:
 
 
 def bound_path(config: str) -> str | None:
-    """The path that a configuration binds, if it has the listener."""
+    """Return the path that a configuration binds, if it has the listener."""
     found = _BIND.search(config)
     return None if found is None else found[1]
 
 
 def sweep_unix_socket(config: Path, look: SocketLook) -> None:
-    """Remove the socket of a HAProxy that has ended, if no process listens on it.
+    """Remove the socket of a HAProxy that has ended, unless a process listens there.
 
     Args:
-        config: The configuration that it ran with.
-        look: What is at a path.
+        config: Configuration of that HAProxy.
+        look: Observes the file at a path.
 
     Raises:
         HostRefused: The file system refuses.
-        PrivilegeMissing: We may not do that.
+        PrivilegeMissing: This process may not remove the file.
     """
     try:
         bound = bound_path(config.read_text())

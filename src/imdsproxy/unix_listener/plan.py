@@ -1,13 +1,13 @@
-"""What the listener `unix` does about its socket's path: whether it may bind, with which mode, and when it takes over.
+"""Rules for the path of the listener `unix`: permission to bind, socket mode, and pauses between takeovers. Pure.
 
-HAProxy moves its socket to the path by rename: it would replace whatever is there, a running agent's socket or a
-file, without a warning. And it hands a socket over to its next worker although the file is gone. So the path is
-checked here. Where a running process is to be replaced (`unix_listener.take_over`) the rename is what is wanted:
-every client reaches the one or the other.
+HAProxy renames its socket to the path, which replaces any file there without a warning, even a running agent's socket.
+HAProxy also hands a socket over to its next worker if the file is gone. So this module checks the path first. If a
+running process should be replaced (`unix_listener.take_over`), the rename is useful: at any time clients reach one of
+the two processes.
 
-A path is taken at once, and ever more seldom from a process that takes it back each time. An agent that is restarted,
-for an upgrade say, takes the path once or twice. One that does it again and again is restarted by a supervisor, or
-never comes up: each taking is a reload of HAProxy, and a fight helps no guest.
+The first takeovers happen at once. A process that takes the path back each time keeps it for longer and longer pauses.
+An agent restarted for an upgrade takes the path once or twice. An agent that does so repeatedly is restarted by a
+supervisor, or fails to start: each takeover reloads HAProxy, and a fight helps no guest.
 """
 
 from dataclasses import dataclass
@@ -18,26 +18,26 @@ from imdsproxy.errors import Problem
 
 _WINDOW_S: Final = 60.0
 _AT_ONCE: Final = 3
-"""So many within the window need no pause; two are what an upgrade of an agent takes."""
+"""Number of takeovers within the window without a pause; an upgrade of an agent needs two."""
 
 _FIRST_PAUSE_S: Final = 15.0
 _LAST_PAUSE_S: Final = 600.0
 
 
 def name_owners(seen: SeenSocket) -> str:
-    """The listening processes, for messages."""
+    """Return the names of the listening processes, for messages."""
     who = " and ".join(f"{one.command} (pid {one.pid})" for one in seen.owners)
     return who or "another process"
 
 
 def judge_socket(path: str, seen: SeenSocket, *, take_over: bool, pause_s: float) -> Problem | None:
-    """Why HAProxy may not bind at the path; `None` when it may.
+    """Return why HAProxy may not bind the path; `None` if it may.
 
     Args:
-        path: Of the socket.
-        seen: What is there.
-        take_over: It may be taken from a running process.
-        pause_s: Seconds from the last takeover to the next, while that one is still to come.
+        path: Path of the socket.
+        seen: Observed file at the path.
+        take_over: Whether HAProxy may take the path from a running process.
+        pause_s: Current pause between two takeovers, in seconds; 0 when a takeover is allowed.
     """
     if seen.state is SocketState.OCCUPIED:
         return Problem(
@@ -64,19 +64,19 @@ def judge_socket(path: str, seen: SeenSocket, *, take_over: bool, pause_s: float
 
 @dataclass(slots=True)
 class Takeovers:
-    """The takeovers that still count.
+    """Recent takeovers and the pause before the next.
 
     Attributes:
-        times: Seconds of one clock, the oldest first.
-        pause_s: How long after the last of them the path is left to the other process.
+        times: Times of the takeovers within the window, in seconds of one clock, the oldest first.
+        pause_s: Seconds after the last takeover during which the other process keeps the path.
     """
 
     times: tuple[float, ...] = ()
     pause_s: float = 0.0
 
     def note(self, now: float) -> None:
-        """There is one more; `now` is not before the last of them."""
-        # No takeover for a window beyond the pause: the other process has stopped.
+        """Record a takeover; `now` is not before the last takeover."""
+        # Without a takeover for a window beyond the pause, the other process has stopped taking the path.
         calm = not self.times or now - self.times[-1] >= self.pause_s + _WINDOW_S
         self.times = (*(one for one in self.times if now - one < _WINDOW_S), now)
         if self.pause_s and not calm:
@@ -85,27 +85,27 @@ class Takeovers:
             self.pause_s = _FIRST_PAUSE_S if len(self.times) >= _AT_ONCE else 0.0
 
     def pause_left_s(self, now: float) -> float:
-        """Seconds for which the path is still left to the other process; 0 when it may be taken."""
+        """Return the seconds for which the other process still keeps the path; 0 if a takeover is allowed."""
         return max(0.0, self.times[-1] + self.pause_s - now) if self.times else 0.0
 
 
 _MODES: Final = {"user": 0o644, "group": 0o664, "all": 0o666}
-"""Permission bits of the socket; to connect takes the right to write."""
+"""Permission bits of the socket; clients need write permission to connect."""
 
 
 def deduce_socket_mode(
     word: str, *, owner: int, group: int, proxy_user: int | None, proxy_group: int | None
 ) -> int:
-    """The permission bits for `word`, as Neutron's agent deduces them (neutron/agent/metadata/proxy_base.py).
+    """Return the permission bits for `word`, as Neutron's agent deduces them (neutron/agent/metadata/proxy_base.py).
 
-    `deduce` gives the narrowest with which the proxies can connect.
+    `deduce` gives the narrowest mode with which the proxies can connect.
 
     Args:
         word: `metadata_proxy_socket_mode`: `deduce`, `user`, `group` or `all`.
-        owner: The socket's uid.
-        group: The socket's gid.
-        proxy_user: The uid that the proxies run as; `None` where that is the owner's or root's.
-        proxy_group: Their gid; `None` where that is the socket's.
+        owner: Uid of the socket.
+        group: Gid of the socket.
+        proxy_user: Uid of the proxies; `None` for the socket's owner or root.
+        proxy_group: Gid of the proxies; `None` for the socket's group.
     """
     if word == "deduce":
         in_group = "group" if proxy_group in {None, group} else "all"

@@ -1,4 +1,4 @@
-"""The listener `unix`: Neutron's agent protocol, for the HAProxies that Neutron's agents start."""
+"""Settings of the listener `unix`: Neutron's agent protocol, for the HAProxies that Neutron's agents start."""
 
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ from imdsproxy.config.section import (
 )
 
 _LONGEST: Final = 97
-"""HAProxy binds beside the path and renames: of the kernel's 107 bytes ten are for that."""
+"""Maximum length of the path: HAProxy binds a temporary name, whose suffix takes ten of the kernel's 107 bytes."""
 
 _PLAIN: Final = re.compile(r"/[A-Za-z0-9._/@+-]+")
 
@@ -31,45 +31,43 @@ def _bindable(path: Path) -> Path:
 
 
 class UnixListenerSettings(Section):
-    """A unix socket that takes the place of neutron-metadata-agent's."""
+    """A unix socket that replaces neutron-metadata-agent's."""
 
     enabled: bool = setting(False, Change.RELOAD)
-    """Listen on it. Off, because only hosts with Neutron's L3, DHCP or OVN agents have clients of this socket."""
+    """Listen on the socket. Off, because only hosts with Neutron's L3, DHCP or OVN agents have clients for it."""
 
     path: Annotated[AbsolutePath, AfterValidator(_bindable)] = setting(
         Path("/var/lib/neutron/metadata_proxy"), Change.RELOAD
     )
-    """The socket; the agents' `metadata_proxy_socket` is the same."""
+    """Path of the socket, the same as the agents' `metadata_proxy_socket`."""
 
     take_over: bool = setting(False, Change.RELOAD)
-    """Take the path also from a process that lives, and again when it takes it back, with pauses when it does so time
-    after time. For OVN, whose agent listens there and has to run on; off, starting the agent again is the way back to
-    it.
+    """Take the path from a running process too. If that process takes the path back repeatedly, takeovers pause for
+    longer and longer. For OVN, whose agent listens there and must keep running. Off, so that starting the agent again
+    returns the path to the agent.
     """
 
     mode: Literal["deduce", "user", "group", "all"] = setting("deduce", Change.RELOAD)
-    """Who may connect, as Neutron's `metadata_proxy_socket_mode`: `user` 0644, `group` 0664, `all` 0666. `deduce`
-    takes the narrowest that lets `proxy_user` and `proxy_group` in.
+    """Mode of the socket, as Neutron's `metadata_proxy_socket_mode`: `user` 0644, `group` 0664, `all` 0666. `deduce`
+    takes the narrowest mode with which `proxy_user` and `proxy_group` can connect.
     """
 
     user: AccountName | None = setting(None, Change.RELOAD)
-    """Owner of the socket, and of its directory when that is made. Null is the directory's owner, who is the agents'
-    account already; root when the directory is made.
+    """Owner of the socket, and of its directory if imdsproxy creates the directory. Null is the owner of the existing
+    directory, which is the agents' account; root for a new directory.
     """
 
     group: AccountName | None = setting(None, Change.RELOAD)
-    """Group of the socket, and of its directory when that is made; null is the directory's."""
+    """Group of the socket, and of its directory if imdsproxy creates the directory; null is the directory's group."""
 
     directory_mode: Mode = setting("0755", Change.RELOAD)
-    """Permissions of the socket's directory, in octal and quoted, when it is made; one that is there is left as it
-    is.
-    """
+    """Permissions for a new directory of the socket, in octal and quoted. An existing directory is not changed."""
 
     proxy_user: AccountNameOrId | None = setting(None, Change.RELOAD)
-    """Account that the proxies in front run as, for `deduce`: the agents' `metadata_proxy_user`."""
+    """Account of the proxies that connect, for `deduce`: the agents' `metadata_proxy_user`."""
 
     proxy_group: AccountNameOrId | None = setting(None, Change.RELOAD)
-    """Their group: the agents' `metadata_proxy_group`."""
+    """Group of the proxies, for `deduce`: the agents' `metadata_proxy_group`."""
 
     maxconn: int = setting(1024, Change.RELOAD, ge=1, le=100_000)
-    """Connections open at once, of all networks behind it together."""
+    """Maximum number of open connections, of all networks behind the socket together."""
