@@ -75,7 +75,7 @@ class MacFilterPlan:
 
     @property
     def plain_networks(self) -> frozenset[NetworkId]:
-        """Networks in which MACs are not checked."""
+        """Networks without MAC checks."""
         return frozenset(one.network for one in self.plain)
 
     @property

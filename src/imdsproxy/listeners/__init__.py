@@ -1,1 +1,1 @@
-"""Listeners: what HAProxy binds in each network, what the host needs for it, and what watches over it."""
+"""Listeners: HAProxy's binds in each network, the host objects for them, and the watch of the host."""

@@ -230,7 +230,7 @@ def apply_links(directory: Path, links: Mapping[str, str]) -> None:
     base = os.fspath(directory)
     with refusing(f"link namespaces in {base}"):
         directory.mkdir(mode=0o755, parents=True, exist_ok=True)
-        # At each reload, for every network: a Path for each costs more than the kernel's part.
+        # This runs at each reload for every network: `Path` objects would cost more than the kernel's part.
         with os.scandir(base) as entries:
             present = {one.name: os.readlink(one.path) for one in entries if one.is_symlink()}  # noqa: PTH115 - as above
         # This also removes the temporary link of a killed process.

@@ -456,7 +456,7 @@ def _devices_and_addresses(
         known = tuple(one for one in addresses if one.device in devices)
         if len(known) == len(addresses):
             break
-        # A device was made between the two questions: ask again.
+        # A device was created between the two queries: query again.
     return devices, known
 
 

@@ -21,7 +21,7 @@ def write_ports(
     for place in places:
         port, interface = ports.get(place.outer), interfaces.get(place.outer)
         bridge = bridges.get(place.bridge)
-        if bridge is None:  # it went meanwhile: the next look shows that
+        if bridge is None:  # it was removed meanwhile: the next observation shows that
             continue
         if port is None or interface is None or port.uuid not in bridge.ports:
             # Create a new port for another bridge: ovn-controller overlooks an interface that only changes its bridge.

@@ -148,7 +148,7 @@ class FileSource:
                 del changes
                 changed = frozenset()
                 if begins:
-                    # Read once more for changes from before the watch began.
+                    # Read again: changes from before the watch began had no event.
                     continue
                 # Save last: guests must not wait for data that only a restart needs.
                 await asyncio.to_thread(self.last_good.save)
@@ -265,7 +265,7 @@ class FileSource:
     def _read_file(self, name: str, path: Path, file: _File) -> None:
         contents = read_contents(path, self.progress)
         if contents.blank and any(one.has(name) for one in self._kinds.values()):
-            # This is most likely a failed write: to remove all records, people remove the file.
+            # This is most likely a failed write: an operator who removes all records removes the file.
             reason = "is blank: the records that it had stay in force"
             hint = "restore it, write `instances: []`, or remove it"
             file.problems = (Problem("file", reason, hint, str(path)),)

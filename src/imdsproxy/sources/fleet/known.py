@@ -112,7 +112,7 @@ class FleetKnown:
             "instances": InForce(_claims, lambda entry: _where("instances", entry)),
         }
 
-    # What is known
+    # State
 
     def hello(self) -> Hello:
         """Return the greeting for a hub: this host's position, items and operator overrides."""
@@ -188,7 +188,7 @@ class FleetKnown:
             for problem in self._kinds[listed].problems():
                 yield kind, problem
 
-    # What changes it
+    # Changes
 
     def load(
         self,

@@ -467,7 +467,7 @@ class FleetSource:
         with contextlib.suppress(SourceUnavailable):
             await stream.send(Answer(ask.number, status, body))
 
-    # Into force
+    # Applying changes
 
     async def _apply_all(self, publish: Publish) -> None:
         while True:

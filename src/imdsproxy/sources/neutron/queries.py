@@ -170,7 +170,7 @@ class Queries:
             self.on_change()
         return ports, asked
 
-    # Who has an address
+    # Look-ups of addresses
 
     async def find(
         self, networks: Sequence[NetworkId], addresses: Iterable[IpAddress], share: NetworkId | None

@@ -119,7 +119,7 @@ class NeutronSource:
             await self.client.close()
             await self._save()
 
-    # Questions
+    # Look-ups
 
     def explain_stranded(self, port: StrandedPort) -> Problem:
         """Describe the problem with the port's id in Neutron."""

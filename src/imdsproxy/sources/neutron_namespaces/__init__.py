@@ -1,1 +1,1 @@
-"""The source `neutron_namespaces`: networks and routers whose namespaces Neutron's agents make on this host."""
+"""The source `neutron_namespaces`: networks and routers whose namespaces Neutron's agents create on this host."""

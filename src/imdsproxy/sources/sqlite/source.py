@@ -54,7 +54,7 @@ class SqliteSource:
     _syncing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def explain_stranded(self, port: StrandedPort) -> Problem:
-        """Describe the problem by the record's own field: people do not read the store's file."""
+        """Describe the problem by the record's own field: operators do not read the store's file."""
         return port.problem()
 
     async def run(self, publish: Publish) -> None:

@@ -348,7 +348,7 @@ class Store:
         created_at = known.created_at if isinstance(known, Instance) else None
         return replace(instance, created_at=created_at)
 
-    # Who claims what
+    # Claims
 
     def _release(self, instance: InstanceId) -> list[tuple[str, str]]:
         """Release an instance's claims. Return its addresses as network and address."""
