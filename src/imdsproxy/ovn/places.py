@@ -177,7 +177,7 @@ def _set_addresses(
         # The kernel removes all addresses of a subnet with the first one: the second pass adds them again.
         present = {plan_interface(one): one for one in netlink.list_interfaces(channel, index)}
         for one in sorted(wanted - present.keys(), key=str):
-            with Ignoring(errno.EEXIST):  # the kernel has added its own link-local address meanwhile
+            with Ignoring(errno.EEXIST):  # the kernel has added its own link-local address
                 prefix, protocol = one.network.prefixlen, naming.protocol
                 netlink.add_address(channel, index, one.ip, prefix, protocol=protocol)
         for planned, one in present.items():
