@@ -401,7 +401,7 @@ def _fill(
         end_connections(VERIFIED_PORT, frozenset(gone))
     macs = {address: mac for address, mac in come.items() if mac != ANY_MAC}
     if macs and not fresh:
-        # If another guest had the address, the kernel would use that guest's MAC for up to a minute.
+        # If another guest had the address, the kernel would keep looking for that guest for up to a minute.
         with NetlinkSocket() as route:
             for _, index in one.devices:
                 correct_neighbours(route, index, macs)
