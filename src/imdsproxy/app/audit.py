@@ -1,10 +1,10 @@
-"""Takes the lines of the audit log from HAProxy's workers and writes them to a file, or to systemd's journal.
+"""Audit log: reads lines from HAProxy's workers and writes them to a file or to systemd's journal.
 
-HAProxy does not wait for this. What is not read yet stays in the connection and in HAProxy's ring; what the ring has no
-room for it leaves out and counts. So a disk that hangs holds up nothing but the log itself.
+HAProxy does not wait for the log. Unread lines stay in the connection and in HAProxy's ring; HAProxy drops and counts
+lines that do not fit in the ring. So a hung disk blocks only the log.
 
-Lines are taken out of a connection after they have been written. A service manager that keeps the connections while
-no controller runs therefore hands the next one all that this one has not written, also after a kill.
+Lines are removed from a connection after they have been written. If the service manager keeps the connections while no
+controller runs, the next controller gets all unwritten lines, even after a kill.
 """
 
 import asyncio
@@ -28,35 +28,35 @@ from imdsproxy.host.files import open_log
 from imdsproxy.host.process import start_thread
 
 KEPT_WORKERS: Final = "audit-worker"
-"""By this name the service manager knows connections of workers."""
+"""Name under which the service manager stores workers' connections."""
 
 _FIELD: Final = "audit.destination"
 _CHUNK: Final = 256 * 1024
 _PAUSE_S: Final = 0.1
 _SHORT_S: Final = 0.002
-"""Between two looks; the short one while there is much, so that all that waits in HAProxy's ring is taken at once, and
-HAProxy rests until the next time (ADR 36)."""
+"""Pauses between two reads, in seconds. The short pause applies while much data is waiting: it empties HAProxy's ring
+quickly, and HAProxy rests until the next read (ADR 36)."""
 
 _MUCH: Final = 64 * 1024
 _AGAIN_S: Final = 5.0
 _HANGS_S: Final = 5.0
 _LAST_S: Final = 1.0
-"""For the last lines, when the controller ends."""
+"""Time for the last lines when the controller ends, in seconds."""
 
 _JOURNAL: Final = "journal"
 _JOURNAL_SOCKET: Final = Path("/run/systemd/journal/socket")
 _ENTRY: Final = b"PRIORITY=6\nSYSLOG_IDENTIFIER=imdsproxy-audit\nMESSAGE=%s\n"
 _PER_SECOND: Final = 300
-"""The journal takes 10,000 lines in 30 seconds from a unit; beyond that it leaves out what else we say as well."""
+"""Lines per second. The journal takes 10,000 lines in 30 seconds from a unit, then drops our other messages too."""
 
 
 def append_lines(path: Path, lines: bytearray) -> None:
-    """Write whole lines to the end of a file; with none, only try that they could be written.
+    """Append whole lines to a file; without lines, only check that the file is writable.
 
-    The file is there with mode 0640 before the first line is, also after it was renamed or removed.
+    The file is created with mode 0640 before the first line, also after it was renamed or removed.
 
     Raises:
-        OSError: None of them could; they are to come again.
+        OSError: No line was written; the caller must retry all.
     """
     with os.fdopen(open_log(path), "ab", buffering=0) as file:
         before, left = os.fstat(file.fileno()).st_size, memoryview(lines)
@@ -71,12 +71,12 @@ def append_lines(path: Path, lines: bytearray) -> None:
 
 @dataclass(slots=True)
 class Journal:
-    """Systemd's journal, by its own protocol; no more lines a second than leave room for our messages.
+    """Client of systemd's journal, in its native protocol. It limits lines per second to leave room for our messages.
 
     Source: https://systemd.io/JOURNAL_NATIVE_PROTOCOL/
 
     Attributes:
-        left_out: Lines that were not to be written.
+        left_out: Number of dropped lines.
     """
 
     address: Path = _JOURNAL_SOCKET
@@ -88,7 +88,7 @@ class Journal:
     _skipped: int = 0
 
     def write(self, lines: bytearray) -> None:
-        """As `append_lines`, but takes out of `lines` what is written or left out before one fails."""
+        """Write lines as `append_lines`, but remove each written or dropped line from `lines` before a failure."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
             channel.settimeout(1)
             channel.connect(os.fspath(self.address))
@@ -112,7 +112,7 @@ class Journal:
 
 
 def advise(destination: str, error: OSError) -> str:
-    """Who must do what, so that lines can be written."""
+    """Return what the operator must do to make the destination writable."""
     if destination == _JOURNAL:
         return "start systemd-journald, or name a file in audit.destination"
     directory = Path(destination).parent
@@ -127,11 +127,11 @@ def advise(destination: str, error: OSError) -> str:
 
 @dataclass(slots=True)
 class _Worker:
-    """A connection of one of HAProxy's workers.
+    """Connection of one HAProxy worker.
 
     Attributes:
-        kept: The service manager keeps it open when this controller has gone.
-        stirred: There is something to read, or this controller ends.
+        kept: Whether the service manager keeps the connection open after this controller ends.
+        stirred: Set when there is data to read, or this controller ends.
     """
 
     socket: socket.socket
@@ -144,12 +144,12 @@ class Audit:
     """Writes the audit log.
 
     Args:
-        settings: The settings in force.
-        keep: Has the service manager keep a connection; whether it does.
+        settings: Returns the settings in force.
+        keep: Stores a connection with the service manager; returns whether that worked.
 
     Attributes:
-        written: Lines of requests, since this controller started.
-        left_out: Requests that have no line, because HAProxy's ring or the journal had no room.
+        written: Lines of requests since this controller started.
+        left_out: Requests without a line, because HAProxy's ring or the journal had no room.
     """
 
     settings: Callable[[], AuditSettings]
@@ -166,7 +166,7 @@ class Audit:
 
     @property
     def problem(self) -> Problem | None:
-        """Why lines are not written now, and who must act."""
+        """Reason why lines cannot be written now, with a hint; `None` if they can."""
         settings = self.settings()
         if not settings.one_in:
             return None
@@ -179,18 +179,18 @@ class Audit:
     async def run(
         self, listener: socket.socket, last: socket.socket, kept: Sequence[socket.socket] = ()
     ) -> None:
-        """`serve`, and beside it what workers that are being replaced send, a line a datagram; until cancelled."""
+        """Run `serve`, and write datagrams of workers that are being replaced, one line each; until cancelled."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self.serve(listener, kept))
             while True:
                 await self._write(await asyncio.get_running_loop().sock_recv(last, _CHUNK))
 
     async def serve(self, listener: socket.socket, kept: Sequence[socket.socket] = ()) -> None:
-        """Take what workers send; until cancelled, and then what they have sent so far.
+        """Write the lines that workers send, until cancelled; then also write those sent so far.
 
         Args:
-            listener: Not blocking.
-            kept: Connections that the service manager has kept, not blocking.
+            listener: Non-blocking listening socket.
+            kept: Non-blocking connections that the service manager has kept.
         """
         loop = asyncio.get_running_loop()
         for worker in kept:
@@ -203,7 +203,7 @@ class Audit:
             self._ended.set()
             for one in self._workers.values():
                 if not one.kept:
-                    # HAProxy keeps from now on what comes, for the next controller.
+                    # From now on HAProxy keeps new lines for the next controller.
                     with contextlib.suppress(OSError):
                         one.socket.shutdown(socket.SHUT_RD)
                 one.stirred.set()
@@ -218,12 +218,12 @@ class Audit:
         taking.add_done_callback(lambda done: self._workers.pop(done, None))
 
     async def _take(self, worker: _Worker) -> None:
-        """All that one worker sends, whole lines at a time: several workers share the file."""
+        """Write all lines of one worker. Only whole lines are written, because several workers share the file."""
         begun = b""
         with contextlib.closing(worker.socket):
-            # A destination that cannot be written is to be reported before the first request.
+            # Report an unwritable destination before the first request.
             await self._write(b"")
-            # No stream of asyncio's: that reads on by itself, and then HAProxy sends line by line.
+            # An asyncio stream would keep reading ahead, and HAProxy would then send line by line.
             while (chunk := await self._look(worker)) and not (
                 worker.kept and self._ended.is_set()
             ):
@@ -232,7 +232,7 @@ class Audit:
                     await self._write(begun + chunk[:whole])
                     begun = b""
                 else:
-                    # A part of a line. Were it left there, its end would look like that of the connection.
+                    # Part of a line: take it out, or its end would look like the connection's end.
                     whole = len(chunk)
                     begun += chunk
                 while whole:
@@ -242,7 +242,7 @@ class Audit:
                     await asyncio.wait_for(self._ended.wait(), pause_s)
 
     async def _look(self, worker: _Worker) -> bytes:
-        """What has come and is still there; empty when the worker has hung up, or this controller ends."""
+        """Peek at the data of a worker; return nothing if the worker has closed, or this controller ends."""
         loop = asyncio.get_running_loop()
         while True:
             try:
@@ -260,7 +260,7 @@ class Audit:
                 loop.remove_reader(worker.socket)
 
     async def _write(self, raw: bytes) -> None:
-        """Keep trying: meanwhile lines wait with HAProxy, or are left out there and counted."""
+        """Write lines, retrying until it works. Meanwhile other lines wait in HAProxy's ring, or are dropped there."""
         lines = read_audit(raw, time.time())
         rest = bytearray(lines.text)
         async with self._lock:
@@ -269,7 +269,7 @@ class Audit:
                 self._begun = self.clock()
                 try:
                     work = partial(self._write_now, destination, rest)
-                    # On a disk that hangs it may not come back.
+                    # A thread, because a write to a hung disk may never return.
                     await start_thread(work, "audit")
                 except OSError as error:
                     self._fail(destination, error)

@@ -1,6 +1,6 @@
-"""The document server beside the controller: started or adopted, watched, and asked for a document as a guest would.
+"""Document server beside the controller: started or adopted, watched, and probed as a guest would.
 
-Readiness is what guests get, not what processes run.
+Readiness depends on the answers that guests get, not on running processes.
 """
 
 import asyncio
@@ -33,18 +33,18 @@ _STOP_GRACE_S: Final = 10.0
 
 @dataclass(slots=True)
 class Companion:
-    """Starts the document server's parent process, watches it and ends it.
+    """Starts the document server's parent process, watches and stops it.
 
     Args:
-        pid_file: Lists its processes.
-        log: What a process of its own session writes to.
-        arguments: The command line of that.
-        environment: All that it has.
-        unit: The systemd unit that is started in place of that.
-        needed: Off where no instance has documents of ours, as in front of Nova alone.
+        pid_file: File that lists the server's processes.
+        log: Output file of a server that the controller starts as a process.
+        arguments: Command line of that process.
+        environment: Complete environment of that process.
+        unit: The systemd unit to start instead of a process.
+        needed: False if no instance has documents of ours, as in front of Nova alone.
 
     Attributes:
-        restarts: How often it, or one of its workers, was started again.
+        restarts: Number of restarts of the server or one of its workers.
     """
 
     pid_file: Path
@@ -57,14 +57,14 @@ class Companion:
     restarts: int = 0
 
     def read(self) -> DocumentProcesses:
-        """Its processes that run."""
+        """Return the server's running processes."""
         return read_pids(self.pid_file)
 
     async def ensure(self) -> int | None:
-        """Its pid, once it runs and answers; `None` where it is not needed, and ended if it ran.
+        """Start the server, wait until it answers, and return its pid. If it is not needed, stop it and return `None`.
 
         Raises:
-            HostRefused: It does not start, or does not answer in time.
+            HostRefused: The server does not start, or does not answer in time.
         """
         pid = self.read().parent
         if not self.needed:
@@ -94,7 +94,7 @@ class Companion:
                 raise HostRefused(f"the document server ended with {status}: {words}")
             if loop.time() > deadline:
                 if child is not None and found.parent is None:
-                    # The next try would start another one beside it.
+                    # Otherwise the next attempt would start a second server beside this one.
                     await child.kill_group()
                     raise HostRefused("the document server wrote no pid file")
                 raise HostRefused(
@@ -103,17 +103,17 @@ class Companion:
             await asyncio.sleep(_POLL_S)
 
     async def stop(self) -> None:
-        """End it for good.
+        """Stop the server for good.
 
         Raises:
-            DataplaneError: It does not end.
+            DataplaneError: The server does not end.
         """
         if self.unit is not None:
             await self._control_unit("stop", self.unit)
             return
         loop, number = asyncio.get_running_loop(), signal.SIGTERM
         deadline, running = loop.time() + _STOP_GRACE_S, self.read()
-        # Workers whose parent was killed, too.
+        # Also end workers whose parent was killed.
         signal_all(running.workers if running.parent is None else (running.parent,), number)
         while left := self.read().pids:
             if loop.time() >= deadline and number is signal.SIGKILL:
@@ -132,7 +132,7 @@ class Companion:
             raise HostRefused(words, hint=f"journalctl -u {unit}")
 
     async def run(self) -> None:
-        """Keep it running until cancelled; or see that it does not, where it is not needed."""
+        """Keep the server running until cancelled; if it is not needed, stop it and return."""
         backoff, ended = Backoff(0.1, 5.0), 0
         while True:
             try:
@@ -153,16 +153,16 @@ class Companion:
             structlog.get_logger().error("document server ended", pid=pid)
 
     async def _watch(self, pid: int) -> None:
-        """Return when it has ended, counting its workers' restarts; it is ended when it makes no progress."""
+        """Wait until the server has ended, and count its workers' restarts; kill a server that makes no progress."""
         ended = asyncio.ensure_future(process.wait_gone(pid))
         doubt, restarts, rests = process.Doubt(), self.read().restarts, process.read_rests(pid)
         try:
             while not (await asyncio.wait([ended], timeout=_LOOK_EVERY_S))[0]:
                 before, restarts = restarts, self.read().restarts
-                # One that executes itself anew begins to count anew.
+                # A server that re-executes itself restarts its count at zero.
                 self.restarts += restarts - (before if before <= restarts else 0)
                 last, rests = rests, process.read_rests(pid)
-                # It looks after its workers every second, and rests in between.
+                # The server checks its workers every second and sleeps in between.
                 doubt = (
                     doubt.after_silence(pid, process.read_stat(pid))
                     if rests == last
@@ -179,7 +179,7 @@ class Companion:
 _EVERY_S: Final = 2.0
 _DEADLINE_S: Final = 3.0
 _FAILURES: Final = 2
-"""One may fail while a worker is replaced."""
+"""Failed probes before a problem is reported: one may fail while a worker is replaced."""
 
 _INSTANCE: Final = Instance(PROBE_INSTANCE, "probe", "probe")
 _UNASKED: Final = Problem("documents", "no document has been asked for yet", "a moment")
@@ -187,17 +187,17 @@ _UNASKED: Final = Problem("documents", "no document has been asked for yet", "a 
 
 @dataclass(slots=True)
 class DocumentProbe:
-    """Reads a document of its own through HAProxy and the document server, again and again.
+    """Probe that repeatedly reads a document of its own through HAProxy and the document server.
 
-    The record's id is none that a record may have, and HAProxy gives it on a socket of root's only: no guest can
-    read it. Its revision is none that is on disk, so that the file is read each time.
+    No real record may have the probe's id, and HAProxy serves it only on a root-only socket: no guest can read it. Its
+    revision is not on disk, so the server reads the file each time.
 
     Args:
-        account: The document server's.
-        needed: Off where there is no document server.
+        account: Returns the document server's account.
+        needed: False if there is no document server.
 
     Attributes:
-        problem: Why guests get no documents.
+        problem: Reason why guests get no documents.
     """
 
     haproxy: Haproxy
@@ -211,13 +211,13 @@ class DocumentProbe:
         self.problem = _UNASKED if self.needed else None
 
     async def run(self) -> None:
-        """Ask until cancelled."""
+        """Probe until cancelled."""
         while self.needed:
             await asyncio.sleep(_EVERY_S)
             await self.ask()
 
     async def ask(self) -> None:
-        """Ask once, if there is anybody to ask; one failure after good answers changes nothing."""
+        """Probe once, if the server is needed; one failure after good answers changes nothing."""
         if not self.needed:
             return
         found = await self._ask()
@@ -240,7 +240,8 @@ class DocumentProbe:
         if status == 200 and body == _INSTANCE.ec2_id.encode():  # noqa: PLR2004 - HTTP
             return None
         if status is None and self.haproxy.full is not None:
-            # It waits, as guests do: the watchdog reports that, and nothing is known of the documents.
+            # The probe waits for a connection as guests do. The watchdog reports that; it says nothing about the
+            # documents.
             return self.problem
         path = self.files.directory / compiled_path(_INSTANCE.id)
         try:

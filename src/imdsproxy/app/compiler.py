@@ -1,4 +1,4 @@
-"""Keeps each instance's compiled record on disk equal to the inventory, and says what it was compiled of."""
+"""Compiler of instances' records on disk, and the index of their inputs."""
 
 import contextlib
 import json
@@ -23,7 +23,7 @@ from imdsproxy.serving.store import DiskFiles, read_signature
 from imdsproxy.sources.sqlite_file import open_store, store_failures, transaction
 
 COMPILER: Final = f"{__version__} {COMPILED_FORMAT} {PACKED_FORMAT} ".encode()
-"""Which program compiled a record: another one may make another record of the same."""
+"""Program and format versions that compiled a record; another version may compile another record."""
 
 _SCHEMA: Final = (
     """
@@ -36,23 +36,23 @@ CREATE TABLE compiled (
 """,
 )
 _TOGETHER: Final = 1000
-"""Rows that are written at once: some milliseconds. What a killed controller has not written is compiled again."""
+"""Rows written in one transaction: some milliseconds. After a kill, rows not yet written are compiled again."""
 
 _T = TypeVar("_T")
 
 Row: TypeAlias = tuple[bytes, str, str]
-"""What a record was compiled of, its revision, and the file's signature then."""
+"""Digest of a record's inputs, the record's revision, and the file's signature after the write."""
 
 
 @dataclass(slots=True)
 class CompiledIndex:
-    """What each compiled record was made of, so that a start reads and compiles only those that differ.
+    """Index of compiled records' inputs, so that a start reads and compiles only records that differ.
 
-    A row counts only while the file is the one that was written for it. It may be deleted at any time: all records are
-    compiled at the next start then.
+    A row counts only while the file's signature matches. The index may be deleted at any time: the next start then
+    compiles all records.
 
     Args:
-        path: An SQLite file. It is not synced: after a power cut it may be damaged, and is made again.
+        path: SQLite file. It is not synced: it may be damaged after a power cut, and is then created again.
     """
 
     path: Path
@@ -61,24 +61,24 @@ class CompiledIndex:
     _unsaved: dict[InstanceId, Row | None] = field(default_factory=dict)
 
     def find(self, instances: Iterable[InstanceId]) -> Mapping[InstanceId, Row]:
-        """The rows of these."""
+        """Return these instances' rows."""
         wanted = list(instances)
         query = "SELECT compiled.* FROM json_each(?) JOIN compiled ON instance = value"
         named = [json.dumps(wanted)]
         rows = self._use(lambda connection: connection.execute(query, named).fetchall())
         found = {InstanceId(instance): (row[0], row[1], row[2]) for instance, *row in rows or ()}
-        # What is not written yet is newer.
+        # Rows that are not written yet are newer.
         newest = {one: self._unsaved.get(one, found.get(one)) for one in wanted}
         return {one: row for one, row in newest.items() if row is not None}
 
     def note(self, instance: InstanceId, row: Row | None) -> None:
-        """Have this row, or none."""
+        """Set or delete the instance's row; the write may come later."""
         self._unsaved[instance] = row
         if len(self._unsaved) >= _TOGETHER:
             self.save()
 
     def save(self) -> None:
-        """Write what is not written yet. What fails here costs a start its time, and nothing else."""
+        """Write pending rows. A failure only makes the next start slower."""
         unsaved, self._unsaved = self._unsaved, {}
 
         def write(connection: sqlite3.Connection) -> None:
@@ -92,7 +92,7 @@ class CompiledIndex:
             self._use(write)
 
     def close(self) -> None:
-        """Let go of the file until it is needed again, and of the memory that SQLite has for it."""
+        """Save the rows and close the file until its next use, to free SQLite's memory."""
         self.save()
         if self._connection is not None:
             self._connection.close()
@@ -113,7 +113,7 @@ class CompiledIndex:
                 "the next start compiles all records", reason=error.message, file=str(self.path)
             )
             self.close()
-            # Where it cannot be removed it is damaged still, and the next start gives up as well.
+            # If the file cannot be removed, it is still damaged at the next start, which gives up as well.
             with contextlib.suppress(OSError):
                 self.path.unlink()
             return None
@@ -121,12 +121,12 @@ class CompiledIndex:
 
 @dataclass(slots=True)
 class Compiling:
-    """Instances that are still to be looked at, and what was found of the others.
+    """Instances that still have to be compiled, and results of the others.
 
     Attributes:
-        unneeded: Those whose records on disk are not needed any more.
-        lost: Those of them that no source has.
-        keys: Addresses whose records change; `None` where all addresses are looked at anyway.
+        unneeded: Instances whose records on disk are obsolete.
+        lost: Instances among them that no source reports.
+        keys: Addresses whose records change; `None` if the round plans all addresses anyway.
     """
 
     left: set[InstanceId]
@@ -140,13 +140,13 @@ class RecordCompiler:
     """Writes and removes compiled records.
 
     Args:
-        files: Where the document server reads them.
-        region: The region that the settings name, as of now.
+        files: Directory from which the document server reads records.
+        region: Returns the region in the current settings.
 
     Attributes:
-        revisions: Of the records on disk that may be read.
-        failures: Why a record could not be written or removed. The one before stays on disk and in force.
-        warnings: Of instances whose documents differ from their records.
+        revisions: Revisions of the records on disk that guests may read.
+        failures: Reasons why records could not be written or removed. The previous record stays on disk and in force.
+        warnings: Differences between instances' documents and records.
     """
 
     inventory: Inventory
@@ -161,12 +161,12 @@ class RecordCompiler:
     def compile(
         self, instances: Iterable[InstanceId], compiling: Compiling, *, starting: bool
     ) -> None:
-        """Have the records of these on disk, as far as their documents are ours.
+        """Update these instances' records on disk. Instances whose documents come from Nova need none.
 
         Args:
-            instances: Some of those that are left.
-            compiling: Learns what was found.
-            starting: Not everything that sources have has been compiled once.
+            instances: Subset of `compiling.left`.
+            compiling: Receives the results.
+            starting: Whether some of the sources' instances have never been compiled by this process.
         """
         compiled_of: dict[InstanceId, bytes] = {}
         rows: Mapping[InstanceId, Row] = {}
@@ -178,7 +178,7 @@ class RecordCompiler:
                 if not self.inventory.sources_of_instance(instance):
                     compiling.unneeded.append(instance)
                     compiling.lost.add(instance)
-                    # Were it to come back before it is compiled again, no guest may read what it was.
+                    # If the instance comes back before it is compiled again, no guest may read its old record.
                     self.revisions.pop(instance, None)
             elif known.upstream is Upstream.NOVA:
                 if instance in self.revisions or starting:
@@ -188,7 +188,7 @@ class RecordCompiler:
                 made_of = self.inventory.instances.digest(instance, b"".join((salt, *marks)))
                 compiled_of[instance] = made_of
         if compiling.keys is None:
-            # The record of one that has just changed was compiled of something else.
+            # The row of an instance that has just changed has another digest, so only a full pass reads rows.
             rows = self.index.find(compiled_of)
         for instance, made_of in compiled_of.items():
             before = self.revisions.get(instance)
@@ -198,7 +198,7 @@ class RecordCompiler:
                 compiling.keys |= self.inventory.addresses_of(instance)
 
     def remove(self, instance: InstanceId) -> None:
-        """Have no record and no password of the instance."""
+        """Remove the instance's record and password."""
         try:
             self.files.remove(instance)
         except ImdsproxyError as error:
@@ -224,7 +224,7 @@ class RecordCompiler:
     def _compile(
         self, known: Instance, compiled_of: bytes, row: Row | None, *, starting: bool
     ) -> None:
-        """Have an instance's record on disk; it is there if its `row` is of just this, and of the file as it is."""
+        """Update an instance's record on disk; skip it if `row` has the same digest and the file's signature."""
         instance = known.id
         try:
             if row is not None and row[0] == compiled_of and row[2] == self._signature(instance):
@@ -248,7 +248,7 @@ class RecordCompiler:
         before = self.warnings.pop(instance, ())
         if found := warn_of_names(known):
             self.warnings[instance] = found
-        # At a start `status` lists them, and a line for each would be too many.
+        # At a start, `status` lists the warnings; a log line for each would be too many.
         if found and found != before and not starting:
             structlog.get_logger().warning(
                 "guests see other names than the record has",

@@ -1,7 +1,8 @@
-"""Finds the owner of an unknown address: in the inventory, in the neighbour table, then at a source that can be asked.
+"""Lookup of an unknown address's owner: in the inventory, the neighbour table, then a source that can be queried.
 
-Where the network checks MACs, a request comes here `unverified` until its address has a pair (`anti_spoofing.plan`).
-The owner that is found is put in force, and the answer goes to the MAC that it was found by, and to no other.
+Where the network checks MACs, a request arrives here as `unverified` until its address has a MAC pair
+(`anti_spoofing.plan`). The lookup puts the owner in force, and the answer goes only to the MAC that identified the
+owner.
 """
 
 import math
@@ -37,25 +38,25 @@ from imdsproxy.serving.resolver import Outcome
 from imdsproxy.sources import api
 
 _REFUSED: Final = 1000
-"""Addresses whose last refused MAC `explain` can show."""
+"""Maximum number of addresses whose last refused MAC is kept for `explain`."""
 
 _REFUSED_S: Final = 300.0
-"""For how long such a MAC is what `explain` goes by."""
+"""Time for which `explain` uses a refused MAC, in seconds."""
 
 _NOTE_S: Final = 1.0
-"""So often at most the neighbour table is read for an address that is refused again and again."""
+"""Minimum time between two reads of the neighbour table for an address that is refused repeatedly, in seconds."""
 
 _LOOKS: Final = 3
-"""So often an address may change hands while it is looked up."""
+"""Attempts at an address whose owner changes during the lookup."""
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A request that was refused for its MAC.
+    """Request that was refused because of its MAC.
 
     Attributes:
-        neighbour: What the neighbour table had for the address then.
-        at: By the monotonic clock, in seconds.
+        neighbour: MAC in the neighbour table at the refusal.
+        at: Monotonic time, in seconds.
     """
 
     mac: MacAddress
@@ -65,13 +66,14 @@ class Refusal:
 
 @dataclass(slots=True)
 class Lookup:
-    """Looks for a guest's MAC in the neighbour table; keeps what it found until the table changes.
+    """Looks up guests by their MACs in the neighbour table, and keeps results until the table changes.
 
     Attributes:
-        read_neighbour: The MAC that the kernel has for an address behind a network's listener, if it has one.
-        source: Asked for an address that no source has reported.
-        is_followed: Whether the kernel reports changes of an address; where not, what was learned is read again after
-            a while.
+        read_neighbour: Reads the kernel's MAC for an address behind a network's listener, `None` for no entry.
+        source: Source to query for an address that no source has reported.
+        is_followed: Whether the kernel reports changes of an address. Otherwise the lookup reads learned addresses
+            again
+            after a while.
     """
 
     inventory: Inventory
@@ -85,13 +87,13 @@ class Lookup:
     _refused: dict[AddressKey, Refusal] = field(default_factory=dict)
 
     async def identify(self, key: AddressKey) -> Identity:
-        """Whose the address is now, and how that was found, by what is known here."""
+        """Return the address's current owner and how it was found, without querying a source."""
         identity, mac = await self._identify(key)
         refusal = self._refusal(key, mac)
         return identity if refusal is None else self._whose(key, refusal.mac)
 
     async def last_seen(self, key: AddressKey) -> tuple[MacAddress | None, Refusal | None]:
-        """The MAC that the neighbour table has for an address, and the refusal that is newer, if one is."""
+        """Return the address's MAC in the neighbour table, and a newer refusal if there is one."""
         mac = await self.neighbour(key)
         return mac, self._refusal(key, mac)
 
@@ -117,14 +119,14 @@ class Lookup:
         return identify(self.inventory, *key, neighbour_mac=mac)
 
     def _known_by(self, key: AddressKey, mac: MacAddress | None) -> Instance | None:
-        """The instance that has the address because it has the MAC."""
+        """Return the instance to which the MAC gives the address, if there is one."""
         identity = self._whose(key, mac)
         if isinstance(identity, Found) and identity.how is How.NEIGHBOUR:
             return identity.instance
         return None
 
     async def _identify(self, key: AddressKey) -> tuple[Identity, MacAddress | None]:
-        """Whose the address is, and the MAC that was asked for to find it."""
+        """Return the address's owner, and the MAC that was read to find it."""
         identity = self._whose(key)
         checked = checks_macs(self.inventory, key[0])
         if not (checked or (isinstance(identity, Unknown) and key[1].is_link_local)):
@@ -133,12 +135,12 @@ class Lookup:
         return self._whose(key, mac), mac
 
     async def ask(self, key: AddressKey, scope: Scope) -> api.LookUp | None:
-        """What the source has of an address that was not reported; `None` where no source can be asked."""
+        """Query the source for an address that was not reported; return `None` if no source can be queried."""
         if self.source is None:
             return None
         network, address = key
         if scope is Scope.NETWORK and address.is_link_local and mac_of(address) is None:
-            # One of privacy (RFC 7217, RFC 8981): who has it, is known by the MAC in the neighbour table.
+            # A privacy address (RFC 7217, RFC 8981): only the MAC in the neighbour table tells its owner.
             mac = await self.neighbour(key)
             if mac is None:
                 return api.PortMissing()
@@ -148,12 +150,12 @@ class Lookup:
     async def look(
         self, key: AddressKey, scope: Scope | None = None, port: int | None = None
     ) -> Outcome:
-        """What the resolver is to do with a request from this address.
+        """Decide the resolver's answer to a request from this address.
 
         Args:
-            key: The address.
-            scope: What the id stands for, where the request has that.
-            port: The guest's, where the kernel has not seen the address together with its MAC.
+            key: Network and address.
+            scope: Kind of the id in the request, if the request has it.
+            port: The guest's port, if the kernel has not seen the address together with its MAC.
         """
         if port is not None and checks_macs(self.inventory, key[0]):
             return await self._look_at_pair(key, port)
@@ -161,7 +163,7 @@ class Lookup:
         if granted is None or granted == ANY_MAC:
             identity, mac = await self._identify(key)
         else:
-            # It came with this MAC, whatever the neighbour table has by now.
+            # The request came with this MAC, whatever the neighbour table holds by now.
             identity, mac = self._whose(key, granted), granted
         if not isinstance(identity, Unknown):
             return await self._resolve(key, identity, mac)
@@ -169,7 +171,7 @@ class Lookup:
 
     async def _look_elsewhere(self, key: AddressKey, scope: Scope | None) -> Outcome:
         network = self.inventory.networks.get(key[0])
-        # As the network's record has it, else as the request has it.
+        # The network's record takes precedence over the request.
         scope = network.scope if network is not None else scope or Scope.NETWORK
         match await self.ask(key, scope):
             case api.PortFound() as found:
@@ -182,9 +184,9 @@ class Lookup:
                 assert_never(never)
 
     async def _look_at_pair(self, key: AddressKey, port: int) -> Outcome:
-        """Whose an address is together with the MAC that the connection came from.
+        """Find the owner of an address by the MAC that the connection came from.
 
-        Where that is not known any more, the neighbour table's MAC counts.
+        If that MAC is no longer known, use the neighbour table's MAC.
         """
         for _ in range(_LOOKS):
             mac = await self.mac_filters.sender(key, port) or await self.neighbour(key)
@@ -200,19 +202,19 @@ class Lookup:
             if mac is None and identity.port.mac is not None:
                 return Denial.MISMATCH
             if not self.mac_filters.is_up(key[0]):
-                # Nothing would make sure that the answer goes to the instance.
+                # Without the filter, nothing ensures that the answer goes to the instance.
                 return Denial.UNAVAILABLE
             if await self._let_answer(key, port, identity, mac):
                 known = self.known(identity.instance, key)
                 if not isinstance(known, Denial):
                     return known
-        # It changes hands while we look.
+        # The address keeps changing hands during the lookup.
         return Denial.UNAVAILABLE
 
     async def _let_answer(
         self, key: AddressKey, port: int, found: Found, mac: MacAddress | None
     ) -> bool:
-        """Put the pair in force, and have the answer go to its MAC only; false where the address has moved on."""
+        """Put the MAC pair in force and send answers only to its MAC; return false if the address has moved on."""
         expected = found.port.mac
         if found.how is How.NEIGHBOUR and mac is not None:
             expected = mac
@@ -237,7 +239,7 @@ class Lookup:
     def _note_learned(
         self, key: AddressKey, instance: Instance, mac: MacAddress | None
     ) -> int | None:
-        """Note whose the address is; the ticket, or `None` where only the time of what was learned is renewed."""
+        """Note the address's owner; return the ticket, or `None` if only the expiry of a known entry changes."""
         until = math.inf
         if mac is None or not self.is_followed(key):
             until = self.clock.monotonic() + self.learned_ttl_s()
@@ -251,7 +253,7 @@ class Lookup:
         self, key: AddressKey, identity: Identity, mac: MacAddress | None
     ) -> Outcome:
         if not isinstance(identity, Found):
-            # Unknown now, it was found a moment ago: the guest is to ask again.
+            # The owner was found a moment ago and is unknown now: the guest should retry.
             return deny(identity, in_sync=False)
         if identity.how is How.NEIGHBOUR:
             await self._learn(key, identity.instance, mac)
@@ -260,14 +262,14 @@ class Lookup:
             and checks_macs(self.inventory, key[0])
             and self.mac_filters.is_plain(key[0])
         ):
-            # MACs are to be checked there and are not yet.
+            # MACs must be checked in this network, but the filter is not in place yet.
             return Denial.UNAVAILABLE
         return self.known(identity.instance, key)
 
     async def _found(self, key: AddressKey, scope: Scope, found: api.PortFound) -> Outcome:
         if scope is Scope.NETWORK:
             await self.records.tickets.wait(self.records.touch(key))
-            # By the inventory: another source may claim the address too.
+            # Identify by the inventory: another source may claim the address too.
             return await self._resolve(key, *await self._identify(key))
         owner = self.inventory.owner((found.network, key[1]))
         if isinstance(owner, Conflict):
@@ -281,16 +283,16 @@ class Lookup:
         return self.known(instance, key)
 
     def known(self, instance: Instance, key: AddressKey) -> Outcome:
-        """By which record HAProxy answers the instance at this address."""
+        """Return the record by which HAProxy answers the instance at this address, or the denial."""
         record = self.records.planned(key)
         if isinstance(record, MapRecord) and record.instance == instance.id:
             return record
-        # No endpoint set takes it, and the operator has to say where Nova is; or its record is not on disk yet; or
-        # the address has become another instance's since.
+        # No endpoint set takes it, and the operator must configure Nova's; or its record is not on disk yet; or another
+        # instance has the address by now.
         return Denial.UNAVAILABLE
 
     async def neighbour(self, key: AddressKey) -> MacAddress | None:
-        """The MAC that the kernel has for an address; `None` where it has none, or cannot be asked."""
+        """Return the kernel's MAC for an address, or `None` if it has none or the table cannot be read."""
         network = self.inventory.networks.get(key[0])
         if network is None:
             return None
@@ -303,10 +305,10 @@ class Lookup:
             return None
 
     async def review(self, *, everything: bool = False) -> None:
-        """Ask again for every learned address whose time is over; forget what is no longer so.
+        """Check learned addresses whose time has expired; forget those that are no longer valid.
 
         Args:
-            everything: Ask for all of them: changes of the neighbour table were lost.
+            everything: Check every learned address, because changes of the neighbour table were lost.
         """
         self.follow_routes()
         now = math.inf if everything else self.clock.monotonic()
@@ -315,15 +317,16 @@ class Lookup:
             self._review(key, await self.neighbour(key))
 
     def on_neighbour(self, key: AddressKey, mac: MacAddress | None) -> None:
-        """The neighbour table says something else of an address: follow it where it counts."""
+        """Follow a change in the neighbour table if the address is a learned one."""
         if key in self.records.learned:
             self._review(key, mac)
 
     def _review(self, key: AddressKey, mac: MacAddress | None) -> None:
         granted = self.mac_filters.granted(key)
         if mac is not None and granted not in (None, ANY_MAC) and self.mac_filters.is_up(key[0]):
-            # Another guest that claims the address ends nothing of its owner's. Its first request comes unverified, and
-            # is looked up by the MAC that it came from.
+            # Another guest that claims the address does not end the owner's entry. Its first request arrives unverified
+            # and
+            # is looked up by its own MAC.
             mac = granted
         instance = None if mac is None else self._known_by(key, mac)
         if instance is None:
@@ -332,8 +335,8 @@ class Lookup:
             self._note_learned(key, instance, mac)
 
     def recall(self) -> None:
-        """What an earlier controller had learned, by the pairs that it left."""
-        # Next to all have an owner, and what is granted to one address is as dear to ask for as that of its network.
+        """Restore learned addresses from the MAC pairs of an earlier controller."""
+        # Check the owner first: nearly all addresses have one, and reading one grant costs as much as a network's.
         keys = self.mac_filters.keys()
         for key in (one for one in keys if self.inventory.owner(one) is None):
             mac = self.mac_filters.granted(key)
@@ -341,11 +344,11 @@ class Lookup:
                 continue
             instance = self._known_by(key, mac)
             if instance is not None:
-                # Asked for soon: it may have changed meanwhile.
+                # The entry expires at once and is checked soon: it may have changed meanwhile.
                 self.records.learn(key, Learned(instance.id, self.clock.monotonic(), mac=mac))
 
     def follow_routes(self) -> None:
-        """Have addresses behind routers known as the source knows them: no others, and those of before a restart."""
+        """Replace the learned addresses behind routers by the source's, also those from before a restart."""
         routes = {} if self.source is None else self.source.routes()
         learned = self.records.learned
         for key in [one for one, entry in learned.items() if entry.via and one not in routes]:
@@ -357,5 +360,5 @@ class Lookup:
 
 
 def _behind_router(key: AddressKey, found: api.PortFound) -> Learned:
-    # The source says when it is over, not a time.
+    # No expiry time: the source reports when the route ends.
     return Learned(found.instance, math.inf, via=(found.network, key[1]))

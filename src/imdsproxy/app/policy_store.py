@@ -1,6 +1,6 @@
-"""The policies in force: settings, what operators did about single instances, and what a fleet says of both.
+"""Policies in force: from settings, from operators' overrides of instances, and from a fleet.
 
-What operators did is on disk before it counts, and outlives every restart.
+An operator's override is on disk before it takes effect, and survives every restart.
 """
 
 import json
@@ -27,10 +27,10 @@ _write: Final = partial(write_atomic, mode=0o600, durable=True)
 
 
 def read_overrides(path: Path) -> tuple[Overrides, dict[str, int]]:
-    """Return what operators did, and when instances went (Unix time); without a file nothing was done.
+    """Read operators' overrides, and the times at which instances departed (Unix time). A missing file means none.
 
     Raises:
-        HostRefused: It cannot be read, or is damaged.
+        HostRefused: The file cannot be read, or is damaged.
     """
     try:
         data = path.read_bytes()
@@ -69,12 +69,12 @@ def _override(name: str, epoch: object, reopened_at: object) -> OperatorOverride
 
 @dataclass(frozen=True, slots=True)
 class FleetChange:
-    """What differs of what a fleet says.
+    """Changes between two states of a fleet's policies.
 
     Attributes:
-        rules: Any guest may be concerned.
-        guards: Of these instances something else is in force than before.
-        keys: HAProxy has to get keys, or to lose them.
+        rules: Rules changed; any guest may be affected.
+        guards: Instances whose override in force changed.
+        keys: Token keys changed; HAProxy's keys need an update.
     """
 
     rules: bool = False
@@ -82,19 +82,20 @@ class FleetChange:
     keys: bool = False
 
     def __bool__(self) -> bool:
-        """Whether anything differs."""
+        """Return whether anything changed."""
         return self.rules or self.keys or bool(self.guards)
 
 
 @dataclass(slots=True)
 class PolicyStore:
-    """Changed by `read`, `take_fleet`, and by what operators do.
+    """Store of the policies in force, changed by `read`, `take_fleet` and operators' commands.
 
     Attributes:
-        overrides: What operators of this host did, by instance, also those that are gone: one that comes again under
-            its id must not get its old tokens back.
-        fleet: What `take_fleet` got last.
-        departed: When instances went, Unix time, as long as a token of theirs may be unexpired.
+        overrides: Overrides by this host's operators. Those of departed instances stay: an instance that comes back
+            under
+            the same id must not get its old tokens back.
+        fleet: Last argument of `take_fleet`.
+        departed: Departure times of instances (Unix time), kept as long as a token of theirs may be unexpired.
     """
 
     keys: TokenKeys
@@ -111,8 +112,8 @@ class PolicyStore:
         """Revoke the instance's tokens.
 
         Args:
-            instance: Whose.
-            here: Every instance that sources report; `None` where one of them has not reported everything.
+            instance: Instance.
+            here: All instances that sources report; `None` if a source has not sent a full report.
 
         Raises:
             HostRefused: The file system refuses; nothing has changed.
@@ -123,21 +124,21 @@ class PolicyStore:
     def reopen(
         self, instance: InstanceId, now: int, here: Collection[str] | None = None
     ) -> OperatorOverride:
-        """Have it boot anew, from `now` (Unix time) on.
+        """Restart the instance's boot grace.
 
         Args:
-            instance: Which.
-            now: When.
-            here: As for `revoke`.
+            instance: Instance.
+            now: Start of the new boot grace (Unix time).
+            here: All instances that sources report, as for `revoke`.
 
         Raises:
-            HostRefused: As `revoke`.
+            HostRefused: The file system refuses; nothing has changed.
         """
         override = self.overrides.get(instance, OperatorOverride())
         return self._keep(instance, replace(override, reopened_at=now), here)
 
     def depart(self, instances: Collection[InstanceId]) -> None:
-        """Note instances that no source has any more; `save` has to follow."""
+        """Note the departure of instances that no source reports; call `save` afterwards."""
         if instances:
             now = int(self.clock.now().timestamp())
             kept = {name: at for name, at in self.departed.items() if at > now - TTL_LIMIT_S}
@@ -145,7 +146,7 @@ class PolicyStore:
             self._unsaved = True
 
     def arrive(self, instances: Collection[InstanceId]) -> None:
-        """Have no token be good that one of these got under the same id before it went; `save` has to follow."""
+        """Revoke the tokens that these instances got under the same id before they departed; call `save` afterwards."""
         for instance in self.departed.keys() & instances:
             del self.departed[instance]
             override = self.overrides.get(instance, OperatorOverride())
@@ -154,7 +155,7 @@ class PolicyStore:
             self._unsaved = True
 
     def save(self) -> None:
-        """Write what `depart` and `arrive` noted; raises `HostRefused`."""
+        """Write the changes of `depart` and `arrive`; may raise `HostRefused`."""
         if self._unsaved:
             self._write(self.overrides)
 
@@ -177,15 +178,16 @@ class PolicyStore:
             "departed": self.departed,
         }
         text = json.dumps(content, indent=1)
-        # A revocation that a power cut takes back would make tokens good again.
+        # If a power cut undid a revocation, revoked tokens would be valid again.
         _write(self.keys.layout.guards, text.encode())
         self._unsaved = False
 
     def take_fleet(self, fleet: FleetPolicies) -> FleetChange:
-        """Take over what the fleet says now, in place of all before; what the caller has to do about it.
+        """Replace the fleet's policies; return the changes on which the caller must act.
 
-        To be called before the records are published that belong to it. HAProxy gets the keys before its next records,
-        and has those of an instance that goes until its record has gone.
+        Call this before publishing the records that belong to the policies. HAProxy gets new keys before its next
+        records, and
+        keeps the keys of a departing instance until its record is removed.
         """
         book, before = self.book(), self.fleet
         self.fleet, self.keys.of_instances = fleet, fleet.keys
@@ -205,14 +207,14 @@ class PolicyStore:
         )
 
     def is_of_fleet(self, instance: InstanceId) -> bool:
-        """Whether the fleet's keys sign its tokens, and its operators revoke them."""
+        """Return whether the fleet's keys sign the instance's tokens, and fleet operators revoke them."""
         return bool(self.fleet.keys.get(instance))
 
     def read(self, settings: Settings) -> tuple[bool, bool]:
-        """Take over settings, and the keys in the file that they name.
+        """Apply settings, and read the keys from their key file.
 
         Returns:
-            Whether records have to be compiled again, and whether workers get other keys.
+            Whether records must be compiled again, and whether workers get other keys.
 
         Raises:
             SecretUnreadable: The keys cannot be used; everything stays as it was.
@@ -224,22 +226,22 @@ class PolicyStore:
         return records, keys
 
     def open(self, settings: Settings) -> None:
-        """Read all of it, with the keys where HAProxy finds them; the first one is made where there is none.
+        """Read settings, keys and overrides, and write the keys for HAProxy. Create the first key if there is none.
 
         Raises:
             SecretUnreadable: The keys cannot be used.
-            HostRefused: A file cannot be written, or what operators did cannot be read.
+            HostRefused: A file cannot be written, or the overrides cannot be read.
         """
         self.read(settings)
-        # To go on without what cannot be read would make revoked tokens good again.
+        # Starting without unreadable overrides would make revoked tokens valid again.
         self.overrides, self.departed = read_overrides(self.keys.layout.guards)
         self.keys.load()
         self.keys.preload()
 
     def for_nobody(self, inventory: Inventory) -> tuple[str, ...]:
-        """Sections of settings for a network, project or instance that no source has.
+        """Return settings sections for a network, project or instance that no source reports.
 
-        A name that is mistyped does nothing at all, and what it was to protect stays open.
+        A section with a mistyped name has no effect, so the instance it should protect stays open.
         """
         book = self._book
         projects: set[str | None] = set()
@@ -255,9 +257,9 @@ class PolicyStore:
         return tuple(f"policy.{kind}.{one}" for kind, one in named if not known[kind](one))
 
     def book(self) -> PolicyBook:
-        """All policy rules except those in records."""
+        """Return all policy rules except those in records."""
         made_of = self._book, self.overrides, self.fleet
-        # Each is replaced as a whole when it changes.
+        # Each part is replaced as a whole when it changes, so its identity tells.
         if [id(one) for one in made_of] != [id(one) for one in self._made_of]:
             overrides = join_guards(self.overrides, self.fleet)
             self._in_force = replace(self._book, overrides=overrides, fleet=self.fleet.rules)

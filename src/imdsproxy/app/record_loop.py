@@ -1,7 +1,7 @@
-"""From observations to records in force: compile, write, tell HAProxy, acknowledge.
+"""Loop that puts observations in force: compile, write, update HAProxy, acknowledge.
 
-One task does all of it. Between compiled instances others may work, and the inventory change; what is planned of it
-is planned at once. Observations that come while it works are taken together in the next round.
+One task does all of this. It yields between instances, so the inventory may change during a round. What the round plans
+is computed without a pause. Observations that arrive during a round are handled together in the next one.
 """
 
 import asyncio
@@ -40,20 +40,20 @@ from imdsproxy.host.process import release_memory
 _RETRY_LAST_S = 5.0
 
 _AT_ONCE: Final = 100
-"""Instances or addresses that are looked at before the loop may answer others: some milliseconds."""
+"""Instances or addresses processed before the loop yields to other tasks: some milliseconds."""
 
 _MANY: Final = 20_000
-"""Addresses of which a list is not worth its memory: all are looked at instead."""
+"""Pending addresses from which a round looks at all addresses: a longer list would cost too much memory."""
 
 _WORTH_SHOWING: Final = 2_000
-"""So many addresses take a second where records have to be compiled."""
+"""Addresses from which a step reports progress: compiling so many records takes a second."""
 
 _Item = TypeVar("_Item")
 
 
 @dataclass(slots=True)
 class _Work(Affected):
-    """What is still to be done; merged from round to round until it is."""
+    """Pending work, merged from round to round until a round succeeds."""
 
     everything: bool = False
 
@@ -66,7 +66,7 @@ class _Work(Affected):
 
 @dataclass(slots=True)
 class _RoundPlan:
-    """What a round is to bring into force, by address."""
+    """Changes that a round brings into force, by address. Keys without an entry stay as they are."""
 
     wanted: dict[str, str | None] = field(default_factory=dict)
     pairs: dict[AddressKey, MacAddress | None] = field(default_factory=dict)
@@ -80,22 +80,22 @@ class RecordLoop:
     """Keeps compiled records and HAProxy's maps equal to the inventory.
 
     Args:
-        on_networks: Called with networks that came, changed or went.
-        on_applied: Called with addresses whose records are in force now; `None` stands for all of them.
-        on_gone: Called with instances that no source has any more.
-        on_here: Called with instances that changed or came, of sources whose ids may stand for another instance later.
-        save: Called before records are planned that need what these two noted; may raise `HostRefused`.
-        routing: Where requests go whose documents Nova has, as of now; `resync` after it changed.
-        policies: What settings and operators say of guests, as of now; `resync` after it changed.
-        sets: Who has HAProxy know path rules.
-        keys: Who has it know keys of tokens.
+        on_networks: Called with networks that were added, changed or removed.
+        on_applied: Called with addresses whose records are in force now; `None` stands for all addresses.
+        on_gone: Called with instances that no source reports now.
+        on_here: Called with new or changed instances of sources that may give their ids to other instances later.
+        save: Called before a round plans records, to store what `on_gone` and `on_here` noted; may raise `HostRefused`.
+        routing: Current Nova routing of requests; call `resync` after a change.
+        policies: Current policies of settings and operators; call `resync` after a change.
+        sets: Publisher of path rules to HAProxy.
+        keys: Publisher of token keys to HAProxy.
 
     Attributes:
-        failure: Why the last round could not be brought into force.
-        withheld: Addresses that the last round kept from HAProxy, because their MACs are not checked yet.
-        rounds: Rounds that put observations in force, by the time from the first observation to the acknowledgement.
-        progress: Where long rounds say how far they are.
-        looked: How many instances and addresses were looked at; it grows as long as a round goes on.
+        failure: Reason why the last round failed.
+        withheld: Addresses that the last round kept from HAProxy because their MACs are not checked yet.
+        rounds: Durations of rounds with observations, from the first observation to the acknowledgement.
+        progress: Progress of long rounds.
+        looked: Number of instances and addresses processed; it grows as long as a round makes progress.
     """
 
     inventory: Inventory
@@ -127,11 +127,11 @@ class RecordLoop:
     _swept: bool = False
 
     def observe(self, observation: Observation) -> int:
-        """Take in what a source saw; the ticket says when it is in force."""
+        """Apply a source's observation; return the ticket that closes when its records are in force."""
         expired = self.inventory.has_expired
         affected = self.inventory.observe(observation)
         if self.inventory.has_expired != expired:
-            # Also what HAProxy knows from before a restart.
+            # The round must also look at addresses that HAProxy knows from before a restart.
             self._work.everything = True
         self._report(observation, affected)
         if self._work.everything:
@@ -159,44 +159,44 @@ class RecordLoop:
 
     def _report(self, observation: Observation, affected: Affected) -> None:
         self.on_gone(affected.gone)
-        # Ids of Neutron's stand for one instance for ever, and of a fleet's instances hubs raise the epoch.
+        # Neutron never reuses an instance's id, and for instances of a fleet the hubs raise the epoch.
         if not observation.defers and observation.source != FLEET:
             self.on_here(affected.instances - affected.gone)
 
     def learn(self, key: AddressKey, learned: Learned) -> int:
-        """Have HAProxy know an address that no record claims."""
+        """Give HAProxy a record for an address that no source's record claims."""
         self.learned[key] = learned
         return self.touch(key)
 
     def forget(self, key: AddressKey) -> int:
-        """Its source reports otherwise now, or its report is too old."""
+        """Drop a learned address: its source's report has changed or is too old."""
         self.learned.pop(key, None)
         return self.touch(key)
 
     def resync(self) -> int:
-        """Compare everything again, as after HAProxy came back."""
+        """Start a full comparison, as after a restart of HAProxy."""
         self._work.everything = True
         self._wake.set()
         return self.tickets.take()
 
     def wake(self) -> int:
-        """Begin a round, as after keys of instances changed."""
+        """Start a round, as after a change of instances' keys."""
         self._wake.set()
         return self.tickets.take()
 
     def touch(self, key: AddressKey) -> int:
-        """Look at the address again; the ticket says when its record is in force."""
+        """Plan the address again; return the ticket that closes when its record is in force."""
         self._work.addresses.add(key)
         self._wake.set()
         return self.tickets.take()
 
     def addresses_of(self, instance: InstanceId) -> frozenset[AddressKey]:
-        """Every address that an instance is known by, those that were learned too."""
+        """Return every address of an instance, with the learned ones."""
         learned = {key for key, entry in self.learned.items() if entry.instance == instance}
         return self.inventory.addresses_of(instance) | learned
 
     def touch_networks(self, networks: Collection[NetworkId]) -> None:
-        """Look at every address in these networks again."""
+        """Plan every address in these networks again."""
         of_instances = (
             key
             for network in networks
@@ -207,9 +207,9 @@ class RecordLoop:
             self.touch(key)
 
     async def reuse_maps(self) -> bool:
-        """Have a HAProxy that is yet to start read the maps of the last run, where they would be made just so again.
+        """Let HAProxy start with the maps of the last run, if this run would make the same maps.
 
-        Whether that is done. All records are compared later, as after HAProxy was adopted.
+        Return whether that is the case. All records are compared later, as after HAProxy was adopted.
         """
         applier = self.applier
         in_sync = self.inventory.in_sync
@@ -225,12 +225,13 @@ class RecordLoop:
         return True
 
     def settle(self) -> None:
-        """Leave to the next start what spares it work."""
+        """Store what saves the next start work: the index, and copies of the maps if all records are in force."""
         self.compiler.index.close()
-        # A round that is under way has its work no longer in `_work`, and its changes not yet in the maps.
+        # A round under way has emptied `_work` already, but its changes are not in the maps yet.
         settled = self.inventory.in_sync and self._swept and self.tickets.done == self.tickets.given
         failures = self.failure or self.compiler.failures
-        # Of addresses that lookups have found, and of hop limits that are not there yet, no record is made at a start.
+        # A start makes no records for learned addresses, for withheld ones, or with hop limits whose rules are not
+        # there yet.
         others = self.learned or self.withheld or self.hop_limits.in_use
         if settled and not (failures or others):
             made_of = self._made_of()
@@ -238,7 +239,7 @@ class RecordLoop:
                 self.applier.save_copies(made_of)
 
     def _made_of(self) -> bytes | None:
-        # Records of Nova's guests have signatures, which are not to lie on a disk.
+        # Records of Nova's guests contain signatures, which must not be stored on disk.
         records = None if self.routing().sets else self.inventory.digest()
         if records is None:
             return None
@@ -246,10 +247,10 @@ class RecordLoop:
         return b" ".join((COMPILER, records, others.encode()))
 
     async def compile_all(self) -> Mapping[str, str]:
-        """Compile every instance and give the whole map, for a HAProxy that is yet to start."""
+        """Compile every instance and return the whole map, for a HAProxy that has not started yet."""
         whole = self.inventory.in_sync
         if whole:
-            # All of it is looked at here. What comes meanwhile is looked at in the first round.
+            # This call handles all pending work. What arrives during it is handled in the first round.
             self._work = _Work()
         compiling = Compiling(self._everybody())
         sets: dict[str, PathRules] = {}
@@ -260,7 +261,7 @@ class RecordLoop:
             sets.update(planned.sets)
             self.hop_limits.restrict(planned.values)
             values.update((key, value) for key, value in planned.values.items() if value)
-            # A network's addresses come together, and networks in the order of their keys.
+            # Addresses are grouped by network, and networks are sorted by key.
             last, before = record_key(keys[-1]).rpartition("/")[0] + "/", last
             if last != before and not self.learned:
                 done = [key for key in values if not key.startswith(last)]
@@ -270,7 +271,7 @@ class RecordLoop:
         self.keys.preload()
         packed.extend(sorted(values.items()))
         if whole:
-            # They went while no controller ran.
+            # These instances were removed while no controller ran.
             self.on_gone(compiling.lost)
             self._remove_all(compiling.unneeded)
             self._swept = True
@@ -278,18 +279,18 @@ class RecordLoop:
         return packed
 
     def _everybody(self) -> set[InstanceId]:
-        # On disk there may be others, from an earlier controller.
+        # The disk may hold records of other instances, from an earlier controller.
         others = self.compiler.files.instances() if self.inventory.in_sync else ()
         return {*self.inventory.instances, *others}
 
     def _unowned(self, keys: Iterable[AddressKey]) -> Iterator[AddressKey]:
-        """What a look at every address that anybody has would miss."""
+        """Yield the addresses without an owner in the inventory; a pass over all owned addresses misses them."""
         return (key for key in keys if self.inventory.owner(key) is None)
 
     async def _every_part(
         self, compiling: Compiling, keys: Iterable[AddressKey] = ()
     ) -> AsyncIterator[list[AddressKey]]:
-        """Every address that anybody has, then `keys`, some at a time; who has them is compiled then."""
+        """Yield every owned address, then `keys`, in batches; compile the owners of each batch."""
         count = self.inventory.address_count
         async for owned in self._parts(self.inventory.addresses(), "comparing records", count):
             owners = {owner for _, owner in owned if isinstance(owner, str)}
@@ -303,7 +304,7 @@ class RecordLoop:
     async def _parts(
         self, items: Iterable[_Item], step: str = "", of: int = 0
     ) -> AsyncIterator[list[_Item]]:
-        """Some at a time; between two the loop answers others."""
+        """Yield the items in batches; yield to other tasks between two batches."""
         rest, done = iter(items), 0
         while part := list(islice(rest, _AT_ONCE)):
             yield part
@@ -315,7 +316,7 @@ class RecordLoop:
         self.progress.end(step)
 
     async def run(self) -> None:
-        """Work until cancelled; what fails is kept and tried again, ever more slowly."""
+        """Run rounds until cancelled. Retry failed work with backoff."""
         backoff = Backoff(0.2, _RETRY_LAST_S)
         while True:
             await self._wake.wait()
@@ -331,7 +332,7 @@ class RecordLoop:
                 self.failure, delay = report_failure(
                     "records", "records not applied", error, backoff
                 )
-                # New work may be just what helps, so it does not wait for the old.
+                # New work may resolve the failure, so it ends the pause.
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(delay):
                         await self._wake.wait()
@@ -343,7 +344,7 @@ class RecordLoop:
                 self.rounds.add(self.clock.monotonic() - since)
             await self.tickets.close(ticket)
             if work.everything and self.inventory.address_count > _MANY:
-                # What lists and plans of all addresses took.
+                # Free the memory of the lists and plans of all addresses.
                 work = _Work()
                 release_memory()
             if self.compiler.failures:
@@ -368,13 +369,13 @@ class RecordLoop:
             keys = work.addresses | (compiling.keys or set())
             learned = self.learned.items()
             keys |= {key for key, entry in learned if entry.instance in work.instances}
-            # A router's record says what those may read that are behind it, and no instance has a port in a router.
+            # A router's record decides what the addresses behind it may read, and no instance has a port in a router.
             keys |= {key for key, _ in learned if key[0] in work.networks}
-            # An address behind a router stands and falls with the one in its network.
+            # The record of an address behind a router depends on the address in its own network.
             keys |= {key for key, entry in learned if entry.via in keys}
             self._drop_learned(compiling)
             parts = self._parts(keys)
-        # Nothing is swept before the sources have reported everything once.
+        # No record is swept before every source has sent a full report.
         sweeping = full and (self.inventory.in_sync or self._swept)
         plan = await self._plan_round(parts, full=full)
         if sweeping:
@@ -383,7 +384,7 @@ class RecordLoop:
             await self._plan_expired(plan)
         await self.sets.ensure(plan.sets, sweep=sweeping)
         await self.keys.ensure(self.applier)
-        # The present owner of an address is not let through any more when it becomes another's.
+        # The old owner of an address loses its MAC pair before the map names the new owner.
         await self.mac_filters.withdraw(plan.pairs, self._staying(plan))
         await self.applier.apply(plan.wanted)
         await self.mac_filters.grant(plan.pairs)
@@ -392,7 +393,7 @@ class RecordLoop:
         self.withheld = plan.withheld
         if self.withheld:
             self.on_networks(frozenset(network for network, _ in self.withheld))
-        # Only now can no request reach the document server for these any more.
+        # Only now can no request for these instances reach the document server.
         self._remove_all(compiling.unneeded)
         if self.inventory.in_sync:
             self._swept = True
@@ -402,7 +403,7 @@ class RecordLoop:
         self.on_applied(None if full else keys)
 
     def _staying(self, plan: _RoundPlan) -> frozenset[AddressKey]:
-        """Addresses whose record in force is of the instance that is to have them."""
+        """Return the addresses whose record in force and planned record belong to the same instance."""
 
         def instance_of(value: str | None) -> InstanceId | None:
             record = None if value is None else parse_map_value(value)
@@ -413,7 +414,7 @@ class RecordLoop:
             name = record_key(key)
             value = self.applier.state.lookup(name)
             before = instance_of(value)
-            # A full round plans no record that is in force already.
+            # A full round plans no record that is already in force.
             if before is not None and before == instance_of(plan.wanted.get(name, value)):
                 staying.add(key)
         return frozenset(staying)
@@ -424,7 +425,7 @@ class RecordLoop:
     async def _plan_round(
         self, parts: AsyncIterator[list[AddressKey]], *, full: bool
     ) -> _RoundPlan:
-        """What these addresses are to have; of a full round only what they do not have, which is little or all."""
+        """Plan the addresses' records and MAC pairs. A full round keeps only the differences: few, or all."""
         plan = _RoundPlan(armed=self.hop_limits.restrict({}))
         async for part in parts:
             planned = self._planner().plan_records(part)
@@ -432,7 +433,7 @@ class RecordLoop:
             pairs = plan_pairs(self.inventory, part, self.learned)
             withheld = self.mac_filters.withheld(pairs)
             wanted.update(dict.fromkeys(record_key(key) for key in withheld))
-            # A rule that any part counts on is one that is needed.
+            # A hop-limit rule is needed if any batch relies on it.
             plan.armed |= self.hop_limits.restrict(wanted)
             plan.sets.update(planned.sets)
             plan.withheld |= withheld
@@ -441,7 +442,7 @@ class RecordLoop:
         return plan
 
     async def _plan_sweep(self, plan: _RoundPlan) -> None:
-        """Add what is in force and has no owner any more; what `plan` has nothing of is as it should be."""
+        """Plan the removal of records and MAC pairs in force whose addresses have no owner."""
 
         def is_gone(key: AddressKey | None) -> bool:
             return key is None or (key not in self.learned and self.inventory.owner(key) is None)
@@ -454,7 +455,7 @@ class RecordLoop:
             plan.wanted.update(state.differing(dict.fromkeys(gone)))
 
     async def _plan_expired(self, plan: _RoundPlan) -> None:
-        """Withhold addresses that HAProxy knows and nothing here any more: learned before a restart."""
+        """Withhold addresses that HAProxy's maps give to expired instances: they were learned before a restart."""
         async for part in self._parts(tuple(self.applier.state.effective().items())):
             plan.wanted.update(
                 (name, MAP_CONFLICT) for name, value in part if self._is_expired(value)
@@ -465,7 +466,7 @@ class RecordLoop:
         return record is not None and self.inventory.expired(record.instance) is not None
 
     def keep_of_last_run(self, values: Mapping[str, str]) -> dict[str, str]:
-        """Records of the last run that are served on, although their sources are not in sync yet."""
+        """Return the records of the last run that are served until the sources are in sync."""
         return {key: value for key, value in values.items() if not self._is_expired(value)}
 
     async def _compile_rest(self, compiling: Compiling) -> None:
@@ -474,14 +475,14 @@ class RecordLoop:
             self.compiler.compile(part, compiling, starting=not self._swept)
 
     def _drop_learned(self, compiling: Compiling) -> list[AddressKey]:
-        """Know no addresses of instances that no source has any more; which those were."""
+        """Drop learned addresses of instances that no source reports; return these addresses."""
         lost = [key for key, entry in self.learned.items() if entry.instance in compiling.lost]
         for key in lost:
             del self.learned[key]
         return lost
 
     def planned(self, key: AddressKey) -> MapRecord | Conflict | Expired | None:
-        """What the data plane is to know of an address now."""
+        """Return the record that HAProxy should have for an address now, or why there is none."""
         record = self._planner().plan_record(key)
         if not isinstance(record, MapRecord) or not record.policy:
             return record
@@ -493,6 +494,6 @@ class RecordLoop:
 
     def _remove_all(self, instances: Iterable[InstanceId]) -> None:
         for instance in instances:
-            # One that came back meanwhile is looked at in the next round.
+            # An instance that came back during the round is handled in the next one.
             if instance not in self._work.instances:
                 self.compiler.remove(instance)

@@ -1,4 +1,4 @@
-"""The keys of session tokens: the host's own in a file, those of a fleet's instances, and a map of both for HAProxy."""
+"""Keys of session tokens: the host's own in a file, those of a fleet's instances, and a map of both for HAProxy."""
 
 import asyncio
 from collections.abc import Callable
@@ -23,17 +23,18 @@ _write: Final = partial(write_atomic, mode=0o600, durable=True)
 
 @dataclass(slots=True)
 class TokenKeys:
-    """The keys in force.
+    """Token keys in force.
 
     Args:
-        layout: Where they are while settings name no other file; made where it is missing.
-        random: So many random bytes.
+        layout: Has the default path of the key file, which is created if it is missing.
+        random: Returns the given number of random bytes.
 
     Attributes:
-        keys: The host's own, the one in force first.
-        of_instances: Of a fleet's instances that are here. HAProxy has them once a round of records (`RecordLoop`) has
-            called `ensure`, and those that aren't there any more until it calls `sweep`.
-        failure: Why a worker may not know the keys in force.
+        keys: The host's own keys, the signing key first.
+        of_instances: Keys of a fleet's instances on this host. HAProxy gets new ones when a round of records
+            (`RecordLoop`)
+            calls `ensure`, and drops obsolete ones at `sweep`.
+        failure: Reason why a worker may not know the keys in force.
     """
 
     layout: Layout
@@ -49,11 +50,10 @@ class TokenKeys:
     _confirmed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def read(self, configured: Path | None) -> bool:
-        """Take over the keys of the file; whether they are others than before.
+        """Read the keys from the file; return whether they have changed.
 
         Raises:
-            SecretUnreadable: The file is missing, can be read by others, or holds something else; what was in force
-                stays.
+            SecretUnreadable: The file is missing, readable by others, or malformed; the keys in force stay.
             HostRefused: The first key cannot be written.
         """
         path = configured or self.layout.token_keys
@@ -68,18 +68,18 @@ class TokenKeys:
         return changed
 
     def load(self) -> None:
-        """Take over the keys of instances that an earlier controller left to HAProxy, until the first `sweep`.
+        """Load the keys of instances that an earlier controller gave to HAProxy, until the first `sweep`.
 
-        Their tokens stay good while their source has not reported yet.
+        These instances' tokens stay valid until their source has reported.
         """
         try:
             self._held = tokens.parse_key_map(parse_map(self.layout.token_keys_map.read_text())[1])
         except (OSError, ValueError):
-            # It is made again, and the source brings them.
+            # The map is written again, and the source reports the keys again.
             self._held = {}
 
     def preload(self) -> None:
-        """Have all keys where a HAProxy finds them that is yet to start.
+        """Write all keys to the map file, for a HAProxy that has not started yet.
 
         Raises:
             HostRefused: The file system refuses.
@@ -94,13 +94,14 @@ class TokenKeys:
         self._changed.set()
 
     async def confirmed(self) -> None:
-        """Return once every worker knows the keys, and every one to come."""
+        """Wait until every worker knows the keys, and the map file has them for future workers."""
         await self._confirmed.wait()
 
     async def run(self, applier: RecordApplier) -> None:
-        """Send the host's own until cancelled; what fails is kept and tried again, ever more slowly.
+        """Send the host's own keys until cancelled. Retry failures with backoff.
 
-        A HAProxy that was there before the controller may have read another map, so it gets them at the start too.
+        A HAProxy that was running before the controller may have read another map, so the keys are also sent at the
+        start.
         """
         backoff = Backoff(0.2, 10.0)
         while True:
@@ -121,10 +122,10 @@ class TokenKeys:
                 self._confirmed.set()
 
     def needed(self, is_of_fleet: Callable[[InstanceId], bool]) -> tokens.InstanceKeys:
-        """Keys that records in force may need: those that are wanted, and of instances that have not gone yet.
+        """Return the keys that records in force may need: current ones, and those of departing instances.
 
         Args:
-            is_of_fleet: Whether the fleet's source has the instance.
+            is_of_fleet: Returns whether the fleet's source has the instance.
         """
         going = {
             instance: keys
@@ -134,7 +135,7 @@ class TokenKeys:
         return {**self.of_instances, **going}
 
     async def ensure(self, applier: RecordApplier) -> None:
-        """Return once every worker knows each key of `of_instances`, and every one to come.
+        """Wait until every current and future worker knows each key of `of_instances`.
 
         Raises:
             HostRefused: The file cannot be written; nothing has changed.
@@ -144,11 +145,11 @@ class TokenKeys:
         await self._hold(applier, _join(self.of_instances, self._held))
 
     async def sweep(self, applier: RecordApplier, needed: tokens.InstanceKeys) -> None:
-        """Return once no worker knows a key of an instance that is not in `of_instances`; raises as `ensure`.
+        """Wait until no worker knows a key of an instance that is not in `of_instances`; raises as `ensure`.
 
         Args:
-            applier: Brings them to the workers.
-            needed: What `needed` gave before the records were planned that are in force now. They stay as well.
+            applier: Sends the keys to the workers.
+            needed: Result of `needed` from before the records in force were planned. These keys stay as well.
         """
         await self._hold(applier, _join(self.of_instances, needed))
 
@@ -160,7 +161,7 @@ class TokenKeys:
         self._behind = False
 
     async def _apply(self, applier: RecordApplier, held: tokens.InstanceKeys | None = None) -> None:
-        # What is sent last is also what was rendered last.
+        # The lock ensures that the last table rendered is also the last one sent.
         async with self._sending:
             held = self._held if held is None else held
             entries = tokens.render_key_map(self.keys, held)
@@ -170,18 +171,18 @@ class TokenKeys:
 
     @property
     def shared(self) -> Path | None:
-        """The file that settings name, since other hosts have it too; `None` where it is this host's own."""
+        """Path of the key file in the settings, which other hosts share; `None` if the keys are this host's own."""
         return None if self._path == self.layout.token_keys else self._path
 
     @property
     def path(self) -> Path:
-        """Where they are."""
+        """Path of the key file."""
         return self._path or self.layout.token_keys
 
     def rotate(self) -> tokens.TokenKey:
-        """Put a fresh key in the file; tokens of those before it are good as long as they would be. Then `send`.
+        """Add a fresh signing key to the file; older tokens stay valid until they expire. Call `send` afterwards.
 
-        What is before it is read from the file once more: an operator may have changed it without a reload.
+        The older keys are read from the file again: an operator may have changed it without a reload.
 
         Raises:
             SecretUnreadable: The file cannot be used; the keys stay as they are.
@@ -195,7 +196,7 @@ class TokenKeys:
 
 
 def _join(first: tokens.InstanceKeys, then: tokens.InstanceKeys) -> tokens.InstanceKeys:
-    """The keys of both, those in force as `first` has them."""
+    """Merge both; an instance's keys in `first` come first."""
     both = dict(first)
     for instance, keys in then.items():
         own = first.get(instance, ())
@@ -204,10 +205,10 @@ def _join(first: tokens.InstanceKeys, then: tokens.InstanceKeys) -> tokens.Insta
 
 
 def read_token_keys(path: Path) -> tuple[tokens.TokenKey, ...]:
-    """The keys in a file, the one in force first.
+    """Read the keys from a file, the signing key first.
 
     Raises:
-        SecretUnreadable: It is missing, can be read by others, or holds something else.
+        SecretUnreadable: The file is missing, readable by others, or malformed.
     """
     try:
         return tokens.parse_token_keys(read_secret(path).decode("ascii"))
