@@ -1,4 +1,4 @@
-"""Parts of the controller, made of the settings; some of them also of `imdsproxy stop --data-plane` alone."""
+"""Builders for parts of the controller, from settings; `imdsproxy stop --data-plane` uses some too."""
 
 import os
 import sys
@@ -44,7 +44,7 @@ _UNIT_DIRECTORIES = tuple(Path(root, "systemd/system") for root in ("/etc", "/us
 
 
 def unit_of(process: HaproxySettings | DocumentsSettings) -> str | None:
-    """The unit that supervises it, if one does; `auto` takes systemd where it runs and knows the unit."""
+    """Return the systemd unit that supervises the process, if any. `auto` uses systemd if it runs and has the unit."""
     taken = process.supervisor == "systemd"
     if process.supervisor == "auto" and _SYSTEMD.is_dir():
         taken = any((place / process.unit).exists() for place in _UNIT_DIRECTORIES)
@@ -52,21 +52,21 @@ def unit_of(process: HaproxySettings | DocumentsSettings) -> str | None:
 
 
 def prepare_directories(settings: Settings, layout: Layout) -> None:
-    """Make our directories, and the files that HAProxy's configuration names.
+    """Create our directories, and the files that HAProxy's configuration names.
 
     Raises:
-        HostRefused: The file system refuses, or an account of the settings does not exist.
-        PrivilegeMissing: We may not write there.
+        HostRefused: The file system refuses, or an account in the settings does not exist.
+        PrivilegeMissing: This process may not write there.
     """
     documents = settings.documents.group or settings.haproxy.group
     readable = (-1, group_id(documents))
-    # HAProxy looks for namespaces below the last one, through a path that must exist.
+    # HAProxy looks for namespaces below `netns_dir`, which must exist.
     for path in (layout.runtime, layout.jail, layout.namespace_links, settings.paths.netns_dir):
         ensure_directory(path, mode=0o755)
     if settings.limits.enabled:
         link_jail_to_itself(layout.jail)
     if unit_of(settings.haproxy) is not None:
-        # Its unit has mounts of its own: of those made later only what is on a shared one comes in.
+        # The unit has its own mount namespace: later mounts appear there only if they are on a shared mount.
         NamespaceDirectory(settings.paths.netns_dir).prepare()
     for path in (layout.state, layout.records):
         ensure_directory(path, mode=0o750, owner=readable)
@@ -83,7 +83,7 @@ def prepare_directories(settings: Settings, layout: Layout) -> None:
 
 
 def build_host(settings: Settings, layout: Layout) -> SystemHost:
-    """The host; close its thread at the end."""
+    """Return the host; the caller must close its thread at the end."""
     naming = Naming(settings.host.name_prefix)
     thread = NamespaceThread(NamespaceDirectory(settings.paths.netns_dir))
     owners = SocketOwners(config=layout.config)
@@ -94,7 +94,7 @@ def build_host(settings: Settings, layout: Layout) -> SystemHost:
 def build_filters(
     layout: Layout, host: SystemHost, inventory: Inventory, clock: Clock
 ) -> tuple[MacFilters, HopLimits]:
-    """The MAC filters and hop limits of this host."""
+    """Return the MAC filters and hop limits of this host."""
     gates = table_journal(layout.gates_journal)
     mac_filters = MacFilters(KernelMacFilters(host.thread), inventory, host.naming, gates, clock)
     kernel = KernelHopLimits(host.thread, f"{host.naming.prefix}-hops")
@@ -102,13 +102,13 @@ def build_filters(
 
 
 def build_routers(settings: Settings, host: SystemHost) -> Routers:
-    """The tables in the namespaces of Neutron's routers."""
+    """Return the tables in the namespaces of Neutron's routers."""
     enabled = settings.sources.neutron_namespaces.routers
     return Routers(host.thread.directory, host.naming.prefix, enabled=enabled)
 
 
 def build_spec(settings: Settings, layout: Layout, nova: NovaUpstream) -> DataplaneSpec:
-    """HAProxy's configuration as the settings have it, without binds."""
+    """Return the specification of HAProxy's configuration from the settings, without binds."""
     listen = settings.metrics.haproxy_listen
     return DataplaneSpec(
         binds=(),
@@ -139,14 +139,14 @@ def build_spec(settings: Settings, layout: Layout, nova: NovaUpstream) -> Datapl
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """All that are enabled.
+    """Enabled sources.
 
     Attributes:
-        writable: The one that the admin API writes to.
-        look_up: The one that is asked for addresses that were not reported.
-        ovn: The one whose networks are provisioned.
-        namespaces: The one that reports namespaces of Neutron's agents.
-        fleet: The one whose hub learns what is in force.
+        writable: Source that the admin API writes to.
+        look_up: Source to query for addresses that were not reported.
+        ovn: Source whose networks are provisioned.
+        namespaces: Source that reports namespaces of Neutron's agents.
+        fleet: Source whose hub learns which records are in force.
     """
 
     all: tuple[Source, ...]
@@ -160,13 +160,13 @@ class Sources:
 def build_sources(
     settings: Settings, clock: Clock, begin: Callable[[], Awaitable[object]], progress: Progress
 ) -> Sources:
-    """The sources that the settings enable.
+    """Return the sources that the settings enable.
 
     Args:
-        settings: Which, and how.
-        clock: For what is known for a time, and since when.
-        begin: Waited for before a source does what is not urgent.
-        progress: Where sources say how far long work is.
+        settings: Settings of all sources.
+        clock: Clock for expiry times and ages.
+        begin: Waits until sources may start work that is not urgent.
+        progress: Progress of sources' long work.
     """
     state, wanted = settings.paths.state_dir, settings.sources
     sqlite: SqliteSource | None = None
@@ -180,10 +180,10 @@ def build_sources(
         )
         found.append(sqlite)
     if wanted.file.enabled:
-        # With its reader of YAML a sixteenth of a start, and off by default.
+        # Import late: with its YAML parser this source takes a sixteenth of a start, and it is off by default.
         from imdsproxy.sources.file.source import FileSource  # noqa: PLC0415 - see above
 
-        # Guests keep their documents over a restart that finds a record file broken.
+        # If a restart finds a broken record file, guests keep their documents.
         kept = state / "last-good.sqlite"
         found.append(FileSource(wanted.file.directory, kept, progress=progress))
     if wanted.neutron.enabled:
@@ -212,8 +212,8 @@ def build_sources(
 
 
 def build_fleet(settings: Settings, clock: Clock) -> "FleetSource":
-    """The source that follows a fleet's hubs."""
-    # TLS and its libraries, which most hosts do not need.
+    """Return the source that follows a fleet's hubs."""
+    # Import late: most hosts do not need TLS and its libraries.
     from imdsproxy.sources.fleet.client import HostFiles, HubClient  # noqa: PLC0415 - see above
     from imdsproxy.sources.fleet.renewal import renew_apart  # noqa: PLC0415 - as above
     from imdsproxy.sources.fleet.source import FleetSource  # noqa: PLC0415 - as above
@@ -225,7 +225,7 @@ def build_fleet(settings: Settings, clock: Clock) -> "FleetSource":
         return wanted.hubs or files.read_hubs()
 
     async def renew() -> float | None:
-        # Another PKI renews what it has made itself.
+        # If the certificate file is configured, another PKI made it and renews it.
         if wanted.certificate_file is None and files.certificate.exists():
             return await renew_apart(files, hubs(), wanted.timeout_s)
         return None
@@ -245,10 +245,10 @@ def build_fleet(settings: Settings, clock: Clock) -> "FleetSource":
 def build_companion(
     settings: Settings, layout: Layout, config: Path | None, environment: Mapping[str, str]
 ) -> Companion:
-    """What starts the document server, and watches it."""
+    """Return the part that starts and watches the document server."""
     documents = settings.documents
     option = () if config is None else ("--config", str(config.resolve()))
-    # The settings in our environment, and where programs and modules are.
+    # Pass on the settings in our environment, and the paths of programs and modules.
     known = {
         name: value
         for name, value in environment.items()

@@ -1,4 +1,4 @@
-"""The parts of a controller: each is made of those before it, and calls those after it when something happens."""
+"""Parts of a controller: each is built from earlier parts, and calls later ones when something happens."""
 
 from __future__ import annotations
 
@@ -63,40 +63,40 @@ if TYPE_CHECKING:
     from imdsproxy.sources.fleet.source import FleetSource
 
 UNCONFIRMED: Final = "the data plane has not confirmed it yet"
-"""Why a change is not in force yet, before what keeps it from guests."""
+"""Why a change is not in force yet; the reasons that block it follow."""
 
 _log: Final = structlog.get_logger()
 _REVIEW_EVERY_S: Final = 1.0
 _WATCH_S: Final = 10.0
 _EXPIRE_EVERY_S: Final = 5.0
 _FORWARD_S: Final = 900.0
-"""HAProxy's own deadlines end a forwarded request; this is for a HAProxy that hangs."""
+"""Deadline for a HAProxy that hangs, in seconds; otherwise HAProxy's own deadlines end a forwarded request."""
 
 _PAUSE_S: Final = 0.5
-"""After changes were lost: a guest that floods us with changes must not keep us busy."""
+"""Pause after changes were lost, in seconds, so that a guest that floods us with changes does not keep us busy."""
 
 
 class Controller:
-    """All that it takes to serve guests that are known.
+    """All parts that serve known guests.
 
     Args:
-        holder: The settings.
-        clock: For everything.
-        notifier: The service manager.
-        nova: With the secrets that the settings name.
-        host: With its thread that enters namespaces.
-        program: HAProxy's.
-        config: The settings file that was named on the command line.
-        environment: The process's variables.
+        holder: Settings.
+        clock: Clock of all parts.
+        notifier: Service manager.
+        nova: Nova's endpoint sets, with the secrets that the settings name.
+        host: Host, with the thread that enters namespaces.
+        program: HAProxy's program.
+        config: Settings file from the command line.
+        environment: Environment variables of the process.
 
     Attributes:
-        served: Set once known guests are served: what takes the processor's time waits for it.
+        served: Set once known guests are served; expensive work waits for it.
         ended: Set to end this process; with `with_data_plane` HAProxy and the document server end too.
         patching: Held from reading a record until its change is stored: two changes must not undo each other.
-        claiming: Held from the look whether a listener is in use until its network is stored.
+        claiming: Held from checking whether a listener is in use until its network is stored.
         overriding: Held while tokens are revoked, boots opened again, or keys replaced.
-        kept: Connections of workers for the audit log, from the controller before this one.
-        started_at: When this controller started, Unix time; `started` by the monotonic clock.
+        kept: Workers' audit-log connections from the previous controller.
+        started_at: Start of this controller in Unix time; `started` has the monotonic time.
     """
 
     def __init__(
@@ -207,9 +207,9 @@ class Controller:
         )
 
     def take_fleet(self, fleet: FleetPolicies) -> int:
-        """Put in force what the fleet says of guests now, in place of all before; the ticket says when it is.
+        """Replace the fleet's policies; return the ticket that closes when they are in force.
 
-        The source publishes the records that belong to it afterwards (`PolicyStore.take_fleet`).
+        Call this before publishing the records that belong to the policies (`PolicyStore.take_fleet`).
         """
         change, records = self.policy_store.take_fleet(fleet), self.records
         if change.rules:
@@ -220,20 +220,20 @@ class Controller:
         return records.wake() if change else records.tickets.given
 
     def _trust_changed(self, networks: frozenset[NetworkId]) -> None:
-        """Guests of these networks are trusted by another rule than before."""
+        """Plan the guests of these networks again, because the rule by which they are trusted has changed."""
         self.records.touch_networks(networks)
         self.resolver.wake_networks(networks)
 
     def _wake(self, keys: Iterable[AddressKey] | None) -> None:
         named = None if keys is None else frozenset(keys)
         self.resolver.wake(named)
-        # A MAC has come: whatever address it has may be known by it.
+        # A new link-local address means a new MAC, by which other addresses in the network may be known.
         self.resolver.wake_networks({one for one, address in named or () if address.is_link_local})
 
     def _compare_again(self, reason: str) -> None:
         _log.info("records compared again", reason=reason)
         self.records.resync()
-        # All networks: a look at the host while HAProxy came back took its new sockets for another program's.
+        # Check all networks: a look at the host while HAProxy restarted took its new sockets for another program's.
         self.touch(reason)
 
     def _spec(self) -> DataplaneSpec:
@@ -243,7 +243,7 @@ class Controller:
 
     async def _apply_watching(self) -> None:
         ticket = self.touch("watching begins or ends", frozenset())
-        # Where it cannot be applied `status` says why; there is nothing to see then.
+        # If the configuration cannot be applied, `status` shows why, and the watch shows nothing.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_WATCH_S):
                 await self.listeners.tickets.wait(ticket)
@@ -256,23 +256,23 @@ class Controller:
         try:
             return self.notifier.keep(KEPT_WORKERS, worker.fileno())
         except HostRefused as error:
-            # Lines go on; those that are not read when this controller ends are lost.
+            # The log goes on, but lines that are unread when this controller ends are lost.
             _log.warning("connection not kept", reason=error.message)
             return False
 
     @cached_property
     def forward(self) -> Forward:
-        """Sends a request that was found to HAProxy."""
+        """Return the function that forwards a resolved request to HAProxy."""
         from imdsproxy.serving.resolver_app import found_forwarder  # noqa: PLC0415 - known guests do not wait for it
 
         return found_forwarder(str(self.layout.found_socket), _FORWARD_S)
 
     def documents_problem(self) -> Problem | None:
-        """Why guests get no documents."""
+        """Return why guests get no documents."""
         return self.companion.failure or self.probe.problem
 
     def unapplied(self) -> tuple[Problem, ...]:
-        """What keeps a change from guests."""
+        """Return the problems that keep changes from guests."""
         return _found(
             *self.records.compiler.failures.values(),
             self.records.failure,
@@ -284,7 +284,7 @@ class Controller:
         )
 
     def own_problems(self) -> tuple[Problem, ...]:
-        """What is wrong and belongs to no source, network or instance."""
+        """Return the problems that belong to no source, network or instance."""
         compiled = len(self.records.compiler.revisions)
         unserved = Problem(
             "documents.enabled",
@@ -301,16 +301,16 @@ class Controller:
         )
 
     def unnoticed_problems(self) -> tuple[Problem, ...]:
-        """What is wrong and no guest notices."""
+        """Return the problems that guests do not notice."""
         return _found(self.audit.problem, self.counting.problem, *self.holder.problems)
 
     def end(self, *, data_plane: bool) -> None:
-        """Ask for the end; the admin API gives the answers that it has begun before it ends."""
+        """Request the end of the controller; the admin API finishes its open answers first."""
         self.with_data_plane = self.with_data_plane or data_plane
         self.ended.set()
 
     def work(self) -> tuple[Coroutine[object, object, None], ...]:
-        """What runs as long as the controller does, once known guests are served."""
+        """Return the tasks that run until the controller ends, to start once known guests are served."""
         return (
             self.records.run(),
             self.listeners.run(),
@@ -330,7 +330,7 @@ class Controller:
         )
 
     def _learned_key(self, change: NeighbourChange) -> AddressKey | None:
-        """The address, where a guest is known by it."""
+        """Return the address of the change if it is a learned one."""
         namespace = None if change.nsid is None else self.watch.namespace_of_id(change.nsid)
         if change.nsid is not None and namespace is None:
             return None
@@ -339,7 +339,7 @@ class Controller:
         return key if key in self.records.learned else None
 
     async def _follow_neighbours(self) -> None:
-        """Follow addresses that guests are known by through the neighbour table."""
+        """Follow learned addresses through the neighbour table."""
         with watch_neighbours(lambda change: self._learned_key(change) is not None) as changes:
             async for change in changes:
                 if change is None:
@@ -358,7 +358,7 @@ class Controller:
 
     @property
     def tables(self) -> tuple[MacFilters, HopLimits, Routers]:
-        """All that is in nf_tables."""
+        """Owners of our tables in nf_tables."""
         return self.mac_filters, self.hop_limits, self.routers
 
     def _own_tables(self) -> set[str]:
@@ -366,7 +366,7 @@ class Controller:
         return {*self.mac_filters.tables(), kernel.table, *self.routers.tables}
 
     async def _expire(self) -> None:
-        """Withdraw pairs of addresses that have no owner any more."""
+        """Withdraw MAC pairs of addresses without an owner."""
         while True:
             await asyncio.sleep(_EXPIRE_EVERY_S)
             try:
@@ -375,9 +375,9 @@ class Controller:
                 _log.warning("pairs not withdrawn", error=error.message)
 
     async def _review(self) -> None:
-        """Read again what was learned from neighbour tables when its time is over, and look at the unix listener.
+        """Check learned addresses whose time has expired, and whether the path of the unix listener has changed.
 
-        No event of the kernel says that a path leads elsewhere.
+        The kernel reports no event when a path leads to another file.
         """
         while True:
             await asyncio.sleep(_REVIEW_EVERY_S)
@@ -387,7 +387,7 @@ class Controller:
 
 
 def _serve_hubs(controller: Controller, source: FleetSource) -> FleetPasswords:
-    # Most hosts are of no fleet, and do without what this needs.
+    # Import late: most hosts belong to no fleet and need none of this.
     from imdsproxy.app.fleet_passwords import FleetPasswords  # noqa: PLC0415 - see above
     from imdsproxy.controller.fleet import FleetHost  # noqa: PLC0415 - see above
 

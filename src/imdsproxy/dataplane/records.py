@@ -1,4 +1,4 @@
-"""The data plane's records: on disk first, then in every worker, then acknowledged."""
+"""Writer of the data plane's records: first to disk, then to every worker, then acknowledged."""
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Mapping
@@ -18,21 +18,22 @@ from imdsproxy.host.files import ensure_directory, write_atomic
 
 _STAMP: Final = "stamp"
 _SWAP_ABOVE = 256
-"""Changes beyond which replacing the overlay at once is cheaper than command after command."""
+"""Number of changes beyond which replacing the overlay is cheaper than sending each change."""
 
 
 @dataclass(slots=True)
 class RecordApplier:
-    """Keeps the two map files and every worker's two maps equal to what is wanted.
+    """Keeps the two map files, and the two maps in every worker, equal to the planned records.
 
-    `lock` is held while records change and during reloads: a worker that starts reads the files at a
-    moment when nothing writes them, so no change can fall between its files and its sockets.
+    `lock` is held while records change and during reloads: no process writes the files while a new worker reads them,
+    so
+    no change can be lost between its files and its sockets.
 
     Attributes:
-        known: Workers whose maps are known to mirror the files.
-        behind: A change reached the files and perhaps not every worker; the next one makes up for it.
-        tables: What `apply_table` last got, by file: a worker that we know nothing of gets it as well.
-        unconfirmed: Files of tables that perhaps not every known worker has.
+        known: Workers whose maps are known to equal the files.
+        behind: Whether a change may be missing in some workers; the next change makes up for it.
+        tables: Last tables of `apply_table`, by file; unknown workers get them as well.
+        unconfirmed: Files of tables that some known workers may lack.
     """
 
     layout: Layout
@@ -49,10 +50,10 @@ class RecordApplier:
         self.master = MasterClient(self.layout.master_socket)
 
     def load(self) -> bool:
-        """Read the files that an earlier controller left; whether there were any that belong together.
+        """Read the files of an earlier controller; return whether a base and an overlay are present.
 
         Raises:
-            HostRefused: A file is there and cannot be read.
+            HostRefused: A file cannot be read.
         """
         try:
             with self.layout.base_map.open() as file:
@@ -66,16 +67,16 @@ class RecordApplier:
             ) from error
         if generation is None:
             return False
-        # An overlay of an earlier generation was already folded into this base.
+        # An overlay of an earlier generation is already part of this base.
         known = overlay if overlay_generation == generation else {}
         self.state = maps.MapState(generation, base, known)
         return True
 
     def write_all(self, records: Mapping[str, str]) -> None:
-        """Make both files from nothing. Only while no HAProxy runs, or under the lock before a swap.
+        """Write both files anew. Call this only while no HAProxy runs, or under the lock before a swap.
 
         Raises:
-            HostRefused: A file cannot be written; the old ones are still there.
+            HostRefused: A file cannot be written; the old files are unchanged.
         """
         generation = str(int(self.state.generation) + 1)
         write_atomic(self.layout.base_map, maps.render_map(records, generation).encode())
@@ -88,15 +89,15 @@ class RecordApplier:
         self.state = maps.MapState(generation, packed, {})
 
     def _copies(self) -> dict[Path, Path]:
-        """Each map that HAProxy reads, and its copy as of the last stop."""
+        """Return the copy of each map that HAProxy reads, as of the last stop."""
         layout = self.layout
         paths = (layout.base_map, layout.overlay_map, layout.path_rules_map)
         return {path: layout.kept_maps / path.name for path in paths}
 
     def save_copies(self, made_of: bytes) -> None:
-        """Copy the maps, for a start that would make the same ones, with a digest of them and of what they are made of.
+        """Copy the maps for a start that would make the same ones, with a digest of the maps and their inputs.
 
-        What fails here costs the next start its time, and nothing else: without copies it makes all records.
+        A failure only makes the next start slower: without copies it makes all records.
         """
         copies = self._copies()
         try:
@@ -109,10 +110,10 @@ class RecordApplier:
             structlog.get_logger().warning("the next start makes all records", reason=str(error))
 
     def restore_copies(self, made_of: Callable[[], bytes | None]) -> bool:
-        """Have the copies where HAProxy reads them, if they are what would be made now; whether they are.
+        """Restore the copies for HAProxy if their inputs are the same now; return whether that was done.
 
         Args:
-            made_of: As `save_copies` got it; called only where there are copies.
+            made_of: Returns the inputs as `save_copies` got them; called only if there are copies.
 
         Raises:
             HostRefused: A map cannot be written.
@@ -133,14 +134,15 @@ class RecordApplier:
     async def apply_table(
         self, path: Path, entries: Mapping[str, str], *, secret: bool = False, single: bool = False
     ) -> None:
-        """Make a small map exactly this, on disk (as `write_table`) and in every worker.
+        """Replace a small map on disk (as `write_table`) and in every worker.
 
         Args:
-            path: Its file.
-            entries: All of it.
-            secret: Only root may read the file.
-            single: Send what differs alone, as `maps.plan_table_changes`, where that is little; no key or value has a
-                semicolon then. Otherwise all of it is replaced at once.
+            path: File of the map.
+            entries: Complete new content.
+            secret: Whether only root may read the file.
+            single: Send only the differences (`maps.plan_table_changes`) if they are few; keys and values must then
+                contain no
+                semicolon. Otherwise the map is replaced at once.
 
         Raises:
             HostRefused: The file cannot be written; nothing has changed anywhere.
@@ -159,9 +161,9 @@ class RecordApplier:
             self.unconfirmed.discard(path)
 
     async def apply(self, wanted: Mapping[str, str | None]) -> int:
-        """Make each key's value as wanted (`None`: gone) on disk and in all workers; how many changed.
+        """Set each key's value (`None` removes the key) on disk and in all workers; return the number of changes.
 
-        Returns when every worker has confirmed or ended: from then on no guest gets an older answer.
+        Wait until every worker has confirmed or ended: from then on no guest gets an older answer.
 
         Raises:
             HostRefused: The overlay could not be written; nothing has changed anywhere.
@@ -177,7 +179,7 @@ class RecordApplier:
             overlay.update((*changes.changed, *changes.added))
             if self.behind:
                 self.known.clear()
-            # Whatever fails from here on, some worker may hold what the files no longer say.
+            # If a later step fails, some workers may hold entries that the files no longer have.
             self.behind = True
             if len(overlay) > self.compact_above:
                 await self._compact(overlay)
@@ -192,7 +194,7 @@ class RecordApplier:
             return len(changes)
 
     async def adopt(self) -> None:
-        """Make every running worker mirror the files, whatever it had.
+        """Make the maps of every running worker equal to the files, whatever they hold.
 
         Raises:
             RuntimeUnavailable: HAProxy's master does not answer.
@@ -204,7 +206,7 @@ class RecordApplier:
             await self._greet(processes)
 
     def trust(self, processes: Processes) -> None:
-        """The accepting worker was started under our lock: it read the files as they are."""
+        """Mark the accepting worker as known: it was started under our lock and has read the current files."""
         if processes.worker is not None:
             self.known.add(processes.worker)
         self.known &= set(processes.workers)
@@ -217,7 +219,7 @@ class RecordApplier:
         if len(changes) > _SWAP_ABOVE:
             await self._each(workers, lambda worker: self._swap_overlay(worker, self.state))
             return
-        # What takes something away or changes it is in all workers before what only gives.
+        # Changes and removals reach all workers before additions.
         await self._each(workers, lambda worker: self._send_going(worker, path, changes))
         added = list(changes.added)
         await self._each(workers, lambda worker: self.master.send_additions(worker, path, added))
@@ -229,13 +231,13 @@ class RecordApplier:
             await self.master.send_removal(worker, path, key)
 
     async def _greet(self, processes: Processes) -> set[int]:
-        """Bring workers that we know nothing of to the files' state: whose they were does not matter."""
+        """Bring unknown workers to the files' state, whichever controller started them."""
         fresh = set(processes.workers) - self.known
         await self._each(sorted(fresh), self._synchronise)
         return fresh
 
     async def _synchronise(self, worker: int) -> None:
-        # Records refer to what is in there.
+        # Tables come first, because records refer to their entries.
         for path, table in self.tables.items():
             await self._swap(worker, path, table)
         base = str(self.layout.base_map)
@@ -261,17 +263,17 @@ class RecordApplier:
         self, worker: int, path: Path, entries: Mapping[str, str], generation: str | None = None
     ) -> None:
         head = [] if generation is None else [(maps.GENERATION_KEY, generation)]
-        # A list: to make a mapping of a packed one unpacks it twice.
+        # A list, because building a mapping from a packed map would unpack it twice.
         await self.master.send_swap(worker, str(path), [*head, *entries.items()])
 
     async def _compact(self, overlay: dict[str, str]) -> None:
         """Fold the overlay into a new base; guests see the old state or the new one, nothing between.
 
-        In a worker the overlay is completed first, so that it hides the base while that is changed entry
-        by entry, and emptied last.
+        In each worker the overlay is completed first, so that it hides the base during the base's changes, and emptied
+        last.
         """
         full = maps.MapState(self.state.generation, self.state.base, overlay)
-        # In a thread, as to write it: hundreds of thousands of entries take seconds.
+        # In a thread, like the write: hundreds of thousands of entries take seconds.
         merged = await asyncio.to_thread(lambda: maps.PackedMap(full.entries()))
         changes = maps.plan_changes(full.base, {key: full.lookup(key) for key in overlay})
         await asyncio.to_thread(self.write_all, merged)
@@ -296,7 +298,7 @@ class RecordApplier:
     async def _each(
         self, workers: Iterable[int], step: Callable[[int], Coroutine[object, object, None]]
     ) -> None:
-        """Take a step with one worker after the other; one that ends meanwhile needs none."""
+        """Run a step for each worker in turn; skip a worker that ends meanwhile."""
         for worker in workers:
             try:
                 await step(worker)
@@ -305,7 +307,7 @@ class RecordApplier:
 
 
 def write_table(path: Path, entries: Mapping[str, str], *, secret: bool = False) -> None:
-    """Have a small map where HAProxy finds it when it loads.
+    """Write a small map to its file, from which HAProxy loads it.
 
     Raises:
         HostRefused: The file system refuses.

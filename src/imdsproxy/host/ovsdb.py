@@ -1,6 +1,6 @@
 """Databases of Open vSwitch and OVN, followed in a thread by python-ovs (ovsdb(7), RFC 7047).
 
-python-ovs has an event loop of its own and no descriptor to wait for from outside, so each connection has a thread.
+python-ovs has its own event loop and offers no descriptor to wait for, so each connection has a thread.
 """
 
 import asyncio
@@ -31,28 +31,28 @@ Conditions: TypeAlias = Mapping[str, Sequence[object]]
 Change: TypeAlias = Callable[[Mapping[str, Table], Transaction], None]
 
 _CHECK_S: Final = 1.0
-"""How often the thread looks whether its connection is still there; python-ovs wakes it for everything else."""
+"""Interval at which the thread checks its connection, in seconds; python-ovs wakes it for all other events."""
 
 _FIRST_ANSWER_S: Final = 30.0
-"""Silence after which a new connection is asked: a server that has started again may have all hosts to answer first,
-and each that leaves and comes back makes it more."""
+"""Silence after which the client probes a new connection, in seconds. A restarted server may have to answer all hosts
+first, and each reconnection adds to its work."""
 
 
 @dataclass(frozen=True, slots=True)
 class Schema:
-    """The part of a database that is followed.
+    """Followed part of a database.
 
     Attributes:
-        database: Its name, as `OVN_Southbound`.
-        tables: The columns of each table, with their types as the server's schema has them. References to other rows
-            are given as plain UUIDs.
+        database: Name of the database, as `OVN_Southbound`.
+        tables: Columns of each table, with their types in the server's schema. References to other rows are plain
+            UUIDs.
     """
 
     database: str
     tables: Mapping[str, Mapping[str, object]]
 
     def as_json(self) -> dict[str, object]:
-        """As python-ovs reads a schema."""
+        """Return the schema in python-ovs's form."""
         tables = {
             name: {"columns": {column: {"type": kind} for column, kind in columns.items()}}
             for name, columns in self.tables.items()
@@ -70,10 +70,10 @@ class Tls:
 
 
 def check_tls(tls: Tls) -> None:
-    """Read the files.
+    """Check that the files can be read.
 
     Raises:
-        OSError: One cannot be read, or they do not fit each other.
+        OSError: A file cannot be read, or the files do not match.
     """
     for file in (tls.private_key, tls.certificate, tls.ca):
         file.read_bytes()
@@ -84,11 +84,11 @@ def check_tls(tls: Tls) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Reading(Generic[View]):
-    """What was read at one moment.
+    """State of the followed rows at one moment.
 
     Attributes:
-        view: What the reader made of the rows; as before where the connection is lost.
-        lost: Why the rows are not followed now, if so: no connection, or no answer yet on a new one.
+        view: Result of the reader; the last one if the connection is lost.
+        lost: Reason why the rows are not followed now: no connection, or no answer yet on a new one.
     """
 
     view: View | None
@@ -103,20 +103,23 @@ class _Waiting:
 
 @dataclass(slots=True)
 class Ovsdb(Generic[View]):
-    """One connection to a database; made again when it is lost.
+    """Connection to a database, reopened when it is lost.
 
     Args:
-        remotes: As ovn-controller takes them: `unix:PATH`, `tcp:ADDRESS:PORT`, `ssl:ADDRESS:PORT`, several joined by
-            commas. Any of them will do: what is read need not come from the leader.
-        schema: What is followed.
-        read: Makes a view of the rows of each table, and says which rows it wants; called in the thread, after each
-            change. A view counts once the rows are there that were asked for with it.
-        conditions: Which rows are wanted at first, as RFC 7047 has conditions; of a table without one all are.
-        parse: What `read` gets instead of the rows of a table; called in the thread, again only when a row has changed.
-        probe_s: Seconds after which a silent server is asked whether it is there; as long after that the connection is
-            lost. At least 1.
-        tls: For `ssl:`.
-        random: From 0 to 1, for pauses between attempts to connect.
+        remotes: Addresses in ovn-controller's form: `unix:PATH`, `tcp:ADDRESS:PORT`, `ssl:ADDRESS:PORT`, joined by
+            commas.
+            Any server will do: reading does not need the leader.
+        schema: Followed tables and columns.
+        read: Makes a view from the rows of each table, and returns conditions for the rows it wants; called in the
+            thread
+            after each change. The view counts once the wanted rows have arrived.
+        conditions: Initial conditions by table (RFC 7047); a table without a condition is read whole.
+        parse: Parsers by table, whose results `read` gets instead of rows; called in the thread once for each change of
+            a
+            row.
+        probe_s: Seconds of silence until a probe, and again until the connection counts as lost. At least 1.
+        tls: Files for `ssl:`.
+        random: Returns a number from 0 to 1, to spread connection attempts.
     """
 
     remotes: str
@@ -135,7 +138,7 @@ class Ovsdb(Generic[View]):
     _ended: bool = False
 
     async def follow(self) -> AsyncGenerator[Reading[View], None]:
-        """Every view from now on; where several come at once, the last of them.
+        """Yield every view from now on; of several that arrive at once, only the last.
 
         Raises:
             LibraryMissing: python-ovs is not installed.
@@ -177,7 +180,7 @@ class Ovsdb(Generic[View]):
             self._wake = None
 
     def transact(self, change: Change) -> asyncio.Future[None]:
-        """Write: `change` gets the tables and a transaction, in the thread.
+        """Run a transaction: the thread calls `change` with the tables and the transaction.
 
         Raises (in the future):
             SourceUnavailable: The server refuses, or the connection is lost.
@@ -212,14 +215,14 @@ class Ovsdb(Generic[View]):
                     made, wanted = self.read(self._rows(idl.tables))
                     for table, condition in wanted.items():
                         idl.cond_change(table, list(condition))
-                # The rows that were asked for last may be no more than those that are there: no change then.
+                # The new conditions may select only rows that are already there: then no change follows.
                 if _is_settled(idl):
                     view = made
                 connected = idl._session.is_connected()  # noqa: SLF001 - python-ovs has no other way to ask
                 if was_connected and not connected:
                     self._spread(idl)
                 was_connected = connected
-                # A server that hangs accepts connections, too: the kernel does.
+                # Monitoring is the proof: the kernel accepts connections even for a hung server.
                 following = connected and idl.state == idl.IDL_S_MONITORING
                 self._probe(idl, following=following)
                 lost = self._reason(failed, connected=connected, following=following)
@@ -228,7 +231,7 @@ class Ovsdb(Generic[View]):
                     published = reading
                     publish(reading)
                 running = self._commit(idl, running)
-                # It reads 50 messages at a time, and TLS may have more of them than the socket shows.
+                # python-ovs reads 50 messages at a time, and TLS may have buffered more than the socket shows.
                 self._wait(wake, None if failed else idl, running, 0 if changed else _CHECK_S)
         finally:
             idl.close()
@@ -236,10 +239,10 @@ class Ovsdb(Generic[View]):
             self._abandon(running)
 
     def _step(self, idl: _Idl, *, connected: bool) -> str | None:
-        """Let python-ovs work; why it cannot."""
+        """Run python-ovs once; return the reason for a failure."""
         try:
             if self.tls is not None and not connected:
-                # It would end, and leave a socket, at what it cannot read.
+                # python-ovs would exit, and leak a socket, at a file that it cannot read.
                 check_tls(self.tls)
             idl.run()
         except OSError as error:
@@ -268,12 +271,12 @@ class Ovsdb(Generic[View]):
         return f"no {'answer from' if connected else 'connection to'} {self.remotes}"
 
     def _probe(self, idl: _Idl, *, following: bool) -> None:
-        """Have a silent server asked; python-ovs itself asks none at a unix socket."""
+        """Set the probe interval; by default python-ovs never probes a server at a unix socket."""
         silence_s = self.probe_s if following else max(self.probe_s, _FIRST_ANSWER_S)
         idl._session.reconnect.set_probe_interval(int(silence_s * 1000))  # noqa: SLF001 - as above
 
     def _spread(self, idl: _Idl) -> None:
-        """Have pauses between attempts to connect of which no two hosts have the same."""
+        """Randomise the pauses between connection attempts, so that hosts do not reconnect at the same time."""
         first_ms, longest_ms = plan_pauses(self.random())
         idl._session.reconnect.set_backoff(first_ms, longest_ms)  # noqa: SLF001 - as above
 
@@ -287,7 +290,7 @@ class Ovsdb(Generic[View]):
                 continue
             made = []
             for row in table.rows.values():
-                # After a full resync each row is another object.
+                # After a full resync each row is a new object.
                 before = self._parsed.get(row.uuid)
                 kept[row.uuid] = one = (
                     before if before is not None and before[0] is row else (row, parse(row))
@@ -298,7 +301,7 @@ class Ovsdb(Generic[View]):
         return found
 
     def _forget(self, _event: str, row: Row, _updates: Row | None = None) -> None:
-        """A row has come, changed or gone."""
+        """Drop the parsed row of a row that was added, changed or removed."""
         self._parsed.pop(row.uuid, None)
 
     def _open(self) -> _Idl:
@@ -318,7 +321,7 @@ class Ovsdb(Generic[View]):
         return idl
 
     def _commit(self, idl: _Idl, running: list[_Waiting]) -> list[_Waiting]:
-        """Send what is new, and settle what was answered; what is not answered yet."""
+        """Send new transactions and settle answered ones; return those still unanswered."""
         with self._lock:
             new, self._changes = self._changes, []
         for change, done in new:
@@ -353,6 +356,6 @@ class Ovsdb(Generic[View]):
 
 
 def _is_settled(idl: _Idl) -> bool:
-    """Whether the rows are there that were asked for last."""
+    """Return whether the rows of the last conditions have arrived."""
     states = (table.condition_state for table in idl.tables.values())
     return not any(state.latest is not state.acked for state in states)

@@ -1,7 +1,7 @@
-"""Processes that outlive us: started detached, known again by /proc, waited for and ended by pidfd.
+"""Processes that outlive us: started detached, recognised in /proc, waited for and ended by pidfd.
 
-A pid alone says nothing: another process may have it since it was written down. A process is held by a pidfd, which
-never changes its meaning. Also: programs that are run for their answer, and threads and limits of our own process.
+A stored pid proves nothing, because another process may have it by now. A pidfd always refers to the same process. This
+module also runs programs for their output, and manages threads and limits of our own process.
 """
 
 from __future__ import annotations
@@ -35,18 +35,19 @@ _T = TypeVar("_T")
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
 _SILENT_PROBES: Final = 2
-"""Unanswered probes after which a worker that does nothing counts as hung: within four seconds."""
+"""Unanswered probes after which an idle worker counts as hung: within four seconds."""
 
 _BUSY_PROBES: Final = 8
-"""The same for one that works all the while: on a host that is out of processor time it is only slow."""
+"""Unanswered probes after which a busy worker counts as hung: on an overloaded host it is only slow."""
 
 _KILLED_WITHIN_S: Final = 5.0
 _OPEN_FILES: Final = 65536
-"""As our units have it; without them a shell's soft limit is 1024, which a few hostile networks could use up."""
+"""Limit of open files, as in our units. Without it a shell's soft limit is 1024: too few for several hostile
+networks."""
 
 
 async def readable(descriptor: int) -> None:
-    """Wait until a descriptor, for which no other task waits, can be read."""
+    """Wait until a descriptor is readable. No other task may wait for the same descriptor."""
     loop = asyncio.get_running_loop()
     ready = asyncio.Event()
     loop.add_reader(descriptor, ready.set)
@@ -58,11 +59,11 @@ async def readable(descriptor: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ProcessStat:
-    """The state of a process, from `/proc/PID/stat` (proc_pid_stat(5)).
+    """State of a process, from `/proc/PID/stat` (proc_pid_stat(5)).
 
     Attributes:
-        state: One letter: R running, S sleeping, D in the disk, T stopped, t traced, Z and X ended.
-        parent: Its parent's pid.
+        state: One letter: R running, S sleeping, D in disk sleep, T stopped, t traced, Z and X ended.
+        parent: Parent's pid.
         ticks: Processor time used, in clock ticks (usually 10 ms each).
         started: Clock ticks after boot: with the pid, the identity of a process.
     """
@@ -74,7 +75,7 @@ class ProcessStat:
 
 
 def _read(pid: int, name: str, proc: Path) -> str:
-    """A file of a process; empty where there is none, or we may not look."""
+    """Return a file of a process; empty if there is none, or we may not read it."""
     try:
         return os.fsdecode((proc / str(pid) / name).read_bytes())
     except OSError:
@@ -82,8 +83,8 @@ def _read(pid: int, name: str, proc: Path) -> str:
 
 
 def read_stat(pid: int, proc: Path = PROC) -> ProcessStat | None:
-    """The state of a process; `None` when we can see none, or a zombie that only waits to be reaped."""
-    # The name, in parentheses, may hold blanks and parentheses itself.
+    """Return the state of a process; `None` if it is not visible, or is a zombie that only waits to be reaped."""
+    # The name, in parentheses, may itself contain blanks and parentheses.
     fields = _read(pid, "stat", proc).rpartition(")")[2].split()
     if not fields or fields[0] in {"Z", "X"}:
         return None
@@ -92,29 +93,29 @@ def read_stat(pid: int, proc: Path = PROC) -> ProcessStat | None:
 
 
 def read_rests(pid: int, proc: Path = PROC) -> int | None:
-    """How often a process has blocked voluntarily (`voluntary_ctxt_switches` in proc_pid_status(5)).
+    """Return how often a process has blocked voluntarily (`voluntary_ctxt_switches` in proc_pid_status(5)).
 
-    One that hangs, or is stopped, does not any more. `None` when there is none.
+    The number of a hung or stopped process does not grow. `None` means that there is no process.
     """
     found = re.search(r"(?m)^voluntary_ctxt_switches:\s*(\d+)", _read(pid, "status", proc))
     return None if found is None else int(found[1])
 
 
 def command_name(pid: int, proc: Path = PROC) -> str:
-    """The short name of a process; `?` where there is none, or we may not look."""
-    # Any process may give itself a name that is no UTF-8.
+    """Return the short name of a process; `?` if there is none, or we may not read it."""
+    # A process may give itself a name that is not UTF-8.
     name = os.fsencode(_read(pid, "comm", proc)).decode(errors="replace")
     return name.rstrip("\n") or "?"
 
 
 def read_arguments(pid: int, proc: Path = PROC) -> tuple[str, ...]:
-    """The command line of a process, its program first; nothing where there is none, or we may not look."""
+    """Return a process's command line, its program first; empty if there is none, or we may not read it."""
     return tuple(_read(pid, "cmdline", proc).split("\0")[:-1])
 
 
 def open_sockets(pid: int, proc: Path = PROC) -> Iterator[tuple[int, str]]:
-    """The inode of each socket that a process has open, with the path of its descriptor."""
-    # A process that ends while it is looked at holds nothing any more.
+    """Yield the inode of each open socket of a process, with the path of its descriptor."""
+    # A process that ends during the scan holds no sockets.
     with contextlib.suppress(OSError), os.scandir(proc / str(pid) / "fd") as entries:
         for entry in entries:
             inode = socket_at(entry.path)
@@ -123,7 +124,7 @@ def open_sockets(pid: int, proc: Path = PROC) -> Iterator[tuple[int, str]]:
 
 
 def socket_at(path: str) -> int | None:
-    """The inode of the socket at a descriptor's path in `/proc`; `None` where it is no socket, or is closed."""
+    """Return the inode of the socket at a descriptor's path in `/proc`; `None` if it is closed, or no socket."""
     try:
         target = os.readlink(path)  # noqa: PTH115 - called for every descriptor of a host
     except OSError:
@@ -132,10 +133,10 @@ def socket_at(path: str) -> int | None:
 
 
 class ProcessHandle:
-    """A process held by pidfd: whatever becomes of its pid, this is it or its end.
+    """Process held by pidfd: the handle refers to this process even if its pid is reused.
 
     Attributes:
-        pid: Its pid.
+        pid: Process id.
     """
 
     def __init__(self, pid: int, descriptor: int) -> None:
@@ -144,18 +145,18 @@ class ProcessHandle:
         self._status: int | None = None
 
     def alive(self) -> bool:
-        """Whether it has not ended yet; a zombie has."""
+        """Return whether the process has not ended; a zombie has ended."""
         ended = select.poll()
         ended.register(self._descriptor, select.POLLIN)
         return not ended.poll(0)
 
     async def wait(self) -> int | None:
-        """Wait until it has ended, without polling.
+        """Wait until the process has ended, without polling.
 
         Returns:
-            Its exit status, or the negative signal, when it is our child; else `None`.
+            Exit status or negative signal number of our child; `None` for other processes.
         """
-        # Its own descriptor: several tasks may wait, and a loop knows a descriptor only once.
+        # A duplicate, because several tasks may wait, and an event loop watches a descriptor only once.
         watched = os.dup(self._descriptor)
         try:
             await readable(watched)
@@ -164,7 +165,7 @@ class ProcessHandle:
         return self._reap()
 
     def _reap(self) -> int | None:
-        # A child can be reaped once, but several tasks may want to know how it ended.
+        # A child can be reaped only once, but several tasks may need its status.
         with contextlib.suppress(ChildProcessError):
             result = os.waitid(os.P_PIDFD, self._descriptor, os.WEXITED | os.WNOHANG)
             if result is not None:
@@ -173,10 +174,10 @@ class ProcessHandle:
         return self._status
 
     def kill(self, number: signal.Signals = signal.SIGTERM) -> bool:
-        """Send a signal; false when it has ended already.
+        """Send a signal; return false if the process has already ended.
 
         Raises:
-            PrivilegeMissing: It belongs to another user.
+            PrivilegeMissing: The process belongs to another user.
         """
         action = f"send {number.name} to process {self.pid}"
         with refusing(action), contextlib.suppress(ProcessLookupError):
@@ -185,19 +186,19 @@ class ProcessHandle:
         return False
 
     async def kill_group(self) -> None:
-        """End one that `spawn_logged` started, with all of its process group."""
+        """Kill a process that `spawn_logged` started, with its process group."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
-        # One that waits for a disk ends later.
+        # A process in disk sleep ends later.
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_KILLED_WITHIN_S):
                 await self.wait()
 
     async def stop(self, grace_s: float) -> bool:
-        """SIGTERM, then SIGKILL after `grace_s` seconds; returns when it has ended.
+        """Send SIGTERM, then SIGKILL after `grace_s` seconds; wait until the process has ended.
 
         Returns:
-            Whether it ended within the grace.
+            Whether the process ended within the grace period.
         """
         self.kill(signal.SIGTERM)
         try:
@@ -210,14 +211,14 @@ class ProcessHandle:
         return True
 
     def close(self) -> None:
-        """Let go of the process, which goes on."""
+        """Close the handle; the process goes on."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
 
 
 def open_process(pid: int) -> ProcessHandle | None:
-    """A handle on a running process; `None` if there is none."""
+    """Return a handle on a running process; `None` if there is none."""
     none = Ignoring(errno.ESRCH, errno.EINVAL, errno.ENOENT)
     with refusing(f"open process {pid}"), none, contextlib.suppress(OverflowError):
         handle = ProcessHandle(pid, os.pidfd_open(pid))
@@ -228,10 +229,10 @@ def open_process(pid: int) -> ProcessHandle | None:
 
 
 async def wait_gone(pid: int) -> None:
-    """Return when the process has ended, at once when there is none."""
+    """Wait until the process has ended; return at once if there is none."""
     handle = open_process(pid)
     if handle is None:
-        # A child of ours that has ended leaves a zombie until it is waited for.
+        # Reap our child if it has ended: it stays a zombie until then.
         with contextlib.suppress(ChildProcessError):
             os.waitpid(pid, os.WNOHANG)  # noqa: ASYNC222 - it does not block
         return
@@ -242,7 +243,7 @@ async def wait_gone(pid: int) -> None:
 
 
 def find_processes(program: str, arguments: AbstractSet[str]) -> list[ProcessHandle]:
-    """Every running process whose program's name holds `program`, and that has all these arguments."""
+    """Return all running processes whose program name contains `program` and whose arguments include `arguments`."""
     found: list[ProcessHandle] = []
     for entry in PROC.iterdir():
         words = read_arguments(int(entry.name)) if entry.name.isdecimal() else ()
@@ -255,18 +256,18 @@ def find_processes(program: str, arguments: AbstractSet[str]) -> list[ProcessHan
 def spawn_logged(
     arguments: Sequence[str], log: Path, environment: Mapping[str, str]
 ) -> tuple[ProcessHandle, int]:
-    """Start a process in a session of its own, that our end and our terminal's do not touch.
+    """Start a process in its own session, so that it outlives us and our terminal.
 
     Args:
-        arguments: The program's path and its arguments; no shell is involved.
-        log: Its standard output and error go to the end of this file.
-        environment: All of its environment.
+        arguments: Program's path and arguments; no shell is involved.
+        log: File to which standard output and error are appended.
+        environment: Complete environment.
 
     Returns:
-        The process, and where in the log its output begins.
+        The process, and the offset in the log at which its output begins.
 
     Raises:
-        HostRefused: It could not be started.
+        HostRefused: The process could not be started.
         OSError: The log cannot be opened.
     """
     limit_log(log)
@@ -282,20 +283,20 @@ def spawn_logged(
             start_new_session=True,
         )
         descriptor = os.pidfd_open(child.pid)
-    # It is ours to reap, by `ProcessHandle.wait`: Popen would warn of it when it is collected.
+    # `ProcessHandle.wait` reaps the child. Without a return code, Popen would warn when it is collected.
     child.returncode = 0
     return ProcessHandle(child.pid, descriptor), offset
 
 
 @dataclass(frozen=True, slots=True)
 class Doubt:
-    """What unanswered probes, one after the other, say of a worker.
+    """Evidence of consecutive unanswered probes that a worker hangs.
 
     Attributes:
-        worker: Whom they were for.
-        silent: How many there were.
-        ticks: Processor time that it had used at the first one.
-        stat: How it was at the last one.
+        worker: Worker's pid.
+        silent: Number of unanswered probes.
+        ticks: Processor time that the worker had used at the first probe.
+        stat: Worker's state at the last probe.
     """
 
     worker: int = 0
@@ -304,17 +305,17 @@ class Doubt:
     stat: ProcessStat | None = None
 
     def after_silence(self, worker: int, stat: ProcessStat | None) -> Doubt:
-        """One more probe was not answered."""
+        """Add one more unanswered probe."""
         if worker != self.worker or not self.silent:
             return Doubt(worker, 1, 0 if stat is None else stat.ticks, stat)
         return Doubt(worker, self.silent + 1, self.ticks, stat)
 
     @property
     def hung(self) -> bool:
-        """Waiting longer is no use. A worker that has ended is its master's business."""
+        """Whether the worker must be killed. False for a worker that has ended: its master replaces it."""
         if self.stat is None or self.silent < _SILENT_PROBES:
             return False
-        # One that waits for a disk can't be ended before the disk answers, and one that waits for a processor is slow.
+        # A worker in disk sleep cannot be killed before the disk answers, and one that waits for a processor is slow.
         idle = self.stat.ticks == self.ticks and self.stat.state not in {"D", "R"}
         return idle or self.stat.state in {"T", "t"} or self.silent >= _BUSY_PROBES
 
@@ -322,21 +323,21 @@ class Doubt:
 async def run_program(
     *arguments: str, deadline_s: float, text: str = "", errors: bool = True
 ) -> tuple[int, str]:
-    """Run a program to its end: its exit status (negative: the signal), and what it wrote.
+    """Run a program to its end; return its exit status (negative: the signal) and output.
 
-    It has a process group of its own, which is killed at the deadline, and when this is cancelled.
+    The program has its own process group, which is killed at the deadline and on cancellation.
 
     Args:
-        arguments: Its path or name, and its arguments; no shell is involved.
-        deadline_s: Seconds until it is killed.
-        text: Its standard input.
-        errors: With what it wrote to standard error.
+        arguments: Program's path or name, and its arguments; no shell is involved.
+        deadline_s: Seconds until the program is killed.
+        text: Standard input.
+        errors: Whether the output includes standard error.
 
     Raises:
-        HostRefused: It did not end in time.
-        OSError: It cannot be started.
+        HostRefused: The program did not end in time.
+        OSError: The program cannot be started.
     """
-    # Not asyncio's own: cancelled while it starts a program, that kills the program and not its children.
+    # Not asyncio's function: if cancelled during a start, that kills the program but not the program's children.
     process = subprocess.Popen(  # noqa: ASYNC220 - a millisecond
         arguments,
         stdin=subprocess.PIPE,
@@ -362,9 +363,9 @@ async def run_program(
 
 
 def start_thread(work: Callable[[], _T], name: str) -> asyncio.Future[_T]:
-    """Do what blocks in a daemon thread: one that never comes back is not waited for when this process ends."""
+    """Run blocking work in a daemon thread: a thread that hangs does not delay the end of this process."""
     done: Future[_T] = Future()
-    # From here on cancelling does not take it back.
+    # From here on the future cannot be cancelled.
     done.set_running_or_notify_cancel()
 
     def run() -> None:
@@ -378,7 +379,7 @@ def start_thread(work: Callable[[], _T], name: str) -> asyncio.Future[_T]:
 
 
 def raise_descriptor_limit() -> None:
-    """Raise the limit of open files of this process and its children to that of our units, as the hard limit allows."""
+    """Raise this process's limit of open files to that of our units, as far as the hard limit allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -386,27 +387,27 @@ def raise_descriptor_limit() -> None:
 
 
 def descriptor_limit() -> int:
-    """How many files this process and those that it starts can have open at most; -1 for no limit."""
+    """Return the limit of open files of this process and its children; -1 for no limit."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     return -1 if hard == resource.RLIM_INFINITY else hard
 
 
 def leave_no_dumps() -> None:
-    """Write no memory of this process, nor of those that it starts, to disk when one crashes.
+    """Disable core dumps of this process and its children.
 
-    It holds keys and documents. Our units say the same; without them a shell's limit would count.
+    Their memory holds keys and documents. Our units set the same limit; without them a shell's limit would apply.
     """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def release_memory() -> None:
-    """Give free memory back to the kernel, as far as the C library can (`malloc_trim(3)`, of glibc alone)."""
+    """Return free memory to the kernel, if the C library can (`malloc_trim(3)`, glibc only)."""
     if hasattr(_libc, "malloc_trim"):
         _libc.malloc_trim(0)
 
 
 def freeze_garbage() -> None:
-    """Collect garbage, and look for it from now on among what comes later only: what a start has read mostly stays."""
+    """Collect garbage, then exclude all objects from later collections: most data from the start stays."""
     gc.collect()
     gc.freeze()
     gc.enable()
@@ -415,7 +416,7 @@ def freeze_garbage() -> None:
 
 @contextlib.contextmanager
 def garbage_left() -> Iterator[None]:
-    """Look for no garbage while very much is made that stays, and later not among it."""
+    """Disable garbage collection while many lasting objects are created, and exclude them from later collections."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -427,10 +428,10 @@ def garbage_left() -> Iterator[None]:
 
 
 def call_libc(name: str, *arguments: object) -> int:
-    """Call a function of the C library that the standard library lacks.
+    """Call a C library function that the standard library lacks.
 
     Raises:
-        OSError: It returned -1.
+        OSError: The function returned -1.
     """
     result = int(getattr(_libc, name)(*arguments))
     if result < 0:

@@ -1,12 +1,12 @@
-"""The document server: a parent that keeps its workers alive, each on its own unix socket.
+"""Document server: a parent that keeps its workers alive, each on its own unix socket.
 
-The parent makes the sockets and holds them open, so a connection to a worker that has just died waits for the
-next one instead of being refused. It imports everything before it forks: what the workers share costs once.
+The parent creates the sockets and holds them open, so a connection to a worker that has just died waits for the next
+worker instead of being refused. The parent imports everything before it forks, so the workers share that memory.
 It depends on neither the controller nor HAProxy.
 
-SIGTERM and SIGINT stop it. SIGHUP makes it execute its own command line again: the same process takes up new code and
-settings, makes new sockets and workers, puts the sockets in place when all workers answer, and ends the old workers.
-The same happens after a parent was killed, whose workers serve on until then. No connection is lost.
+SIGTERM and SIGINT stop the server. On SIGHUP the parent executes its own command line again: the same process loads new
+code and settings, creates new sockets and workers, puts the sockets in place when all workers answer, and ends the old
+workers. A start after the parent was killed does the same; the old workers serve until then. No connection is lost.
 """
 
 import asyncio
@@ -38,13 +38,13 @@ from imdsproxy.serving.http import LIVENESS_PATH, serving
 from imdsproxy.serving.pidfile import PidFile, read_pids, signal_all
 from imdsproxy.serving.store import PasswordStore, RecordReader
 
-# Libraries import the modules marked above when they first need them. Here that is too late: an unprivileged
-# worker may not be able to read them, and after an upgrade they would not fit the rest.
+# Libraries import the modules marked above at first use. That would be too late here: an unprivileged worker may not
+# be able to read them, and after an upgrade they would not match the code in memory.
 
 _SOCKET_MODE: Final = 0o660
 _PRIVATE: Final = 0o750
 _CACHE_BYTES: Final = 32 * 1024 * 1024
-"""Memory that each worker may spend on parsed records."""
+"""Memory for parsed records in each worker."""
 
 _GRACE_S: Final = 5.0
 _ORPHAN_POLL_S: Final = 0.2
@@ -53,34 +53,33 @@ _START_POLL_S: Final = 0.02
 _LOOK_EVERY_S: Final = 1.0
 _STOP_WITHIN_S: Final = 8.0
 _SHORTEST_S: Final = 1e-6
-"""A timer of 0 is none."""
+"""Shortest timer, because 0 would disarm it."""
 _HEALTHY_AFTER_S: Final = 5.0
 _ATTEMPTS: Final = 3
 _QUESTION: Final = (
     b"GET %b HTTP/1.1\r\nHost: documents\r\nConnection: close\r\n\r\n" % LIVENESS_PATH
 )
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD, signal.SIGALRM)
-"""Blocked in the parent, which waits for them. What executes us anew finds those that came meanwhile."""
+"""Signals that the parent blocks and waits for. Signals that arrive during a re-execution stay pending."""
 
 _log: Final = structlog.get_logger()
 
 
 @dataclass(slots=True)
 class Worker:
-    """One listening socket and its process.
+    """Listening socket and its process.
 
     Attributes:
-        path: Where clients find the socket.
-        at: Where the socket is: beside `path` until all workers answer.
-        file: The socket's.
-        pid: `None` between two processes.
-        answers: Whether its process has answered a request.
-        failures: Processes in a row that died young.
-        backoff: Pauses before the next one: with each that dies young longer, so that a fault does not keep the host
-            busy.
-        due: When the next one is to start, while there is none.
-        question: A connection with a request on it; within a second there is to be an answer.
-        doubt: What requests without an answer say of the process.
+        path: Path to which clients connect.
+        at: Path of the socket: beside `path` until all workers answer.
+        file: File status of the socket.
+        pid: Process id; `None` between two processes.
+        answers: Whether the process has answered a request.
+        failures: Number of consecutive processes that ended soon after their start.
+        backoff: Pauses before a restart, longer after each early end, so that a fault does not keep the host busy.
+        due: Time of the next start, if no process is running.
+        question: Connection with a pending probe; the answer is due within a second.
+        doubt: Unanswered probes of the process.
     """
 
     path: Path
@@ -97,13 +96,13 @@ class Worker:
     doubt: process.Doubt = field(default_factory=process.Doubt)
 
     def is_at(self, path: Path) -> bool:
-        """Whether clients that connect to the path come to this socket."""
+        """Return whether clients that connect to the path reach this socket."""
         with suppress(OSError):
             return os.path.samestat(path.stat(), self.file)
         return False
 
     def ask(self) -> None:
-        """Send a request, without waiting for anything; where that is not possible there will be no answer."""
+        """Send a probe without blocking; a failure shows as a missing answer."""
         self.question = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self.question.setblocking(False)
         with suppress(OSError):
@@ -111,13 +110,13 @@ class Worker:
             self.question.send(_QUESTION)
 
     def has_answered(self) -> bool:
-        """Whether an answer to the last request has begun."""
+        """Return whether an answer to the last probe has begun."""
         with suppress(OSError):
             return self.question is not None and bool(self.question.recv(1))
         return False
 
     def note_end(self, now: float) -> None:
-        """The process has ended; the first time the next one starts at once, as after a `kill`."""
+        """Note the end of the process and schedule the next; the first restart is immediate, as after a `kill`."""
         if now - self.started >= _HEALTHY_AFTER_S:
             self.failures = 0
             self.backoff.succeed()
@@ -126,7 +125,7 @@ class Worker:
         self.due = now + (self.backoff.fail() if self.failures > 1 else 0.0)
 
     def hang_up(self) -> None:
-        """Close the connection of the last request."""
+        """Close the connection of the last probe."""
         if self.question is not None:
             self.question.close()
             self.question = None
@@ -134,16 +133,16 @@ class Worker:
 
 @dataclass(slots=True)
 class DocumentServer:
-    """The parent's part.
+    """Parent process of the document server.
 
     Args:
         sockets: One path for each worker; their directory must exist.
-        records: The directory of compiled records.
-        passwords: The directory of guests' passwords; made, and given to the workers' account.
-        pid_file: Locked while the server runs; lists the parent and the workers.
-        notifier: Notified once all workers answer.
-        log: Where this process's standard error goes, if that is a file of ours: its size is limited.
-        account: That of the workers, and of the group of the sockets; `None` keeps the present one.
+        records: Directory of compiled records.
+        passwords: Directory of guests' passwords; the server creates it and gives it to the workers' account.
+        pid_file: File that lists the parent and the workers; locked while the server runs.
+        notifier: Service manager, notified once all workers answer.
+        log: File of this process's standard error, if it is ours; the server limits its size.
+        account: Account of the workers, and group of the sockets; `None` keeps the present one.
     """
 
     sockets: tuple[Path, ...]
@@ -164,11 +163,11 @@ class DocumentServer:
     _ending: signal.Signals | None = None
 
     def run(self) -> None:
-        """Serve until a signal stops it.
+        """Serve until a signal stops the server.
 
         Raises:
-            HostRefused: Another one runs, a socket cannot be bound, or no worker comes up.
-            PrivilegeMissing: This process may not do that.
+            HostRefused: Another document server runs, a socket cannot be bound, or no worker starts.
+            PrivilegeMissing: This process lacks a privilege for that.
         """
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         before = read_pids(self.pid_file)
@@ -177,7 +176,7 @@ class DocumentServer:
         self._parent = process.open_process(os.getpid())
         self._make_directory(self.records, user=False)
         self._make_directory(self.passwords, user=True)
-        # Where nothing serves, clients may connect at once: they wait for the workers.
+        # If nothing serves yet, clients may connect at once: they wait for the workers.
         self._workers = [
             self._bind(path, path.with_suffix(".new") if self._predecessors else path)
             for path in self.sockets
@@ -199,7 +198,7 @@ class DocumentServer:
         account, owner = self.account, None
         if account is not None:
             owner = account.user if user else -1, account.group
-        # Without an account to give it to, an existing one keeps its owner and mode.
+        # Without an account to own it, an existing directory keeps its owner and mode.
         if owner is not None or not path.is_dir():
             ensure_directory(path, mode=_PRIVATE, owner=owner)
 
@@ -222,7 +221,7 @@ class DocumentServer:
                 raise HostRefused(reason, hint="see their messages above")
             self._step(_START_POLL_S)
         for worker in self._workers:
-            # One that is there already may be removed at any time, and is made anew then.
+            # An existing socket file may be removed at any time; it is then created again.
             if worker.at != worker.path:
                 with refusing(f"listen on {worker.path}"):
                     worker.at.replace(worker.path)
@@ -232,11 +231,11 @@ class DocumentServer:
         self._predecessors_until = time.monotonic() + _STOP_WITHIN_S
 
     def _replace(self) -> None:
-        """Execute our own command line again; comes back only when that failed."""
+        """Execute our own command line again; return only if that fails."""
         self.notifier.reloading(int(time.monotonic() * 1_000_000))
         _log.info("taking up new code and settings")
         try:
-            # A start that fails ends this process: what it will make is tried before.
+            # A failed start would end this process, so try first to create what it will need.
             for worker in self._workers:
                 trial = self._bind(worker.path, worker.path.with_suffix(".new"))
                 trial.listener.close()
@@ -247,9 +246,9 @@ class DocumentServer:
         self.notifier.ready("could not be replaced; see the log")
 
     def _stop(self) -> None:
-        """End all workers: ask, wait while they finish their requests, then kill what is left.
+        """End all workers: SIGTERM, a grace period for their requests, then SIGKILL.
 
-        The sockets go first, so that no client connects to what will not be served.
+        Remove the sockets first, so that no client connects to a server that is stopping.
         """
         for worker in self._workers:
             if worker.is_at(worker.at):
@@ -267,12 +266,12 @@ class DocumentServer:
 
     @property
     def _pids(self) -> tuple[int, ...]:
-        """Every worker process, predecessors that have not ended yet included."""
+        """Every worker process, with running predecessors."""
         workers = (worker.pid for worker in self._workers if worker.pid is not None)
         return (*workers, *(one.pid for one in self._predecessors))
 
     def _step(self, longest_s: float) -> None:
-        """Start what is due, look after what runs, and wait until something happens."""
+        """Start workers that are due, check running ones, and wait for the next event."""
         if not self._lock.is_ours():
             reason = "the pid file was removed, or is another document server's: ending"
             _log.error(reason, file=str(self.pid_file))
@@ -298,7 +297,7 @@ class DocumentServer:
         self._wait(min([longest_s, *due]))
 
     def _wait(self, timeout_s: float) -> None:
-        """Wait for a signal, and note what it is for."""
+        """Wait for a signal and handle it."""
         caught = _wait_for_signal(timeout_s)
         if caught == signal.SIGHUP:
             self._ending = self._ending or signal.SIGHUP
@@ -312,7 +311,7 @@ class DocumentServer:
             worker.note_end(time.monotonic())
 
     def _restore(self, worker: Worker) -> None:
-        """Listen again where a socket's file is gone: a worker is unreachable without it."""
+        """Create a missing socket file again: without it the worker is unreachable."""
         if worker.is_at(worker.at):
             return
         path = str(worker.path)
@@ -331,14 +330,14 @@ class DocumentServer:
             signal_all([worker.pid], signal.SIGTERM)
 
     def _check(self, worker: Worker, pid: int, *, look: bool) -> None:
-        """Take a worker's answer and, once a second, ask it again; end it when it does not answer."""
+        """Read a worker's answer and, once a second, probe the worker again; kill a worker that does not answer."""
         if worker.has_answered():
             worker.hang_up()
             worker.doubt = process.Doubt()
             if not worker.answers:
                 worker.answers = True
                 _log.info("a worker answers", pid=pid, socket=str(worker.path))
-        # One that was started in this second may not have run yet.
+        # A worker started within the last second may not have run yet.
         if not look or time.monotonic() - worker.started < _LOOK_EVERY_S:
             return
         if worker.question is not None:
@@ -359,10 +358,10 @@ class DocumentServer:
         worker.ask()
 
     def _run_worker(self, worker: Worker) -> None:
-        """Never returns: nothing of the parent's may run twice."""
+        """Run the worker and exit: the parent's code must not run twice."""
         status = 1
         try:
-            # A terminal sends these to every process; the parent decides what happens.
+            # A terminal sends these signals to every process of its group, but only the parent should act on them.
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
@@ -381,7 +380,7 @@ class DocumentServer:
             os._exit(status)
 
     def _collect(self) -> list[tuple[Worker, int, int]]:
-        """Let go of what has ended: the workers of these, with pid and wait status."""
+        """Reap ended processes; return their workers, with pid and wait status."""
         statuses: dict[int, int] = {}
         with suppress(ChildProcessError):
             while (found := os.waitpid(-1, os.WNOHANG))[0]:
@@ -395,9 +394,9 @@ class DocumentServer:
         return ended
 
     def serve(self, worker: Worker) -> None:
-        """Be a worker until SIGTERM, then finish what is begun.
+        """Run as a worker until SIGTERM, then finish open requests.
 
-        A worker whose parent is gone (killed) serves on, until another one listens in its place.
+        A worker whose parent was killed serves until another server listens at its path.
         """
         if self.account is not None:
             self.account.assume()
@@ -426,7 +425,7 @@ class DocumentServer:
 
 
 def _wait_for_signal(timeout_s: float) -> int:
-    """The next of `_SIGNALS`: SIGALRM after so many seconds."""
-    # Not `sigtimedwait`: to a process that is stopped until its time is over CPython gives a signal that never came.
+    """Wait for one of `_SIGNALS` and return it; SIGALRM means the timeout."""
+    # Not `sigtimedwait`: if a process is stopped until the timeout, CPython returns a signal that never arrived.
     signal.setitimer(signal.ITIMER_REAL, max(timeout_s, _SHORTEST_S))
     return signal.sigwaitinfo(_SIGNALS).si_signo
