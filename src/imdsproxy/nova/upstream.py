@@ -1,4 +1,4 @@
-"""Nova as the settings name it: secrets read, names resolved, all as values for the planner."""
+"""Nova's endpoints from the settings, with secrets and resolved names, as values for the planner."""
 
 import asyncio
 import hashlib
@@ -25,14 +25,14 @@ from imdsproxy.nova.settings import EndpointSetSettings, NovaSettings, NovaUrl
 
 RESOLVE_EVERY_S: Final = 30.0
 _MAX_ADDRESSES: Final = 8
-"""Of one name: each becomes a server with checks of its own."""
+"""Maximum number of addresses of a name: each becomes a server with its own checks."""
 
 
 async def resolve_name(name: str) -> tuple[IpAddress, ...]:
-    """The addresses of a name, as this host looks names up (/etc/hosts, DNS).
+    """Resolve a name as this host does (/etc/hosts, DNS).
 
     Raises:
-        OSError: It cannot be looked up now.
+        OSError: The name cannot be resolved now.
     """
     loop = asyncio.get_running_loop()
     try:
@@ -44,13 +44,13 @@ async def resolve_name(name: str) -> tuple[IpAddress, ...]:
 
 @dataclass(slots=True)
 class NovaUpstream:
-    """Nova as it is in force: changed by `read`, and by `resolve` when a name resolves to other addresses.
+    """Nova's endpoints in force, changed by `read`, and by `resolve` if a name has other addresses.
 
     Attributes:
-        directory: For files that HAProxy reads and that are made of others.
-        resolver: From a host's name to its addresses; none when it has none, `OSError` when the look-up fails.
-        routing: Where requests go and how they are signed.
-        problems: Names that cannot be looked up.
+        directory: Directory for files that HAProxy reads and that are made from other files.
+        resolver: Returns the addresses of a host's name; raises `OSError` if the look-up fails.
+        routing: Destinations of requests, and their signing secrets.
+        problems: Names that cannot be resolved.
     """
 
     directory: Path
@@ -62,10 +62,10 @@ class NovaUpstream:
     _addresses: dict[str, tuple[IpAddress, ...]] = field(default_factory=dict)
 
     def read(self, settings: NovaSettings) -> bool:
-        """Take over settings and the secrets that they name; whether records change.
+        """Apply settings and read their secrets; return whether records change.
 
         Raises:
-            SecretUnreadable: A secret is missing or empty; what was in force stays.
+            SecretUnreadable: A secret is missing or empty; the routing in force stays.
             ConfigUnreadable: Another file is missing.
         """
         sets = settings.endpoint_sets
@@ -81,25 +81,25 @@ class NovaUpstream:
         return changed
 
     def names(self) -> tuple[str, ...]:
-        """The names of the endpoint sets."""
+        """Return the names of the endpoint sets."""
         return tuple(one.name for one in self.routing.sets)
 
     @property
     def times(self) -> NovaTimes:
-        """Deadlines and checks, for HAProxy."""
+        """Deadlines and health checks for HAProxy."""
         one = self._settings
         check = one.health_check, one.health_check_interval_s
         return NovaTimes(one.connect_timeout_s, one.response_timeout_s, *check)
 
     def backends(self) -> tuple[NovaBackend, ...]:
-        """The endpoint sets as HAProxy is to know them."""
+        """Return the endpoint sets as HAProxy backends."""
         sets = sorted(self._settings.endpoint_sets.items())
         return tuple(self._backend(name, one) for name, one in sets)
 
     async def resolve(self) -> bool:
-        """Look every name up; whether any leads elsewhere than before.
+        """Resolve every name; return whether the addresses have changed.
 
-        A name that cannot be looked up keeps the addresses that it had.
+        A name that cannot be resolved keeps its last addresses.
         """
         before = dict(self._addresses)
         looked_up = [
@@ -117,7 +117,7 @@ class NovaUpstream:
         return before != self._addresses
 
     async def follow(self, on_change: Callable[[], object]) -> None:
-        """Look names up again and again, until cancelled."""
+        """Resolve names periodically until cancelled."""
         while True:
             await asyncio.sleep(RESOLVE_EVERY_S)
             if await self.resolve():
@@ -135,7 +135,7 @@ class NovaUpstream:
             return Problem(where, f"{host} cannot be looked up: {error}", kept)
         if not found:
             return Problem(where, f"{host} has no address", kept)
-        # In the order of the addresses: one that only shuffles is no change.
+        # Sort the addresses, so that a mere shuffle does not count as a change.
         self._addresses[host] = tuple(
             sorted(found[:_MAX_ADDRESSES], key=lambda a: (a.version, int(a)))
         )
@@ -150,7 +150,8 @@ class NovaUpstream:
                 server = NovaServer(address, port, int(endpoint.secret == "next"))  # noqa: S105 - which one, not what
                 servers.setdefault((address, port), server)
         host = one.host or one.endpoints[0].url.authority
-        # From the first step of a replacement to the last, so that no step takes away what a worker still uses.
+        # The loopback exists from the first step of a secret's replacement to the last, so no step removes it while in
+        # use.
         loopback = one.next_secret_file is not None and len(servers) > 1
         return NovaBackend(name, tuple(servers.values()), host, self._tls[name], loopback)
 
@@ -158,9 +159,9 @@ class NovaUpstream:
 def _read_tls(
     name: str, one: EndpointSetSettings, joined_file: Path
 ) -> tuple[NovaTls | None, bytes | None]:
-    """How a set is spoken to, and what is to be in `joined_file`.
+    """Return the TLS parameters of a set, and the content for `joined_file`.
 
-    That is our certificate and its key, where they are in two files: HAProxy takes them out of one.
+    If our certificate and its key are in two files, the content joins them: HAProxy reads both from one file.
 
     Raises:
         ConfigUnreadable: A file is missing, which would fail HAProxy's whole configuration.
@@ -188,10 +189,10 @@ def _read_tls(
 
 
 def read_signing_secret(path: Path) -> bytes:
-    """The secret in `path`, as Nova has it.
+    """Read the signing secret in `path`, which must equal Nova's.
 
     Raises:
-        SecretUnreadable: As `read_secret`; or it cannot be what Nova has.
+        SecretUnreadable: See `read_secret`; or Nova cannot have such a secret.
     """
     secret = read_secret(path).strip()
     fault = find_secret_fault(secret)
@@ -225,13 +226,13 @@ _SERVER: Final = "2"
 
 @dataclass(frozen=True, slots=True)
 class NovaEndpointReport:
-    """One address of one of Nova's metadata APIs, as HAProxy sees it.
+    """Address of one of Nova's metadata APIs, as HAProxy sees it.
 
     Attributes:
         endpoint: `ADDRESS:PORT`.
-        reason: Why it is not up.
-        requests: Sent there by the worker that runs now.
-        failures: Of these, without an answer.
+        reason: Reason why the endpoint is down.
+        requests: Requests that the running worker has sent there.
+        failures: Requests without an answer.
     """
 
     endpoint_set: str
@@ -244,17 +245,18 @@ class NovaEndpointReport:
 
 @dataclass(slots=True)
 class NovaWatch:
-    """Reads HAProxy's counters from time to time.
+    """Reader of HAProxy's counters for Nova, at intervals.
 
-    A Nova that refuses our signature answers 403 to every request of its guests: that is logged once, and
-    again only after it was well in between.
+    If Nova refuses our signature, it answers 403 to every request of its guests. That is logged once, and again only
+    after
+    it has recovered in between.
 
     Args:
-        sets: The names of the endpoint sets in force.
+        sets: Returns the names of the endpoint sets in force.
 
     Attributes:
-        endpoints: As of the last look.
-        refused: Answers 403 of each endpoint set, since the controller knows it.
+        endpoints: Endpoints at the last refresh.
+        refused: Number of answers 403 by endpoint set, since the controller knows the set.
     """
 
     haproxy: Haproxy
@@ -267,13 +269,13 @@ class NovaWatch:
 
     @property
     def problems(self) -> tuple[Problem, ...]:
-        """The sets whose Nova refuses our signature now, and those of which no endpoint answers."""
+        """Endpoint sets whose Nova refuses our signature now, and sets without an answering endpoint."""
         answering = {one.endpoint_set for one in self.endpoints if one.up}
         silent = {one.endpoint_set for one in self.endpoints} - answering
         return (*map(_refused, sorted(self._refusing)), *map(_silent, sorted(silent)))
 
     async def refresh(self) -> None:
-        """Look once; while HAProxy does not answer, what was seen last stays."""
+        """Read the counters once; if HAProxy does not answer, the last report stays."""
         names = sorted(self.sets())
         if not names or (worker := self.haproxy.worker) is None:
             self.endpoints = ()
@@ -291,7 +293,7 @@ class NovaWatch:
     def take(
         self, worker: int, rows: Iterable[Mapping[str, str]], refused: Mapping[str, int | None]
     ) -> None:
-        """Take in one worker's rows of `show stat`, and its count of 403 of each endpoint set."""
+        """Evaluate one worker's rows of `show stat`, and its number of answers 403 by endpoint set."""
         counted = {one: count for one, count in refused.items() if count is not None}
         more = self.refused.add(worker, counted)
         found: dict[tuple[str, str], NovaEndpointReport] = {}
@@ -302,12 +304,12 @@ class NovaWatch:
             if name is None or row["type"] != _SERVER:
                 continue
             good[name] += parse_count(row, "hrsp_2xx")
-            # A set has a backend for each way in which its requests are looked at and sent again.
+            # A set has several backends: one for each way in which its requests are checked and forwarded.
             found[name, endpoint] = _endpoint(name, row, found.get((name, endpoint)))
         self.endpoints = tuple(found.values())
         well = self._good.add(worker, good)
         log = structlog.get_logger()
-        # What a worker has counted before the controller started may be over since.
+        # Old errors in a worker's counters may be over since before the controller started.
         earlier, self._looked = not self._looked, True
         for name in refused:
             if earlier and well[name] > 0:
@@ -324,7 +326,7 @@ class NovaWatch:
 def _endpoint(
     name: str, row: Mapping[str, str], before: NovaEndpointReport | None
 ) -> NovaEndpointReport:
-    """An endpoint, with what the backends before have counted of it."""
+    """Return an endpoint's report, with the counts of earlier backends added."""
     requests = parse_count(row, "stot")
     failures = parse_count(row, "econ") + parse_count(row, "eresp")
     if before is not None:

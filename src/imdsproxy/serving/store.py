@@ -1,10 +1,10 @@
 """Files of instances: compiled records, written by the controller, and passwords, written by the document server.
 
-A record is replaced by a rename, so a reader sees the old file or the new one, whole. Nothing is synced to
-the disk: after a power cut a record may be damaged, which its checksums show, and the controller writes it anew
-from its source when it starts. A guest encrypts its password with its ssh key and posts it
-(`/openstack/…/password`); the owner reads it. It is posted once in an instance's life, so it is synced to the disk
-before the guest gets its answer.
+A record is replaced by a rename, so a reader sees the whole old file or the whole new one. Records are not synced to
+disk: after a power cut a record may be damaged. Its checksums reveal that, and the controller writes it again from its
+source at the next start. A guest encrypts its password with its ssh key and posts it (`/openstack/…/password`), so that
+the owner can read it. The guest posts it once in an instance's life, so it is synced to disk before the guest gets its
+answer.
 """
 
 import os
@@ -25,10 +25,10 @@ _SUFFIX: Final = ".rec"
 _FILE_MODE: Final = 0o640
 _DIRECTORY_MODE: Final = 0o750
 _KEPT_CONTENT: Final = 256 * 1024
-"""Bytes of content that are kept in memory with a record; from longer ones user-data is read when asked for."""
+"""Maximum size in bytes of content kept in memory with its record; user-data of longer content is read on request."""
 
 _TREE_COST: Final = 32 * 1024
-"""What a parsed record with its documents is reckoned at, in bytes; measured: 10 to 30 kB."""
+"""Assumed memory of a parsed record with its documents, in bytes; measured: 10 to 30 kB."""
 
 _PERMISSION_HINT: Final = "the document server's account must be able to write the directory"
 _DENIED: Final = "check the owner and mode of it"
@@ -37,7 +37,7 @@ Signature: TypeAlias = tuple[int, int, int]
 
 
 def read_signature(path: str | Path) -> Signature | None:
-    """What tells a file from another one at the same path; `None` where there is none."""
+    """Return the file's signature, which changes when the file is replaced; `None` if there is no file."""
     with suppress(OSError):
         return _signature(os.stat(path))  # noqa: PTH116 - half the cost of Path.stat, on every request
     return None
@@ -49,23 +49,23 @@ def _signature(status: os.stat_result) -> Signature:
 
 @dataclass(frozen=True, slots=True)
 class PasswordStore:
-    """A directory of passwords; several processes may use it at once.
+    """Directory of passwords; several processes may use it at once.
 
     Args:
-        directory: Must exist, and be writable for this process to keep anything.
+        directory: Existing directory; this process must be able to write to it to store passwords.
     """
 
     directory: Path
 
     def read(self, instance_id: InstanceId) -> bytes | None:
-        """The instance's password; `None` when it has posted none.
+        """Return the instance's password; `None` if it has posted none.
 
         Raises:
-            HostRefused: It cannot be read.
+            HostRefused: The file cannot be read.
             PrivilegeMissing: This process may not read it.
         """
         action = f"read the password of {instance_id}"
-        # The directory is the document server's: a link in it must not have the controller read another file.
+        # The document server owns the directory: a symbolic link in it must not make the controller read another file.
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
         with (
             refusing(action, denied=_PERMISSION_HINT),
@@ -76,12 +76,12 @@ class PasswordStore:
         return None
 
     def keep(self, instance_id: InstanceId, password: bytes) -> bool:
-        """Keep a password for good; `False` when the instance has one already, which stays.
+        """Store a password for good; return `False` if the instance already has one, which stays.
 
-        Of two that come at once, one is kept, and no reader ever sees a part of it.
+        If two passwords arrive at once, one is stored, and no reader sees a part of it.
 
         Raises:
-            HostRefused: The file system is full or read-only; nothing is kept.
+            HostRefused: The file system is full or read-only; nothing is stored.
             PrivilegeMissing: This process may not write there.
         """
         path = self._path(instance_id)
@@ -90,7 +90,7 @@ class PasswordStore:
         kept, action = False, f"keep the password of {instance_id}"
         with refusing(action, denied=_PERMISSION_HINT), suppress(FileExistsError):
             try:
-                # A link fails where the name exists, as O_EXCL does, but brings the whole file with it.
+                # Like O_EXCL, a hard link fails if the name exists, but it makes the whole file appear at once.
                 path.hardlink_to(new)
                 kept = True
             finally:
@@ -100,18 +100,18 @@ class PasswordStore:
         return kept
 
     def replace(self, instance_id: InstanceId, password: bytes, group: int | None) -> None:
-        """Have exactly this password, whatever there was.
+        """Store this password in place of any other.
 
         Args:
-            instance_id: Whose.
-            password: All of it.
-            group: The group id that may read it (the document server's); `None` for this process's.
+            instance_id: Instance.
+            password: Complete password.
+            group: Group id that may read it (the document server's); `None` for this process's.
 
         Raises:
-            HostRefused: The file system is full or read-only; what was there before still is.
+            HostRefused: The file system is full or read-only; the old password stays.
             PrivilegeMissing: This process may not write there.
         """
-        # Written beside the directory: in it the document server could have made another file of the name.
+        # Write the file outside the directory: inside, the document server could create another file with that name.
         new = self.directory.with_name(f".password-{instance_id}.new")
         owner = None if group is None else (-1, group)
         files.write_atomic(new, password, mode=_FILE_MODE, owner=owner, durable=True)
@@ -120,13 +120,13 @@ class PasswordStore:
         files.sync_directory(self.directory)
 
     def instances(self) -> frozenset[InstanceId]:
-        """Every instance that has a password here; raises as `read`."""
+        """Return every instance that has a password here; raises as `read`."""
         with refusing("list the passwords", denied=_PERMISSION_HINT), suppress(FileNotFoundError):
             return frozenset(InstanceId(path.name) for path in self.directory.iterdir())
         return frozenset()
 
     def changed_at(self) -> int:
-        """When a password came or went last, in nanoseconds; 0 before the directory is made; raises as `read`."""
+        """Return the time of the directory's last change, in nanoseconds; 0 without a directory; raises as `read`."""
         with (
             refusing("look at the passwords", denied=_PERMISSION_HINT),
             suppress(FileNotFoundError),
@@ -135,7 +135,7 @@ class PasswordStore:
         return 0
 
     def remove(self, instance_id: InstanceId) -> bool:
-        """Forget the instance's password; `False` when it has none.
+        """Remove the instance's password; return `False` if it has none.
 
         Raises:
             HostRefused: The file system is read-only.
@@ -153,9 +153,9 @@ class DiskFiles:
     """Compiled records and passwords, as the record loop writes them.
 
     Args:
-        directory: Of the records; made if need be.
-        passwords: Of their instances.
-        group: The group id that may read them (the document server's); `None` for this process's.
+        directory: Directory of the records, created if it is missing.
+        passwords: Passwords of the same instances.
+        group: Group id that may read the records (the document server's); `None` for this process's.
     """
 
     directory: Path
@@ -163,10 +163,10 @@ class DiskFiles:
     group: int | None = None
 
     def apply(self, instance: InstanceId, record: CompiledRecord) -> None:
-        """Have exactly this record on disk.
+        """Write the record to disk unless it is there.
 
         Raises:
-            HostRefused: The file system is full or read-only; what was there before still is.
+            HostRefused: The file system is full or read-only; the old record stays.
             PrivilegeMissing: This process may not write there.
         """
         if _has_content(f"{self.directory}/{compiled_path(instance)}", record.content):
@@ -190,7 +190,7 @@ class DiskFiles:
         self.passwords.remove(instance)
 
     def instances(self) -> Iterator[InstanceId]:
-        """Every instance that has a record on disk, in no order.
+        """Yield every instance that has a record on disk, in no order.
 
         Raises:
             HostRefused: The directory cannot be read.
@@ -205,8 +205,9 @@ class DiskFiles:
 
 
 def _has_content(path: str, content: bytes) -> bool:
-    # By descriptor: a start looks at all records, and `Path` would take three times as long. Whatever keeps a file
-    # from being read, writing it anew mends or reports it.
+    # Plain descriptors, because a start reads all records, and `Path` would take three times as long. If a file cannot
+    # be
+    # read, writing it again repairs the fault or reports it.
     with suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
@@ -218,11 +219,11 @@ def _has_content(path: str, content: bytes) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class LoadedRecord:
-    """A record in memory.
+    """Record in memory.
 
     Attributes:
-        content: The file's bytes, or `None` where they are too many to be kept.
-        cost: Roughly the bytes of memory that it takes.
+        content: Bytes of the file, or `None` if they are too many to keep.
+        cost: Approximate memory, in bytes.
     """
 
     path: Path
@@ -234,11 +235,11 @@ class LoadedRecord:
 
 @dataclass(slots=True)
 class RecordReader:
-    """Gives records, parsed; keeps those that were asked for last, and looks each time whether they still hold.
+    """Reader of parsed records. It caches the last used records, and checks on each use whether the file has changed.
 
     Args:
-        directory: The documents directory.
-        capacity: Bytes of memory to spend on records; one record is always kept.
+        directory: Directory of compiled records.
+        capacity: Memory for records, in bytes; one record is always kept.
     """
 
     directory: Path
@@ -247,15 +248,15 @@ class RecordReader:
     _spent: int = 0
 
     def load(self, instance_id: InstanceId, *, fresh: bool = False) -> LoadedRecord | None:
-        """The instance's record as it is on disk now; `None` when it has none.
+        """Return the instance's record as it is on disk now; `None` if it has none.
 
         Args:
-            instance_id: Whose record.
-            fresh: Read the file even if it looks the same as before.
+            instance_id: Instance.
+            fresh: Read the file even if its signature is unchanged.
 
         Raises:
-            RecordCorrupt: It fails a checksum.
-            HostRefused: It cannot be read.
+            RecordCorrupt: The file fails a checksum.
+            HostRefused: The file cannot be read.
             PrivilegeMissing: This process may not read it.
         """
         held = self._loaded.pop(instance_id, None)
@@ -271,10 +272,10 @@ class RecordReader:
 
     @staticmethod
     def open_content(loaded: LoadedRecord) -> BinaryIO | None:
-        """The record's file, to read pieces of; `None` when it has been replaced since it was loaded.
+        """Open the record's file to read parts of it; return `None` if it has been replaced since it was loaded.
 
         Raises:
-            HostRefused: It cannot be read.
+            HostRefused: The file cannot be read.
             PrivilegeMissing: This process may not read it.
         """
         file = _open(loaded.path)

@@ -1,7 +1,7 @@
-"""`neutron-ns-metadata-proxy`: one network's or router's own HAProxy, for agents that spawn one per namespace.
+"""`neutron-ns-metadata-proxy`: a HAProxy for one network or router, for agents that spawn one per namespace.
 
-Apart from the daemon: it needs no controller, and is gone once HAProxy runs. Agents start it by the
-hundred, so nothing here imports what it does not need.
+It is independent of the daemon: it needs no controller, and ends once HAProxy runs. Agents start hundreds, so no module
+here imports more than it needs.
 """
 
 from imdsproxy.app.namespace_proxy.command import main

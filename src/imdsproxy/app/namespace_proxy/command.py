@@ -1,7 +1,7 @@
-"""The program: start a proxy, or remove what one has left; every spelling of an option that agents have used.
+"""Command line of the proxy program: start a proxy, or clean up after one; with all option spellings of old agents.
 
-Options come from the command line, Neutron's ini files and imdsproxy's settings. What reads the files is loaded only
-where there is something to read: agents start a proxy by the hundred.
+Options come from the command line, Neutron's ini files and imdsproxy's settings. The readers of these files are
+imported only if there is a file to read: agents start hundreds of proxies.
 """
 
 import argparse
@@ -30,7 +30,7 @@ _IN_FILES: Final = (
     "state_path metadata_port metadata_proxy_socket metadata_proxy_user metadata_proxy_group "
     "syslog_log_facility debug use_syslog"
 )
-"""The state path first: others may refer to it."""
+"""Options in ini files. The state path comes first, because other values may refer to it."""
 
 _TRUE: Final = ("1", "t", "true", "on", "y", "yes")
 _FALSE: Final = ("0", "f", "false", "off", "n", "no")
@@ -82,7 +82,8 @@ config-file FILE: read the options above, but ids, pid file and daemonize, from 
 Neutron's; may be repeated
 config-dir DIR: the same, of every *.conf in it
 {_CONFIG}"""
-"""Each option with its meaning; one without a value is a switch, perhaps with the meaning of its opposite."""
+"""Options with their help texts; an option without a value is a switch, with the help text of its opposite after
+`|`."""
 
 _CLEAN_UP_OPTIONS: Final = f"""\
 pid-file FILE: its pid file, to be removed too
@@ -96,12 +97,12 @@ def main(
     program: str = "neutron-ns-metadata-proxy",
     config: Path | None = None,
 ) -> int:
-    """Be the program, and give its exit status (`imdsproxy.cli.options`).
+    """Run the program; return its exit status (`imdsproxy.cli.options`).
 
     Args:
-        arguments: Without the program's name; `None` takes this process's own.
-        program: Its name, for the help.
-        config: imdsproxy's settings file, where the command line named it before this program's own words.
+        arguments: Arguments without the program's name; `None` takes this process's own.
+        program: Program's name, for the help.
+        config: imdsproxy's settings file, if the command line named it before this program's own arguments.
     """
     _open_standard_files()
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -119,22 +120,22 @@ def main(
         else:
             daemon.run()
     except (ImdsproxyError, OSError) as error:
-        # Unforeseen errors are a line too, not a traceback in an agent's log.
+        # Report unforeseen errors in one line, too: an agent's log should hold no traceback.
         known = error if isinstance(error, ImdsproxyError) else host_refused("be the proxy", error)
-        # There is no standard error where our parent has closed it.
+        # `sys.stderr` is `None` if our parent has closed it.
         if sys.stderr is not None:
             sys.stderr.write(_in_lines(known))
         return known.exit_status
     except KeyboardInterrupt:
         return _INTERRUPTED
     except SystemExit:
-        # argparse has given its help.
+        # argparse has printed its help.
         return 0
     return 0
 
 
 def _open_standard_files() -> None:
-    """Have something open at 0, 1 and 2: a lock of that number would be replaced by HAProxy's."""
+    """Open descriptors 0, 1 and 2: HAProxy would replace a lock file with such a number."""
     while True:
         descriptor = os.open(os.devnull, os.O_RDWR)
         if descriptor > _STANDARD_ERROR:
@@ -144,7 +145,7 @@ def _open_standard_files() -> None:
 
 
 def _in_lines(error: ImdsproxyError) -> str:
-    """The command line's usual form, without what makes it coloured, which takes longer than all the rest."""
+    """Format an error as the command line does, without its colour library, whose import takes most of the time."""
     message = " ".join(error.message.split())
     lines = [f"imdsproxy: {message}", *(f"  {problem}" for problem in error.problems)]
     if error.hint:
@@ -160,11 +161,11 @@ _ARGUMENTS: Final = {
     "pid_file": "pidfile",
     "syslog_log_facility": "facility",
 }
-"""Arguments of `ProxyDaemon` that have another name than their option."""
+"""Arguments of `ProxyDaemon` whose names differ from their options'."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse, whose refusals are ours."""
+    """Argument parser that raises our own errors."""
 
     def error(self, message: str) -> NoReturn:
         raise RequestRefused(message, hint=f"`{self.prog} --help` says what it takes")
@@ -177,22 +178,22 @@ def parse_command_line(
     environment: Mapping[str, str],
     config: Path | None = None,
 ) -> dict[str, Any]:
-    """What is asked for.
+    """Parse the command line and merge it with files, environment and settings.
 
     Args:
-        arguments: Without the program's name.
-        program: Its name, for the help.
-        environment: The process's variables.
-        config: Stands for --config where that is not among the arguments.
+        arguments: Arguments without the program's name.
+        program: Program's name, for the help.
+        environment: Environment variables of the process.
+        config: Value of --config if the arguments lack it.
 
     Returns:
-        The arguments of `ProxyDaemon`, and `daemonize`; of a cleaning up `id`, `pidfile` and `state_path`.
+        The arguments of `ProxyDaemon`, and `daemonize`; for a clean-up `id`, `pidfile` and `state_path`.
 
     Raises:
         RequestRefused: An option is unknown or wrong.
-        ConfigUnreadable: A file of --config-file, --config-dir or --config is not there.
-        ConfigInvalid: One makes no sense, or settings break the schema.
-        SystemExit: --help was asked for, and given.
+        ConfigUnreadable: A file of --config-file, --config-dir or --config is missing.
+        ConfigInvalid: A file is malformed, or settings break the schema.
+        SystemExit: --help was given; the help is printed.
     """
     words = list(arguments)
     if words[:1] == ["cleanup"]:
@@ -210,7 +211,7 @@ def parse_command_line(
     asked: dict[str, Any] = {
         _ARGUMENTS.get(name, name): value if isinstance(value, bool) else str(value)
         for name, value in (settings | written | given).items()
-        # An empty text is as if it was not there, and an empty id is none.
+        # An empty value counts as absent, but an empty id is an error.
         if value is not None and (value != "" or name.endswith("id"))
     }
     if "facility" in asked:
@@ -231,7 +232,7 @@ def _clean_up_parser(program: str) -> argparse.ArgumentParser:
 
 
 def run_parser(program: str) -> argparse.ArgumentParser:
-    """What reads the command line that starts a proxy, and says what it takes."""
+    """Return the parser for the command line that starts a proxy."""
     parser = _Parser(
         prog=program,
         usage="%(prog)s (--network-id UUID | --router-id UUID) [option ...]\n       %(prog)s cleanup ID [option ...]",
@@ -247,7 +248,7 @@ def run_parser(program: str) -> argparse.ArgumentParser:
 
 
 def _respell(word: str) -> str:
-    """An option as it is spelled today: with dashes, and a switch that is off as `--no-NAME`, not `--noNAME`."""
+    """Convert an option to its present spelling: dashes, and `--no-NAME` instead of `--noNAME` for a switch."""
     name, equals, value = word.partition("=")
     if not name.startswith("--"):
         return word
@@ -277,12 +278,12 @@ def _add_options(parser: argparse.ArgumentParser, table: str) -> None:
 def read_settings(
     config: Path | None, environment: Mapping[str, str], *, default: Path | None = None
 ) -> dict[str, object]:
-    """What imdsproxy's settings have in the section `namespace_proxy`, by the option's name; without the defaults.
+    """Return imdsproxy's settings in the section `namespace_proxy`, by option name and without defaults.
 
     Args:
-        config: The file that was named; without one, the default one, unless the section is not in it at all.
-        environment: The process's variables.
-        default: In the place of the default file.
+        config: Settings file; without one, the default file if it has the section.
+        environment: Environment variables of the process.
+        default: Replacement for the default file.
 
     Raises:
         ConfigUnreadable: A file cannot be read.
@@ -308,17 +309,17 @@ def read_settings(
 def read_ini_files(
     files: Sequence[str], directories: Sequence[str], state_path: str | None, otherwise: str
 ) -> dict[str, object]:
-    """The options in [DEFAULT] of Neutron's ini files, a later file's over an earlier one's.
+    """Return the options in [DEFAULT] of Neutron's ini files; later files override earlier ones.
 
     Args:
-        files: Their names.
-        directories: Of each the files `*.conf`.
-        state_path: The command line's, to which values may refer.
-        otherwise: The same where no file has one either.
+        files: Paths of files.
+        directories: Directories whose `*.conf` files are read.
+        state_path: State path from the command line, to which values may refer.
+        otherwise: State path if neither the command line nor a file has one.
 
     Raises:
-        ConfigUnreadable: One is not there, or no text.
-        ConfigInvalid: One is no ini file, a value makes no sense, or refers to an option that is not there.
+        ConfigUnreadable: A file is missing, or is not text.
+        ConfigInvalid: A file is not an ini file, or a value is invalid or refers to a missing option.
     """
     if not files and not directories:
         return {}
@@ -327,7 +328,7 @@ def read_ini_files(
     paths = [Path(name) for name in files]
     try:
         for name in directories:
-            # A pattern would take a directory that is not there for an empty one.
+            # A glob pattern would treat a missing directory as empty.
             paths += sorted(path for path in Path(name).iterdir() if path.suffix == ".conf")
         parsed = [
             neutron_ini.parse_ini(neutron_ini.decode_ini(path.read_bytes(), str(path)), str(path))

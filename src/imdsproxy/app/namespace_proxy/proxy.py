@@ -1,8 +1,8 @@
-"""One proxy: its configuration, written and locked, and HAProxy in this process's place or in the background.
+"""Proxy for one network or router: its locked configuration, and HAProxy in this process or in the background.
 
-A configuration file belongs to the HAProxy that runs with it. The program that starts a proxy writes its file, locks it
-(flock(2)) and hands the open file on to HAProxy, which keeps it, and so the lock, for its whole life. A locked file is
-in use: it is neither replaced nor removed. No pid can be mistaken for another process's.
+A configuration file belongs to the HAProxy that runs with it. The program that starts a proxy writes the file, locks it
+(flock(2)) and passes the open file to HAProxy, which holds the lock for its whole life. A locked file is in use and is
+neither replaced nor removed. So another process with a reused pid cannot be mistaken for the proxy.
 """
 
 import contextlib
@@ -50,18 +50,18 @@ _FOREIGN_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
 _PID_MODE: Final = 0o644
 _MAX_PID_BYTES: Final = 64
 _MAX_SOCKET_PATH: Final = 107
-"""`sun_path` of unix(7), without the NUL at its end."""
+"""Length of `sun_path` in unix(7), without the terminating NUL."""
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """All that is needed to run HAProxy.
+    """Parameters of a HAProxy process.
 
     Attributes:
         program: HAProxy's path.
-        config: The configuration file, on disk.
-        lock: The same file, open and locked; HAProxy inherits it.
-        alone: HAProxy is to have none of this process's supplementary groups.
+        config: Path of the configuration file.
+        lock: Descriptor of the same file, open and locked; HAProxy inherits it.
+        alone: Whether HAProxy must drop this process's supplementary groups.
     """
 
     program: str
@@ -70,22 +70,22 @@ class Launch:
     alone: bool
 
     def arguments(self, *more: str) -> list[str]:
-        """The command line. The uuid in it is how agents know their proxies."""
+        """Return the command line. Agents recognise their proxies by the uuid in it."""
         return [self.program, "-f", str(self.config), *more]
 
     def run(self, *more: str, deadline_s: float = _START_DEADLINE_S) -> tuple[int, str]:
-        """Start HAProxy in a session of its own, and wait until it and all that write for it have ended or let go.
+        """Run HAProxy in its own session; wait until it and all its children have ended or closed standard error.
 
         Args:
-            more: Options.
-            deadline_s: After that it is ended.
+            more: Further options.
+            deadline_s: Seconds until HAProxy is killed.
 
         Returns:
             Exit status (negative: the signal), and standard error.
 
         Raises:
-            HaproxyMissing: It cannot be run.
-            HostRefused: It did not end in time.
+            HaproxyMissing: HAProxy cannot be run.
+            HostRefused: HAProxy did not end in time.
             PrivilegeMissing: This process may not give up its supplementary groups.
         """
         arguments = self.arguments(*more)
@@ -102,7 +102,7 @@ class Launch:
                 pass_fds=(self.lock,),
             )
         except OSError as error:
-            # Without the program's name: it did not come to running it.
+            # Without a file name in the error, the failure came before the execution of the program.
             if error.errno == errno.EPERM and error.filename is None:
                 raise host_refused("give up the supplementary groups", error) from error
             raise HaproxyMissing(
@@ -125,7 +125,7 @@ class Launch:
 
         Raises:
             HostRefused: The kernel refuses.
-            HaproxyMissing: It cannot be run.
+            HaproxyMissing: HAProxy cannot be run.
         """
         if self.alone:
             with refusing("give up the supplementary groups"):
@@ -139,19 +139,19 @@ class Launch:
 
 @dataclass
 class NetworkMetadataProxyHandler:
-    """One network's or router's proxy; exactly one of the ids is given.
+    """Proxy of one network or router; exactly one of the ids is given.
 
     Attributes:
-        network_id: The network that all guests are on.
-        router_id: The router that their networks are on.
-        unix_socket_path: Where requests go; `metadata_proxy` in the state path for `None`.
-        port: TCP port, at every address of the namespace that this process is in.
-        user: Account that HAProxy takes once it listens, by name or id; this process's own for `None`.
+        network_id: Network of all guests.
+        router_id: Router of the guests' networks.
+        unix_socket_path: Socket to which requests go; `None` means `metadata_proxy` in the state path.
+        port: TCP port, at every address of this process's namespace.
+        user: Account that HAProxy takes once it listens, by name or id; `None` keeps this process's own.
         group: Group, likewise.
-        state_path: Where the configuration's directory is; /var/lib/neutron for `None`.
-        use_syslog: Log requests to /dev/log; `None` where there is one.
-        facility: Syslog's, by HAProxy's name.
-        debug: Log everything.
+        state_path: Parent of the configuration directory; `None` means /var/lib/neutron.
+        use_syslog: Whether to log requests to /dev/log; `None` means if it exists.
+        facility: Syslog facility, by HAProxy's name.
+        debug: Whether to log everything.
 
     Raises:
         RequestRefused: Both ids or none, no UUID, no port, or a path that HAProxy cannot take.
@@ -187,7 +187,7 @@ class NetworkMetadataProxyHandler:
 
     @staticmethod
     def get_config_path(state_path: str | os.PathLike[str] | None = None) -> Path:
-        """The directory of the configuration files below a state path."""
+        """Return the directory of configuration files below a state path."""
         return Path(state_path or namespace_proxy.DEFAULT_STATE_PATH) / "ns-metadata-proxy"
 
     @property
@@ -196,10 +196,10 @@ class NetworkMetadataProxyHandler:
         return self.get_config_path(self.state_path) / f"{self.uuid}.conf"
 
     def spec(self) -> namespace_proxy.NamespaceProxySpec:
-        """What the configuration is made of.
+        """Return the specification of the configuration.
 
         Raises:
-            HostRefused: There is no such user or group.
+            HostRefused: The user or group does not exist.
             PrivilegeMissing: This process cannot take that user or group.
         """
         log = os.access(_SYSLOG, os.F_OK) if self.use_syslog is None else self.use_syslog
@@ -220,9 +220,9 @@ class NetworkMetadataProxyHandler:
         """Find HAProxy, write and lock the configuration.
 
         Raises:
-            HaproxyMissing: There is none.
-            HostRefused: An account or a directory is missing, the file cannot be written, or is in use.
-            PrivilegeMissing: This process may not.
+            HaproxyMissing: HAProxy is not installed.
+            HostRefused: An account or a directory is missing, or the file is in use or cannot be written.
+            PrivilegeMissing: This process lacks a privilege for that.
             RequestRefused: A path has a character that HAProxy cannot take.
         """
         program = find_haproxy()
@@ -242,23 +242,23 @@ class NetworkMetadataProxyHandler:
         return Launch(program, self.config_file, lock, alone=dropped)
 
     def run_proxy(self, launch: Launch | None = None) -> NoReturn:
-        """Become HAProxy, which keeps this process's pid and has the uuid in its command line.
+        """Become HAProxy, with this process's pid and the uuid in its command line.
 
-        What HAProxy would refuse at its start is found before, while an error can still be one line.
+        The method first checks what HAProxy would refuse at its start, while it can still report an error in one line.
 
         Args:
-            launch: What `prepare` gave; `None` prepares.
+            launch: Result of `prepare`; `None` calls `prepare`.
 
         Raises:
-            HaproxyMissing: There is none, or it cannot be run.
-            ConfigRejected: It refuses the configuration.
+            HaproxyMissing: HAProxy is not installed, or cannot be run.
+            ConfigRejected: HAProxy refuses the configuration.
             HostRefused: See `prepare`; or the port is in use.
-            PrivilegeMissing: See `prepare`; or the port takes root.
+            PrivilegeMissing: See `prepare`; or the port requires root.
         """
         ready = launch or self.prepare()
         try:
             try_to_bind(int(self.port), dual_stack=has_ipv6())
-            # Before this process is HAProxy: its own messages would not be one line.
+            # Check before the exec: HAProxy's own messages would take several lines.
             status, errors = ready.run("-c")
             if status != 0:
                 fail_start(status, errors, ready, self.port)
@@ -269,7 +269,7 @@ class NetworkMetadataProxyHandler:
 
 
 def _account(kind: str, wanted: str | None, name_of: Callable[[str], str], own: int) -> str | None:
-    """The account's name, if it is another than this process has; only root can take one."""
+    """Return the account's name if it differs from this process's; only root can take another account."""
     name = name_of(wanted) if wanted else None
     if name is None or os.geteuid() == 0:
         return name
@@ -282,12 +282,12 @@ def _account(kind: str, wanted: str | None, name_of: Callable[[str], str], own: 
 
 
 def fail_start(status: int, errors: str, launch: Launch, port: int | str) -> NoReturn:
-    """Report a HAProxy that did not start, in its own words.
+    """Report a HAProxy that did not start, with its own message.
 
     Raises:
         HostRefused: The port is in use.
-        PrivilegeMissing: The port, or the account, takes root.
-        ConfigRejected: It refuses the configuration.
+        PrivilegeMissing: The port, or the account, requires root.
+        ConfigRejected: HAProxy refuses the configuration.
     """
     words = parse_failure(errors) or f"it ended with {status} and wrote nothing"
     message = f"HAProxy did not start: {words}"
@@ -299,22 +299,22 @@ def fail_start(status: int, errors: str, launch: Launch, port: int | str) -> NoR
 
 
 def cleanup_config_file(uuid: str, state_path: str | os.PathLike[str] | None = None) -> bool:
-    """Remove the configuration of a proxy that has ended, and what writers that were killed left beside it.
+    """Remove the configuration of a proxy that has ended, and temporary files of killed writers.
 
     Returns:
-        Whether there was one.
+        Whether there was a configuration.
 
     Raises:
-        RequestRefused: It is no UUID.
+        RequestRefused: The id is no UUID.
         HostRefused: The proxy runs, or the file system refused.
-        PrivilegeMissing: This process may not remove it.
+        PrivilegeMissing: This process may not remove the file.
     """
     directory = NetworkMetadataProxyHandler.get_config_path(state_path)
     path, removed = directory / f"{namespace_proxy.parse_uuid(uuid)}.conf", False
     with refusing(f"remove {path}"), contextlib.suppress(FileNotFoundError):
         held = _lock(path, os.O_RDONLY)
         path.unlink(missing_ok=True)
-        # HAProxy's own, of a start that was killed.
+        # HAProxy's own pid file, left by a start that was killed.
         path.with_suffix(".pid").unlink(missing_ok=True)
         os.close(held)
         removed = True
@@ -324,16 +324,16 @@ def cleanup_config_file(uuid: str, state_path: str | os.PathLike[str] | None = N
 
 @dataclass
 class ProxyDaemon:
-    """One proxy and its pid file.
+    """Proxy with its pid file.
 
-    `start` has HAProxy fork into the background by itself (`-D`), since it tells best when it is ready: its first
-    process ends, and the second lets go of standard error, once the port is bound and the account taken. It writes
-    its pid beside its configuration, as it does: not at once, and after removing what is there.
+    `start` lets HAProxy fork into the background itself (`-D`), because HAProxy knows best when it is ready: its first
+    process ends, and the second closes standard error, once the port is bound and the account taken. HAProxy writes its
+    own pid file beside the configuration, because it first removes an existing file and does not write at once.
 
     Attributes:
-        pidfile: Where the pid goes, or `None`.
-        watch_log: Without effect, as `--metadata-proxy-watch-log`.
-        proxy_socket: As `NetworkMetadataProxyHandler.unix_socket_path`; and so the others.
+        pidfile: Path of the pid file, or `None`.
+        watch_log: No effect, as `--metadata-proxy-watch-log`.
+        proxy_socket: See `NetworkMetadataProxyHandler.unix_socket_path`; the same applies to the other attributes.
 
     Raises:
         RequestRefused: See `NetworkMetadataProxyHandler`.
@@ -369,27 +369,28 @@ class ProxyDaemon:
         )
 
     def start(self) -> int:
-        """Have HAProxy run in the background; its pid.
+        """Run HAProxy in the background; return its pid.
 
         Returns:
-            When the port is bound, the account taken, and the pid file written.
+            Once the port is bound, the account taken, and the pid file written.
 
         Raises:
-            ConfigRejected: HAProxy refuses the configuration; has its own words.
-            HaproxyMissing: There is none.
-            HostRefused: The port is in use, the proxy runs already, an account or a directory is missing, or a
-                file cannot be written.
-            PrivilegeMissing: This process may not.
+            ConfigRejected: HAProxy refuses the configuration; the error has HAProxy's own message.
+            HaproxyMissing: HAProxy is not installed.
+            HostRefused: The port is in use, the proxy runs already, an account or a directory is missing, or a file
+            cannot be
+                written.
+            PrivilegeMissing: This process lacks a privilege for that.
         """
         self._check_pid_file()
         launch = self.handler.prepare()
         own_file = launch.config.with_suffix(".pid")
         try:
             status, errors = launch.run("-D", "-p", str(own_file))
-            # It may have ended between its first process and its first request.
+            # Read the pid now: HAProxy may already have ended.
             pid = live_pid(own_file, launch.config.name)
         finally:
-            # First: without the lock another start may have a file of this name.
+            # Remove this file first: once the lock is released, another start may create a file with this name.
             own_file.unlink(missing_ok=True)
             os.close(launch.lock)
         if status != 0 or pid is None:
@@ -397,7 +398,7 @@ class ProxyDaemon:
         try:
             self._write_pid(pid)
         except BaseException:
-            # Without its pid file it could not be found again.
+            # Without its pid file the proxy could not be found again.
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
             raise
@@ -438,7 +439,7 @@ class ProxyDaemon:
 
 
 def live_pid(path: Path, name: str) -> int | None:
-    """The pid in the file, if it is that of a HAProxy that runs with the configuration of this name.
+    """Return the pid in the file if a HAProxy with a configuration of this name runs under it.
 
     Raises:
         HostRefused: The file cannot be read.
@@ -447,16 +448,16 @@ def live_pid(path: Path, name: str) -> int | None:
     text = b""
     with refusing(f"read {path}"), contextlib.suppress(FileNotFoundError), path.open("rb") as file:
         text = file.read(_MAX_PID_BYTES).strip()
-    # Empty or of another kind: its writer was interrupted. No proxy is known to run.
+    # An empty or malformed file means that its writer was interrupted: no proxy is known to run.
     return int(text) if text.isdigit() and runs_with(int(text), name) else None
 
 
 def cleanup_pid_file(path: Path, name: str) -> bool:
-    """Remove the pid file of a proxy that has ended; whether there was one.
+    """Remove the pid file of a proxy that has ended; return whether there was one.
 
     Raises:
         HostRefused: The proxy runs, or the file system refused.
-        PrivilegeMissing: This process may not remove it.
+        PrivilegeMissing: This process may not remove the file.
     """
     pid = live_pid(path, name)
     if pid is not None:
@@ -465,8 +466,8 @@ def cleanup_pid_file(path: Path, name: str) -> bool:
 
 
 def find_haproxy() -> str:
-    """The path of HAProxy on `PATH`, or in the system's places."""
-    # An agent's rootwrap may leave little of PATH.
+    """Return HAProxy's path on `PATH`, or in the system's directories."""
+    # An agent's rootwrap may strip most of PATH.
     places = [one for one in os.environ.get("PATH", "").split(":") if one]
     found = shutil.which("haproxy", path=":".join([*places, _SYSTEM_PATH]))
     if found is None:
@@ -477,12 +478,12 @@ def find_haproxy() -> str:
 
 
 def has_ipv6() -> bool:
-    """Whether devices of this namespace get IPv6, as Neutron's agents ask it (oslo.utils, `is_ipv6_enabled`)."""
+    """Return whether this namespace's devices get IPv6, tested as by Neutron's agents (oslo's `is_ipv6_enabled`)."""
     return _IPV6.exists() and _IPV6.read_text().strip() == "0"
 
 
 def runs_with(pid: int, name: str, *, proc: Path = Path("/proc")) -> bool:
-    """Whether this process is a HAProxy with a file of this name in its command line; one that is dead is not."""
+    """Return whether this process is a running HAProxy with a file of this name in its command line."""
     words = [b""]
     with (
         refusing(f"look at process {pid}"),
@@ -494,11 +495,11 @@ def runs_with(pid: int, name: str, *, proc: Path = Path("/proc")) -> bool:
 
 
 def try_to_bind(port: int, *, dual_stack: bool) -> None:
-    """Say now what HAProxy would say of the port, in words that its log would have to be searched for.
+    """Test the port before HAProxy does, so that the error needs no search in HAProxy's log.
 
     Raises:
         HostRefused: Another program listens there.
-        PrivilegeMissing: The port takes root.
+        PrivilegeMissing: The port requires root.
     """
     import socket  # noqa: PLC0415 - HAProxy that goes into the background says it itself
 
@@ -515,10 +516,10 @@ def try_to_bind(port: int, *, dual_stack: bool) -> None:
 
 
 def check_directory(path: Path, purpose: str, *, hint: str) -> None:
-    """See that a directory is there.
+    """Check that a directory exists.
 
     Raises:
-        HostRefused: It is not; says what for it is wanted.
+        HostRefused: The directory is missing; the message has its purpose.
         PrivilegeMissing: This process may not look.
     """
     with refusing(f"look at {path}"):
@@ -528,20 +529,20 @@ def check_directory(path: Path, purpose: str, *, hint: str) -> None:
 
 
 def claim_file(path: Path, data: bytes) -> int:
-    """Have a file with exactly `data`, mode 0640 whatever the umask is, and the lock on it.
+    """Write a file with exactly `data`, mode 0640 whatever the umask is, and lock it.
 
-    A reader sees the old bytes or the new ones. Of several that want the same file one gets it.
+    A reader sees the old bytes or the new ones. If several processes claim the same file, one gets it.
 
     Returns:
-        The open file. The lock goes when its last copy is closed.
+        Descriptor of the open file. The lock ends when its last copy is closed.
 
     Raises:
-        HostRefused: It is in use, or the file system refused; then it is as it was.
+        HostRefused: The file is in use, or the file system refused; then the file is unchanged.
         PrivilegeMissing: This process may not write there.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     with refusing(f"write {path}"):
-        # Locked while it is replaced: no other process can come between.
+        # Hold the old file's lock during the replacement, so that no other process can intervene.
         before = _lock(path, os.O_RDWR | os.O_CREAT)
         new = -1
         try:
@@ -555,7 +556,7 @@ def claim_file(path: Path, data: bytes) -> int:
             if new >= 0:
                 os.close(new)
             if not os.fstat(before).st_size:
-                # It was made just now.
+                # This call has just created the file.
                 path.unlink()
             raise
         finally:
@@ -565,7 +566,7 @@ def claim_file(path: Path, data: bytes) -> int:
 
 
 def _lock(path: Path, flags: int) -> int:
-    """The file of this name, open and locked."""
+    """Open and lock the file with this name."""
     while True:
         descriptor = open_locked(path, flags | os.O_NOFOLLOW)
         if descriptor is None:
@@ -573,20 +574,20 @@ def _lock(path: Path, flags: int) -> int:
                 f"{path} is in use: its proxy runs, or is being started",
                 hint=f"end the haproxy that has it in its command line: pgrep -af {path.stem}",
             )
-        # Another process may have replaced it between opening and locking.
+        # Another process may have replaced the file between opening and locking.
         if is_file_at(descriptor, path):
             return descriptor
         os.close(descriptor)
 
 
 def make_directories(path: Path) -> None:
-    """Ensure a directory in which only its owner writes; what is made on the way is 0755 or tighter.
+    """Ensure a directory in which only its owner may write; missing parents are created with mode 0755 or tighter.
 
-    A directory that others may write to would let them choose the configuration of a HAProxy that root starts.
+    If others could write to the directory, they could choose the configuration of a HAProxy that root starts.
 
     Raises:
-        HostRefused: The file system refused, or something else of that name is there.
-        PrivilegeMissing: This process may not make it, or not tighten it.
+        HostRefused: The file system refused, or the name is taken by another kind of file.
+        PrivilegeMissing: This process may not create the directory, or not tighten its mode.
     """
     with refusing(f"create the directory {path}", hint="choose another place with --state-path"):
         for directory in (*reversed(path.parents), path):
