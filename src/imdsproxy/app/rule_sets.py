@@ -1,7 +1,7 @@
-"""The sets of path rules that records refer to: every worker of HAProxy has one before a record has its id.
+"""Sets of path rules that records refer to: every HAProxy worker has a set before a record has its id.
 
-A set never changes, so there is nothing to keep in step: a new one is added, and the record is changed after it. One
-that no record refers to any more is taken away later, when a request that began by it has long ended.
+A set never changes, so there is nothing to synchronise: a new set is added, and then the record is changed. A set that
+no record uses is removed later, when every request that began with it has ended.
 """
 
 from collections.abc import Mapping
@@ -18,17 +18,17 @@ from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import write_atomic
 
 _KEPT_S: Final = 60.0
-"""Longer than any request takes from its look-up to its answer."""
+"""Time for which unused sets stay, in seconds: longer than any request takes from its look-up to its answer."""
 
 _Entries: TypeAlias = Mapping[str, str]
 
 
 @dataclass(slots=True)
 class RuleSets:
-    """Which sets HAProxy knows.
+    """Path rule sets in HAProxy.
 
     Args:
-        applier: Brings them to the workers.
+        applier: Sends the sets to the workers.
     """
 
     applier: RecordApplier
@@ -39,14 +39,14 @@ class RuleSets:
 
     @property
     def path(self) -> Path:
-        """The map that HAProxy reads when it loads."""
+        """Path of the map that HAProxy reads when it loads."""
         return self.applier.layout.path_rules_map
 
     def load(self) -> None:
-        """Take over what an earlier controller left, and have the file there: HAProxy does not load without.
+        """Load the sets of an earlier controller, and create the file if it is missing: HAProxy needs it to load.
 
         Raises:
-            HostRefused: It cannot be read, or written.
+            HostRefused: The file cannot be read or written.
         """
         try:
             _, entries = parse_map(self.path.read_text())
@@ -59,7 +59,7 @@ class RuleSets:
         self._needed_at = dict.fromkeys(self._sets, self.clock.monotonic())
 
     def preload(self, wanted: Mapping[str, PathRules]) -> None:
-        """Have these where a HAProxy finds them that is yet to start.
+        """Write these sets to the file, for a HAProxy that has not started yet.
 
         Raises:
             HostRefused: The file system refuses.
@@ -70,11 +70,11 @@ class RuleSets:
         self._sent = True
 
     async def ensure(self, wanted: Mapping[str, PathRules], *, sweep: bool) -> None:
-        """Return once every worker knows these, and every one to come.
+        """Wait until every current and future worker knows these sets.
 
         Args:
-            wanted: By their ids.
-            sweep: Also remove sets that no record needs any more; otherwise only together with another change.
+            wanted: Sets by their ids.
+            sweep: Also remove sets that no record needs; otherwise they are removed only together with another change.
 
         Raises:
             HostRefused: The file cannot be written; nothing has changed.

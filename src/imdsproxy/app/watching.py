@@ -1,4 +1,4 @@
-"""What HAProxy's workers have seen: requests for `imdsproxy watch`."""
+"""Collector of requests that HAProxy's workers have seen, for `imdsproxy watch`."""
 
 import asyncio
 from collections import deque
@@ -13,20 +13,20 @@ from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.errors import RuntimeUnavailable
 
 _KEPT: Final = 5000
-"""Requests that are kept for watchers who ask a little later."""
+"""Number of requests kept for watchers that read a little later."""
 
 _IDLE_S: Final = 5.0
-"""So long after the last read watching ends: the watcher may have been killed."""
+"""Time after the last read when watching ends, in seconds: the watcher may have been killed."""
 
 
 @dataclass(slots=True)
 class Watching:
-    """Has HAProxy report requests while a watcher reads them, and for no longer.
+    """Lets HAProxy report requests only while a watcher reads them.
 
     Args:
-        haproxy: Whose workers are asked.
-        apply: Applies the configuration that `wanted` asks for; returns when it is in force, or given up for now.
-        owner_of: The instance that has an address in a network, for requests that HAProxy's maps did not know.
+        haproxy: HAProxy whose workers are asked.
+        apply: Applies the configuration for `wanted`; returns when it is in force, or given up for now.
+        owner_of: Returns the instance with an address in a network, for requests that HAProxy's maps did not know.
     """
 
     haproxy: Haproxy
@@ -44,13 +44,13 @@ class Watching:
         self.haproxy.before_reload.append(self._look_before_reload)
 
     async def _look_before_reload(self) -> None:
-        # A read that is under way looks by itself, and may be what this reload is for.
+        # A read under way looks itself, and may be the reason for this reload.
         if self.wanted and not self._lock.locked():
             async with self._lock:
                 await self._look()
 
     async def run(self) -> None:
-        """Switch off when there was no read for a while; until cancelled."""
+        """Switch off after a time without reads; run until cancelled."""
         while True:
             await self._asked.wait()
             self._asked.clear()
@@ -67,14 +67,14 @@ class Watching:
     async def read(
         self, cursor: int | None, *, network: str | None = None, instance: str | None = None
     ) -> WatchReport:
-        """What was answered since `cursor`; with `None` nothing yet, but from now on."""
+        """Return the requests since `cursor`; with `None`, only a cursor to begin with."""
         self._asked.set()
         async with self._lock:
             if not self.wanted:
                 self.wanted = True
                 await self.apply()
             await self._look()
-            # So that a configuration that takes long to apply does not count as a time without reads.
+            # The time that a configuration takes to apply must not count as a time without reads.
             self._asked.set()
             if cursor is None:
                 return WatchReport(self._last, ())
@@ -89,7 +89,7 @@ class Watching:
             return WatchReport(self._last, found, missed=missed)
 
     async def _look(self) -> None:
-        """Take what each worker's ring has beside what it had before."""
+        """Read new requests from each worker's ring."""
         try:
             asked = self.haproxy.master.ask_workers(f"show events {WATCH_RING}")
             answers = {worker: events async for worker, events in asked}
@@ -103,7 +103,7 @@ class Watching:
                 ring, known = parse_events(text), self._rings.get(worker, frozenset())
                 self._rings[worker] = frozenset(ring)
                 if known and known.isdisjoint(ring):
-                    # It went round since: how many there were between is not known.
+                    # The ring has wrapped since the last look, and an unknown number of requests is lost.
                     self._lost = self._last + 1
                 for request in ring:
                     if request not in known:

@@ -1,4 +1,4 @@
-"""The one HAProxy: its configuration brought into force, its life watched."""
+"""HAProxy's life cycle: start, adoption, configuration changes and supervision."""
 
 import asyncio
 import contextlib
@@ -27,17 +27,17 @@ from imdsproxy.host.socket_file import read_listener
 
 _CHECK_DEADLINE_S = 60.0
 _BEFORE_RELOAD_S = 0.5
-"""The binds of 5,000 networks take a few seconds; the records are not in it."""
+"""Time for reads before a reload, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReloadReport:
-    """A reload of HAProxy that has ended.
+    """Result of a reload of HAProxy.
 
     Attributes:
         at: Unix time, in seconds.
-        reason: Why it was asked for, as `network-added`.
-        result: HAProxy's own words where it failed, else empty.
+        reason: Reason for the reload, as `network-added`.
+        result: HAProxy's own message after a failure, else empty.
     """
 
     number: int
@@ -53,12 +53,12 @@ class Haproxy:
     """Brings configurations into force and checks that HAProxy answers.
 
     Attributes:
-        reload_durations: Of starts and reloads that succeeded, from the order until the worker serves.
-        full: Why guests wait, while HAProxy has all the connections that it may have.
-        before_reload: Reads something of the workers that will then be gone, in half a second; raises nothing.
-        starting: Set once a start has begun, or none is needed: HAProxy reads its files, and the processor has time.
+        reload_durations: Durations of successful starts and reloads, from the command until the worker serves.
+        full: Reason why guests wait, while HAProxy has reached its connection limit.
+        before_reload: Called before a reload to read from the old workers, within half a second; must not raise.
+        starting: Set once a start has begun, or none is needed: the processor is idle while HAProxy reads its files.
 
-    Every start and reload happens under the records' lock, so that a new worker's maps are the files'.
+    Every start and reload happens under the records' lock, so a new worker's maps equal the files.
     """
 
     program: str
@@ -80,22 +80,22 @@ class Haproxy:
 
     @property
     def worker(self) -> int | None:
-        """The worker that accepts; `None` while there is none, or HAProxy does not run."""
+        """Pid of the accepting worker; `None` without one, or while HAProxy does not run."""
         return None if self.processes is None else self.processes.worker
 
     @property
     def pids(self) -> tuple[int, ...]:
-        """The master and all workers; none while HAProxy does not run."""
+        """Pids of the master and all workers; none while HAProxy does not run."""
         return () if self.processes is None else self.processes.pids
 
     async def adopt(self) -> bool:
-        """Take over a master that runs already; whether there is one, and the maps that it was started with.
+        """Adopt a running master; return whether there is one together with its map files.
 
-        One that is slow serves all the same, and is asked until it counts as hung.
+        A slow master still serves guests, so it is asked again until it counts as hung.
 
         Raises:
-            RuntimeUnavailable: It went away meanwhile.
-            CommandRefused: Its worker refused the records.
+            RuntimeUnavailable: The master ended meanwhile.
+            CommandRefused: The master's worker refused the records.
         """
         self.processes = await self._find_processes()
         if self.processes is None or not self.records.load():
@@ -122,17 +122,17 @@ class Haproxy:
     async def apply(
         self, spec: DataplaneSpec, reason: str
     ) -> Literal["started", "reloaded"] | None:
-        """Have HAProxy run with this configuration; what was done for it, `None` where it did already.
+        """Run HAProxy with this configuration; return how that was done, `None` if it was in force already.
 
-        Where none runs, starting it is the check: there is nothing that a refused file could take the place of.
+        If no HAProxy runs, the start itself is the check: a refused configuration replaces nothing then.
 
         Args:
-            spec: What is wanted.
-            reason: Why, for the log and `status`.
+            spec: Wanted configuration.
+            reason: Reason for the log and `status`.
 
         Raises:
-            ConfigRejected: HAProxy refuses it; the one in force stays.
-            ReloadFailed: The check passed and the new worker did not come up; the old one goes on.
+            ConfigRejected: HAProxy refuses the configuration; the one in force stays.
+            ReloadFailed: The check passed, but the new worker did not start; the old one goes on.
             HostRefused: A file could not be written.
             RuntimeUnavailable: The master does not answer.
         """
@@ -151,17 +151,17 @@ class Haproxy:
         return "started" if starts else "reloaded"
 
     async def restart(self, reason: str) -> None:
-        """Start HAProxy again with the configuration that is on disk.
+        """Start HAProxy again with the configuration on disk.
 
         Raises:
-            ConfigRejected: It does not start.
-            RuntimeUnavailable: It does not answer.
+            ConfigRejected: HAProxy does not start.
+            RuntimeUnavailable: HAProxy does not answer.
         """
         async with self.records.lock:
             await self._start(reason, asyncio.get_running_loop().time())
 
     async def fetch(self, path: str, deadline_s: float) -> tuple[int | None, bytes]:
-        """Status and body of what the worker answers on the probe's socket; no status without an answer in time."""
+        """Return status and body of the worker's answer on the probe's socket; no status without a timely answer."""
         request = f"GET {path} HTTP/1.1\r\nHost: probe\r\nConnection: close\r\n\r\n"
         try:
             answer = await exchange(self.layout.probe_socket, request, deadline_s)
@@ -172,7 +172,7 @@ class Haproxy:
         return (int(words[1]) if len(words) > 1 and words[1].isdigit() else None), body
 
     async def end_stray(self) -> None:
-        """End a master of ours whose records are lost: what its workers answer is unknown."""
+        """End a master of ours whose records are lost: the answers of its workers are unknown."""
         try:
             processes = await self.master.read_processes()
         except RuntimeUnavailable:
@@ -182,7 +182,7 @@ class Haproxy:
         await wait_gone(processes.master)
 
     def in_force(self) -> str:
-        """The configuration that was last brought into force, by us or an earlier controller; empty without one.
+        """Return the last configuration that we or an earlier controller brought into force; empty without one.
 
         Raises:
             HostRefused: The file cannot be read.
@@ -192,7 +192,7 @@ class Haproxy:
         return ""
 
     async def _check(self, spec: DataplaneSpec, text: str, reason: str) -> None:
-        # The content of records is not checked.
+        # The check omits the records: the base map is replaced by an empty one.
         named = {**spec.paths.named, "base_map": str(self.layout.empty_map)}
         paths = replace(spec.paths, named=named)
         candidate = render_config(replace(spec, paths=paths))
@@ -224,7 +224,7 @@ class Haproxy:
 
     async def _reload(self, reason: str, began: float) -> None:
         for look in self.before_reload:
-            # A worker that hangs must not keep it from being replaced.
+            # A hung worker must not delay its own replacement.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_BEFORE_RELOAD_S):
                     await look()
@@ -235,7 +235,7 @@ class Haproxy:
             self.records.trust(self.processes)
             self._note(reason, took_s=took_s)
             return
-        # What the master reads at its next start must be what the worker in force runs with.
+        # Restore the last good file: the master's next start must read the configuration of the worker in force.
         with contextlib.suppress(FileNotFoundError):
             write_atomic(self.layout.rejected, self.layout.config.read_bytes())
             write_atomic(self.layout.config, self.layout.last_good.read_bytes())
@@ -252,11 +252,11 @@ class Haproxy:
 
 
 def _sweep_sockets(directory: Path, config: str) -> None:
-    """Remove sockets of HAProxy to itself that the configuration does not have any more: HAProxy never does.
+    """Remove HAProxy's loopback sockets that the configuration no longer has: HAProxy never removes them.
 
     Raises:
         HostRefused: The file system refuses.
-        PrivilegeMissing: We may not do that.
+        PrivilegeMissing: This process may not remove them.
     """
     kept = loopback_sockets(config)
     with refusing(f"remove what is not needed any more in {directory}"):
@@ -266,11 +266,11 @@ def _sweep_sockets(directory: Path, config: str) -> None:
 
 
 def link_jail_to_itself(jail: Path) -> None:
-    """Make the jail's own path lead to it from inside: HAProxy connects to a peer by the path that it has bound.
+    """Make the jail's own path valid inside the jail: HAProxy connects to a peer by the path that it has bound.
 
     Raises:
         HostRefused: The file system refuses.
-        PrivilegeMissing: We may not do that.
+        PrivilegeMissing: This process may not create the link.
     """
     inside = jail.joinpath(*jail.parts[1:])
     ensure_directory(inside.parent)

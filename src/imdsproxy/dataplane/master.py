@@ -1,6 +1,6 @@
-"""A client of HAProxy's master socket: one connection a command, every answer read to its end.
+"""Client of HAProxy's master socket: one connection for each command, every answer read to its end.
 
-A connection made before a reload stays with the process that drains, so none is kept.
+A connection opened before a reload stays with the draining process, so connections are not reused.
 """
 
 import asyncio
@@ -15,25 +15,25 @@ from imdsproxy.core.haproxy.maps import split_payload
 from imdsproxy.errors import CommandRefused, RuntimeUnavailable
 
 _PAYLOAD_LIMIT: Final = 14_000
-"""Bytes of data in one command: HAProxy's buffer is 16 kB and holds the command line too."""
+"""Maximum bytes of data in one command: HAProxy's buffer is 16 kB and holds the command line too."""
 
 _RELOAD_DEADLINE_S: Final = 30.0
-"""200,000 records load in half a second."""
+"""Deadline for a reload, in seconds; 200,000 records load in half a second."""
 
 
 class WorkerEnded(Exception):
-    """The worker that a command was for is gone: what it would have answered does not matter any more."""
+    """Raised if the worker has ended: its answer does not matter any longer."""
 
 
 class MasterClient:
-    """Commands to the master and, through it, to each worker.
+    """Sends commands to the master and, through the master, to each worker.
 
     Attributes:
-        commands: How many were answered (`ok`) and how many were not (`failed`).
+        commands: Number of answered (`ok`) and unanswered (`failed`) commands.
 
     Args:
-        path: The master socket.
-        deadline_s: How long one command may take; a reload takes longer.
+        path: Path of the master socket.
+        deadline_s: Deadline for one command, in seconds; a reload has a longer one.
     """
 
     def __init__(self, path: Path, *, deadline_s: float = 3.0) -> None:
@@ -42,7 +42,7 @@ class MasterClient:
         self.commands: Counter[str] = Counter(ok=0, failed=0)
 
     async def read_processes(self) -> runtime.Processes:
-        """The processes that run now.
+        """Return the running processes.
 
         Raises:
             RuntimeUnavailable: The master does not answer.
@@ -54,7 +54,7 @@ class MasterClient:
         return processes
 
     async def send_reload(self) -> str | None:
-        """Have the master start a new worker from the file; its log where that fails.
+        """Tell the master to start a new worker from the file; return the log of a failure.
 
         Raises:
             RuntimeUnavailable: The master does not answer within the deadline.
@@ -62,7 +62,7 @@ class MasterClient:
         return runtime.parse_reload(await self._send("reload", _RELOAD_DEADLINE_S))
 
     async def read_load(self, worker: int) -> runtime.Load | None:
-        """How full a worker is; its own socket answers even when it is full.
+        """Return a worker's load. The worker's own socket answers even when all connections are in use.
 
         Raises:
             RuntimeUnavailable: The master does not answer.
@@ -73,7 +73,7 @@ class MasterClient:
     async def read_stat(
         self, worker: int, columns: Collection[str] | None = None
     ) -> list[dict[str, str]]:
-        """`show stat` of one worker; only these columns of it, or all.
+        """Return `show stat` of one worker, with these columns or all.
 
         Raises:
             RuntimeUnavailable: The master does not answer.
@@ -82,7 +82,7 @@ class MasterClient:
         return runtime.parse_stat(await self.send(worker, "show stat"), columns)
 
     async def read_number(self, worker: int, variable: str) -> int | None:
-        """An integer that a worker's rules keep in a variable; `None` where they keep none.
+        """Return an integer from a variable of a worker's rules; `None` if the variable is not set.
 
         Raises:
             RuntimeUnavailable: The master does not answer.
@@ -93,7 +93,7 @@ class MasterClient:
         return int(text) if text.isdigit() else None
 
     async def send(self, worker: int, command: str, payload: str | None = None) -> str:
-        """One command to one worker; its answer without the closing line break.
+        """Send one command to one worker; return the answer without the closing line break.
 
         Raises:
             RuntimeUnavailable: The master does not answer.
@@ -110,9 +110,9 @@ class MasterClient:
         return answer
 
     async def ask_workers(self, *commands: str) -> AsyncIterator[tuple[int, list[str]]]:
-        """Each worker and its answers, as they come; of draining ones too, and those of a reload that we did not order.
+        """Yield each worker and its answers as they arrive; also draining workers, and those of reloads by others.
 
-        One that does not answer has none: it ends, or HAProxy does, and the next look shows which.
+        A worker that does not answer yields no answers: it is ending, or HAProxy is, and the next look shows which.
 
         Raises:
             RuntimeUnavailable: The master does not answer.
@@ -124,7 +124,7 @@ class MasterClient:
             yield worker, answers
 
     async def send_upsert(self, worker: int, path: str, key: str, value: str) -> None:
-        """Give a key its value, whether the map has it or not.
+        """Set a key's value, whether the map has the key or not.
 
         Raises:
             CommandRefused: HAProxy answers with an error.
@@ -138,7 +138,7 @@ class MasterClient:
             raise CommandRefused(f"set map {key}: {answer}")
 
     async def send_additions(self, worker: int, path: str, entries: list[tuple[str, str]]) -> None:
-        """Add entries that the map does not have.
+        """Add entries that the map lacks.
 
         Raises:
             CommandRefused: HAProxy answers with an error.
@@ -149,7 +149,7 @@ class MasterClient:
             await self._expect_silence(worker, f"add map {path}", payload)
 
     async def send_removal(self, worker: int, path: str, key: str) -> None:
-        """Take a key out; that it is not there is as good.
+        """Remove a key; a missing key is no error.
 
         Raises:
             CommandRefused: HAProxy answers with an error.
@@ -177,7 +177,7 @@ class MasterClient:
         await self._expect_silence(worker, f"commit map @{version} {path}")
 
     async def read_entry(self, worker: int, path: str, key: str) -> str | None:
-        """The value that a worker's map has for a key, `None` where it has none.
+        """Return the value of a key in a worker's map; `None` if the map lacks the key.
 
         Raises:
             RuntimeUnavailable: The master does not answer.
@@ -203,22 +203,22 @@ class MasterClient:
             raise RuntimeUnavailable(f"HAProxy's master at {self._path} {why}") from error
         self.commands["ok" if answer else "failed"] += 1
         if not answer:
-            # Even "done" is a line break: an end without one is a process that went away.
+            # Even an empty answer is a line break: an end without one means that the process has gone.
             raise RuntimeUnavailable(f"HAProxy's master at {self._path} hung up on {command}")
         return answer.decode("utf-8", "replace")
 
 
 async def exchange(path: Path, request: str, deadline_s: float, *, end: bool = False) -> bytes:
-    """Everything that is answered on a unix socket until the end of the connection.
+    """Send a request to a unix socket; return everything that arrives until the connection ends.
 
     Args:
-        path: The socket.
-        request: All that is sent.
-        deadline_s: How long all of it may take.
-        end: Show that nothing else follows, by an end of our side.
+        path: Path of the socket.
+        request: Complete request.
+        deadline_s: Deadline for the whole exchange, in seconds.
+        end: Shut down our side after the request, to show that nothing else follows.
 
     Raises:
-        OSError: Nothing answers there; `TimeoutError` where it takes too long.
+        OSError: No process answers there; `TimeoutError` after the deadline.
     """
     writer: asyncio.StreamWriter | None = None
     try:
@@ -231,7 +231,8 @@ async def exchange(path: Path, request: str, deadline_s: float, *, end: bool = F
             while chunk := await reader.read(65_536):
                 answer += chunk
                 # After a refusal of the target's pid the master may miss that our side has ended, and would keep the
-                # connection open until a time-out.
+                # connection
+                # open until a timeout.
                 if answer.startswith(b"Can't ") and answer.endswith(b"\n"):
                     break
             return answer

@@ -1,4 +1,4 @@
-"""Accounts: names and numbers, and the unprivileged one that worker processes take."""
+"""Accounts: names and numbers, and the unprivileged account of worker processes."""
 
 import grp
 import os
@@ -18,13 +18,13 @@ _TRY_S: Final = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """A user and a group, by number."""
+    """User and group, by number."""
 
     user: int
     group: int
 
     def assume(self, groups: Sequence[int] = ()) -> None:
-        """Become this account for good, in these supplementary groups and no others.
+        """Become this account for good, with exactly these supplementary groups.
 
         Raises:
             OSError: The kernel refuses.
@@ -35,10 +35,10 @@ class Account:
 
 
 def find_closed(account: Account | None, path: Path) -> Path | None:
-    """The first directory on the way to `path`, that included, which the account cannot enter; `None` for none.
+    """Return the first directory on the path to `path`, inclusive, that the account cannot enter; `None` for none.
 
-    A process of that account tries: modes do not say all (access control lists, mounts, security modules).
-    What is not there yet is not tried.
+    A process with that account tries, because modes do not tell all (access control lists, mounts, security modules).
+    Missing directories are not tried.
     """
     there = [one for one in (*reversed(path.absolute().parents), path) if one.is_dir()]
     try:
@@ -54,26 +54,26 @@ def find_closed(account: Account | None, path: Path) -> Path | None:
             timeout=_TRY_S,
         )
     except subprocess.TimeoutExpired:
-        # A mount whose server is gone.
+        # The path has a mount whose server is gone.
         return path
     except (OSError, subprocess.SubprocessError):
-        # This process may not take other accounts.
+        # This process may not change to other accounts.
         return None
     return Path(os.fsdecode(tried.stdout)) if tried.stdout else None
 
 
 def find_account(user: str | None, group: str | None) -> Account | None:
-    """The account of that name; `None` when this process is not root and so cannot change to it.
+    """Return the account with these names; `None` if this process is not root and so cannot change to it.
 
-    Without a group it is the user's own; with neither nothing is to be changed.
+    Without a group, use the user's own group; without both, keep the present account.
 
     Raises:
-        HostRefused: There is no such user or group.
+        HostRefused: The user or group does not exist.
     """
     if os.geteuid() != 0 or (user is None and group is None):
         return None
     uid, gid = os.geteuid(), os.getegid()
-    # By name alone, which may be a number: "0" is not root.
+    # Look up names only, even if a name is a number: "0" is not root.
     if user is not None:
         instead = "name another in documents.user (null keeps the present account)"
         entry = _look_up("user", user, instead, pwd.getpwnam)
@@ -100,22 +100,22 @@ def _look_up(kind: str, word: str, instead: str, look: Callable[[str], T]) -> T:
 
 
 def user_id(name: str) -> int:
-    """The uid of an account; `HostRefused` when there is none."""
+    """Return the uid of an account; raise `HostRefused` if there is none."""
     return _look_up("user", name, "change the setting", pwd.getpwnam).pw_uid
 
 
 def group_id(name: str) -> int:
-    """The gid of a group; `HostRefused` when there is none."""
+    """Return the gid of a group; raise `HostRefused` if there is none."""
     return _look_up("group", name, "change the setting", grp.getgrnam).gr_gid
 
 
 def owner_of(user: str | None, group: str | None) -> tuple[int, int]:
-    """Ids for `chown`, -1 for what is to stay."""
+    """Return ids for `chown`; -1 keeps the present id."""
     return (-1 if user is None else user_id(user), -1 if group is None else group_id(group))
 
 
 def user_name(word: str) -> str:
-    """The name of an account, given by name or by uid; `HostRefused` when there is none."""
+    """Return the name of an account, given by name or uid; raise `HostRefused` if there is none."""
 
     def look(word: str) -> pwd.struct_passwd:
         return pwd.getpwuid(int(word)) if word.isdecimal() else pwd.getpwnam(word)
@@ -124,7 +124,7 @@ def user_name(word: str) -> str:
 
 
 def group_name(word: str) -> str:
-    """The name of a group, given by name or by gid; `HostRefused` when there is none."""
+    """Return the name of a group, given by name or gid; raise `HostRefused` if there is none."""
 
     def look(word: str) -> grp.struct_group:
         return grp.getgrgid(int(word)) if word.isdecimal() else grp.getgrnam(word)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and files that hold secrets."""
+"""Files that are replaced as a whole, and files that hold secrets."""
 
 import contextlib
 import fcntl
@@ -17,25 +17,25 @@ from imdsproxy.errors import HostRefused, ImdsproxyError, SecretUnreadable, refu
 T = TypeVar("T")
 
 MAX_SECRET_BYTES: Final = 64 * 1024
-"""A secret is a key or a password, never a document."""
+"""Maximum size of a secret: a key or a password, never a document."""
 
 MAX_LOG_BYTES: Final = 4 * 1024 * 1024
-"""Logs without systemd are in memory."""
+"""Maximum size of a log: without systemd, logs are in memory."""
 
 _OTHERS: Final = 0o007
 _UNFINISHED: Final = re.compile(r"\..+\.(\d+)-\d+\.tmp")
 
 
 Owner: TypeAlias = tuple[int, int]
-"""Ids of user and group, each -1 to leave it."""
+"""Ids of user and group; -1 keeps the present one."""
 
 
 @contextlib.contextmanager
 def opened(path: Path, flags: int) -> Iterator[int]:
-    """A descriptor that is closed after the block; a file that is made is ours alone.
+    """Open a file and close it after the block; a new file is accessible to its owner only.
 
     Raises:
-        OSError: As of `os.open`.
+        OSError: See `os.open`.
     """
     descriptor = os.open(path, flags | os.O_CLOEXEC, 0o600)
     try:
@@ -49,18 +49,19 @@ def write_atomic(
 ) -> None:
     """Replace `path` by a file with exactly `data`: a reader sees the old bytes or the new ones.
 
-    The new file is written beside the old one, so that the rename stays within one file system,
-    under a hidden name with the ids of this process and thread; see `sweep_unfinished`.
+    The new file is written beside the old one, so that the rename stays within one file system, under a hidden name
+    with
+    the ids of this process and thread; see `sweep_unfinished`.
 
     Args:
-        path: The file; its directory must exist.
-        data: All of its bytes.
-        mode: Permission bits, given whatever the umask is.
+        path: Path of the file; its directory must exist.
+        data: Complete content.
+        mode: Permission bits, whatever the umask is.
         owner: User and group ids, or `None` to leave them.
-        durable: Also survive a power cut (fsync of the file and of its directory).
+        durable: Also survive a power cut (fsync of the file and its directory).
 
     Raises:
-        HostRefused: The file system refused; `path` is as it was before.
+        HostRefused: The file system refused; `path` is unchanged.
         PrivilegeMissing: This process may not write there.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
@@ -86,11 +87,11 @@ def write_atomic(
 
 @dataclass(slots=True)
 class Journal(Generic[T]):
-    """A JSON file that is read once.
+    """JSON file that is read once.
 
     Attributes:
-        empty: Its content where there is no file.
-        hint: What to do about a file that cannot be read.
+        empty: Content if there is no file.
+        hint: Advice for a file that cannot be read.
     """
 
     path: Path
@@ -99,7 +100,7 @@ class Journal(Generic[T]):
     _content: T | None = None
 
     def load(self) -> T:
-        """Its content.
+        """Return the content.
 
         Raises:
             HostRefused: The file cannot be read.
@@ -114,7 +115,7 @@ class Journal(Generic[T]):
         return self._content
 
     def store(self, content: T) -> None:
-        """Replace the file unless it says that already.
+        """Replace the file unless it has this content.
 
         Raises:
             HostRefused: The file cannot be written.
@@ -125,12 +126,12 @@ class Journal(Generic[T]):
 
 
 def remove_file(path: Path, action: str, *, denied: str = "") -> bool:
-    """Remove a file; `False` when there was none.
+    """Remove a file; return `False` if there was none.
 
     Args:
-        path: The file.
-        action: For the error's message, as "remove the record of web".
-        denied: The hint where this process may not remove it.
+        path: Path of the file.
+        action: Action for the error's message, as "remove the record of web".
+        denied: Hint if this process may not remove the file.
 
     Raises:
         HostRefused: The file system is read-only.
@@ -145,9 +146,9 @@ def remove_file(path: Path, action: str, *, denied: str = "") -> bool:
 
 
 def sweep_unfinished(directory: Path) -> int:
-    """Remove what writers that were killed half-way have left in a directory; how many files.
+    """Remove temporary files of killed writers from a directory; return their number.
 
-    Files of processes that still run, ours included, are left alone.
+    Files of running processes, ours included, stay.
 
     Raises:
         HostRefused: The file system refused.
@@ -173,11 +174,11 @@ def sync_directory(path: Path) -> None:
 
 
 def ensure_directory(path: Path, *, mode: int = 0o755, owner: Owner | None = None) -> None:
-    """Create a directory, or give it exactly this mode (and owner), whatever the umask is; parents get 0755.
+    """Create a directory, or set its mode (and owner), whatever the umask is; new parents get 0755.
 
     Raises:
-        HostRefused: Something else of that name is there, or the file system refused.
-        PrivilegeMissing: This process may not do that there.
+        HostRefused: The name is taken by another kind of file, or the file system refused.
+        PrivilegeMissing: This process may not create or change the directory.
     """
     with refusing(f"create the directory {path}"):
         missing = [one for one in path.parents if not one.exists()]
@@ -189,10 +190,10 @@ def ensure_directory(path: Path, *, mode: int = 0o755, owner: Owner | None = Non
 
 
 def apply_owner_and_mode(descriptor: int, mode: int, owner: Owner | None) -> None:
-    """Change only what is not so: a file system that is read-only refuses even what would change nothing.
+    """Set owner and mode if they differ: a read-only file system refuses even calls that change nothing.
 
     Args:
-        descriptor: May be one that only names its file (`O_PATH`).
+        descriptor: Descriptor of the file; one that only names it (`O_PATH`) will do.
         mode: Permission bits.
         owner: Ids of user and group, each -1 to leave it; `None` to leave both.
 
@@ -211,42 +212,42 @@ def apply_owner_and_mode(descriptor: int, mode: int, owner: Owner | None) -> Non
 
 
 def open_log(path: Path) -> int:
-    """Open a file for appending; a new one gets mode 0640 whatever the umask is.
+    """Open a file for appending; a new file gets mode 0640 whatever the umask is.
 
     Raises:
-        OSError: As of `open`, also where a symbolic link is in its place.
+        OSError: See `open`; also if the path is a symbolic link.
     """
     flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o640)
     except FileExistsError:
-        # Its mode stays as logrotate, for one, has made it.
+        # Keep the mode of an existing file, which logrotate may have set.
         return os.open(path, flags)
     os.fchmod(descriptor, 0o640)
     return descriptor
 
 
 def limit_log(path: Path, limit: int = MAX_LOG_BYTES) -> None:
-    """Begin a log anew that has more than `limit` bytes; its end is kept beside it, as `NAME.1`.
+    """Truncate a log that has more than `limit` bytes; its end is kept beside it, as `NAME.1`.
 
-    The process that writes it, at its end (`open_log`), notices nothing.
+    A process that appends to the log (`open_log`) is not affected.
     """
-    # There is no such file under systemd.
+    # The file is absent under systemd.
     with contextlib.suppress(OSError), path.open("r+b") as file:
         size = file.seek(0, os.SEEK_END)
         if size > limit:
             file.seek(size - limit)
-            # Where there is no room for its end, at least there is some again.
+            # If there is no room for the copy, at least the truncation frees some.
             with contextlib.suppress(ImdsproxyError):
                 write_atomic(path.with_name(f"{path.name}.1"), file.read(), mode=0o640)
             file.truncate(0)
 
 
 def open_locked(path: Path, flags: int, mode: int = 0o600) -> int | None:
-    """Open a file and lock it (flock(2)) until its last copy is closed; `None` when another has it locked.
+    """Open a file and lock it (flock(2)) until its last copy is closed; return `None` if another process locks it.
 
     Raises:
-        OSError: As of `open`.
+        OSError: See `open`.
     """
     descriptor = os.open(path, flags | os.O_CLOEXEC, mode)
     try:
@@ -260,7 +261,7 @@ def open_locked(path: Path, flags: int, mode: int = 0o600) -> int | None:
 
 
 def is_file_at(descriptor: int, path: Path) -> bool:
-    """Whether an open file is still the one of that name."""
+    """Return whether an open file is still at this path."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         return os.path.samestat(os.fstat(descriptor), path.lstat())
     return False
@@ -268,11 +269,11 @@ def is_file_at(descriptor: int, path: Path) -> bool:
 
 @contextlib.contextmanager
 def hold_directory(path: Path) -> Iterator[None]:
-    """Lock a directory of ours for this process, against others that lock it in the same way.
+    """Lock a directory of ours against other processes that use this lock.
 
     Raises:
-        HostRefused: Another process has it.
-        PrivilegeMissing: We may not open it.
+        HostRefused: Another process holds the lock.
+        PrivilegeMissing: This process may not open the directory.
     """
     with refusing(f"lock {path}"):
         descriptor = open_locked(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -288,14 +289,14 @@ def hold_directory(path: Path) -> Iterator[None]:
 
 
 def find_directory_holder(path: Path) -> int | None:
-    """The pid of the process that has locked a directory by `hold_directory`; `None` without one, or one that we see.
+    """Return the pid of the process that holds `hold_directory`'s lock; `None` if there is none, or it is hidden.
 
     Raises:
-        HostRefused: It cannot be looked at.
+        HostRefused: The list of locks cannot be read.
     """
     with refusing(f"find out which process has locked {path}"):
         lines = Path("/proc/locks").read_text().splitlines()
-    # Not by device and inode: the kernel lists other numbers than stat(2) for some file systems.
+    # Do not compare device and inode: for some file systems the kernel lists other numbers than stat(2).
     for kind, _, _, pid in (line.split()[1:5] for line in lines):
         if kind == "FLOCK" and _has_open(pid, path):
             return int(pid)
@@ -303,7 +304,7 @@ def find_directory_holder(path: Path) -> int | None:
 
 
 def _has_open(pid: str, path: Path) -> bool:
-    """Whether a process has a file open; false where there is none, or we may not look."""
+    """Return whether a process has a file open; false if it has ended, or we may not look."""
     with contextlib.suppress(OSError):
         for entry in Path("/proc", pid, "fd").iterdir():
             with contextlib.suppress(OSError):
@@ -313,15 +314,16 @@ def _has_open(pid: str, path: Path) -> bool:
 
 
 def read_secret(path: Path, *, owner: int | None = None) -> bytes:
-    """The secret in `path`, without the newline at its end.
+    """Read the secret in `path`, without the newline at its end.
 
     Args:
-        path: The file.
-        owner: A user that may own the file, beside root and this process's.
+        path: Path of the file.
+        owner: User that may own the file, besides root and this process's user.
 
     Raises:
-        SecretUnreadable: There is no such file, it is empty, too big, not a regular file, belongs
-            to another user than these, or others may read or write it.
+        SecretUnreadable: The file is missing, empty, too big, not a regular file, owned by another user, or others may
+        read
+            or write it.
     """
     try:
         with opened(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY) as file:

@@ -1,4 +1,4 @@
-"""What processes of their own sessions log, copied to the log of a container."""
+"""Copies of detached processes' logs in the log of a container."""
 
 import asyncio
 import contextlib
@@ -13,11 +13,11 @@ _EVERY_S: Final = 0.5
 
 @dataclass(slots=True)
 class LogCopies:
-    """Copies of files that others append to, and begin anew when they are long (`host.files.limit_log`).
+    """Copies files to which others append, and that restart when they grow long (`host.files.limit_log`).
 
     Args:
-        paths: The files; one that is missing comes later. What they hold by now is not copied.
-        sink: Where whole lines are written to.
+        paths: Paths of the files, which may not exist yet. Present content is not copied.
+        sink: Output for whole lines.
     """
 
     paths: Sequence[Path]
@@ -34,10 +34,10 @@ class LogCopies:
             await asyncio.sleep(_EVERY_S)
 
     def copy(self) -> None:
-        """Copy what has come since the last time."""
+        """Copy the lines added since the last call."""
         for path in self.paths:
             offset = self._offsets.get(path, 0)
-            # A process that was never started has none.
+            # A process that was never started has no log.
             with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
                 if file.seek(0, os.SEEK_END) < offset:
                     offset = 0

@@ -1,4 +1,4 @@
-"""Named network namespaces that come and go."""
+"""Watch for named network namespaces that are created and removed."""
 
 import asyncio
 import contextlib
@@ -15,28 +15,28 @@ from imdsproxy.host.inotify import ENTRIES, IN_DELETE, IN_MOVED_FROM, ITSELF, In
 from imdsproxy.host.namespaces import MISSING, NamespaceDirectory
 
 _SETTLE_S: Final = 0.01
-"""A namespace is made in several steps, each an event."""
+"""Pause before a scan, in seconds: a namespace is created in several steps, each an event."""
 
 _SHARE: Final = 20
-"""Scans take at most one part in so many of the time, however many mounts there are."""
+"""Ratio of pauses to scans, which bounds the time spent on scans, however many mounts there are."""
 
 _LONGEST_PAUSE_S: Final = 0.5
-"""Except where that would hold a new namespace up, as on a busy host that has thousands of them."""
+"""Longest pause, in seconds, so that a busy host with thousands of namespaces still sees a new one soon."""
 
 
 @dataclass(eq=False)
 class NamespaceWatch:
-    """The namespaces of a directory, kept up to date. A context manager, and an asynchronous iterator without an end.
+    """Watch of a directory's namespaces. A context manager, and an asynchronous iterator without an end.
 
-    Each item is a namespace, and whether its name leads to it now or does not any more: its sockets may keep it alive.
-    The directory need not exist yet.
+    Each item is a namespace, and whether its name leads to it now. After a removal its sockets may keep it alive. The
+    directory need not exist yet.
 
-    A namespace is a mount, or a symbolic link to one. `/proc/self/mountinfo` reports mounts, by POLLPRI, and inotify
-    names, both without what there is now: each event leads to a scan of the whole directory.
+    A namespace is a mount, or a symbolic link to one. `/proc/self/mountinfo` signals changes of mounts by POLLPRI, and
+    inotify those of names, but neither reports the present state: each event leads to a scan of the whole directory.
 
     Attributes:
-        directory: What to watch.
-        current: Every usable namespace by name, as of the last scan.
+        directory: Watched directory.
+        current: Usable namespaces by name, as of the last scan.
     """
 
     directory: NamespaceDirectory
@@ -48,12 +48,12 @@ class NamespaceWatch:
         try:
             self._inotify = Inotify()
             self._mounts = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
-            # An epoll of our own, since asyncio knows no POLLPRI.
+            # An own epoll, because asyncio does not support POLLPRI.
             self._epoll = select.epoll()
             self._epoll.register(self._inotify.descriptor, select.EPOLLIN)
             self._epoll.register(self._mounts, select.EPOLLPRI | select.EPOLLERR)
         except OSError as error:
-            # EMFILE of inotify_init is about its instances, not about descriptors.
+            # EMFILE of inotify_init means too many inotify instances, not descriptors.
             hint = "raise fs.inotify.max_user_instances" if error.errno == errno.EMFILE else ""
             raise host_refused("watch the network namespaces", error, hint=hint) from error
         self._follow()
@@ -68,8 +68,9 @@ class NamespaceWatch:
         self._inotify.close()
 
     def _take(self) -> None:
-        # asyncio's own epoll has looked at ours to learn that it is ready, and with that the mount
-        # event is used up: being called at all is the event.
+        # asyncio's epoll has polled ours to learn that it is ready, which consumes the mount event: the call itself is
+        # the
+        # event.
         self._epoll.poll(0)
         self._drain()
         self._changed.set()
@@ -79,7 +80,7 @@ class NamespaceWatch:
         self._removed.update(name for _, mask, name in self._inotify.read() if mask & gone)
 
     def look_again(self) -> None:
-        """Scan the directory though there was no event."""
+        """Scan the directory without an event."""
         self._changed.set()
 
     async def __aiter__(self) -> AsyncIterator[tuple[NamespaceRef, bool]]:
@@ -88,7 +89,7 @@ class NamespaceWatch:
                 yield change
 
     async def scans(self) -> AsyncIterator[list[tuple[NamespaceRef, bool]]]:
-        """What each scan found; what is gone comes first."""
+        """Yield the changes of each scan, removals first."""
         time, earliest = asyncio.get_running_loop().time, 0.0
         while True:
             await self._changed.wait()
@@ -100,18 +101,18 @@ class NamespaceWatch:
             yield changes
 
     def _scan(self) -> list[tuple[NamespaceRef, bool]]:
-        """Look at the whole directory: what is gone, and what has come."""
+        """Scan the whole directory; return removed, then new namespaces."""
         self._follow()
         self._drain()
         before, self.current = self.current, self.directory.namespaces()
-        # A name that was removed leads to another namespace now, though the kernel may have used the inode again.
+        # A name that was removed and created again leads to a new namespace, even if the kernel has reused the inode.
         changed, self._removed = self._removed, set()
         changed |= {name for name, _ in before.items() ^ self.current.items()}
         gone = [(ref, False) for name, ref in before.items() if name in changed]
         return gone + [(ref, True) for name, ref in self.current.items() if name in changed]
 
     def _follow(self) -> None:
-        """Watch the directory, or its nearest parent that exists, by inotify; a second time changes nothing."""
+        """Watch the directory, or its nearest existing parent, by inotify; a repeated call changes nothing."""
         for place in (self.directory.path, *self.directory.path.parents):
             with refusing(f"watch {place}"), contextlib.suppress(*MISSING):
                 self._inotify.add(place, ENTRIES | ITSELF)

@@ -1,8 +1,8 @@
-"""Network namespaces by name: the convention of `ip netns` (a bind mount of nsfs under /run/netns).
+"""Named network namespaces, as `ip netns` has them (a bind mount of nsfs under /run/netns).
 
-A namespace's identity is the inode of its nsfs file: a name that is used again has another one.
-Entering is a property of a thread, so everything that must happen inside happens in one worker
-thread that enters, works and comes back (`NamespaceThread`).
+The inode of the nsfs file identifies a namespace: a reused name has another inode. Each thread has its own network
+namespace, so one worker thread does everything that must happen inside: it enters, works and returns
+(`NamespaceThread`).
 """
 
 import asyncio
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 def unshare_network() -> None:
-    """Move the calling thread to a new network namespace, which ends with it unless it is held open.
+    """Move the calling thread to a new network namespace, which ends with the thread unless it is held open.
 
     Raises:
         OSError: The kernel refuses.
@@ -49,43 +49,44 @@ def _mount(source: str, target: Path, flags: int) -> None:
 
 
 class NamespaceMissing(FileNotFoundError):
-    """There is no namespace of a name."""
+    """Raised if no namespace has the name."""
 
 
 @dataclass(frozen=True, slots=True)
 class OpenNamespace:
-    """A namespace held open: it cannot go away, nor its name change its meaning, until `close`."""
+    """Open namespace: until `close` it cannot vanish, and its name always means this one."""
 
     ref: NamespaceRef
     descriptor: int
 
     def close(self) -> None:
-        """Let go: an open descriptor keeps a deleted namespace and its interfaces alive."""
+        """Close the descriptor: while it is open, a deleted namespace and its interfaces stay alive."""
         os.close(self.descriptor)
 
 
 class NamespaceDirectory:
-    """The named namespaces of one directory.
+    """Directory of named namespaces.
 
     Args:
-        path: `/run/netns`, or a directory of a test.
+        path: `/run/netns`, or a test's directory.
     """
 
     def __init__(self, path: Path = DEFAULT_DIRECTORY) -> None:
         self.path = path
         self._base = os.fspath(path)
-        # All nsfs files of a kernel live in one super block; comparing its number with that of our own
-        # namespace says the same as fstatfs's magic (0x6e736673) without a foreign call.
+        # All nsfs files of a kernel share one super block. Comparing its device number with our own namespace's is as
+        # good
+        # as fstatfs's magic (0x6e736673), and needs no foreign call.
         self._device = Path("/proc/self/ns/net").stat().st_dev
 
     def file(self, name: str) -> str:
-        """The path of a name."""
+        """Return the path of a name."""
         if name in ("", ".", "..") or "/" in name or "\0" in name:
             raise HostRefused(f"not the name of a network namespace: {name!r}")
         return f"{self._base}/{name}"
 
     def identity(self, name: str) -> NamespaceRef | None:
-        """Name and inode of a namespace; `None` when there is none, or its mount is to come."""
+        """Return name and inode of a namespace; `None` if there is none, or it is not mounted yet."""
         try:
             status = os.stat(self.file(name))  # noqa: PTH116 - of every namespace: a Path costs more than the look
         except MISSING:
@@ -95,21 +96,21 @@ class NamespaceDirectory:
         return NamespaceRef(name, status.st_ino) if status.st_dev == self._device else None
 
     def names(self) -> list[str]:
-        """Every name in the directory, usable or not, sorted; empty when there is no directory."""
+        """Return every name in the directory, usable or not, sorted; empty if there is no directory."""
         with refusing(f"list {self.path}"), contextlib.suppress(*MISSING):
             return sorted(os.listdir(self.path))  # noqa: PTH208 - names are wanted, not paths
         return []
 
     def namespaces(self) -> dict[str, NamespaceRef]:
-        """The usable namespaces by name."""
+        """Return the usable namespaces by name."""
         found = ((name, self.identity(name)) for name in self.names())
         return {name: ref for name, ref in found if ref is not None}
 
     def open(self, name: str) -> OpenNamespace:
-        """Hold a namespace open.
+        """Open a namespace and keep it open.
 
         Raises:
-            NamespaceMissing: There is none of that name.
+            NamespaceMissing: No namespace has that name.
             HostRefused: The kernel refused.
         """
         with refusing(f"open namespace {name}"), contextlib.suppress(*MISSING):
@@ -121,25 +122,26 @@ class NamespaceDirectory:
         raise NamespaceMissing(errno.ENOENT, f"{os.strerror(errno.ENOENT)}: no namespace {name}")
 
     def delete(self, name: str) -> bool:
-        """Unmount and remove a name, as `ip netns del`; false when there was none.
+        """Unmount and remove a name, as `ip netns del`; return false if there was none.
 
-        The kernel ends the namespace when the last process, socket and descriptor lets go of it.
+        The kernel ends the namespace when no process, socket or descriptor uses it.
 
         Raises:
             HostRefused: The kernel refused.
             PrivilegeMissing: CAP_SYS_ADMIN is needed.
         """
         path = Path(self.file(name))
-        # EINVAL: it is no mount point, only a file is left.
+        # EINVAL: the name is no mount point; only a file is left.
         with refusing(f"unmount namespace {name}"), Ignoring(errno.ENOENT, errno.EINVAL):
             call_libc("umount2", os.fsencode(path), _MNT_DETACH)
         return remove_file(path, f"remove namespace {name}")
 
     def prepare(self) -> None:
-        """Make the directory and mark it shared: other mount namespaces get the mounts made here.
+        """Create the directory and mark it shared: other mount namespaces get the mounts made here.
 
-        The same steps as `ip netns add`: MS_SHARED, and where it is not a mount point yet, a bind
-        mount upon itself before. The directory is locked meanwhile, as iproute2 does it.
+        The steps are those of `ip netns add`: first a bind mount upon itself if it is no mount point yet, then
+        MS_SHARED. The
+        directory is locked meanwhile, as iproute2 does it.
 
         Raises:
             HostRefused: The kernel refused.
@@ -157,10 +159,11 @@ class NamespaceDirectory:
 
 
 class NamespaceThread:
-    """The one thread that enters namespaces.
+    """The thread that enters namespaces.
 
-    Work is done in the order in which it was asked for; each piece begins and ends in the namespace
-    that the process started in. Costs about 10 µs to enter and come back.
+    Work runs in the order of submission. Each piece begins and ends in the namespace in which the process started.
+    Entering
+    and returning takes about 10 µs.
     """
 
     def __init__(self, directory: NamespaceDirectory) -> None:
@@ -170,24 +173,24 @@ class NamespaceThread:
         self._closed = False
 
     def is_home(self, name: str) -> bool:
-        """Whether a name leads to the namespace that the process started in."""
+        """Return whether a name leads to the namespace in which the process started."""
         ref = self.directory.identity(name)
         return ref is not None and ref.inode == os.fstat(self._home).st_ino
 
     async def run(self, work: Callable[[], T]) -> T:
-        """Do blocking work in the thread, in the process's own namespace."""
+        """Run blocking work in the thread, in the process's own namespace."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
     @contextlib.contextmanager
     def inside(self, name: str | None) -> Iterator[NamespaceRef | None]:
-        """A block inside a namespace, for code that runs in this thread already (given to `run`).
+        """Run a block inside a namespace; only for code that already runs in this thread (passed to `run`).
 
         Args:
-            name: `None` for the namespace that the process started in, which is `None` in the block, too.
+            name: Namespace; with `None` the block stays in the process's own namespace, and gets `None`.
 
         Raises:
-            NamespaceMissing: There is no namespace of that name.
-            HostRefused: The kernel refused, or the thread is ending: looks at namespaces must not delay that.
+            NamespaceMissing: No namespace has that name.
+            HostRefused: The kernel refused, or the thread is ending, which looks at namespaces must not delay.
         """
         if self._closed:
             raise HostRefused("the namespace thread is ending")
@@ -203,11 +206,11 @@ class NamespaceThread:
                 self._come_home()
 
     def create_now(self, name: str, prepare: Callable[[], object] = lambda: None) -> NamespaceRef:
-        """Make a namespace of this name unless there is one; for code that runs in this thread already.
+        """Create a namespace with this name unless there is one; only for code that already runs in this thread.
 
         Args:
-            name: A file in the directory.
-            prepare: Called in it before it has its name: what has the name is prepared.
+            name: File name in the directory.
+            prepare: Called inside before the namespace gets its name, so that every named namespace is prepared.
 
         Raises:
             HostRefused: The kernel refused.
@@ -216,7 +219,7 @@ class NamespaceThread:
         present = self.directory.identity(name)
         if present is not None:
             return present
-        # A file without a mount: what is left when its maker was killed between the two steps.
+        # Remove a file without a mount: its creator was killed between the two steps.
         self.directory.delete(name)
         self.directory.prepare()
         path = Path(self.directory.file(name))
@@ -238,11 +241,11 @@ class NamespaceThread:
         try:
             call_libc("setns", self._home, _CLONE_NEWNET)
         except OSError as error:
-            # Going on in another namespace would open our sockets there.
+            # If the thread went on in another namespace, our sockets would be opened there.
             raise HostRefused("the namespace thread cannot come home") from error
 
     def close(self) -> None:
-        """End the thread, after the work that it was given; may be called twice."""
+        """End the thread after its pending work; a second call does nothing."""
         if self._closed:
             return
         self._closed = True

@@ -1,8 +1,8 @@
-"""Devices, addresses, routes and neighbours of the namespace that the calling thread is in.
+"""Devices, addresses, routes and neighbours of the calling thread's namespace.
 
-Every function takes a `NetlinkSocket`, which belongs to the namespace where it was made, and
-blocks for some µs. What the kernel refuses leaves as `NetlinkRefused` (an OSError): `listeners.apply`
-and `listeners.host`, which know what it was for, make a `HostRefused` of it.
+Every function takes a `NetlinkSocket`, which belongs to the namespace where it was created, and blocks for some µs. If
+the kernel refuses, it raises `NetlinkRefused` (an OSError). `listeners.apply` and `listeners.host`, which know the
+purpose, convert that to a `HostRefused`.
 """
 
 import errno
@@ -54,7 +54,7 @@ _NDA_DST, _NDA_LLADDR = 1, 2
 _NUD_STALE, _NUD_PERMANENT = 0x04, 0x80
 _NUD_UNKNOWN: Final = 0x01 | 0x20  # INCOMPLETE and FAILED have no address to rely on
 _MANY: Final = 32
-"""More are looked for in a dump of the whole table, of at most some thousand entries (gc_thresh3)."""
+"""Number of items beyond which one dump of the whole table is cheaper: some thousand entries (gc_thresh3)."""
 
 _NETNSA_NSID, _NETNSA_FD = 1, 3
 _MAC_BYTES: Final = 6
@@ -74,7 +74,7 @@ def _mac(value: bytes | None) -> str:
 
 
 def parse_link(payload: bytes) -> ObservedDevice:
-    """The device in a RTM_NEWLINK or RTM_DELLINK message."""
+    """Parse the device in a RTM_NEWLINK or RTM_DELLINK message."""
     _, _, index, flags, _ = _IFINFO.unpack_from(payload)
     found = nl.parse_attributes(payload, _IFINFO.size)
     info = found.get(_IFLA_LINKINFO)
@@ -100,27 +100,27 @@ def _ask_link(*, index: int = 0, name: str | None = None, master: int | None = N
 def find_link(
     channel: nl.NetlinkSocket, name: str | None = None, *, index: int = 0
 ) -> ObservedDevice | None:
-    """The device of a name (up to 15 bytes), or of an index; `None` when there is none."""
+    """Return the device with a name (up to 15 bytes) or an index; `None` if there is none."""
     question = _ask_link(index=index, name=name)
     found = channel.find(RTM_GETLINK, question, errno.ENODEV, errno.ENOENT, errno.ERANGE)
     return None if found is None else parse_link(found)
 
 
 def list_links(channel: nl.NetlinkSocket, master: int | None = None) -> list[ObservedDevice]:
-    """Every device, in the order of their indexes; with the index of a bridge only its ports."""
+    """Return every device, ordered by index; with the index of a bridge, only the bridge's ports."""
     found = list(map(parse_link, channel.dump(RTM_GETLINK, _ask_link(master=master))))
     return found if master is None else [one for one in found if one.master == master]
 
 
 def device_name(index: int) -> str:
-    """The name of a device in the calling thread's namespace; empty where there is none of that index."""
+    """Return the name of a device in the calling thread's namespace; empty if the index is unused."""
     with refusing(f"look up device {index}"), Ignoring(errno.ENXIO, errno.ENODEV):
         return socket.if_indextoname(index)
     return ""
 
 
 def list_links_near(channel: nl.NetlinkSocket, names: Collection[str]) -> list[ObservedDevice]:
-    """At least the devices of these names, what each belongs to, and what belongs to each."""
+    """Return at least the devices with these names, their masters and their ports."""
     if len(names) > _MANY:
         return list_links(channel)
     found = [one for name in names if (one := find_link(channel, name)) is not None]
@@ -131,11 +131,11 @@ def list_links_near(channel: nl.NetlinkSocket, names: Collection[str]) -> list[O
 
 @dataclass(frozen=True, slots=True)
 class BridgePort:
-    """A port of a bridge.
+    """Port of a bridge.
 
     Attributes:
-        learns: In words the flag by which the bridge learns no MAC there; empty where it learns.
-        isolated: It reaches no other isolated port.
+        learns: Name of the flag that stops MAC learning on the port; empty if the bridge learns there.
+        isolated: Whether the port reaches no other isolated port.
     """
 
     device: ObservedDevice
@@ -144,7 +144,7 @@ class BridgePort:
 
 
 def bridge_ports(channel: nl.NetlinkSocket, index: int) -> list[BridgePort]:
-    """Each port of a bridge, with what keeps the guest on it to its MAC and from others."""
+    """Return the ports of a bridge, with the flags that bind a guest to its MAC and isolate it from others."""
     ports: list[BridgePort] = []
     for message in channel.dump(RTM_GETLINK, _ask_link(master=index)):
         port = parse_link(message)
@@ -159,7 +159,7 @@ def bridge_ports(channel: nl.NetlinkSocket, index: int) -> list[BridgePort]:
 
 
 def veth_ends(channel: nl.NetlinkSocket) -> dict[int, int]:
-    """Of each veth the index of its other end, which may be in another namespace."""
+    """Map the index of each veth to the index of its other end, which may be in another namespace."""
     messages = channel.dump(RTM_GETLINK, _ask_link())
     found = ((parse_link(one), nl.parse_attributes(one, _IFINFO.size)) for one in messages)
     return {
@@ -170,11 +170,11 @@ def veth_ends(channel: nl.NetlinkSocket) -> dict[int, int]:
 
 
 def parse_address(payload: bytes, names: dict[int, str]) -> ObservedAddress | None:
-    """The address in a RTM_NEWADDR or RTM_DELADDR message; `None` for any but the metadata ones.
+    """Parse the address in a RTM_NEWADDR or RTM_DELADDR message; return `None` unless it is a metadata address.
 
     Args:
-        payload: Of the message.
-        names: Of devices, by index; a device that is not in it has its index for a name.
+        payload: Payload of the message.
+        names: Names of devices, by index; an unknown device is named by its index.
     """
     _, prefix, flags, _, index = _IFADDR.unpack_from(payload)
     found = nl.parse_attributes(payload, _IFADDR.size)
@@ -194,7 +194,7 @@ def parse_address(payload: bytes, names: dict[int, str]) -> ObservedAddress | No
 def metadata_addresses(
     channel: nl.NetlinkSocket, devices: Iterable[ObservedDevice], *, only: Collection[str] = ()
 ) -> list[ObservedAddress]:
-    """The metadata addresses on all devices; or on those of some names only."""
+    """Return the metadata addresses on all devices, or only on devices with these names."""
     names = {one.index: one.name for one in devices}
     wanted = [index for index, name in names.items() if name in only] if only else [0]
     found: list[ObservedAddress] = []
@@ -208,7 +208,7 @@ def metadata_addresses(
 def default_routes(
     channel: nl.NetlinkSocket, devices: Iterable[ObservedDevice]
 ) -> frozenset[tuple[Family, str]]:
-    """Family and device of each default route of the main table."""
+    """Return family and device of each default route in the main table."""
     names = {one.index: one.name for one in devices}
     found: set[tuple[Family, str]] = set()
     for family in Family:
@@ -226,12 +226,12 @@ def _out_device(message: bytes) -> int:
 
 
 def route_device(channel: nl.NetlinkSocket, address: IpAddress) -> int:
-    """The index of the device that the host's own packets to an address leave by; 0 without a route."""
+    """Return the index of the device that the host's own packets to an address use; 0 without a route."""
     return _out_device(_route(channel, address, 0))
 
 
 def route_length(channel: nl.NetlinkSocket, address: IpAddress) -> int:
-    """The prefix length of the route for forwarded packets to an address; 0 for none, or to an address of our own."""
+    """Return the prefix length of the route that forwards packets to an address; 0 for none, or for a local address."""
     fields = _RTMSG.unpack_from(_route(channel, address, _FIB_MATCH))
     return int(fields[1]) if fields[7] == _UNICAST else 0
 
@@ -247,9 +247,9 @@ def _route(channel: nl.NetlinkSocket, address: IpAddress, flags: int) -> bytes:
 def neighbour_mac(
     channel: nl.NetlinkSocket, address: IpAddress, device: str | None
 ) -> MacAddress | None:
-    """The MAC of an address in the neighbour table, of one device or of all.
+    """Return the MAC of an address in the neighbour table of one device, or of all devices.
 
-    `None` when there is none, or several: two devices may each have a guest of one address.
+    Return `None` if there is no MAC, or several: two devices may each have a guest with the same address.
     """
     if device is None:
         answers = channel.dump(RTM_GETNEIGH, _NDMSG.pack(_family_of(address), 0, 0, 0, 0))
@@ -271,9 +271,9 @@ def _neighbour(channel: nl.NetlinkSocket, index: int, address: IpAddress) -> lis
 def correct_neighbours(
     channel: nl.NetlinkSocket, index: int, macs: Mapping[IpAddress, MacAddress]
 ) -> None:
-    """Give addresses of which the kernel has another MAC these ones, to be confirmed when they are next used.
+    """Correct neighbour entries that have another MAC; the kernel confirms the new entries at their next use.
 
-    Addresses that the kernel does not know it resolves by itself, and permanent entries stay.
+    The kernel resolves unknown addresses itself, and permanent entries stay.
 
     Raises:
         NetlinkRefused: A change was refused.
@@ -296,13 +296,13 @@ def correct_neighbours(
 
 @dataclass(frozen=True, slots=True)
 class ObservedNeighbour:
-    """An entry of a neighbour table.
+    """Entry in a neighbour table.
 
     Attributes:
-        index: The device's.
-        packed: The address.
-        mac: `None` where no neighbour has answered for it.
-        permanent: An operator made it.
+        index: Index of the device.
+        packed: Packed address.
+        mac: MAC; `None` if no neighbour has answered.
+        permanent: Whether an operator made the entry.
     """
 
     index: int
@@ -312,7 +312,7 @@ class ObservedNeighbour:
 
 
 def parse_neighbour(payload: bytes) -> ObservedNeighbour:
-    """The entry in a RTM_NEWNEIGH or RTM_DELNEIGH message."""
+    """Parse the entry in a RTM_NEWNEIGH or RTM_DELNEIGH message."""
     _, index, state, _, _ = _NDMSG.unpack_from(payload)
     found = nl.parse_attributes(payload, _NDMSG.size)
     mac = "" if state & _NUD_UNKNOWN else _mac(found.get(_NDA_LLADDR))
@@ -333,15 +333,15 @@ def create_veth(
     peer: str,
     peer_namespace: int,
 ) -> None:
-    """Make a veth pair, `link` here, up, `peer` in another namespace.
+    """Create a veth pair: `link` here and up, `peer` in another namespace.
 
     Args:
-        channel: Of the namespace where `link` is to be.
+        channel: Socket in the namespace of `link`.
         link: Name of this end.
-        master: Index of the bridge that `link` is a port of; `None` for none.
-        mtu: Of both ends, in bytes; `None` for the kernel's.
-        peer: Name of the other end; it comes down, and is set up from inside.
-        peer_namespace: Open descriptor of its namespace.
+        master: Index of the bridge that gets `link` as a port; `None` for none.
+        mtu: MTU of both ends, in bytes; `None` for the kernel's default.
+        peer: Name of the other end, which is down at first and must be set up inside its namespace.
+        peer_namespace: Open descriptor of the peer's namespace.
     """
     far: dict[int, nl.Value] = {_IFLA_IFNAME: peer, _IFLA_MTU: mtu, _IFLA_NET_NS_FD: peer_namespace}
     other = nl.attribute(_VETH_PEER | nl.NESTED, bytes(_IFINFO.size) + nl.pack_attributes(far))
@@ -364,7 +364,7 @@ def set_link(
     alias: str | None = None,
     mac: MacAddress | None = None,
 ) -> None:
-    """Set a device up, change what is given and leave the rest."""
+    """Set a device up; change the given properties and keep the others."""
     address = None if mac is None else bytes.fromhex(mac.replace(":", ""))
     given: dict[int, nl.Value] = {
         _IFLA_ADDRESS: address,
@@ -377,18 +377,18 @@ def set_link(
 
 
 def delete_link(channel: nl.NetlinkSocket, index: int) -> None:
-    """Remove a device (and a veth's other end with it)."""
+    """Remove a device; a veth's other end goes with it."""
     channel.change(RTM_DELLINK, _IFINFO.pack(0, 0, index, 0, 0))
 
 
 def list_interfaces(channel: nl.NetlinkSocket, index: int) -> list[IPv4Interface | IPv6Interface]:
-    """The addresses of a device with their prefixes."""
+    """Return the addresses of a device, with their prefixes."""
     found: list[IPv4Interface | IPv6Interface] = []
     for message in channel.dump(RTM_GETADDR, _IFADDR.pack(0, 0, 0, 0, index)):
         _, prefix, _, _, at = _IFADDR.unpack_from(message)
         values = nl.parse_attributes(message, _IFADDR.size)
         packed = values.get(_IFA_LOCAL) or values.get(_IFA_ADDRESS) or b""
-        # Not every kernel heeds the index in the question.
+        # Some kernels ignore the index in the request.
         if at == index:
             found.append(ip_interface((packed, prefix)))
     return found
@@ -397,9 +397,9 @@ def list_interfaces(channel: nl.NetlinkSocket, index: int) -> list[IPv4Interface
 def add_address(
     channel: nl.NetlinkSocket, index: int, address: IpAddress, prefix: int, *, protocol: int
 ) -> None:
-    """Put an address on a device, usable at once (nodad), marked with IFA_PROTO `protocol`.
+    """Add an address to a device, usable at once (nodad), marked with IFA_PROTO `protocol`.
 
-    Kernels before 5.18 leave the mark out.
+    Kernels before 5.18 ignore the mark.
     """
     # The kernel derives an IPv6 address's scope from its bits.
     flags = _IFA_F_NODAD if isinstance(address, IPv6Address) else 0
@@ -410,13 +410,13 @@ def add_address(
 
 
 def remove_address(channel: nl.NetlinkSocket, index: int, address: IpAddress, prefix: int) -> None:
-    """Take an address from a device."""
+    """Remove an address from a device."""
     payload = _IFADDR.pack(_family_of(address), prefix, 0, 0, index)
     channel.change(RTM_DELADDR, payload + nl.attribute(_IFA_LOCAL, address.packed))
 
 
 def add_default_route(channel: nl.NetlinkSocket, index: int, family: Family) -> None:
-    """Reach every address of a family directly on a device."""
+    """Add a default route on a device without a gateway."""
     scope = _SCOPE_LINK if family is Family.IPV4 else _SCOPE_UNIVERSE
     kind = _family_of(family.metadata_address)
     route = _RTMSG.pack(kind, 0, 0, 0, _TABLE_MAIN, _PROTO_STATIC, scope, _UNICAST, 0)
@@ -426,7 +426,7 @@ def add_default_route(channel: nl.NetlinkSocket, index: int, family: Family) -> 
 
 
 def assign_nsid(channel: nl.NetlinkSocket, descriptor: int) -> int:
-    """The number by which `channel`'s namespace knows another; given to it if it has none yet."""
+    """Return the id by which `channel`'s namespace knows another; assign one if there is none."""
     named = b"\0\0\0\0" + nl.pack_attributes({_NETNSA_FD: descriptor})
     with Ignoring(errno.EEXIST):
         channel.change(RTM_NEWNSID, named + nl.pack_attributes({_NETNSA_NSID: 0xFFFFFFFF}))

@@ -1,7 +1,7 @@
-"""The messages of nf_tables (nfnetlink, `linux/netfilter/nf_tables.h`): tables, chains, rules, sets and their elements.
+"""Messages of nf_tables (nfnetlink, `linux/netfilter/nf_tables.h`): tables, chains, rules, sets and their elements.
 
-Our own for the reasons of ADR 12: nft(8) takes 4 ms for each call, and a thousand networks have a table each.
-Changes are batches: all of one is done, or nothing. The numbers of attributes are the header's.
+ADR 12 has the reasons for our own code: nft(8) takes 4 ms for each call, and a thousand networks have a table each.
+Changes are batches: the kernel applies all of a batch, or nothing. The header defines the numbers of attributes.
 """
 
 import errno
@@ -12,14 +12,14 @@ from typing import Final, TypeAlias
 from imdsproxy.host import nlmessages as nl
 
 NETFILTER: Final = 12
-"""The netlink protocol."""
+"""Netlink protocol."""
 
 _SUBSYSTEM: Final = 10 << 8
 INET: Final = 1
-"""The family of tables that see packets of both families of IP."""
+"""Family of tables that see packets of both IP families."""
 
 NETDEV: Final = 5
-"""The family of tables on devices, which see packets with their MACs."""
+"""Family of tables on devices, which see packets with their MACs."""
 
 _BATCH_BEGIN: Final = 0x10
 _BATCH_END: Final = 0x11
@@ -31,11 +31,11 @@ _APPEND: Final = 0x800
 _NFGEN: Final = struct.Struct(">BBH")
 _BATCH_BYTES: Final = 64 * 1024
 _ELEMENTS_AT_ONCE: Final = 512
-"""Fits into an attribute, whose length has 16 bits."""
+"""Number of elements that fit into an attribute, whose length has 16 bits."""
 
 _ELEMENT: Final = 1 | nl.NESTED
 _REGISTER: Final = 8
-"""The first of sixteen registers of four bytes; what is looked up lies in several, one after the other."""
+"""First of sixteen 4-byte registers; a key of several parts fills consecutive ones."""
 
 LINK, NETWORK, TRANSPORT = 0, 1, 2
 PROTOCOL, INPUT_DEVICE, FAMILY, L4_PROTOCOL = 1, 6, 15, 16
@@ -47,16 +47,16 @@ INGRESS, EGRESS = 0, 1
 """Hooks of base chains of family `netdev`."""
 
 PREROUTING, INPUT, OUTPUT = 0, 1, 3
-"""Those of family `inet`."""
+"""Hooks of base chains of family `inet`."""
 
 DROP, ACCEPT, JUMP, GOTO, RETURN = 0, 1, -3, -4, -5
 """Verdicts of rules."""
 
 Element: TypeAlias = tuple[bytes] | tuple[bytes, bytes]
-"""The key of a set, or key and value of a map."""
+"""Key of a set, or key and value of a map."""
 
 Change: TypeAlias = tuple[int, int, bytes]
-"""Type and flags of a message, and its attributes behind the table's name."""
+"""Type and flags of a message, and its attributes after the table's name."""
 
 
 def _pack(values: Mapping[int, nl.Value]) -> bytes:
@@ -76,7 +76,7 @@ def _expression(name: str, values: Mapping[int, nl.Value]) -> bytes:
 
 
 def meta(key: int) -> bytes:
-    """Load something about the packet into the first register."""
+    """Load a property of the packet into the first register."""
     return _expression("meta", {2: key, 1: _REGISTER})
 
 
@@ -86,38 +86,38 @@ def payload(base: int, offset: int, length: int, *, into: int = 0) -> bytes:
 
 
 def compare(value: bytes, *, differs: bool = False, register: int = 0) -> bytes:
-    """Go on only where a register is `value`, or `differs`."""
+    """Continue the rule only if a register is `value`, or `differs`."""
     return _expression("cmp", {1: _REGISTER + register, 2: int(differs), 3: {1: value}})
 
 
 def bitwise(mask: bytes, flip: bytes = b"") -> bytes:
-    """Keep these bits of the first register, and turn over those of `flip`."""
+    """Keep these bits of the first register, and invert those in `flip`."""
     values = {4: {1: mask}, 5: {1: flip or bytes(len(mask))}}
     return _expression("bitwise", {1: _REGISTER, 2: _REGISTER, 3: len(mask), **values})
 
 
 def shift_right(bits: int) -> bytes:
-    """Shift the first register, a number of four bytes in this machine's order."""
+    """Shift the first register to the right: a 4-byte number in this machine's byte order."""
     by = struct.pack("=I", bits)
     return _expression("bitwise", {1: _REGISTER, 2: _REGISTER, 3: 4, 6: 2, 7: {1: by}})
 
 
 def swap_bytes() -> bytes:
-    """Turn the first two bytes of the first register from the network's order into this machine's, or back."""
+    """Convert the first two bytes of the first register from network to host byte order, or back."""
     return _expression("byteorder", {1: _REGISTER, 2: _REGISTER, 3: 0, 4: 2, 5: 2})
 
 
 def store(
     base: int, offset: int, length: int, *, checksum: int | None = None, register: int = 0
 ) -> bytes:
-    """Write a register over bytes of a header, and mend the checksum at `checksum` in it."""
+    """Write a register over bytes of a header, and correct the checksum at `checksum`."""
     mends = None if checksum is None else 1
     where = {5: _REGISTER + register, 2: base, 3: offset, 4: length}
     return _expression("payload", {**where, 6: mends, 7: checksum})
 
 
 def lookup(name: str, *, into: int | None = None, absent: bool = False) -> bytes:
-    """Go on only where what the registers hold is in a set, or `absent`; a map's value goes into a register."""
+    """Continue only if the registers' content is in a set, or `absent`; store a map's value in a register."""
     value = None if into is None else _REGISTER + into
     return _expression("lookup", {1: name, 2: _REGISTER, 3: value, 5: 1 if absent else None})
 
@@ -125,9 +125,9 @@ def lookup(name: str, *, into: int | None = None, absent: bool = False) -> bytes
 def remember(
     name: str, *, value: int | None = None, delete: bool = False, timeout_ms: int = 0
 ) -> bytes:
-    """Add the registers' content to a set, or remove it; a map's value is in a register.
+    """Add the registers' content to a set, or remove it; a map's value comes from a register.
 
-    An element that is in the set keeps its value, and its time begins anew: the set's, or `timeout_ms`.
+    An existing element keeps its value, and its timeout restarts: the set's, or `timeout_ms`.
     """
     data = None if value is None else _REGISTER + value
     timeout = struct.pack(">Q", timeout_ms) if timeout_ms else None
@@ -142,26 +142,26 @@ def count(name: str) -> bytes:
 
 
 def rewrite(offset: int, value: bytes, *, checksum: int) -> bytes:
-    """Write over bytes of the transport header, and mend its checksum."""
+    """Overwrite bytes of the transport header, and correct its checksum."""
     load = _expression("immediate", {1: _REGISTER, 2: {1: value}})
     return load + store(TRANSPORT, offset, len(value), checksum=checksum)
 
 
 def is_redirected(*, differs: bool = False) -> bytes:
-    """Go on only with a packet of a connection whose destination was rewritten, or `differs`."""
+    """Continue only for a packet of a connection whose destination was rewritten, or `differs`."""
     load = _expression("ct", {1: _REGISTER, 2: _CONNECTION_STATUS})
     rewritten = load + bitwise(struct.pack("=I", _DESTINATION_REWRITTEN))
     return rewritten + compare(bytes(4), differs=not differs)
 
 
 def redirect(port: int) -> bytes:
-    """Lead a new connection to a port of this namespace, at the address of the device that it came in by."""
+    """Redirect a new connection to a port of this namespace, at the address of its input device."""
     load = _expression("immediate", {1: _REGISTER, 2: {1: struct.pack(">H", port)}})
     return load + _expression("redir", {1: _REGISTER})
 
 
 def present6(header: int) -> bytes:
-    """Go on only where an IPv6 packet has an extension header."""
+    """Continue only if an IPv6 packet has an extension header."""
     flags = {3: 0, 4: 1, 5: 1, 6: 0}
     load = _expression("exthdr", {1: _REGISTER, 2: bytes((header,)), **flags})
     return load + compare(b"\x01")
@@ -173,10 +173,10 @@ def verdict(what: int, chain: str = "") -> bytes:
 
 
 class Batch:
-    """Changes to one table, done all at once.
+    """Changes to one table, applied all at once.
 
     Attributes:
-        changes: Without the table's name, so that those of one table do for others.
+        changes: Changes without the table's name, so that they can be reused for other tables.
     """
 
     def __init__(self, table: str, family: int = NETDEV) -> None:
@@ -188,11 +188,11 @@ class Batch:
         self.changes.append((kind, flags, _pack(values)))
 
     def make_table(self, comment: str = "") -> None:
-        """Make it; one that is there stays. The comment (NFTA_TABLE_USERDATA) is kept with it."""
+        """Create the table unless it exists. The comment (NFTA_TABLE_USERDATA) is stored with it."""
         self._add(_NEWTABLE, nl.CREATE, {6: comment.encode() or None})
 
     def drop_table(self) -> None:
-        """Remove it with all that is in it."""
+        """Remove the table with its content."""
         self._add(_DELTABLE, 0, {})
 
     def make_set(
@@ -206,16 +206,16 @@ class Batch:
         dynamic: bool = False,
         value: tuple[int, int] | None = None,
     ) -> None:
-        """Make a set, or a map.
+        """Create a set, or a map.
 
         Args:
-            name: Its name.
-            types: Of its key's parts, in nft(8)'s numbers, for `nft list`.
-            length: Of the key in bytes, each part filled up to four.
-            size: The most elements; 0 for no limit. Needed where packets add them.
-            timeout_ms: After which an element goes; 0 for never.
-            dynamic: Packets change it.
-            value: For a map: type and length of what each key leads to.
+            name: Name of the set.
+            types: Types of the key's parts, in nft(8)'s numbers, for `nft list`.
+            length: Length of the key in bytes, each part padded to four.
+            size: Maximum number of elements; 0 for no limit. Required if packets add elements.
+            timeout_ms: Time after which an element expires; 0 for never.
+            dynamic: Whether packets change the set.
+            value: Type and length of a map's values.
         """
         packed = 0
         for one in types:
@@ -228,12 +228,12 @@ class Batch:
         self._add(_NEWSET, nl.CREATE, {**values, 9: {1: size} if size else None})
 
     def make_counter(self, name: str) -> None:
-        """Make a counter that rules count in."""
+        """Create a counter for rules."""
         zero = bytes(8)
         self._add(_NEWOBJECT, nl.CREATE, {2: name, 3: _COUNTER, 4: {1: zero, 2: zero}})
 
     def make_chain(self, name: str) -> None:
-        """Make a chain that others lead to."""
+        """Create a chain that other chains jump to."""
         self._add(_NEWCHAIN, nl.CREATE, {3: name})
 
     def make_base_chain(
@@ -245,9 +245,9 @@ class Batch:
         *,
         kind: str = "filter",
     ) -> None:
-        """Make a chain that every packet goes through (`nat`: the first one of a connection).
+        """Create a chain for every packet (with kind `nat`, for the first packet of a connection).
 
-        In family `netdev` those of these devices.
+        In family `netdev` the chain sees the packets of these devices.
         """
         where = {1: hook, 2: priority, 4: devices or None}
         self._add(_NEWCHAIN, nl.CREATE, {3: name, 4: where, 5: ACCEPT, 7: kind})
@@ -257,38 +257,41 @@ class Batch:
         self._add(_NEWRULE, nl.CREATE | _APPEND, {2: chain, 4 | nl.NESTED: b"".join(expressions)})
 
     def insert_rule(self, chain: str, *expressions: bytes) -> None:
-        """Put a rule before all others."""
+        """Insert a rule before all others."""
         self._add(_NEWRULE, nl.CREATE, {2: chain, 4 | nl.NESTED: b"".join(expressions)})
 
     def add_elements(self, name: str, elements: Sequence[Element]) -> None:
-        """Add elements to a set or map; those that are in it stay.
+        """Add elements to a set or map; existing ones stay.
 
-        Refused (EEXIST, EBUSY) where a map has another value for a key.
+        The kernel refuses (EEXIST, EBUSY) if a map has another value for a key.
         """
         self._elements(_NEWSETELEM, nl.CREATE, name, elements)
 
     def remove_elements(self, name: str, elements: Sequence[Element]) -> None:
-        """Remove elements from a set or map; each must be in it."""
+        """Remove elements from a set or map, which must have them all."""
         self._elements(_DELSETELEM, 0, name, elements)
 
     def _elements(self, kind: int, flags: int, name: str, elements: Sequence[Element]) -> None:
         for start in range(0, len(elements), _ELEMENTS_AT_ONCE):
-            # Of hundreds of thousands: four times as fast as attribute by attribute.
+            # Packed by hand: for hundreds of thousands of elements this is four times as fast as attribute by
+            # attribute.
             listed = map(_pack_element, elements[start : start + _ELEMENTS_AT_ONCE])
             self._add(kind, flags, {2: name, 3 | nl.NESTED: b"".join(listed)})
 
 
 class NetfilterSocket(nl.NetlinkSocket):
-    """Speaks to nf_tables in the namespace of the thread that makes it."""
+    """Socket to nf_tables in the namespace of the thread that creates it."""
 
     def __init__(self) -> None:
         super().__init__(NETFILTER)
 
     def commit(self, batch: Batch) -> None:
-        """Do a batch, or a part of a very large one after the other.
+        """Apply a batch; a very large one is applied in parts.
 
         Raises:
-            NetlinkRefused: With the first error; nothing of the part has been done. Use another socket then.
+            NetlinkRefused: The kernel refused, with the first error; nothing of this part was applied. Use another
+            socket
+                then.
         """
         head = _NFGEN.pack(batch.family, 0, 0) + _pack({1: batch.table})
         fence = _NFGEN.pack(0, 0, _SUBSYSTEM >> 8)
@@ -304,19 +307,19 @@ class NetfilterSocket(nl.NetlinkSocket):
             self._collect(first)
 
     def comment(self, table: str, family: int = NETDEV) -> str | None:
-        """The comment of a table; `None` where there is none of that name."""
+        """Return the comment of a table; `None` if there is no such table."""
         found = self._find(_GETTABLE, _pack({1: table}), family)
         return None if found is None else nl.string(found.get(6))
 
     def elements(self, table: str, name: str) -> Iterator[bytes]:
-        """The keys in a set."""
+        """Yield the keys in a set."""
         question = _NFGEN.pack(NETDEV, 0, 0) + _pack({1: table, 2: name})
         for answer in self.dump(_SUBSYSTEM | _GETSETELEM, question):
             for element in nl.parse_list(nl.parse_attributes(answer, _NFGEN.size).get(3, b"")):
                 yield nl.parse_attributes(nl.parse_attributes(element).get(1, b"")).get(1, b"")
 
     def value(self, table: str, name: str, key: bytes) -> bytes | None:
-        """The value of a key in a map."""
+        """Return the value of a key in a map."""
         wanted = _pack({1: table, 2: name, 3: [{1: {1: key}}]})
         found = self._find(_GETSETELEM, wanted, NETDEV)
         if found is None:
@@ -325,7 +328,7 @@ class NetfilterSocket(nl.NetlinkSocket):
         return nl.parse_attributes(nl.parse_attributes(element).get(2, b"")).get(1)
 
     def counted(self, table: str, name: str) -> int | None:
-        """The packets in a counter; `None` where there is none."""
+        """Return the packets in a counter; `None` if there is no such counter."""
         wanted = _pack({1: table, 2: name, 3: _COUNTER})
         found = self._find(_GETOBJECT, wanted, NETDEV)
         if found is None:
@@ -339,7 +342,7 @@ class NetfilterSocket(nl.NetlinkSocket):
 
 
 def commit(batch: Batch) -> None:
-    """Do a batch in the namespace of the calling thread.
+    """Apply a batch in the namespace of the calling thread.
 
     Raises:
         NetlinkRefused: See `NetfilterSocket.commit`.
@@ -351,7 +354,7 @@ def commit(batch: Batch) -> None:
 def ensure_table(
     channel: NetfilterSocket, batch: Batch, comment: str, fill: Callable[[Batch], None]
 ) -> bool:
-    """Create a table, or replace one with another comment; false where it is as it should be.
+    """Create a table, or replace one with another comment; return false if it is up to date.
 
     Raises:
         NetlinkRefused: See `NetfilterSocket.commit`.
@@ -360,7 +363,7 @@ def ensure_table(
     if present == comment:
         return False
     if present is not None:
-        # Only then: the kernel waits 12 ms until no packet is in what is dropped.
+        # Drop only an existing table: the kernel then waits 12 ms until no packet is in it.
         batch.drop_table()
     batch.make_table(comment)
     fill(batch)
@@ -369,12 +372,12 @@ def ensure_table(
 
 
 def table_of(payload: bytes) -> str:
-    """The name of the table in a message about one."""
+    """Return the name of the table in a message about one."""
     return nl.string(nl.parse_attributes(payload, _NFGEN.size).get(1))
 
 
 def _parts(changes: list[Change]) -> Iterator[list[Change]]:
-    """So much as a socket takes at once; only elements are ever that many."""
+    """Split changes into parts that fit into one send; only elements are ever so many."""
     part: list[Change] = []
     size = 0
     for change in changes:

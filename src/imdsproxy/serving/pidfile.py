@@ -1,9 +1,9 @@
-"""The document server's pid file: who runs, and that it is the only one.
+"""Pid file of the document server: lists its processes, and ensures that only one server runs.
 
-The parent holds a lock on the file (flock(2)) as long as it lives, whatever kills it. Each line is `PID START`,
-the parent's first, then its workers'; START is the process's start time in the kernel's ticks
-(proc_pid_stat(5), field 22), so that a number given to another process since is not taken for ours. The last line
-is `restarts N`.
+The parent locks the file (flock(2)) for its whole life; the lock ends even if the parent is killed. Each line is `PID
+START`, the parent's first, then its workers'. START is the process's start time in the kernel's ticks
+(proc_pid_stat(5),
+field 22), so that a reused pid is not mistaken for ours. The last line is `restarts N`.
 """
 
 import os
@@ -23,11 +23,11 @@ _RESTARTS: Final = "restarts"
 
 @dataclass(frozen=True, slots=True)
 class DocumentProcesses:
-    """The processes that live, of those that the file names.
+    """Processes in the file that are running.
 
     Attributes:
-        parent: `None` when it was killed.
-        restarts: Workers of this parent that ended, and were started again.
+        parent: Parent's pid; `None` if it was killed.
+        restarts: Number of workers of this parent that were restarted.
     """
 
     parent: int | None
@@ -36,15 +36,15 @@ class DocumentProcesses:
 
     @property
     def pids(self) -> tuple[int, ...]:
-        """All of them, the parent first."""
+        """Return all pids, the parent's first."""
         return self.workers if self.parent is None else (self.parent, *self.workers)
 
 
 class PidFile:
-    """The locked file.
+    """Locked pid file.
 
     Raises:
-        HostRefused: Another document server has it, or the file cannot be made.
+        HostRefused: Another document server holds the lock, or the file cannot be created.
         PrivilegeMissing: This process may not write there.
     """
 
@@ -59,11 +59,11 @@ class PidFile:
         self._written = b""
 
     def is_ours(self) -> bool:
-        """Whether it was neither removed, nor is another server's by now."""
+        """Return whether the file at the path is still ours."""
         return is_file_at(self.descriptor, self.path)
 
     def write(self, pids: Sequence[int], restarts: int = 0) -> None:
-        """Say who runs: the parent, then the workers; and how many of these were started again."""
+        """Write the pids of the parent and the workers, and the number of restarts."""
         text = "".join(f"{pid} {stat.started}\n" for pid in pids if (stat := read_stat(pid)))
         data = f"{text}{_RESTARTS} {restarts}\n".encode("ascii")
         if data != self._written:
@@ -72,13 +72,13 @@ class PidFile:
             self._written = data
 
     def release(self) -> None:
-        """Let another one start; the file stays, empty."""
+        """Release the lock, so that another server can start; the file stays, empty."""
         os.ftruncate(self.descriptor, 0)
         os.close(self.descriptor)
 
 
 def read_pids(path: Path) -> DocumentProcesses:
-    """Which of the document server's processes live now, and how they have fared; none without the file."""
+    """Return the document server's running processes and the number of restarts; none without the file."""
     alive: list[int | None] = []
     restarts, lines = 0, list[str]()
     with suppress(OSError):
@@ -95,10 +95,10 @@ def read_pids(path: Path) -> DocumentProcesses:
 
 
 def signal_all(pids: Iterable[int], number: signal.Signals) -> None:
-    """Send a signal to those of these processes that have not ended.
+    """Send a signal to the processes that have not ended.
 
     Raises:
-        PrivilegeMissing: One belongs to another account.
+        PrivilegeMissing: A process belongs to another account.
     """
     for pid in pids:
         with refusing(f"stop the document server's process {pid}"), suppress(ProcessLookupError):

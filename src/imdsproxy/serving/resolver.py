@@ -1,9 +1,9 @@
-"""The miss path: a request of an address that the data plane does not know.
+"""Resolver for requests from addresses that the data plane does not know.
 
-The address may be about to become known (a guest can be faster than its own announcement), so the request
-waits for it, within bounds: a guest that invents addresses fills only its own network's
-share. An address waits once: until a source reports it, further requests get their 404 at once. What is found
-goes back to HAProxy once, with its record; from then on its maps have it.
+The address may soon become known (a guest can be faster than its own announcement), so the resolver holds the request,
+within limits: a guest that invents addresses fills only its own network's share. An address waits once: until a source
+reports it, further requests get their 404 at once. The result goes back to HAProxy once, with the record; from then on
+HAProxy's maps have it.
 """
 
 import asyncio
@@ -23,17 +23,17 @@ from imdsproxy.core.timing import Durations
 from imdsproxy.core.wire import MapRecord
 
 _QUIET_S: Final = 60.0
-"""An address that asks for nothing this long may be another guest's by then, and waits again."""
+"""Quiet time after which an address may belong to another guest, and its requests wait again, in seconds."""
 _MAX_ENDED: Final = 10_000
-"""Addresses whose wait is remembered; an inventive guest must not fill the memory."""
+"""Maximum number of addresses whose wait is remembered, so that an inventive guest cannot fill the memory."""
 
 
 Outcome: TypeAlias = MapRecord | Denial
-"""By which record HAProxy answers, or why the guest gets no document."""
+"""Record by which HAProxy answers, or the reason why the guest gets no document."""
 
 Look: TypeAlias = Callable[[AddressKey, Scope | None, int | None], Awaitable[Outcome]]
-"""Looks an address up now, which may read the kernel's neighbour table or query Neutron. The scope is what the id in
-the request is, where the request has it; the port the guest's, where the kernel has not yet checked the address
+"""Function that looks an address up now; it may read the kernel's neighbour table or query Neutron. Its arguments: the
+address; the kind of id in the request, if any; and the guest's port, if the kernel has not yet checked the address
 together with its MAC."""
 
 FOUND: Final = "found"
@@ -42,17 +42,17 @@ _MAY_COME: Final = (Denial.UNKNOWN, Denial.UNAVAILABLE)
 
 @dataclass(slots=True)
 class Resolver:
-    """Answers who an unknown address is, holding what may still come.
+    """Finds the instance at an unknown address; holds the request while the answer may still arrive.
 
     Args:
-        look: The look-up; called once at first and again whenever `wake` names the address.
-        limits: Asked at each request, so that a new setting counts at once.
-        now: Monotonic seconds.
+        look: Look-up, called once at first and again whenever `wake` names the address.
+        limits: Returns the settings, read at each request so that new ones apply at once.
+        now: Returns monotonic time, in seconds.
 
     Attributes:
-        outcomes: What became of misses since the start: `FOUND`, or why not.
-        mismatched: Those that were a `MISMATCH`, by network.
-        durations: How long those took that were found, the time that they were held included.
+        outcomes: Number of misses since the start, by result: `FOUND` or the denial.
+        mismatched: Number of `MISMATCH` denials, by network.
+        durations: Durations of resolved misses, with the time that they were held.
     """
 
     look: Look
@@ -64,15 +64,15 @@ class Resolver:
     _waiting: dict[AddressKey, set[asyncio.Event]] = field(default_factory=dict)
     _held: Counter[NetworkId] = field(default_factory=Counter)
     _wait_ends: dict[AddressKey, float] = field(default_factory=dict)
-    """When each address's one wait ends, or when it last asked after that; in about that order."""
+    """End of each address's wait, or its last request after that, in roughly ascending order."""
 
     @property
     def held(self) -> int:
-        """Requests that wait now."""
+        """Number of waiting requests."""
         return self._held.total()
 
     def wake(self, keys: Iterable[AddressKey] | None) -> None:
-        """These addresses may have become known; `None` for all, as when a source came in sync."""
+        """Look these addresses up again, which may have become known; `None` for all, as when a source came in sync."""
         if not (self._wait_ends or self._waiting):
             return
         for key in (*self._wait_ends, *self._waiting) if keys is None else keys:
@@ -81,13 +81,13 @@ class Resolver:
                 event.set()
 
     def wake_networks(self, networks: Collection[NetworkId]) -> None:
-        """Any address of these networks may have become known: whose it is, its MAC says."""
+        """Look up every waiting address of these networks again: its owner may be known by the MAC now."""
         self.wake([key for key in (*self._wait_ends, *self._waiting) if key[0] in networks])
 
     async def resolve(
         self, key: AddressKey, scope: Scope | None = None, port: int | None = None
     ) -> Outcome:
-        """Whose the address is, or what to answer where it stays unknown (design §6)."""
+        """Return the record for the address, or the denial if it stays unknown (design §6)."""
         began, look = self.now(), partial(self.look, key, scope, port)
         outcome = await look()
         if outcome in _MAY_COME:
@@ -100,7 +100,7 @@ class Resolver:
         return outcome
 
     def _left(self, key: AddressKey, hold_s: float) -> float:
-        """Seconds of an address's one wait that are left; all of them where it has not begun."""
+        """Return the seconds left of an address's wait; the whole wait if it has not begun."""
         ends, now = self._wait_ends.get(key, -math.inf), self.now()
         return hold_s if now - ends >= _QUIET_S else max(0.0, min(hold_s, ends - now))
 
@@ -115,7 +115,7 @@ class Resolver:
     async def _hold(
         self, key: AddressKey, look: Callable[[], Awaitable[Outcome]], outcome: Outcome
     ) -> Outcome:
-        """What becomes of it while the request waits, within the limits."""
+        """Hold the request within the limits; return its final outcome."""
         limits, in_sync = self.limits(), outcome is Denial.UNKNOWN
         hold_s = self._left(key, limits.hold_s) if in_sync else limits.hold_s
         if hold_s <= 0:
@@ -135,7 +135,7 @@ class Resolver:
                     event.clear()
                     outcome = await look()
         except TimeoutError:
-            # The time is over, and what was last known of the source still holds.
+            # The wait is over, and the last known state of the source still applies.
             return await look()
         finally:
             self._release(key, event)
