@@ -1,4 +1,4 @@
-"""Has the passwords of a fleet's guests on each of their hosts, and sends hubs those that guests post here."""
+"""Synchronisation of guests' passwords with a fleet: to files on each of their hosts, and from here to the hubs."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _log = structlog.get_logger()
 
 @dataclass(slots=True)
 class FleetPasswords:
-    """Keeps the files and the fleet equal.
+    """Keeps the password files and the fleet equal.
 
     Args:
-        store: Where the document server keeps what guests post.
-        group: The group id that may read the files; `None` for this process's.
-        send: Gives a password to a hub; raises `SourceRefused` where the fleet takes none, or has another.
-        backoff: Pauses after a hub could not be reached, or the disk refused.
+        store: Files in which the document server stores posted passwords.
+        group: Group id that may read the files; `None` for this process's.
+        send: Sends a password to a hub; raises `SourceRefused` if the fleet accepts none, or has another.
+        backoff: Pauses after a hub was unreachable, or the disk refused.
     """
 
     store: PasswordStore
@@ -42,13 +42,13 @@ class FleetPasswords:
     _sending: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def forget(self, instance: InstanceId) -> bool:
-        """Forget a password that no hub has yet; `False` where there is none.
+        """Remove a password that no hub has yet; return `False` if there is none.
 
         Raises:
-            SourceRefused: The fleet has it, and so has each host of the instance.
-            HostRefused: As `PasswordStore.remove`.
+            SourceRefused: The fleet has the password, and so has each host of the instance.
+            HostRefused: See `PasswordStore.remove`.
         """
-        # One that is on its way to a hub is there before this answers: who asked clears it there then.
+        # Wait for a transfer under way: the hub then has the password, and the caller must clear it there.
         async with self._sending:
             if self._fleet.get(instance):
                 raise SourceRefused(
@@ -58,7 +58,7 @@ class FleetPasswords:
             return await asyncio.to_thread(self.store.remove, instance)
 
     async def take(self, fleet: Mapping[InstanceId, bytes | None]) -> None:
-        """Put in the files what the fleet has of each instance on this host."""
+        """Write the fleet's passwords of the instances on this host to the files."""
         before, self._fleet = self._fleet, dict(fleet)
         self._before = {one: self._before.get(one) or before.get(one) for one in fleet}
         changed = [one for one, password in fleet.items() if before.get(one) != password]
@@ -73,7 +73,7 @@ class FleetPasswords:
                 _log.error("password not kept", instance=instance, error=error.message)
 
     async def run(self) -> None:
-        """Look for what guests post, until cancelled."""
+        """Check for posted passwords periodically, until cancelled."""
         while True:
             try:
                 await self.look()
@@ -85,10 +85,10 @@ class FleetPasswords:
                 await asyncio.sleep(_LOOK_EVERY_S)
 
     async def look(self) -> None:
-        """Do what is to be done about each file.
+        """Synchronise each password that may have changed.
 
         Raises:
-            ImdsproxyError: No hub is reached, or the disk refuses.
+            ImdsproxyError: No hub is reachable, or the disk refuses.
         """
         seen = await asyncio.to_thread(self.store.changed_at)
         if seen == self._seen:
@@ -121,7 +121,7 @@ class FleetPasswords:
         try:
             await self.send(instance, password)
         except SourceRefused as error:
-            # It has gone to another host, or its guest has posted there; the fleet's comes by itself.
+            # The instance has moved to another host, or its guest has posted there; the fleet's password will arrive.
             self._refused[instance] = password
             _log.warning("password refused", instance=instance, error=error.message)
         else:

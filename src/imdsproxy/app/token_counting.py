@@ -1,4 +1,4 @@
-"""Reads without session tokens, as HAProxy's workers count them, added up over workers and controllers."""
+"""Number of reads without session tokens, counted by HAProxy's workers and summed over workers and controllers."""
 
 import asyncio
 import json
@@ -53,20 +53,21 @@ def _write(connection: sqlite3.Connection, key: _Key, numbers: Kept | None) -> N
 
 @dataclass(slots=True)
 class TokenCounting:
-    """Adds up what workers have counted: for a report, and before a reload ends a worker.
+    """Sums the counts of workers: for a report, and before a reload ends a worker.
 
-    It is on disk a minute later, with how far each worker had counted. Their tables outlive a controller, so that the
-    next one misses nothing while the worker lives.
+    The sums are on disk within a minute, with the last count of each worker. A worker's table outlives the controller,
+    so
+    the next controller misses nothing while the worker lives.
 
     Args:
-        haproxy: Whose workers are asked, draining ones too.
-        clock: Of this host.
-        one_in: Of so many reads that are not refused one is counted now; 0 for none.
-        path: Where sums are kept; the file may be deleted.
+        haproxy: HAProxy whose workers are read, draining ones too.
+        clock: Clock of this host.
+        one_in: Returns the current sampling: one of so many accepted reads is counted; 0 for none.
+        path: File of the sums, which may be deleted.
 
     Attributes:
-        ledger: The sums.
-        recalled: They have those of the controllers before.
+        ledger: Sums.
+        recalled: Whether the sums include those of earlier controllers.
     """
 
     haproxy: Haproxy
@@ -88,11 +89,11 @@ class TokenCounting:
 
     @property
     def problem(self) -> Problem | None:
-        """Why counts do not outlive this controller."""
+        """Reason why counts do not outlive this controller."""
         return self._cache.problem
 
     async def refresh(self) -> None:
-        """Read all workers' tables once; what cannot be read is read the next time."""
+        """Read all workers' tables once; retry at the next call what cannot be read."""
         async with self._lock:
             if not self.recalled:
                 rows = await asyncio.to_thread(self._cache.load)
@@ -104,9 +105,9 @@ class TokenCounting:
                 await self._save()
 
     async def save(self) -> None:
-        """Have on disk what is known now."""
+        """Write the present sums to disk."""
         async with self._lock:
-            # What was not read must not be overwritten by less.
+            # If the file was not read yet, its larger sums must not be overwritten.
             if self.recalled:
                 await self._save()
 
@@ -122,11 +123,11 @@ class TokenCounting:
         try:
             async for pid, found in self.haproxy.master.ask_workers(*tables):
                 stat = read_stat(pid)
-                # A pid can come again.
+                # A pid can be reused, so add the start time.
                 worker = f"{pid}.{0 if stat is None else stat.started}"
                 workers.append(worker)
                 if found:
-                    # At once: another worker may hang until there is no time left.
+                    # Add each answer at once: another worker may hang until the time is over.
                     rows = parse_guests(found[0]), parse_readers(found[1])
                     self.ledger.add(worker, *rows, self.clock.now().timestamp())
         except RuntimeUnavailable as error:
@@ -141,16 +142,16 @@ class TokenCounting:
         days: int,
         scope: tuple[str, str] | None = None,
     ) -> TokenReport:
-        """Who still reads without session tokens, which trees required tokens leave open, and whether to require them.
+        """Report which guests read without session tokens, which trees stay open, and whether to require tokens.
 
         Args:
-            inventory: Everything known.
-            policies: Those in force.
-            days: For so long no guest may have read without one, for the verdict yes.
-            scope: `network` or `project`, and its id, for a verdict on that alone.
+            inventory: Inventory.
+            policies: Returns the policies in force.
+            days: Days without a read without a token that the verdict yes requires.
+            scope: `network` or `project`, and its id, for a verdict on that scope only.
 
         Raises:
-            NotFound: There is none.
+            NotFound: The scope has no instance.
         """
         await self.refresh()
         book, one_in = policies(), self.one_in()
@@ -176,7 +177,7 @@ class TokenCounting:
     async def report_instance(
         self, inventory: Inventory, policies: Callable[[], PolicyBook], instance: InstanceId
     ) -> InstanceTokens:
-        """How one instance reads without session tokens, without a look at any other."""
+        """Report how one instance reads without session tokens, without a look at any other."""
         await self.refresh()
         one_in, trees = self.one_in(), open_trees(inventory, policies(), instance)
         report = self.ledger.report(trees)

@@ -1,1 +1,1 @@
-"""The process of `imdsproxy run`: what is made of the settings, in which order it starts, and how it ends."""
+"""Process of `imdsproxy run`: its parts, the order of their start, and its end."""

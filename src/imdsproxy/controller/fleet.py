@@ -1,4 +1,4 @@
-"""What a fleet's hub learns of this host: which of its items are in force, and what the admin API says."""
+"""View of this host for a fleet's hubs: the items in force, and the admin API's answers."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ _UNCONFIRMED: Final = "the data plane has not confirmed it yet"
 
 @dataclass(frozen=True, slots=True)
 class FleetHost:
-    """This host, as its hub sees it."""
+    """This host, for its hub."""
 
     controller: Controller
 
     async def confirm(
         self, items: Collection[ItemKey], gone: Collection[ItemKey]
     ) -> Mapping[ItemKey, str]:
-        """Wait until what the source has published is in force; which items are not, and why.
+        """Wait until the source's changes are in force; return the items that are not, with reasons.
 
         Args:
-            items: Those that changed and are here.
-            gone: Those that the fleet has removed: what others say of them since is no failure of theirs.
+            items: Changed items that are on this host.
+            gone: Items that the fleet has removed; reports of other sources about them are no failure.
         """
         controller = self.controller
         changed = map(_parts, (*items, *gone))
@@ -77,7 +77,7 @@ class FleetHost:
         return found + list(_contradictions(inventory, instance))
 
     async def answer(self, ask: Ask) -> tuple[int, Any]:
-        """Status and body of the admin API's answer, as far as hubs may ask."""
+        """Return status and body of the admin API's answer to a request that hubs may make, else 403."""
         if not _MAY_ASK.fullmatch(f"{ask.method} {ask.path}"):
             return 403, {"message": f"hubs may not ask for {ask.method} {ask.path}"}
         socket = str(self.controller.holder.settings.admin_socket)
@@ -97,7 +97,7 @@ class FleetHost:
 
 
 def _contradictions(inventory: Inventory, instance: InstanceId) -> list[str]:
-    """Where other sources of this host say otherwise."""
+    """Return how other sources of this host contradict the instance's record."""
     if instance in inventory.contested_instances:
         sources = " and ".join(inventory.sources_of_instance(instance))
         return [f"{sources} describe it differently"]

@@ -1,4 +1,4 @@
-"""Waiting until what sources have published is what guests get."""
+"""Functions that wait until published records are in force."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from imdsproxy.controller.controller import Controller
 
 _APPLY_DEADLINE_S: Final = 10.0
-"""How long nothing may come forward before the answer is that it is not in force yet."""
+"""Time without progress after which a change is reported as not in force yet, in seconds."""
 
 _LISTENER_DEADLINE_S: Final = 2.0
 _POLL_S: Final = 0.05
@@ -22,11 +22,11 @@ _COMING: Final = frozenset({LeftOutCode.PENDING, LeftOutCode.ADDRESS_TENTATIVE})
 
 
 async def wait_confirmed(controller: Controller, *, listeners: bool) -> bool:
-    """Wait until every worker of HAProxy has what is published by now, for as long as the work on it comes forward.
+    """Wait until every HAProxy worker has the published records; return false if the work fails or makes no progress.
 
     Args:
-        controller: Whose.
-        listeners: Networks have changed, too.
+        controller: Controller.
+        listeners: Whether networks have changed, too.
     """
     records, networks = controller.records, controller.listeners
     waits = [records.tickets.wait(records.tickets.given)]
@@ -36,7 +36,7 @@ async def wait_confirmed(controller: Controller, *, listeners: bool) -> bool:
     async def both() -> None:
         await asyncio.gather(*waits)
         if records.withheld:
-            # The first MAC in a network: it takes another listener, and then the records again.
+            # The first MAC in a network needs another listener, and then the records again.
             await networks.tickets.wait(networks.tickets.given)
             await records.tickets.wait(records.tickets.given)
 
@@ -57,7 +57,7 @@ async def wait_confirmed(controller: Controller, *, listeners: bool) -> bool:
 async def find_unserved(
     listeners: ListenerLoop, networks: frozenset[NetworkId]
 ) -> list[endpoints.LeftOut]:
-    """Why these are not served, once what comes by itself had its time to come."""
+    """Return why these networks are not served, after a wait for pending ones."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + _LISTENER_DEADLINE_S
     while True:

@@ -1,4 +1,4 @@
-"""Taking over new settings while guests are served."""
+"""Reload of the settings while guests are served."""
 
 import asyncio
 from dataclasses import replace
@@ -18,14 +18,14 @@ _log: Final = structlog.get_logger()
 
 
 async def reload_settings(controller: Controller, *, allow_dropped: bool) -> SettingsReload:
-    """Read the settings again; what can be taken over live or by a reload is.
+    """Read the settings again; apply all that can change live or by a reload of HAProxy.
 
-    Returns once guests are answered by them: an operator who gives a Nova its next secret must know when.
-    Where that takes long, `pending` has the reasons.
+    Return once guests get answers by the new settings: an operator who gives a Nova its next secret must know when.
+    If that takes long, `pending` has the reasons.
 
     Args:
-        controller: Whose settings.
-        allow_dropped: Whether settings may be missing that were there.
+        controller: Controller.
+        allow_dropped: Whether settings may disappear.
     """
     result, taken_over = _begin(controller, allow_dropped=allow_dropped)
     if taken_over is None or (await asyncio.wait([taken_over], timeout=_TAKE_OVER_S))[0]:
@@ -35,7 +35,7 @@ async def reload_settings(controller: Controller, *, allow_dropped: bool) -> Set
 
 
 def hang_up(controller: Controller) -> None:
-    """SIGHUP: as `imdsproxy reload`; the log has the result."""
+    """Handle SIGHUP like `imdsproxy reload`, with the result in the log."""
     try:
         result, _ = _begin(controller)
     except ImdsproxyError as error:
@@ -58,7 +58,7 @@ def _begin(
         if after.limits.enabled:
             link_jail_to_itself(controller.layout.jail)
         records, keys = controller.policy_store.read(after)
-        # Which are in every record that is compiled: Nova's signatures, and the region.
+        # Nova's signatures and the region are part of every compiled record.
         records |= nova.read(after.nova)
         records |= after.documents.region != holder.settings.documents.region
         contents = changed_secrets(routing, nova.routing)
@@ -69,7 +69,7 @@ def _begin(
     finally:
         controller.notifier.ready()
     if nova.backends() != backends:
-        # Also where the settings are the same, and a file that they name is not.
+        # HAProxy also reloads if only the content of a file in the settings has changed.
         result = replace(result, haproxy_reloaded=True)
     if not (records or keys or result.haproxy_reloaded):
         return result, None
@@ -83,7 +83,7 @@ def _begin(
 async def _take_over(controller: Controller, ticket: int | None, *, keys: bool) -> None:
     if keys:
         await controller.policy_store.keys.confirmed()
-    # Rules that take another signature, or another set, find it in the records already.
+    # The records come first: new rules may require another signature, or another set.
     if ticket is not None:
         await controller.records.tickets.wait(ticket)
     await controller.nova.resolve()

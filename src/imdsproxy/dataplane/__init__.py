@@ -1,1 +1,1 @@
-"""Acting on HAProxy: its process, its sockets, its files."""
+"""Control of HAProxy: its process, sockets and files."""

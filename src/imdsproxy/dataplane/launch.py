@@ -1,4 +1,4 @@
-"""Starting HAProxy's master, finding one that runs, ending it."""
+"""Launcher for HAProxy's master: starts it, finds a running one, ends it."""
 
 import asyncio
 import shutil
@@ -24,12 +24,12 @@ _SEARCH_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/
 _STOP_GRACE_S: Final = 10.0
 _ASK_S: Final = 10.0
 _UNIT_S: Final = 90.0
-"""Longer than our units may take to start or to stop."""
+"""Deadline for systemctl, in seconds: longer than our units may take to start or to stop."""
 
 
 @dataclass(frozen=True, slots=True)
 class HaproxyProgram:
-    """The HAProxy that is installed here; `path` is absolute."""
+    """Installed HAProxy; `path` is absolute."""
 
     path: str
     version: str
@@ -37,15 +37,15 @@ class HaproxyProgram:
 
 
 def locate_program(binary: str) -> str:
-    """Return the path of a program of the settings, which may be a name."""
+    """Return the path of a program from the settings, which may be a bare name."""
     return shutil.which(binary, path=_SEARCH_PATH) or binary
 
 
 async def read_program(binary: str) -> HaproxyProgram:
-    """Ask the program what it is.
+    """Query the program's version and features.
 
     Raises:
-        HaproxyMissing: There is none, it hangs, is older than 3.0, or was built without namespaces.
+        HaproxyMissing: HAProxy is missing, hangs, is older than 3.0, or was built without namespaces.
     """
     path = locate_program(binary)
     try:
@@ -70,11 +70,13 @@ async def read_program(binary: str) -> HaproxyProgram:
 
 
 def _maxconn(config: Path) -> int:
-    """The configuration's own `maxconn`, for the command line.
+    """Return the configuration's own `maxconn`, for the command line.
 
-    The master, which reads no configuration once it waits, would take 100. It keeps a socket whose number is
-    above those of the namespaces that were open when it was made, and ends at its start when that is more than
-    100 connections could need: from some 220 namespaces on (HAProxy 3.0, `MASTER_MAXCONN`).
+    A waiting master reads no configuration and would take 100. It holds a socket whose descriptor number exceeds those
+    of
+    the namespaces that were open before. If that number is larger than 100 connections could need, the master ends at
+    its
+    start: from about 220 namespaces on (HAProxy 3.0, `MASTER_MAXCONN`).
     """
     lines = config.read_text().splitlines() if config.exists() else []
     found = [line.split()[1] for line in lines if line.split()[:1] == ["maxconn"]]
@@ -83,24 +85,24 @@ def _maxconn(config: Path) -> int:
 
 @dataclass(slots=True)
 class Launcher:
-    """How HAProxy's master comes up and goes down on this host; it outlives the controller.
+    """Starts and stops HAProxy's master on this host; the master outlives the controller.
 
     Args:
         program: HAProxy's path.
-        unit: The systemd unit, which systemd starts again by itself; `None` for a process of its own session.
+        unit: The systemd unit, which systemd restarts by itself; `None` for a detached process.
     """
 
     program: str
     unit: str | None
     layout: Layout
-    # One of its own: what it asks until HAProxy answers is not counted.
+    # A separate client, so that its queries during a start are not counted.
     master: MasterClient = field(init=False)
 
     def __post_init__(self) -> None:
         self.master = MasterClient(self.layout.master_socket)
 
     def arguments(self) -> list[str]:
-        """The command line, which is also how a running master is recognised as ours."""
+        """Return the command line, by which a running master is also recognised as ours."""
         master, pid_file = f"{self.layout.master_socket},mode,600", str(self.layout.pid_file)
         config, maxconn = str(self.layout.config), str(_maxconn(self.layout.config))
         return [self.program, "-W", "-S", master, "-p", pid_file, "-n", maxconn, "-f", config]
@@ -109,9 +111,9 @@ class Launcher:
         """Start the master and wait until its worker accepts.
 
         Raises:
-            ConfigRejected: It ends at once; the message has its alerts.
+            ConfigRejected: HAProxy ends at once; the message has its alerts.
             HaproxyMissing: The program cannot be run.
-            RuntimeUnavailable: It runs and does not answer on its socket.
+            RuntimeUnavailable: HAProxy runs, but does not answer on its socket.
         """
         if self.unit is not None:
             return await self._start_unit(self.unit)
@@ -119,14 +121,14 @@ class Launcher:
         try:
             return await self._wait_for_worker(partial(self._read_end, child, offset))
         except (ConfigRejected, RuntimeUnavailable):
-            # The next try would start another one beside it.
+            # Otherwise the next attempt would start a second master beside this one.
             await child.kill_group()
             raise
         finally:
             child.close()
 
     async def _start_unit(self, unit: str) -> Processes:
-        # Stays there for the times that systemd starts it without us.
+        # The file stays, for starts by systemd without us.
         options = f"MAXCONN={_maxconn(self.layout.config)}\n"
         write_atomic(self.layout.environment, options.encode(), mode=0o644)
         status, words = await control_unit("start", unit)
@@ -137,7 +139,7 @@ class Launcher:
         return await self._wait_for_worker(partial(_read_failure, unit))
 
     async def _wait_for_worker(self, read_end: Callable[[], Awaitable[str | None]]) -> Processes:
-        """Poll the master socket until a worker is named; `read_end` gives the output of a dead master."""
+        """Poll the master socket until it names a worker; `read_end` returns the output of an ended master."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + _START_DEADLINE_S
         while True:
@@ -163,13 +165,13 @@ class Launcher:
         return parse_failure(output)[-2000:] or "it wrote nothing"
 
     async def kill(self, processes: Processes) -> None:
-        """End the master and its workers at once, whatever state they are in."""
-        # The master first: it would take a dead worker for a failure of its own and write about it.
+        """Kill the master and its workers at once, whatever their state."""
+        # Kill the master first: it would report a killed worker as a failure in its log.
         for pid in processes.pids:
             kill_process(pid)
 
     async def end_lost(self) -> None:
-        """End a master of ours that its socket doesn't lead to: its files were removed, or it hangs."""
+        """Kill our master if its socket does not lead to it, because its files were removed or it hangs."""
         if self.unit is not None:
             await self.stop()
             return
@@ -180,7 +182,7 @@ class Launcher:
             handle.close()
 
     async def stop(self) -> None:
-        """End the master for good; it isn't started again."""
+        """End the master without a restart."""
         if self.unit is not None:
             status, words = await control_unit("stop", self.unit)
             if status != 0:
@@ -200,7 +202,7 @@ class Launcher:
 
 
 def kill_process(pid: int) -> None:
-    """End a process at once, if it has not ended."""
+    """Kill a process at once, unless it has ended."""
     handle = process.open_process(pid)
     if handle is not None:
         handle.kill(signal.SIGKILL)
@@ -208,22 +210,23 @@ def kill_process(pid: int) -> None:
 
 
 async def control_unit(verb: Literal["start", "stop"], unit: str) -> tuple[int, str]:
-    """Have systemd start or stop a unit: the exit status, and the command with its output.
+    """Start or stop a systemd unit; return the exit status, and the command with its output.
 
     Raises:
-        HaproxyMissing: There is no systemctl.
-        HostRefused: It takes longer than our units may.
+        HaproxyMissing: systemctl is missing.
+        HostRefused: The command takes longer than our units may.
     """
     if verb == "start":
-        # Without it, each restart since the unit's last rest would make systemd wait longer. A unit that was never
-        # started has nothing to forget, and systemd refuses.
+        # Otherwise each restart since the unit's last rest makes systemd wait longer. systemd refuses for a unit that
+        # was
+        # never started, which has no failures to reset.
         await _run("systemctl", "reset-failed", unit)
     status, words = await _run("systemctl", verb, unit, deadline_s=_UNIT_S)
     return status, f"systemctl {verb} {unit}: {words}"
 
 
 async def _run(*arguments: str, deadline_s: float = _ASK_S) -> tuple[int, str]:
-    """Run a command of systemd's: its exit status and its output."""
+    """Run a systemd command; return its exit status and output."""
     try:
         return await process.run_program(*arguments, deadline_s=deadline_s)
     except OSError as error:
@@ -236,7 +239,7 @@ async def _read_failure(unit: str) -> str | None:
 
 
 async def _read_alerts(unit: str) -> str:
-    """What HAProxy wrote into the journal before it ended; empty where that cannot be read."""
+    """Return HAProxy's messages in the journal before it ended; empty if the journal cannot be read."""
     await _run("journalctl", "--sync")
     options = ("--unit", unit, "--output=cat", "--no-pager", "--lines=40")
     status, words = await _run("journalctl", *options)
@@ -244,11 +247,11 @@ async def _read_alerts(unit: str) -> str:
 
 
 def find_alerts(journal: str, unit: str) -> str:
-    """HAProxy's alerts of its last start that had any, each once.
+    """Return the alerts of HAProxy's last start that had any, each once.
 
     Args:
-        journal: The unit's messages, systemd's own among them, which part one start from the next.
-        unit: The unit's name.
+        journal: Messages of the unit; systemd's own messages separate the starts.
+        unit: Name of the unit.
     """
     for start in reversed(journal.split(f"Starting {unit}")):
         if "[ALERT]" in start:

@@ -1,4 +1,4 @@
-"""Time, as something that is handed in: the rest of imdsproxy never asks the system itself."""
+"""Clocks and moments, passed as arguments to code that depends on the time."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Final
 
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 _STEP_S: Final = 60.0
-"""A clock that is slower than another one by less is not wrong."""
+"""Tolerance between two clocks, in seconds: a clock that is behind by less counts as right."""
 
 
 @dataclass(frozen=True, slots=True)
 class Moment:
-    """A moment that can be stored: how long ago it was is known after a restart, and after a reboot.
+    """Moment that can be stored and compared after a restart or a reboot.
 
     Attributes:
         at: Unix time.
-        boot: The kernel's id of the present boot.
-        up_s: Seconds since the boot, whatever is done to the wall clock.
+        boot: Kernel's id of the present boot.
+        up_s: Seconds since the boot, independent of the wall clock.
     """
 
     at: float
@@ -28,11 +28,11 @@ class Moment:
     up_s: float
 
     def before(self, seconds: float) -> Moment:
-        """The moment so many seconds before."""
+        """Return the moment so many seconds earlier."""
         return replace(self, at=self.at - seconds, up_s=self.up_s - seconds)
 
     def since(self, then: Moment) -> float | None:
-        """Seconds since then; `None` where that is not known: the wall clock was set back before a reboot."""
+        """Return the seconds since then; `None` if unknown, because the wall clock was set back before a reboot."""
         if self.boot == then.boot:
             return max(0.0, self.up_s - then.up_s)
         passed = self.at - then.at
@@ -40,17 +40,17 @@ class Moment:
 
 
 class Clock:
-    """The kernel's clocks, passed to everything that needs the time."""
+    """Kernel's clocks, passed to every part that needs the time."""
 
     def monotonic(self) -> float:
-        """Seconds since an arbitrary start; never goes back, whatever is done to the wall clock."""
+        """Return seconds since an arbitrary start; they never go back, whatever happens to the wall clock."""
         return time.monotonic()
 
     def now(self) -> datetime:
-        """The wall clock in UTC; may jump either way."""
+        """Return the wall clock's time in UTC; it may jump either way."""
         return datetime.now(UTC)
 
     def moment(self) -> Moment:
-        """Now, by both."""
+        """Return the present moment by both clocks."""
         up_s = time.clock_gettime(time.CLOCK_BOOTTIME)
         return Moment(self.now().timestamp(), _BOOT_ID.read_text("ascii").strip(), up_s)

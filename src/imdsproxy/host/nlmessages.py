@@ -1,8 +1,8 @@
-"""The bytes of netlink messages (netlink(7)): headers, attributes, and a socket for them.
+"""Netlink messages (netlink(7)): headers, attributes, and a socket for them.
 
-Our own because of what it is for: 1,000 namespaces are looked at in a tenth of a second, and the
-controller stays small. A general library costs 1 ms and a thread or process for each namespace
-that it enters, and 24 MB of memory (docs/adr has the figures).
+Our own code, so that a look at 1,000 namespaces takes a tenth of a second and the controller stays small. A general
+library needs 1 ms and a thread or process for each namespace that it enters, and 24 MB of memory (docs/adr has the
+figures).
 """
 
 import os
@@ -21,7 +21,7 @@ REPLACE: Final = 0x100
 EXCL: Final = 0x200
 CREATE: Final = 0x400
 NESTED: Final = 0x8000
-"""In an attribute's type: it holds attributes."""
+"""Flag in an attribute's type: the value consists of attributes."""
 
 _HEADER: Final = struct.Struct("=IHHII")
 _ATTRIBUTE: Final = struct.Struct("=HH")
@@ -33,21 +33,21 @@ _HAS_TLVS: Final = 0x200
 _TYPE_MASK: Final = 0x3FFF
 SOL_NETLINK: Final = 270
 _OPTIONS: Final = (10, 11, 12)
-"""NETLINK_CAP_ACK: errors without what was asked. NETLINK_EXT_ACK: errors in words. NETLINK_GET_STRICT_CHK (Linux
-4.20): a dump can be narrowed to one device or table."""
+"""Socket options. NETLINK_CAP_ACK: errors do not repeat the request. NETLINK_EXT_ACK: errors have a text.
+NETLINK_GET_STRICT_CHK (Linux 4.20): a dump can be limited to one device or table."""
 
 _RECEIVE_BYTES: Final = 32 * 1024  # as much as the kernel packs into one datagram of a dump
 _DUMP_TRIES: Final = 5
 
 
 Value: TypeAlias = "int | str | bytes | Mapping[int, Value] | Sequence[Value] | None"
-"""Of an attribute: a number, a NUL-terminated string, bytes as they are, attributes by their types, or a list of
-attributes of type 1; with `None` there is no attribute.
+"""Value of an attribute: a number, a NUL-terminated string, raw bytes, attributes by their types, or a list of
+attributes of type 1. `None` omits the attribute.
 """
 
 
 class NetlinkRefused(OSError):
-    """The kernel's error answer, with its own words where it gave some."""
+    """Raised if the kernel answers with an error; has the kernel's text if it sent one."""
 
     def __init__(self, number: int, words: str = "") -> None:
         meaning = os.strerror(number)
@@ -59,17 +59,17 @@ def _padded(length: int) -> int:
 
 
 def attribute(kind: int, value: bytes) -> bytes:
-    """An attribute with its padding."""
+    """Return an attribute with its padding."""
     length = _ATTRIBUTE.size + len(value)
     return _ATTRIBUTE.pack(length, kind) + value + b"\0" * (_padded(length) - length)
 
 
 def pack_attributes(values: Mapping[int, Value], number: str = "=I") -> bytes:
-    """Attributes by their types.
+    """Pack attributes.
 
     Args:
-        values: Of each.
-        number: How `struct` packs numbers, which have four bytes.
+        values: Values by attribute type.
+        number: Format of numbers for `struct`; they have four bytes.
     """
     return b"".join(_pack_value(kind, value, number) for kind, value in values.items())
 
@@ -89,17 +89,17 @@ def _pack_value(kind: int, value: Value, number: str) -> bytes:
 
 
 def number(value: bytes | None) -> int:
-    """An attribute's number in this machine's order, of any size; 0 without one."""
+    """Return an attribute's number of any size, in this machine's byte order; 0 without an attribute."""
     return int.from_bytes(value or b"", sys.byteorder)
 
 
 def string(value: bytes | None) -> str:
-    """An attribute's text; empty without one."""
+    """Return an attribute's text; empty without an attribute."""
     return (value or b"").rstrip(b"\0").decode(errors="replace")
 
 
 def parse_attributes(data: bytes, offset: int = 0) -> dict[int, bytes]:
-    """Attributes by type, flags removed; one that is cut short ends the list."""
+    """Parse attributes by type, flags removed; stop at a truncated one."""
     found: dict[int, bytes] = {}
     end = len(data)
     while offset + 4 <= end:
@@ -112,7 +112,7 @@ def parse_attributes(data: bytes, offset: int = 0) -> dict[int, bytes]:
 
 
 def parse_list(data: bytes) -> Iterator[bytes]:
-    """Attributes one after the other, where all are of one type."""
+    """Yield the values of consecutive attributes that all have the same type."""
     offset = 0
     while offset + _ATTRIBUTE.size <= len(data):
         length, _ = _ATTRIBUTE.unpack_from(data, offset)
@@ -123,14 +123,14 @@ def parse_list(data: bytes) -> Iterator[bytes]:
 
 
 def pack_message(kind: int, flags: int, sequence: int, payload: bytes) -> bytes:
-    """A request with its header, filled up to four bytes."""
+    """Return a request with its header, padded to four bytes."""
     length = _HEADER.size + len(payload)
     header = _HEADER.pack(length, kind, flags | REQUEST, sequence, 0)
     return header + payload + b"\0" * (_padded(length) - length)
 
 
 def iter_messages(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
-    """(type, flags, sequence number, payload) of each message in what was received."""
+    """Yield type, flags, sequence number and payload of each received message."""
     offset, end = 0, len(data)
     while offset + _HEADER.size <= end:
         length, kind, flags, sequence, _ = _HEADER.unpack_from(data, offset)
@@ -141,7 +141,7 @@ def iter_messages(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
 
 
 class NetlinkSocket:
-    """Asks the kernel and waits for its answer, in the namespace of the thread that makes it.
+    """Sends requests to the kernel and waits for answers, in the namespace of the thread that creates the socket.
 
     Args:
         protocol: `socket.NETLINK_ROUTE`, NETLINK_SOCK_DIAG (4) or NETLINK_NETFILTER (12).
@@ -164,16 +164,16 @@ class NetlinkSocket:
         """Send a change and wait until the kernel has made it.
 
         Raises:
-            NetlinkRefused: It was refused.
+            NetlinkRefused: The kernel refused the change.
         """
         self._send(kind, payload, flags | ACK)
         self._collect()
 
     def find(self, kind: int, payload: bytes, *missing: int) -> bytes | None:
-        """Ask for one object; `None` where the kernel refuses with one of these errors, or has none.
+        """Request one object; return `None` if the kernel answers with one of these errors, or has none.
 
         Raises:
-            NetlinkRefused: The question was refused otherwise.
+            NetlinkRefused: The kernel answered with another error.
         """
         self._send(kind, payload, 0)
         with Ignoring(*missing):
@@ -182,10 +182,10 @@ class NetlinkSocket:
         return None
 
     def dump(self, kind: int, payload: bytes) -> list[bytes]:
-        """Ask for all objects; asked again when the table changed under the kernel's feet.
+        """Request all objects; repeat the request if the table changed during the dump.
 
         Raises:
-            NetlinkRefused: The question was refused.
+            NetlinkRefused: The kernel refused the request.
         """
         answers: list[bytes] = []
         for _ in range(_DUMP_TRIES):
@@ -200,11 +200,11 @@ class NetlinkSocket:
         self._socket.send(pack_message(kind, flags, self._sequence, payload))
 
     def _collect(self, first: int = 0, *, single: bool = False) -> tuple[list[bytes], bool]:
-        """Payloads that answer the last message, and whether they are of different moments.
+        """Return the payloads of the last message's answers, and whether the table changed between them.
 
         Args:
-            first: Errors for this and later messages count; by default for the last one only.
-            single: One answer ends it.
+            first: First sequence number whose errors count; by default only the last message's do.
+            single: Return after one answer.
         """
         answers: list[bytes] = []
         interrupted = False
@@ -224,9 +224,9 @@ class NetlinkSocket:
 
 
 def _raise_error(payload: bytes, flags: int) -> None:
-    """Raise the error in an NLMSG_ERROR, unless it is an acknowledgement."""
+    """Raise the error in an NLMSG_ERROR, unless the message is an acknowledgement."""
     (error,) = struct.unpack_from("=i", payload)
     if error:
-        # Behind the header of what was refused.
+        # The attributes follow the header of the refused request.
         words = parse_attributes(payload, 4 + _HEADER.size) if flags & _HAS_TLVS else {}
         raise NetlinkRefused(-error, string(words.get(1)))

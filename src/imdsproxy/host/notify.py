@@ -1,6 +1,6 @@
-"""Reports our state to the service manager: the protocol of sd_notify(3), version-independent part.
+"""Client of the service manager: the version-independent part of sd_notify(3).
 
-Its watchdog, and `/livez`, see by a heartbeat that the event loop makes progress.
+A heartbeat shows the manager's watchdog, and `/livez`, that the event loop makes progress.
 """
 
 import asyncio
@@ -16,44 +16,44 @@ from imdsproxy.errors import HostRefused, refusing
 
 _PATIENCE_S: Final = 1.0
 _FIRST_KEPT: Final = 3
-"""SD_LISTEN_FDS_START."""
+"""First passed descriptor, SD_LISTEN_FDS_START."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServiceNotifier:
-    """Sends states to the socket that the manager named.
+    """Sends states to the manager's socket.
 
     Attributes:
-        address: The value of `NOTIFY_SOCKET`: a path, or `@name` for an abstract socket; empty when
-            no manager listens, and then every call does nothing.
+        address: Value of `NOTIFY_SOCKET`: a path, or `@name` for an abstract socket; empty without a manager, and then
+            every call does nothing.
     """
 
     address: str = ""
 
     def ready(self, status: str = "") -> None:
-        """The service has started (or has finished its reload)."""
+        """Report that the service has started, or has finished its reload."""
         self.send(READY="1", STATUS=status)
 
     def reloading(self, monotonic_us: int) -> None:
-        """The service re-reads its configuration; `monotonic_us` is CLOCK_MONOTONIC in µs."""
+        """Report that the service re-reads its configuration; `monotonic_us` is CLOCK_MONOTONIC in µs."""
         self.send(RELOADING="1", MONOTONIC_USEC=str(monotonic_us))
 
     def keep(self, name: str, descriptor: int) -> bool:
-        """Let the manager keep an open file for the next process (`kept_sockets`); false without a manager.
+        """Store an open file with the manager for the next process (`kept_sockets`); return false without a manager.
 
-        The manager lets go of it by itself when the other side hangs up.
+        The manager closes the file when the other side hangs up.
 
         Args:
-            name: Without `:`.
-            descriptor: Of this process.
+            name: Name without `:`.
+            descriptor: Descriptor in this process.
         """
         return self._deliver(f"FDSTORE=1\nFDNAME={name}", descriptor)
 
     def send(self, **fields: str) -> None:
-        """Send `NAME=value` lines in one datagram; fields with an empty value are left out.
+        """Send `NAME=value` lines in one datagram, without fields that have an empty value.
 
         Raises:
-            HostRefused: The manager's socket does not take it.
+            HostRefused: The manager's socket refuses the datagram.
         """
         lines = [f"{name}={value.replace(chr(10), ' ')}" for name, value in fields.items() if value]
         if lines:
@@ -67,7 +67,7 @@ class ServiceNotifier:
             refusing(f"notify the service manager at {self.address}"),
             socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel,
         ):
-            # A manager that hangs must not make us hang.
+            # A timeout, so that a hung manager does not block this process.
             channel.settimeout(_PATIENCE_S)
             channel.connect(target)
             socket.send_fds(channel, [os.fsencode(text)], descriptors)
@@ -75,7 +75,7 @@ class ServiceNotifier:
 
 
 def is_journal(stream: IO[str], environment: Mapping[str, str]) -> bool:
-    """Whether what is written to a stream goes to systemd's journal (`JOURNAL_STREAM` in systemd.exec(5))."""
+    """Return whether a stream leads to systemd's journal (`JOURNAL_STREAM` in systemd.exec(5))."""
     try:
         status = os.fstat(stream.fileno())
     except (OSError, ValueError):  # it is no file at all
@@ -84,12 +84,12 @@ def is_journal(stream: IO[str], environment: Mapping[str, str]) -> bool:
 
 
 def kept_sockets(environment: Mapping[str, str], name: str, pid: int) -> list[socket.socket]:
-    """The sockets that the service manager kept by a name for an earlier process, set to non-blocking.
+    """Return the sockets that the manager stored under a name for an earlier process, set to non-blocking.
 
     Args:
-        environment: Where the manager says what it hands over (sd_listen_fds(3)).
-        name: As of `ServiceNotifier.keep`.
-        pid: Ours; what was meant for another process is left alone.
+        environment: Environment variables that describe the passed descriptors (sd_listen_fds(3)).
+        name: Name passed to `ServiceNotifier.keep`.
+        pid: Our pid; descriptors meant for another process are ignored.
     """
     if environment.get("LISTEN_PID") != str(pid):
         return []
@@ -104,21 +104,22 @@ def kept_sockets(environment: Mapping[str, str], name: str, pid: int) -> list[so
 
 
 _STUCK_S: Final = 120.0
-"""As `WatchdogSec=` of our unit. To plan 100,000 instances at once stops the loop for 3 s, on a busy host for 17 s."""
+"""Time without a beat, as `WatchdogSec=` of our unit. Planning 100,000 instances blocks the loop for 3 s, on a busy
+host for 17 s."""
 
 _LONGEST_BEAT_S: Final = 5.0
 
 
 class Heartbeat:
-    """A task of the loop that is watched.
+    """Heartbeat of an event loop.
 
     Args:
-        notifier: The service manager.
-        environment: Where that says after how long it ends a service without a sign (sd_watchdog_enabled(3)).
-        monotonic: The clock.
+        notifier: Service manager.
+        environment: Environment variables with the manager's watchdog timeout (sd_watchdog_enabled(3)).
+        monotonic: Monotonic clock.
 
     Attributes:
-        starting: While it is set, each beat also extends the time that a start may take.
+        starting: While true, each beat also extends the start timeout.
     """
 
     def __init__(
@@ -135,17 +136,17 @@ class Heartbeat:
         self._last = monotonic()
 
     def alive(self) -> bool:
-        """Whether the loop has come round lately; for any thread."""
+        """Return whether the loop has made progress recently; callable from any thread."""
         return self._monotonic() - self._last < self._stuck_s
 
     async def run(self) -> None:
-        """Beat until cancelled."""
+        """Send heartbeats until cancelled."""
         while True:
             self._last = self._monotonic()
             extension = str(int(self._stuck_s * 1e6)) if self.starting else ""
             try:
                 self._notifier.send(WATCHDOG="1", EXTEND_TIMEOUT_USEC=extension)
             except HostRefused as error:
-                # It may be executing itself anew; while it is gone, it ends no service either.
+                # The manager may be re-executing itself; until it is back, it does not end any service.
                 structlog.get_logger().warning("service manager not notified", reason=error.message)
             await asyncio.sleep(min(_LONGEST_BEAT_S, self._stuck_s / 4))

@@ -1,6 +1,6 @@
-"""python-ovs: imported only where a database is followed, and what of it does not suit a host with many networks.
+"""Loader of python-ovs, which is imported only if a database is followed, with fixes for hosts with many networks.
 
-The distribution installs it (Debian: python3-openvswitch), or `imdsproxy[ovn]` does.
+The distribution installs the library (Debian: python3-openvswitch), or `imdsproxy[ovn]` does.
 """
 
 import importlib
@@ -17,10 +17,10 @@ _LONGEST_PAUSES: Final = 8
 
 
 def import_library() -> Library:
-    """Python-ovs.
+    """Import python-ovs.
 
     Raises:
-        LibraryMissing: It is not installed, or not for this Python.
+        LibraryMissing: The library is not installed, or not for this Python.
     """
     with optional_library(
         "Open vSwitch's Python module",
@@ -30,35 +30,35 @@ def import_library() -> Library:
         for name in ("db.idl", "poller", "reconnect", "stream", "vlog"):
             importlib.import_module(f"ovs.{name}")
     library.poller.SelectPoll = _Poll
-    # What it has to say is in `Reading.lost`; else it writes to standard error.
+    # Silence its log: it would write to standard error, and `Reading.lost` has its messages.
     library.vlog.Vlog.init(None)
     library.vlog.Vlog.set_level("any", "any", "off")
     return library
 
 
 def plan_pauses(random: float) -> tuple[int, int]:
-    """The first pause between two attempts to connect, and the longest, in milliseconds.
+    """Return the first and the longest pause between two connection attempts, in milliseconds.
 
     After a loss each endpoint is tried once without a pause; then the pauses double from the first to the longest. All
-    hosts of a cloud lose a server at the same moment: `random`, from 0 to 1, keeps them from coming back together.
+    hosts of a cloud lose a server at the same moment: `random`, from 0 to 1, spreads their reconnections.
     """
     first = _FIRST_PAUSE_MS * (1 + random)
     return round(first), round(first * _LONGEST_PAUSES)
 
 
 class _Poll:
-    """poll(2) for python-ovs: its select(2) takes no descriptor above 1023, and a host with many networks has them."""
+    """poll(2) for python-ovs: its select(2) takes no descriptor above 1023, which a host with many networks exceeds."""
 
     def __init__(self) -> None:
         self._masks: dict[int, int] = {}
 
     def register(self, what: int | socket.socket, events: int) -> None:
-        """Wait for these events too."""
+        """Add events to wait for."""
         number = what if isinstance(what, int) else what.fileno()
         self._masks[number] = self._masks.get(number, 0) | events
 
     def poll(self, timeout_ms: float) -> list[tuple[int, int]]:
-        """Wait; for ever where the time is negative."""
+        """Wait for events; for ever if the time is negative."""
         poller = select.poll()
         for number, events in self._masks.items():
             poller.register(number, events)

@@ -1,8 +1,8 @@
-"""The process that listens on the socket at a path, by sock_diag(7), /proc, and a connection as the last resort.
+"""Look-up of the process that listens at a socket's path, by sock_diag(7), /proc and, as a last resort, a connection.
 
-A process that binds elsewhere and renames, as HAProxy does, is not listed under the path; the kernel lists the socket
-file's inode as well. It lists the sockets of one network namespace only, while a path leads to sockets of any: only to
-a socket that is not listed a connection is made.
+The kernel does not list a socket under its path if the process binds elsewhere and renames, as HAProxy does; but it
+also lists the socket file's inode. It lists the sockets of one network namespace only, while a path may lead to a
+socket of any: only for sockets that are not listed, this module connects.
 """
 
 import contextlib
@@ -36,15 +36,16 @@ _PATIENCE_S: Final = 1.0
 _MINOR_BITS: Final = 20
 
 _BEFORE_RENAME: Final = rb"(\.[0-9]+\.tmp)?"
-"""What HAProxy appends to a path when it binds; the socket is then renamed, and the kernel keeps the first name."""
+"""Suffix that HAProxy appends to a path when it binds; HAProxy then renames the socket, and the kernel keeps the first
+name."""
 
 FileIdentity: TypeAlias = tuple[int, int, int, int, int]
-"""Of a file at a path: device, inode, mode, user, group."""
+"""Device, inode, mode, user and group of a file."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Listening:
-    """A listening socket: its own inode, the name it was bound under, its file's inode and device."""
+    """Listening socket: its own inode, its bound name, and its file's inode and device."""
 
     inode: int
     name: bytes
@@ -53,18 +54,18 @@ class _Listening:
 
 
 class SocketFiles(SocketOwners):
-    """Looks at socket files, remembering which processes have which sockets open."""
+    """Looks at socket files, and caches which processes hold which sockets."""
 
     def observe(self, path: Path, our_pids: Collection[int]) -> SeenSocket:
-        """What is at the path.
+        """Return the state of the socket at a path.
 
         Args:
-            path: Where the socket is, or is to be.
+            path: Present or future path of the socket.
             our_pids: HAProxy's master and workers.
 
         Raises:
-            HostRefused: It cannot be looked at.
-            PrivilegeMissing: We may not look there.
+            HostRefused: The path cannot be examined.
+            PrivilegeMissing: This process may not examine the path.
         """
         listening = _listening()
         pattern = re.compile(re.escape(os.fsencode(path)) + _BEFORE_RENAME)
@@ -74,7 +75,7 @@ class SocketFiles(SocketOwners):
                 status = path.lstat()
             except (FileNotFoundError, NotADirectoryError):
                 status = None
-        # Not the device of those: btrfs shows one in its files and another one in its sockets.
+        # Do not compare devices here: btrfs shows different devices for files and for sockets.
         here = [one for one in bound.values() if status and one.file == status.st_ino]
         file = (status.st_ino, status.st_dev) if status else None
         there = [one for one in listening if (one.file, one.device) == file]
@@ -102,12 +103,12 @@ def _ask(path: Path, our_pids: Collection[int], *, orphaned: bool) -> SeenSocket
         except (ConnectionRefusedError, FileNotFoundError):
             return SeenSocket(SocketState.STALE, orphaned=orphaned)
         except (TimeoutError, BlockingIOError):
-            # Its queue is full: a process listens.
+            # The socket's queue is full, so a process listens.
             return SeenSocket(SocketState.FOREIGN, orphaned=orphaned)
         except OSError as error:
             raise host_refused(f"find out who listens on {path}", error) from error
         pid = _peer(probe)
-    # The process that began to listen may have handed the socket to another worker and ended.
+    # The process that began to listen may have passed the socket to another worker and ended.
     if pid in our_pids or (orphaned and not (PROC / str(pid)).exists()):
         return SeenSocket(SocketState.OURS)
     owners = (SocketOwner(pid, command_name(pid)),) if pid else ()
@@ -115,14 +116,14 @@ def _ask(path: Path, our_pids: Collection[int], *, orphaned: bool) -> SeenSocket
 
 
 def _peer(connected: socket.socket) -> int:
-    """The process that began to listen where a socket is connected to (`SO_PEERCRED` in unix(7))."""
+    """Return the process that began to listen on the socket's peer (`SO_PEERCRED` in unix(7))."""
     data = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     pid: int = _CREDENTIALS.unpack(data)[0]
     return pid
 
 
 def read_listener(path: Path) -> int | None:
-    """The pid of the process that listens at a path; `None` where none does, or its queue is full."""
+    """Return the pid of the process that listens at a path; `None` if there is none, or its queue is full."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
         probe.setblocking(False)
         try:
@@ -134,18 +135,18 @@ def read_listener(path: Path) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class SocketHolder:
-    """The process that has a listening socket open; `pid` is `None` where none can be seen."""
+    """Process that holds a listening socket; `pid` is `None` if no process is visible."""
 
     pid: int | None = None
     command: tuple[str, ...] = ()
 
 
 def find_socket_holder(path: Path) -> SocketHolder | None:
-    """The process that listens at a path; `None` without one, even if there is a file.
+    """Return the process that listens at a path; `None` without one, even if there is a file.
 
     Raises:
-        HostRefused: It cannot be looked at.
-        PrivilegeMissing: We may not look there.
+        HostRefused: The path cannot be examined.
+        PrivilegeMissing: This process may not examine the path.
     """
     seen = SocketFiles().observe(path, ())
     if seen.state is not SocketState.FOREIGN:
@@ -156,11 +157,11 @@ def find_socket_holder(path: Path) -> SocketHolder | None:
 
 
 def open_sole_socket(path: Path, *, mode: int, owner: Owner) -> socket.socket:
-    """`open_unix_socket`, but not in place of the socket of a running process.
+    """Open a socket as `open_unix_socket`, but do not replace the socket of a running process.
 
     Raises:
-        HostRefused: Another process listens there, or it cannot be bound.
-        PrivilegeMissing: This process may not do that there.
+        HostRefused: Another process listens there, or the socket cannot be bound.
+        PrivilegeMissing: This process may not bind there.
     """
     state = SocketFiles().observe(path, ()).state
     if state is SocketState.OCCUPIED:
@@ -174,12 +175,13 @@ def open_sole_socket(path: Path, *, mode: int, owner: Owner) -> socket.socket:
 def give_socket(path: Path, *, mode: int, owner: tuple[int, int]) -> None:
     """Set mode and owner of a socket file.
 
-    Its directory may be another account's, who could put a link to any file in its place meanwhile: both are given
-    to the file that was looked at.
+    If another account owns the directory, it could replace the socket by a link to any file meanwhile. So mode and
+    owner
+    are set on the file that was checked.
 
     Raises:
         HostRefused: There is no socket, or the file system refuses.
-        PrivilegeMissing: We may not do that.
+        PrivilegeMissing: This process may not change the file.
     """
     with (
         refusing(f"give {path} its mode and owner"),
@@ -191,7 +193,7 @@ def give_socket(path: Path, *, mode: int, owner: tuple[int, int]) -> None:
 
 
 def identify_file(path: Path) -> FileIdentity | None:
-    """Which file is at a path; `None` where there is none, or it cannot be seen."""
+    """Return the identity of the file at a path; `None` if there is none, or it is not visible."""
     try:
         status = path.lstat()
     except OSError:
@@ -200,35 +202,35 @@ def identify_file(path: Path) -> FileIdentity | None:
 
 
 def remove_file(path: Path, identity: FileIdentity) -> None:
-    """Remove exactly this file, and none that was put in its place since it was looked at.
+    """Remove exactly this file, and no other that has replaced it meanwhile.
 
     Args:
-        path: Where it was.
-        identity: As `identify_file` gave it.
+        path: Path of the file.
+        identity: Result of `identify_file`.
 
     Raises:
         HostRefused: The file system refuses.
-        PrivilegeMissing: We may not do that.
+        PrivilegeMissing: This process may not remove the file.
     """
     aside = path.with_name(f"{path.name}.{os.getpid()}.old")
     with refusing(f"remove {path}"), contextlib.suppress(FileNotFoundError):
         path.rename(aside)
         if identify_file(aside) != identity:
-            # Another process has bound here meanwhile, and yet another one may have by now.
+            # Another process has bound here meanwhile: restore its socket, unless a third process has bound by now.
             with contextlib.suppress(FileExistsError):
                 os.link(aside, path, follow_symlinks=False)
         aside.unlink()
 
 
 def _listening() -> list[_Listening]:
-    """Every unix socket with a file that listens in the calling thread's network namespace."""
+    """Return every listening unix socket with a file, in the calling thread's network namespace."""
     show = _SHOW_NAME | _SHOW_FILE
     question = _QUESTION.pack(socket.AF_UNIX, 0, 0, _LISTENING, 0, show, b"\xff" * 8)
     try:
         with NetlinkSocket(SOCK_DIAG) as channel:
             messages = channel.dump(_BY_FAMILY, question)
     except OSError:
-        # A kernel without unix_diag: a connection is made then.
+        # The kernel lacks unix_diag; the caller then connects.
         return []
     found: list[_Listening] = []
     for message in messages:
@@ -237,7 +239,7 @@ def _listening() -> list[_Listening]:
         if _VFS in attributes:
             file, device = _FILE.unpack(attributes[_VFS])
             name = attributes.get(_NAME, b"").rstrip(b"\0")
-            # The kernel's own number of a device, not the one that stat(2) has.
+            # The kernel packs device numbers in another way than stat(2).
             major, minor = device >> _MINOR_BITS, device & ((1 << _MINOR_BITS) - 1)
             found.append(_Listening(inode, name, file, os.makedev(major, minor)))
     return found

@@ -1,1 +1,1 @@
-"""The upstream `nova`: its settings, its endpoints and secrets, and the watch over both."""
+"""Upstream `nova`: settings, endpoints, secrets and monitoring."""

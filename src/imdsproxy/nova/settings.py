@@ -1,4 +1,4 @@
-"""The upstream `nova`: which metadata APIs there are, and how they are asked."""
+"""Settings of the upstream `nova`: the metadata APIs, and how HAProxy reaches them."""
 
 import re
 from dataclasses import dataclass
@@ -40,12 +40,12 @@ class NovaUrl:
 
     @property
     def authority(self) -> str:
-        """`host:port`, as a Host header has it."""
+        """Return `host:port`, as in a Host header."""
         return str(Endpoint(self.host, self.port))
 
     @property
     def address(self) -> IPv4Address | IPv6Address | None:
-        """`host`, if it is an address and no name."""
+        """Return `host` as an address; `None` if it is a name."""
         try:
             return ip_address(self.host)
         except ValueError:
@@ -56,10 +56,10 @@ class NovaUrl:
 
 
 def parse_nova_url(text: str) -> NovaUrl:
-    """Read `http://HOST[:PORT]` or `https://HOST[:PORT]`; an IPv6 address stands in brackets.
+    """Parse `http://HOST[:PORT]` or `https://HOST[:PORT]`; an IPv6 address needs brackets.
 
     Raises:
-        ValueError: What is wrong, in words for the operator.
+        ValueError: The text is invalid; the message is meant for the operator.
     """
     if not all("!" <= letter <= "~" for letter in text):  # urlsplit would leave some out unasked
         raise ValueError("must not hold blanks or letters that are not ASCII")
@@ -92,7 +92,7 @@ def _parse_host(text: str, *, bracketed: bool) -> str:
             raise ValueError(f"{text!r} is neither a name nor an address")
         return text
     try:
-        # That of IPv4 refuses leading zeros, which some read as octal.
+        # IPv4Address refuses leading zeros, which some programs read as octal.
         address = IPv6Address(text) if bracketed else IPv4Address(text)
     except ValueError:
         raise ValueError(f"{text!r} is not an IPv{6 if bracketed else 4} address") from None
@@ -102,7 +102,7 @@ def _parse_host(text: str, *, bracketed: bool) -> str:
 
 
 DEFAULT_SET = "default"
-"""The endpoint set of every instance that no other set names."""
+"""Endpoint set of every instance that no other set names."""
 
 
 Url = Annotated[
@@ -131,67 +131,71 @@ ServerName = Annotated[str, form(r"^[A-Za-z0-9.-]{1,253}$", "a host's name")]
 
 
 class NovaEndpointSettings(Section):
-    """One Nova metadata API."""
+    """Endpoint of a Nova metadata API."""
 
     url: Url = setting(..., Change.RELOAD)
     """`http://HOST:PORT` or `https://HOST:PORT`; HOST is a name, an IPv4 address or an IPv6 address in brackets, PORT
-    is 8775 by default. A name is looked up again every half minute, and each of its addresses is one endpoint.
+    is
+    8775 by default. imdsproxy resolves a name again every half minute, and each of its addresses is one endpoint.
     """
 
     secret: Literal["current", "next"] = setting("current", Change.RELOAD)
-    """Which of the set's two secrets this Nova has. While secrets are changed, Nova hosts take the next one after
-    another, and this shows which ones have it.
+    """Secret that this Nova has: the set's current or next one. During a change of secrets, Nova hosts take over the
+    next
+    secret one after another, and this setting shows which ones have it.
     """
 
 
 class EndpointSetSettings(Section):
-    """Nova metadata APIs that know the same instances: one cell's, or all of them."""
+    """Nova metadata APIs that know the same instances: those of one cell, or of all."""
 
     endpoints: Listed[NovaEndpointSettings] = setting(
         ..., Change.RELOAD, min_length=1, max_length=32
     )
-    """The metadata APIs; requests are spread over those that answer."""
+    """Metadata APIs; requests are spread over those that answer."""
 
     secret_file: AbsolutePath = setting(..., Change.RELOAD)
-    """File of the secret that signs requests: Nova's `[neutron] metadata_proxy_shared_secret`. Blanks around it do
-    not count; an empty file is refused. Read at start and at each reload.
+    """File of the secret that signs requests: Nova's `[neutron] metadata_proxy_shared_secret`. Surrounding blanks are
+    ignored; an empty file is refused. Read at start and at each reload.
     """
 
     next_secret_file: AbsolutePath | None = setting(None, Change.RELOAD)
-    """File of the secret that is to replace it. While there is one, records carry both signatures."""
+    """File of the secret that will replace the current one. While it is set, records carry both signatures."""
 
     networks: Listed[Identifier] = setting((), Change.RELOAD)
-    """Networks and routers whose guests are sent to this set, before any project's."""
+    """Networks and routers whose guests use this set. They take precedence over projects."""
 
     projects: Listed[Identifier] = setting((), Change.RELOAD)
-    """Projects whose instances are sent to this set."""
+    """Projects whose instances use this set."""
 
     ca_file: AbsolutePath | None = setting(None, Change.RELOAD)
-    """PEM file of the authorities that may have signed https endpoints; null takes the system's. Read again at each
-    reload, also where only the file has changed.
+    """PEM file of the authorities that may have signed the certificates of https endpoints; null takes the system's.
+    Read
+    again at each reload, even if only the file has changed.
     """
 
     verify: bool = setting(True, Change.RELOAD)
-    """Check https endpoints' certificate and name. Off, anybody in between can read and change what guests get."""
+    """Check certificate and name of https endpoints. Without the check, any system in between can read and change
+    metadata."""
 
     server_name: ServerName | None = setting(None, Change.RELOAD)
-    """The name that https endpoints' certificates are for; null takes the first URL's. Needed where that is an
-    address, since HAProxy compares names only.
+    """Name in the certificates of https endpoints; null takes the host of the first URL. Required if that host is an
+    address, because HAProxy compares only names.
     """
 
     client_cert_file: AbsolutePath | None = setting(None, Change.RELOAD)
-    """PEM file of the certificate shown to https endpoints; its key may be in it. Read again at each reload."""
+    """PEM file of the client certificate for https endpoints; it may contain the key. Read again at each reload."""
 
     client_key_file: AbsolutePath | None = setting(None, Change.RELOAD)
-    """PEM file of that certificate's key; null when it is in the same file."""
+    """PEM file of the client certificate's key; null if the certificate's file contains it."""
 
     host: HostHeader | None = setting(None, Change.RELOAD)
-    """The Host header that Nova gets; null takes host and port of the set's first endpoint. What the guest sent never
-    goes there.
+    """Host header that Nova gets; null takes host and port of the set's first endpoint. The guest's own Host header is
+    never sent.
     """
 
     def model_post_init(self, _: object) -> None:
-        """What is needed together is there, and the endpoints are alike."""
+        """Check that related settings are complete, and that the endpoints are consistent."""
         if self.client_key_file is not None and self.client_cert_file is None:
             raise cross(
                 "client_key_file", "is of no use without client_cert_file", "give both or neither"
@@ -226,36 +230,38 @@ _EXAMPLE: Final = {
 
 
 class NovaSettings(Section):
-    """Nova's metadata APIs, for instances whose documents Nova has."""
+    """Nova's metadata APIs, for instances whose documents come from Nova."""
 
     endpoint_sets: dict[SetName, EndpointSetSettings] = setting(
         {}, Change.RELOAD, examples=[{DEFAULT_SET: _EXAMPLE}]
     )
-    """Endpoint sets by name; none where there is no Nova. `default` takes every instance that no other one names.
-    Several are for cells that have metadata APIs of their own.
+    """Endpoint sets by name; empty without Nova. `default` serves every instance that no other set names. Cells with
+    their
+    own metadata APIs need a set each.
     """
 
     connect_timeout_s: float = setting(2.0, Change.RELOAD, ge=0.1, le=30)
-    """Seconds to wait for a connection before another endpoint is tried."""
+    """Seconds to wait for a connection before HAProxy tries another endpoint."""
 
     response_timeout_s: float = setting(30.0, Change.RELOAD, ge=1, le=600)
     """Seconds to wait for Nova's answer; then the guest gets 503 and Retry-After. Shorter than the 32 s of a Neutron
-    proxy in front, long enough for dynamic vendor data.
+    proxy
+    in front, long enough for dynamic vendor data.
     """
 
     health_check: Literal["tcp", "http", "off"] = setting("http", Change.RELOAD)
-    """How an endpoint is found to be up. `http` asks for `/`, which Nova answers unsigned and without its database:
-    no answer within 3 s (or `response_timeout_s`), or a 5xx, twice in a row means down. `tcp` only connects, leaves
-    no line in Nova's log, and takes a Nova that hangs for one that is up; `off` learns from failed requests only.
+    """Health check of endpoints. `http` requests `/`, which Nova answers unsigned and without its database: no answer
+    within 3 s (or `response_timeout_s`), or a 5xx, twice in a row means down. `tcp` only connects; it leaves no line in
+    Nova's log, but takes a hung Nova for healthy. `off` learns from failed requests only.
     """
 
     health_check_interval_s: float = setting(5.0, Change.RELOAD, ge=0.1, le=300)
-    """Seconds between two checks of one endpoint, a quarter more or less at random: all hosts check every endpoint.
-    Half a second after one that failed.
+    """Seconds between two checks of an endpoint, varied at random by a quarter, because all hosts check every endpoint.
+    After a failed check, half a second.
     """
 
     def model_post_init(self, _: object) -> None:
-        """Each instance is sent to one set."""
+        """Check that each instance belongs to exactly one set."""
         if self.endpoint_sets and DEFAULT_SET not in self.endpoint_sets:
             raise cross(
                 "endpoint_sets",

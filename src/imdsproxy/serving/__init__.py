@@ -1,1 +1,1 @@
-"""Answering guests' requests in Python: the document server and the resolver."""
+"""Python servers for guests' requests: the document server and the resolver."""

@@ -1,6 +1,7 @@
-"""HTTP for our own servers: answers, what an ASGI application (ASGI 3) reads and sends, and uvicorn's protocol.
+"""HTTP for our own servers: reading and answering requests of ASGI 3 applications, and uvicorn's protocol.
 
-`uvicorn.Server` wakes ten times a second and takes over signals; this only listens and, at the end, drains.
+`uvicorn.Server` wakes ten times a second and installs signal handlers. This module only listens and, at the end,
+drains connections.
 """
 
 import asyncio
@@ -22,18 +23,18 @@ Message: TypeAlias = MutableMapping[str, object]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 AsgiApp: TypeAlias = Callable[..., Awaitable[None]]
-"""FastAPI's, Starlette's and our own spell the three arguments each in their way."""
+"""ASGI application; FastAPI, Starlette and our own code name the three arguments differently."""
 
 BODY_LIMIT: Final = 64 * 1024
-"""Bytes of a request's body; the largest that means anything is a password of 1,020."""
+"""Maximum size of a request's body, in bytes; the largest useful body is a password of 1,020."""
 
 LIVENESS_PATH: Final = b"/livez"
-"""Answered 200 to a request that names no instance: HAProxy's check."""
+"""Path that is answered 200 for a request that names no instance: HAProxy's check."""
 
 _CHUNK: Final = 256 * 1024
 _BACKLOG: Final = 2048
 _KEEP_ALIVE_S: Final = 300
-"""Longer than HAProxy keeps an idle connection to a server, so that it is HAProxy who closes."""
+"""Time until an idle connection is closed, in seconds: longer than HAProxy's, so that HAProxy closes first."""
 
 _TOGETHER: Final = 64 * 1024
 _READ_SIZE: Final = 16 * 1024
@@ -45,9 +46,9 @@ _DRAIN_POLL_S: Final = 0.02
 
 
 async def read_body(receive: Receive) -> bytes | Answer | None:
-    """The request's whole body, however it is framed; at most `BODY_LIMIT` bytes of it are ever held.
+    """Read the request's whole body, however it is framed; hold at most `BODY_LIMIT` bytes.
 
-    413 where it is longer, `None` where the client went away before it was complete.
+    Return a 413 answer if the body is longer, `None` if the client disconnected early.
     """
     parts: list[bytes] = []
     length = 0
@@ -65,7 +66,7 @@ async def read_body(receive: Receive) -> bytes | Answer | None:
 
 
 async def while_there(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
-    """Do something for a client whose body was read, until it is done or the client has gone away."""
+    """Run work for a client whose body was read, until the work is done or the client has disconnected."""
     doing = asyncio.create_task(work)
     leaving = asyncio.create_task(_until_gone(receive))
     try:
@@ -85,12 +86,12 @@ async def _until_gone(receive: Receive) -> None:
 
 
 async def send_answer(answer: Answer, send: Send, file: BinaryIO | None = None) -> None:
-    """Send an answer; of a file only so much is in memory as the client has not yet taken.
+    """Send an answer; a file is read only as fast as the client takes it.
 
     Args:
-        answer: What to send.
-        send: Takes ASGI's messages.
-        file: What an answer's `Blob` is of; it is closed.
+        answer: Answer to send.
+        send: Function that takes ASGI messages.
+        file: File of the answer's `Blob`; it is closed afterwards.
     """
     headers = list(answer.headers)
     head = {"type": "http.response.start", "status": answer.status, "headers": headers}
@@ -116,10 +117,10 @@ async def _send_part(file: BinaryIO, part: Blob, send: Send) -> None:
 
 
 class _WholeAnswers:
-    """A transport that sends an answer's head and body together.
+    """Transport that sends an answer's head and body together.
 
-    uvicorn writes them apart. A worker killed in between would leave a begun answer, which HAProxy can neither
-    finish nor ask of another worker. It is one system call less, too.
+    uvicorn writes them separately. If the worker is killed in between, HAProxy has a partial answer that it can neither
+    finish nor request from another worker. Writing both together also saves a system call.
     """
 
     def __init__(self, transport: asyncio.Transport) -> None:
@@ -128,14 +129,14 @@ class _WholeAnswers:
         self._length = 0
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Keep it until `flush`, unless it is long, or what the client waits for before it goes on."""
+        """Hold data until `flush`, unless it is long, or an interim answer that the client waits for."""
         self._parts.append(bytes(data))
         self._length += len(data)
         if self._length > _TOGETHER or data[:_INTERIM_LENGTH] == _INTERIM:
             self.flush()
 
     def flush(self) -> None:
-        """Send what is kept, in one piece."""
+        """Send the held data in one piece."""
         if self._parts:
             data = b"".join(self._parts)
             self._parts.clear()
@@ -143,7 +144,7 @@ class _WholeAnswers:
             self._transport.write(data)
 
     def close(self) -> None:
-        """Send what is left, then close."""
+        """Send the held data, then close."""
         self.flush()
         self._transport.close()
 
@@ -154,16 +155,16 @@ class _WholeAnswers:
 class _Protocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn has it
         if hasattr(transport, "max_size"):
-            # asyncio makes a buffer of 256 KiB for each read, which malloc fetches from the kernel and gives back
-            # again and again: a third of a request's time. HAProxy sends at most 16 KiB at once.
+            # asyncio allocates a buffer of 256 KiB for each read, which malloc gets from the kernel and returns. That
+            # takes a third of a request's time. HAProxy sends at most 16 KiB at once.
             transport.max_size = _READ_SIZE
         self._whole = _WholeAnswers(transport)
         super().connection_made(cast("asyncio.Transport", self._whole))
 
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
-        # uvicorn adds trailers to the headers of the request that is being answered. Headers are HAProxy's word, and
-        # trailers the guest's: they are dropped.
+        # uvicorn adds trailers to the headers of the current request. Headers come from HAProxy, but trailers from the
+        # guest, so drop the trailers.
         self.headers = []
 
     def on_response_complete(self) -> None:
@@ -175,9 +176,11 @@ class _Protocol(HttpToolsProtocol):
 async def serving(app: AsgiApp, listener: socket.socket, *, grace_s: float) -> AsyncIterator[None]:
     """Answer requests on a listening socket, which is closed at the end.
 
-    Then no more are accepted, and those that have begun have so long to finish. A connection on which nothing is asked
-    just then may have a request on its way: for a moment it gets its answer, which also asks the client to close,
-    before idle ones are closed from here.
+    At the end it accepts no connections, and open requests get `grace_s` seconds to finish. An idle connection
+    may
+    have a request on its way. So idle connections stay open for a moment: such a request still gets its answer, which
+    asks
+    the client to close.
     """
     config, state, loop = _config(app), ServerState(), asyncio.get_running_loop()
     protocol = partial(_Protocol, config=config, server_state=state, app_state={})
@@ -187,14 +190,14 @@ async def serving(app: AsgiApp, listener: socket.socket, *, grace_s: float) -> A
     finally:
         state.default_headers = [(b"connection", b"close")]
         deadline = loop.time() + grace_s
-        # A client may have found the socket a moment ago and be connected only now.
+        # A client may have found the socket a moment ago and connect only now.
         await asyncio.sleep(_DRAIN_POLL_S)
         for accepting in server.sockets:
             loop.remove_reader(accepting.fileno())
-        # asyncio loses a connection whose server is closed in the turn of the loop in which it was accepted.
+        # asyncio loses a connection if the server closes in the same turn of the loop in which it was accepted.
         await asyncio.sleep(0)
         server.close()
-        # A connection that has just been accepted is among those known only after a turn of the loop.
+        # A newly accepted connection is registered only after a turn of the loop.
         await asyncio.sleep(_DRAIN_POLL_S)
         await _drain(state, min(loop.time() + _LINGER_S, deadline))
         for connection in list(state.connections):
@@ -212,8 +215,8 @@ def _config(app: AsgiApp) -> Config:
         lifespan="off",
         interface="asgi3",
         log_config=None,
-        # Below that uvicorn writes a line for each request that is no proper HTTP: as many as a guest likes, who writes
-        # the trailers.
+        # At lower levels uvicorn writes a line for each malformed request, so a guest, who writes the trailers, could
+        # flood the log.
         log_level="error",
         access_log=False,
         proxy_headers=False,
@@ -232,6 +235,6 @@ async def _drain(state: ServerState, deadline: float) -> None:
 
 
 async def serve(app: AsgiApp, listener: socket.socket) -> None:
-    """`serving` until cancelled."""
+    """Run `serving` until cancelled."""
     async with serving(app, listener, grace_s=_GRACE_S):
         await asyncio.Event().wait()

@@ -1,8 +1,8 @@
-"""The resolver as an ASGI application: whose request is it, then back to HAProxy, which answers.
+"""ASGI application of the resolver: it identifies the guest and sends the request back to HAProxy, which answers.
 
-A guest's first request, and what has no Content-Length, is handed to HAProxy's frontend `found` with the record that
-its maps do not have yet, so that policy, tokens, endpoints, health, TLS, deadlines and retries are HAProxy's alone.
-What comes back goes to the guest byte for byte.
+The resolver forwards a guest's first request, and any request without a Content-Length, to HAProxy's frontend `found`,
+with the record that HAProxy's maps lack. So HAProxy alone handles policy, tokens, endpoints, health, TLS, deadlines and
+retries. The resolver passes the answer to the guest byte for byte.
 """
 
 import asyncio
@@ -34,15 +34,17 @@ _HOP_BY_HOP: Final = frozenset({"connection", "keep-alive", "transfer-encoding"}
 
 @dataclass(frozen=True, slots=True)
 class GuestRequest:
-    """A guest's whole request, and where it comes from.
+    """Complete request of a guest, with its origin.
 
     Attributes:
-        key: The network or router, and the guest's address.
+        key: Network or router, and the guest's address.
         target: Path and query as the guest sent them.
-        headers: What HAProxy let through of the guest's, and its own.
-        scope: What the id in `key` is, where HAProxy knows that.
-        port: The guest's, where the kernel has not yet checked the address together with its MAC.
-        by_operator: It takes nothing of the network's share, and is not counted as the guest's.
+        headers: The guest's headers that HAProxy passed on, and HAProxy's own.
+        scope: Kind of the id in `key`, if HAProxy knows it.
+        port: The guest's port, if the kernel has not yet checked the address together with its MAC.
+        by_operator: Whether an operator sent the request; it then uses none of the network's share, and does not count
+            as
+            the guest's.
     """
 
     key: AddressKey
@@ -56,16 +58,16 @@ class GuestRequest:
 
 
 Forward: TypeAlias = Callable[[MapRecord, GuestRequest, http.Send], Awaitable[None]]
-"""Sends a request to HAProxy and the answer to the guest; 503 where none can be had."""
+"""Function that sends a request to HAProxy and the answer to the guest; 503 if HAProxy gives no answer."""
 
 
 def resolver_app(resolver: Resolver, forward: Forward) -> http.AsgiApp:
-    """The application behind HAProxy's backend `resolver`."""
+    """Return the application behind HAProxy's backend `resolver`."""
 
     async def app(scope: http.Scope, receive: http.Receive, send: http.Send) -> None:
         request = _parse_request(scope)
         if request is None:
-            # Only HAProxy can reach this socket; without an identity it is HAProxy's own check.
+            # Only HAProxy can reach this socket; a request without an identity is HAProxy's own check.
             status = 200 if scope["raw_path"] == http.LIVENESS_PATH else 400
             await http.send_answer(refusal(status), send)
             return
@@ -73,7 +75,7 @@ def resolver_app(resolver: Resolver, forward: Forward) -> http.AsgiApp:
         if isinstance(body, Answer):
             await _refuse(request, body, send)
         elif body is not None:
-            # HAProxy may have answered 503 by then, and a POST that is sent all the same would arrive twice.
+            # HAProxy may already have answered 503. If a POST were still sent then, it would arrive twice.
             await http.while_there(receive, answer(replace(request, body=body), send))
 
     async def answer(request: GuestRequest, send: http.Send) -> None:
@@ -81,7 +83,7 @@ def resolver_app(resolver: Resolver, forward: Forward) -> http.AsgiApp:
         if isinstance(outcome, Denial):
             await _refuse(request, _deny(outcome, request.method), send)
         elif request.port is not None and request.method not in _CHANGES_NOTHING:
-            # The sender is not verified. Once it is, the request comes again.
+            # The sender is not verified yet. After the verification the guest sends the request again.
             await _refuse(request, retry_later(), send)
         else:
             await forward(outcome, request, send)
@@ -91,7 +93,7 @@ def resolver_app(resolver: Resolver, forward: Forward) -> http.AsgiApp:
 
 async def _refuse(request: GuestRequest, answer: Answer, send: http.Send) -> None:
     if request.port is not None:
-        # It holds nothing of an instance, so the MAC filter lets it through to any MAC.
+        # The answer has no data of an instance, so the MAC filter lets it through to any MAC.
         answer = replace(answer, headers=(*answer.headers, _REFUSED))
     await http.send_answer(answer, send)
 
@@ -100,7 +102,7 @@ def _deny(denial: Denial, method: str) -> Answer:
     status = denial.status
     if status == _UNAVAILABLE:
         return retry_later()
-    # PUT is how tokens are asked for, and some clients take any body for one.
+    # Clients request tokens with PUT, and some take any body for a token.
     if method == "PUT":
         return refusal(status)
     answer = refusal(status, text=MISMATCH_TEXT if denial is Denial.MISMATCH else UNKNOWN_TEXT)
@@ -108,7 +110,7 @@ def _deny(denial: Denial, method: str) -> Answer:
 
 
 def _parse_request(scope: http.Scope) -> GuestRequest | None:
-    """What HAProxy sends, but for its body; `None` where it does not say whose request it is, each thing once."""
+    """Parse HAProxy's request without its body; return `None` if a header of ours is missing or repeated."""
     headers = tuple(cast("Iterable[Header]", scope["headers"]))
     text = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers]
     sent = [(name, value) for name, value in text if name.startswith(_OURS)]
@@ -131,14 +133,14 @@ def _parse_request(scope: http.Scope) -> GuestRequest | None:
 
 @dataclass(slots=True)
 class CollectedAnswer:
-    """An answer that is looked at instead of sent on; `take` is its `send`."""
+    """Answer that is collected instead of sent on; `take` is its `send`."""
 
     status: int = 0
     headers: tuple[Header, ...] = ()
     body: bytearray = field(default_factory=bytearray)
 
     async def take(self, message: MutableMapping[str, object]) -> None:
-        """One of ASGI's messages."""
+        """Collect one ASGI message."""
         if message["type"] == "http.response.start":
             self.status = cast("int", message["status"])
             self.headers = tuple(cast("Iterable[Header]", message["headers"]))
@@ -147,17 +149,17 @@ class CollectedAnswer:
 
 
 def found_forwarder(socket: str, timeout_s: float, *, per_network: int = 16) -> Forward:
-    """Forwards requests to HAProxy's frontend `found`.
+    """Return a function that forwards requests to HAProxy's frontend `found`.
 
-    A guest that reads its answer slowly keeps a connection as long as it likes. So no network has more than its
-    share of them at once; what else it asks waits for these.
+    A guest that reads slowly can occupy a connection as long as it likes. So each network has a limited share of the
+    connections, and its further requests wait for one.
 
     Args:
-        socket: Its path.
-        timeout_s: The longest that HAProxy may take; it has deadlines of its own, which are shorter.
+        socket: Path of the frontend's socket.
+        timeout_s: Deadline for HAProxy, whose own deadlines are shorter.
         per_network: A network's share of the connections.
     """
-    # Kept connections would stay with a worker that drains after a reload; a miss is rare.
+    # No keep-alive: such connections would stay with a worker that drains after a reload, and misses are rare.
     pool = httpcore.AsyncConnectionPool(
         uds=socket, max_connections=256, max_keepalive_connections=0, retries=0
     )
@@ -189,7 +191,7 @@ def found_forwarder(socket: str, timeout_s: float, *, per_network: int = 16) -> 
             reason = f"{type(error).__name__}: {error}"
             structlog.get_logger().warning("request not handed to haproxy", error=reason)
             if started:
-                # The guest must see that the answer is not whole: the server closes its connection.
+                # The answer is incomplete, and the guest must notice: the server closes its connection.
                 raise
             await http.send_answer(retry_later(), send)
 
