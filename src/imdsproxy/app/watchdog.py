@@ -1,4 +1,4 @@
-"""Watches HAProxy: when it ends, hangs, or is reloaded by another program, guests must not notice for long."""
+"""Watchdog for HAProxy: handles its end, a hang, and reloads by other programs before guests notice for long."""
 
 import asyncio
 from collections.abc import Callable
@@ -20,20 +20,20 @@ _PROBE_EVERY_S: Final = 1.0
 _DEADLINE_S: Final = 1.0
 _RESTART_FIRST_S: Final = 0.05
 _PATIENCE_S: Final = 0.2
-"""How long a probe may take before the worker's own socket is asked too. That ends with the probe, so that asking
-does not delay the notice of a hung worker."""
+"""Time after which a slow probe leads to a query of the worker's own socket, in seconds. The query ends with the probe,
+so it does not delay the detection of a hung worker."""
 
 
 @dataclass(slots=True)
 class HaproxyWatchdog:
-    """Starts HAProxy again when its master ends, and ends it when its master or its worker hangs.
+    """Restarts HAProxy when its master ends, and kills it when its master or its worker hangs.
 
     Args:
-        on_return: HAProxy came back, or turned out to run with a worker that we did not ask for.
-        on_trouble: It does not start with the configuration on disk: look at the host again.
+        on_return: Called when HAProxy is back, or runs with a worker that we did not start.
+        on_trouble: Called if HAProxy does not start with the configuration on disk, to look at the host again.
 
     Attributes:
-        answering: The last probe was answered, or had to wait because HAProxy is full.
+        answering: Whether the last probe was answered, or had to wait because HAProxy is full.
     """
 
     haproxy: Haproxy
@@ -49,7 +49,7 @@ class HaproxyWatchdog:
         """Watch until cancelled.
 
         Raises:
-            HostRefused: Our files were removed while we ran: this process has to be started again.
+            HostRefused: Our files were removed while we ran: this process must be restarted.
         """
         async with asyncio.TaskGroup() as group:
             group.create_task(self._watch_master(), name="haproxy-master")
@@ -60,7 +60,7 @@ class HaproxyWatchdog:
         while True:
             processes = self.haproxy.processes
             if processes is None:
-                # The listener loop is about to start it, or has failed to.
+                # The listener loop is about to start HAProxy, or has failed to.
                 await asyncio.sleep(_RESTART_FIRST_S)
                 continue
             await wait_gone(processes.master)
@@ -85,7 +85,7 @@ class HaproxyWatchdog:
         self.on_return("haproxy started again")
 
     def _give_up_where_nothing_is_left(self) -> None:
-        # Sockets, maps and links have gone with it. A start makes all of them; nothing else does.
+        # Sockets, maps and links have gone with the directory. Only a start of the controller makes them all again.
         layout = self.haproxy.layout
         if not layout.unavailable.exists():
             raise HostRefused(
@@ -102,7 +102,7 @@ class HaproxyWatchdog:
             await asyncio.sleep(_PROBE_EVERY_S)
             before = self.haproxy.processes
             if before is None or self.haproxy.records.lock.locked():
-                # It is being started or reloaded; that has a deadline of its own.
+                # HAProxy is being started or reloaded, which has its own deadline.
                 continue
             answered, full = await self._probe(before)
             self.answering = answered or full is not None
@@ -118,9 +118,10 @@ class HaproxyWatchdog:
                 await self._end_hung(before)
 
     async def _probe(self, processes: Processes) -> tuple[bool, Load | None]:
-        """Whether the worker answers a probe; if not, its load where it is full.
+        """Return whether the worker answers a probe; if not, its load if it is full.
 
-        `maxconn` counts the probe, so a full worker leaves it waiting; it does not count the worker's own socket.
+        A full worker lets the probe wait, because `maxconn` counts it; `maxconn` does not count the worker's own
+        socket.
         """
         load: Load | None = None
         async with asyncio.TaskGroup() as group:
@@ -131,7 +132,7 @@ class HaproxyWatchdog:
         answered = probe.result()[0] == HTTPStatus.OK
         if answered or load is None:
             return answered, None
-        # Between two guests there may be room for a moment.
+        # Between two guests there may be a free connection for a moment.
         full = load.connections >= load.most or load.reached != self._reached
         self._reached = load.reached
         return False, load if full else None
@@ -166,7 +167,7 @@ class HaproxyWatchdog:
         await self.haproxy.launcher.kill(processes)
 
     async def _look_for_strangers(self, before: Processes) -> None:
-        """A reload that we did not order left a worker with the files of some moment: make it equal."""
+        """Adopt the worker of a reload that we did not order: bring its maps to the files' present state."""
         if self.haproxy.records.lock.locked():
             return
         try:

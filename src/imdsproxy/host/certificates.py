@@ -1,4 +1,4 @@
-"""Keys and certificates of a fleet's hosts and hubs, which a library makes, and reads."""
+"""Keys and certificates of a fleet's hosts and hubs, made and parsed by the cryptography library."""
 
 from datetime import datetime
 from typing import TypeAlias
@@ -14,29 +14,29 @@ PrivateKey: TypeAlias = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
 
 
 def make_key() -> ec.EllipticCurvePrivateKey:
-    """A new key on P-256."""
+    """Return a new key on P-256."""
     return ec.generate_private_key(ec.SECP256R1())
 
 
 def render_key(key: PrivateKey) -> bytes:
-    """A key as PEM (PKCS #8, not encrypted)."""
+    """Return a key as PEM (PKCS #8, not encrypted)."""
     form, plain = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     return key.private_bytes(serialization.Encoding.PEM, form, plain)
 
 
 def render_request(key: PrivateKey) -> bytes:
-    """A certificate signing request as PEM; it says nothing but the key: the hub knows who asks."""
+    """Return a certificate signing request as PEM. It has no subject: the hub knows the requesting host."""
     request = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
     return request.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
 
 def render_certificate(certificate: x509.Certificate) -> bytes:
-    """A certificate as PEM."""
+    """Return a certificate as PEM."""
     return certificate.public_bytes(serialization.Encoding.PEM)
 
 
 def parse_certificate(pem: bytes, where: str) -> x509.Certificate:
-    """The first certificate of a PEM file; `ConfigInvalid`, which names `where`, if there is none."""
+    """Parse the first certificate of a PEM file; if there is none, raise `ConfigInvalid`, which names `where`."""
     try:
         return x509.load_pem_x509_certificate(pem)
     except ValueError as error:
@@ -44,7 +44,7 @@ def parse_certificate(pem: bytes, where: str) -> x509.Certificate:
 
 
 def parse_certificates(pem: bytes, where: str) -> list[x509.Certificate]:
-    """All certificates of a PEM file; raises as `parse_certificate`."""
+    """Parse all certificates of a PEM file; raises as `parse_certificate`."""
     try:
         return x509.load_pem_x509_certificates(pem)
     except ValueError as error:
@@ -52,7 +52,7 @@ def parse_certificates(pem: bytes, where: str) -> list[x509.Certificate]:
 
 
 def fingerprint(certificate: x509.Certificate) -> str:
-    """SHA-256 of a certificate (DER), hexadecimal in lower case."""
+    """Return the SHA-256 of a certificate (DER), in lower-case hexadecimal."""
     return certificate.fingerprint(hashes.SHA256()).hex()
 
 
@@ -66,6 +66,6 @@ def is_issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> 
 
 
 def renewal_due(certificate: x509.Certificate, now: datetime) -> bool:
-    """Whether two thirds of a certificate's life are over, or none of it yet: it was made by a clock that was ahead."""
+    """Return whether a certificate's life is two thirds over, or has not begun: its maker's clock was ahead."""
     begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     return not begin <= now < begin + (end - begin) * 2 / 3

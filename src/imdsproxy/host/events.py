@@ -1,7 +1,7 @@
-"""What the kernel reports by itself: devices, addresses, neighbours and removed tables, as asynchronous iterators.
+"""Events of the kernel: devices, addresses, neighbours and removed tables, as asynchronous iterators.
 
-One netlink socket hears all namespaces that have an id in ours (NETLINK_LISTEN_ALL_NSID); `HostWatch` gives an id to
-those that HAProxy listens in.
+One netlink socket receives events of all namespaces that have an id in ours (NETLINK_LISTEN_ALL_NSID). `HostWatch`
+gives an id to each namespace in which HAProxy listens.
 """
 
 import contextlib
@@ -30,23 +30,23 @@ _RECEIVE_BYTES: Final = 32 * 1024
 _ANCILLARY_BYTES: Final = socket.CMSG_SPACE(4)
 _ADDRESS_BYTES: Final = frozenset({4, 16})
 _AT_ONCE: Final = 256
-"""Datagrams read before other tasks run: a guest can make the kernel report a lot."""
+"""Datagrams read before other tasks run: a guest can cause many events."""
 
 T = TypeVar("T")
 
 
 @dataclass(eq=False)
 class KernelEvents(Generic[T]):
-    """The messages of some multicast groups, as an asynchronous iterator without an end. A context manager.
+    """Messages of multicast groups, as an asynchronous iterator without an end. A context manager.
 
-    Where messages were lost, the item is `None`: everything may have changed.
+    After lost messages the item is `None`: everything may have changed.
 
     Attributes:
         protocol: `socket.NETLINK_ROUTE` or NETLINK_NETFILTER.
-        groups: Their numbers.
-        about: Their subject, for an error's message.
-        parse: The items in a message, given its type, payload and the id of its namespace; `None` for our own.
-        hears_all: Whether other namespaces are heard too (takes CAP_NET_BROADCAST).
+        groups: Numbers of the groups.
+        about: Subject, for an error's message.
+        parse: Returns the items in a message, given its type, payload and the id of its namespace; `None` for our own.
+        hears_all: Whether events of other namespaces arrive too (requires CAP_NET_BROADCAST).
     """
 
     protocol: int
@@ -99,14 +99,14 @@ def _nsid_of(ancillary: list[tuple[int, int, bytes]]) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class LinkChange:
-    """A device or a metadata address has changed.
+    """Change of a device or a metadata address.
 
     Attributes:
-        nsid: The id of the namespace; `None` for the host's own.
-        device: Name of the device; empty when it is gone or unknown.
-        master: Index of the bridge that it is a port of; 0 for none, and `None` where the message has none.
-        index: Of the device, where the message is about one.
-        gone: The device is gone, or has left its bridge.
+        nsid: Id of the namespace; `None` for the host's own.
+        device: Name of the device; empty if it is gone or unknown.
+        master: Index of the device's bridge; 0 for none, and `None` if the message does not tell.
+        index: Index of the device, if the message is about one.
+        gone: Whether the device is gone, or has left its bridge.
     """
 
     nsid: int | None
@@ -117,12 +117,12 @@ class LinkChange:
 
 
 def watch_links() -> KernelEvents[LinkChange]:
-    """Changes of devices and metadata addresses."""
+    """Return the events of devices and metadata addresses."""
 
     def parse(kind: int, payload: bytes, nsid: int | None) -> Iterator[LinkChange]:
         if kind in (netlink.RTM_NEWLINK, netlink.RTM_DELLINK):
             link = netlink.parse_link(payload)
-            # A port that leaves its bridge is reported as deleted, by family AF_BRIDGE.
+            # The kernel reports a port that leaves its bridge as deleted, with family AF_BRIDGE.
             gone = kind == netlink.RTM_DELLINK
             master = 0 if gone else link.master
             yield LinkChange(nsid, link.name, master=master, index=link.index, gone=gone)
@@ -136,12 +136,12 @@ def watch_links() -> KernelEvents[LinkChange]:
 
 @dataclass(frozen=True, slots=True)
 class NeighbourChange:
-    """The MAC of an address has changed.
+    """Change of an address's MAC.
 
     Attributes:
-        nsid: The id of the namespace; `None` for the host's own.
-        index: The device's.
-        mac: `None` when no neighbour answers for it any more.
+        nsid: Id of the namespace; `None` for the host's own.
+        index: Index of the device.
+        mac: New MAC; `None` if no neighbour answers now.
     """
 
     nsid: int | None
@@ -151,10 +151,10 @@ class NeighbourChange:
 
 
 def watch_neighbours(wanted: Callable[[NeighbourChange], bool]) -> KernelEvents[NeighbourChange]:
-    """Changes of neighbour tables.
+    """Return the changes of neighbour tables.
 
     Args:
-        wanted: Whether a change matters. A guest can make the kernel report as many others as it likes.
+        wanted: Returns whether a change matters. A guest can cause any number of other changes.
     """
 
     def parse(kind: int, payload: bytes, nsid: int | None) -> Iterator[NeighbourChange]:
@@ -170,10 +170,10 @@ def watch_neighbours(wanted: Callable[[NeighbourChange], bool]) -> KernelEvents[
 
 
 def watch_tables(wanted: Callable[[], Collection[str]]) -> KernelEvents[str]:
-    """Names of tables of nf_tables that were removed.
+    """Return the names of removed nf_tables tables.
 
     Args:
-        wanted: The names that matter.
+        wanted: Returns the names that matter.
     """
 
     def parse(kind: int, payload: bytes, _: int | None) -> Iterator[str]:

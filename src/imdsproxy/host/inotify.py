@@ -1,4 +1,4 @@
-"""inotify(7), which the standard library lacks: its events, and a wait for changes in some directories."""
+"""Binding of inotify(7), which the standard library lacks: its events, and a wait for changes in directories."""
 
 import asyncio
 import contextlib
@@ -23,10 +23,10 @@ IN_MOVE_SELF: Final = 0x800
 IN_Q_OVERFLOW: Final = 0x4000
 
 ENTRIES: Final = IN_MOVED_FROM | IN_MOVED_TO | IN_CREATE | IN_DELETE
-"""Names in a directory come and go."""
+"""Events of names that are added to or removed from a directory."""
 
 ITSELF: Final = IN_DELETE_SELF | IN_MOVE_SELF
-"""The directory itself goes."""
+"""Events of the directory's own removal."""
 
 _EVENT: Final = struct.Struct("=iIII")
 _READ_BYTES: Final = 64 * 1024
@@ -34,35 +34,35 @@ _READ_BYTES: Final = 64 * 1024
 _CHANGES: Final = IN_MODIFY | IN_ATTRIB | IN_CLOSE_WRITE | ENTRIES | ITSELF
 
 _STEP_S: Final = 0.04
-"""A change is reported when nothing else has changed for so long, for writers write in several steps."""
+"""Quiet time after which a change is reported, in seconds, because writers write in several steps."""
 
 _LONGEST_S: Final = 0.2
-"""And at the latest so long after the first one."""
+"""Longest time from the first change to the report, in seconds."""
 
 
 class Inotify:
-    """An inotify instance that is read without blocking.
+    """Non-blocking inotify instance.
 
     Attributes:
         descriptor: Readable when there are events.
 
     Raises:
-        OSError: EMFILE: the user's instances are used up (`fs.inotify.max_user_instances`), not descriptors.
+        OSError: EMFILE: the user's inotify instances are used up (`fs.inotify.max_user_instances`), not descriptors.
     """
 
     def __init__(self) -> None:
         self.descriptor = call_libc("inotify_init1", os.O_NONBLOCK | os.O_CLOEXEC)
 
     def add(self, path: Path, mask: int) -> int:
-        """Watch a directory; the number by which its events are known.
+        """Watch a directory; return the number that identifies its events.
 
         Raises:
-            OSError: It does not exist, or the user's watches are used up (ENOSPC).
+            OSError: The directory does not exist, or the user's watches are used up (ENOSPC).
         """
         return call_libc("inotify_add_watch", self.descriptor, os.fsencode(path), mask)
 
     def read(self) -> Iterator[tuple[int, int, str]]:
-        """Watch, mask and name in the directory (empty for itself) of each event so far."""
+        """Yield watch, mask and name (empty for the directory itself) of each event so far."""
         with contextlib.suppress(BlockingIOError):
             while True:
                 data = os.read(self.descriptor, _READ_BYTES)
@@ -81,7 +81,7 @@ class Inotify:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Place:
-    """A directory as it is now: one made again under the same name is another, and watched anew."""
+    """Directory as it is now: if it is created again under the same name, it is another place, with a new watch."""
 
     path: Path
     device: int
@@ -89,7 +89,7 @@ class Place:
 
 
 def place_of(path: Path) -> Place:
-    """The nearest directory at or above `path` that exists."""
+    """Return the nearest existing directory at or above `path`."""
     for candidate in (path, *path.parents):
         try:
             status = candidate.stat()
@@ -101,10 +101,10 @@ def place_of(path: Path) -> Place:
 
 
 class Watch(Inotify):
-    """Watches directories (not what is below them) from its making until `close`.
+    """Watch of directories (not of their subdirectories) from its creation until `close`.
 
     Raises:
-        OSError: A directory is gone again, or the kernel's limits on inotify are reached.
+        OSError: A directory has vanished, or the kernel's limits on inotify are reached.
     """
 
     def __init__(self, places: Iterable[Place]) -> None:
@@ -117,7 +117,7 @@ class Watch(Inotify):
             raise
 
     async def changes(self, timeout_s: float | None) -> frozenset[Path]:
-        """The paths that have changed; none after `timeout_s`, or where events were lost. Without it waits for ever."""
+        """Wait for changed paths and return them; none after `timeout_s` (`None`: no limit), or if events were lost."""
         if not await self._is_readable(timeout_s):
             return frozenset()
         end = asyncio.get_running_loop().time() + _LONGEST_S

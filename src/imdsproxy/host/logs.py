@@ -1,8 +1,8 @@
-"""Log lines of the long-running processes: JSON for machines, aligned text on a terminal.
+"""Log lines of long-running processes: JSON for machines, aligned text on a terminal.
 
-A line is an event in a few words and key-value pairs; its time is UTC. Messages of libraries
-(uvicorn, asyncio) come the same way, from `warning` on. The journal gets their priorities. Import this module before
-any other that imports structlog.
+A line has an event in a few words, key-value pairs and the time in UTC. Messages of libraries (uvicorn, asyncio) appear
+in the same form, from `warning` on. The journal gets priorities. Import this module before any other that imports
+structlog.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import sys
 from collections.abc import MutableMapping
 from typing import TYPE_CHECKING, Final, Literal, TextIO, TypeAlias, cast
 
-# structlog loads rich wherever it is installed, for tracebacks in colour. Ours are plain, and rich is several MiB of a
-# process that runs for ever and a fifteenth of its start. What needs rich, as the tables of the command line, finds it
+# structlog imports rich if it is installed, for coloured tracebacks. Ours are plain, and rich takes several MiB in a
+# long-running process and a fifteenth of its start. Code that needs rich, as the command line's tables, can import it
 # afterwards.
 _HIDDEN: Final = "rich" not in sys.modules
 if _HIDDEN:
@@ -35,11 +35,11 @@ LogFormat: TypeAlias = Literal["auto", "json", "text"]
 _Event: TypeAlias = MutableMapping[str, object]
 _CLIPPED: Final = 8192
 _PRIORITIES: Final = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
-"""Of syslog, as sd-daemon(3) has them at the beginning of a line."""
+"""Syslog priorities, which sd-daemon(3) expects at the beginning of a line."""
 
 
 class _Libraries(logging.Handler):
-    """Hands what libraries log with the standard library to structlog."""
+    """Passes libraries' records of the standard logging module to structlog."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Forward one record with its exception."""
@@ -61,15 +61,15 @@ def open_logging(
     colours: bool = False,
     journal: bool = False,
 ) -> None:
-    """Set up what `structlog.get_logger()` writes, for this process; call again to change it.
+    """Configure `structlog.get_logger()` for this process; call it again to change the configuration.
 
     Args:
-        level: The least important message that is written.
-        log_format: `auto` is text where `stream` is a terminal, else JSON lines.
-        stream: Where lines go, usually standard error.
-        clock: Whose time the lines carry.
-        colours: Colour text lines; the caller knows about terminals and NO_COLOR.
-        journal: The stream is systemd's journal: `journalctl -p warning` is to find warnings.
+        level: Lowest level that is written.
+        log_format: Format; `auto` is text if `stream` is a terminal, else JSON lines.
+        stream: Output, usually standard error.
+        clock: Clock for the lines' times.
+        colours: Colour text lines; the caller checks terminals and NO_COLOR.
+        journal: Whether the stream is systemd's journal; then lines get priorities, for `journalctl -p warning`.
     """
     text = log_format == "text" or (log_format == "auto" and stream.isatty())
     number = logging.getLevelNamesMapping()[level.upper()]
@@ -121,7 +121,7 @@ def _add_priority(_logger: WrappedLogger, method: str, line: str) -> str:
 
 
 def _clip(_logger: WrappedLogger, _method: str, event: _Event) -> _Event:
-    """Foreign text (a tool's output, a guest's header) must not make lines of megabytes."""
+    """Clip long values, so that foreign text (a tool's output, a guest's header) cannot make lines of megabytes."""
     for key, value in event.items():
         if isinstance(value, str) and len(value) > _CLIPPED:
             event[key] = f"{value[:_CLIPPED]}… ({len(value)} characters)"

@@ -1,4 +1,4 @@
-"""Files of another account: opened only if no account but root and this one can change them, or a folder above them."""
+"""Files of another account, opened only if just root and that account can change the file or a directory above."""
 
 import contextlib
 import errno
@@ -13,19 +13,19 @@ from imdsproxy.errors import ConfigUnreadable, FileUntrusted
 from imdsproxy.host.files import Owner, opened
 
 _MOST_LINKS: Final = 40
-"""As the kernel has it (path_resolution(7))."""
+"""Maximum number of symbolic links, as in the kernel (path_resolution(7))."""
 
 _HERE: Final = Path("/")
 
 
 @dataclass(frozen=True, slots=True)
 class OwnedFile:
-    """An open file, and the open directory that holds the file: neither changes when a name on the way does.
+    """Open file and its open directory: later changes of names on the path affect neither.
 
     Attributes:
-        itself: Names the file (`O_PATH`).
-        directory: The directory's descriptor.
-        name: The file's name in the directory.
+        itself: Descriptor that only names the file (`O_PATH`).
+        directory: Descriptor of the directory.
+        name: Name of the file in the directory.
     """
 
     itself: int
@@ -34,7 +34,7 @@ class OwnedFile:
 
     @property
     def path(self) -> Path:
-        """Path by which the file can be replaced in its directory, wherever that is now."""
+        """Return a path to replace the file in its directory, wherever the directory is now."""
         return Path(f"/proc/self/fd/{self.directory}") / self.name
 
     def read(self) -> bytes:
@@ -46,17 +46,17 @@ class OwnedFile:
 def open_owned(path: Path, owner: Owner, root: Path = _HERE) -> Iterator[OwnedFile]:
     """Open a regular file for the block.
 
-    Every directory and symbolic link on the way, and the file, must belong to root or to the owner, and be writable by
-    no other user. A symbolic link is followed within the root.
+    The file, and every directory and symbolic link on the path, must belong to root or the owner, and no other user may
+    write to them. Symbolic links are followed within the root.
 
     Args:
-        path: The file, as the processes name it that have this root.
-        owner: User and group of the account that may own the file beside root.
-        root: A directory, as `/proc/PID/root`.
+        path: Path of the file for processes with this root.
+        owner: User and group of the account that may own the file besides root.
+        root: Directory, as `/proc/PID/root`.
 
     Raises:
-        ConfigUnreadable: There is no such file.
-        FileUntrusted: Another user may change the file, or which file it is.
+        ConfigUnreadable: The file does not exist.
+        FileUntrusted: Another user may change the file, or replace it.
     """
     shown = root / path.relative_to("/")
     with _reading(shown), contextlib.ExitStack() as stack:
@@ -67,11 +67,11 @@ def open_owned(path: Path, owner: Owner, root: Path = _HERE) -> Iterator[OwnedFi
 
 
 def list_owned(path: Path, owner: Owner, root: Path = _HERE) -> list[str]:
-    """List the names in a directory, in order; the directory is held to the same rules as in `open_owned`.
+    """Return the sorted names in a directory, to which the rules of `open_owned` apply.
 
     Raises:
-        ConfigUnreadable: There is no such directory.
-        FileUntrusted: Another user may change the directory, or which directory it is.
+        ConfigUnreadable: The directory does not exist.
+        FileUntrusted: Another user may change the directory, or replace it.
     """
     with _reading(root / path.relative_to("/")), contextlib.ExitStack() as stack:
         directory = Path(f"/proc/self/fd/{_walk(stack, path, owner, root).itself}")
@@ -87,7 +87,7 @@ def _reading(shown: Path) -> Iterator[None]:
 
 
 def _walk(stack: contextlib.ExitStack, path: Path, owner: Owner, root: Path) -> OwnedFile:
-    """Open each part of a path in the one before, so that no process can exchange a part after its check."""
+    """Open each part of a path relative to the part before, so that no process can replace a part after its check."""
     base = stack.enter_context(opened(root, os.O_PATH | os.O_DIRECTORY))
     way = [(base, str(root))]
     _check(base, str(root), owner)
@@ -118,7 +118,7 @@ def _walk(stack: contextlib.ExitStack, path: Path, owner: Owner, root: Path) -> 
 
 
 def _parts(path: str) -> list[str]:
-    """Parts of a path, the last one first; an empty path is the directory itself."""
+    """Return the parts of a path, the last one first; an empty path is the directory itself."""
     return [part for part in reversed(path.split("/")) if part not in {"", "."}]
 
 
@@ -129,7 +129,7 @@ def _check(descriptor: int, shown: str, owner: Owner) -> None:
         raise FileUntrusted(
             f"{shown} belongs to user {status.st_uid}", hint=f"chown root {shown}, if it is genuine"
         )
-    # The mode of a link says nothing; in a directory with the sticky bit only an entry's owner may replace the entry.
+    # A link's mode is meaningless; in a directory with the sticky bit only an entry's owner may replace the entry.
     if stat.S_ISLNK(status.st_mode) or (
         stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX
     ):

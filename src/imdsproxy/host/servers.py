@@ -1,4 +1,4 @@
-"""The sockets that our own servers listen on. Apart from them: a socket is made before a server is loaded."""
+"""Listening sockets of our own servers, in a module of their own, so that a socket can be opened before a server."""
 
 import os
 import socket
@@ -16,7 +16,7 @@ _UNIX_BACKLOG: Final = 2048
 
 @contextmanager
 def _listener(family: int, kind: int, place: str) -> Iterator[socket.socket]:
-    """A socket that is non-blocking after the block, which makes it listen, and closed where that fails."""
+    """Yield a socket for the block to bind; make the socket non-blocking afterwards, or close it on failure."""
     listener = socket.socket(family, kind | socket.SOCK_CLOEXEC)
     try:
         yield listener
@@ -32,10 +32,10 @@ def _listener(family: int, kind: int, place: str) -> Iterator[socket.socket]:
 
 
 def open_tcp_socket(host: str, port: int) -> socket.socket:
-    """A listening TCP socket.
+    """Open a listening TCP socket.
 
     Raises:
-        HostRefused: The address is not there, or the port is in use.
+        HostRefused: The address does not exist, or the port is in use.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with _listener(family, socket.SOCK_STREAM, f"{host} port {port}") as listener:
@@ -46,9 +46,9 @@ def open_tcp_socket(host: str, port: int) -> socket.socket:
 
 
 def try_tcp_listen(host: str, port: int) -> str | None:
-    """Why an address of the host cannot be listened on now; `None` when it can.
+    """Return why an address of the host cannot be listened on now; `None` if it can.
 
-    Without SO_REUSEPORT: a port that another process would share is not free.
+    The test does without SO_REUSEPORT: a port that another process would share is not free.
     """
     try:
         open_tcp_socket(host, port).close()
@@ -60,19 +60,19 @@ def try_tcp_listen(host: str, port: int) -> str | None:
 def open_unix_socket(
     path: Path, *, mode: int, owner: Owner | None = None, kind: int = socket.SOCK_STREAM
 ) -> socket.socket:
-    """A socket at `path`, there at once with its mode and owner; one for streams listens.
+    """Open a socket at `path`, which appears with its mode and owner set; a stream socket listens.
 
-    It takes the place of whatever socket was there: connections go to the new one from one moment to the next.
+    The new socket replaces an existing one atomically: from then on connections go to the new socket.
 
     Args:
-        path: Where clients find it; the directory must exist.
+        path: Path of the socket; the directory must exist.
         mode: Permission bits; a client needs to write.
         owner: User and group ids, -1 to leave one; `None` leaves this process's.
         kind: `SOCK_STREAM` or `SOCK_DGRAM`.
 
     Raises:
-        HostRefused: It cannot be bound there.
-        PrivilegeMissing: This process may not do that there.
+        HostRefused: The socket cannot be bound there.
+        PrivilegeMissing: This process may not bind there.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with _listener(socket.AF_UNIX, kind, str(path)) as listener:

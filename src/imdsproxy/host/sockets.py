@@ -1,10 +1,9 @@
 """Listening sockets on the metadata addresses: sock_diag(7), /proc, and a trial bind.
 
-HAProxy binds with SO_REUSEADDR and SO_REUSEPORT as root. A socket that listens on an address that
-covers ours, on the same device or either on none, is in its way unless it too has SO_REUSEPORT and
-belongs to root (inet_csk_bind_conflict). No interface of the kernel shows a foreign socket's
-SO_REUSEPORT, so the question is put to the kernel itself: `try_bind` does what HAProxy does,
-without listening, and lets go.
+HAProxy binds with SO_REUSEADDR and SO_REUSEPORT as root. A socket blocks HAProxy's bind if it listens on an address
+that covers ours, on the same device or either without a device, unless it too has SO_REUSEPORT and belongs to root
+(inet_csk_bind_conflict). No kernel interface shows a foreign socket's SO_REUSEPORT, so `try_bind` asks the kernel:
+it binds as HAProxy does, without listening, and closes the socket.
 """
 
 import errno
@@ -25,12 +24,12 @@ from imdsproxy.host.netlink import device_name
 from imdsproxy.host.nlmessages import NetlinkSocket, number, parse_attributes
 
 SOCK_DIAG: Final = 4
-"""The netlink protocol whose channel `listening_sockets` needs."""
+"""Netlink protocol of the channel for `listening_sockets`."""
 
 L3_PROXY_PORT: Final = 9697
-"""Where the HAProxies of Neutron's L3 agent listen, unless its `metadata_port` says otherwise."""
+"""Default port of the HAProxies of Neutron's L3 agent (its `metadata_port`)."""
 
-# Both families in one answer: only the older of the two questions can ask for that.
+# The older of the two requests, because only that one returns both families in one answer.
 _TCPDIAG_GETSOCK: Final = 18
 _QUESTION: Final = struct.Struct("=BBBB HH16s16sI8s II")
 _ANSWER: Final = struct.Struct("=BBBB HH16s16sI8s IIIII")
@@ -51,12 +50,12 @@ _WILDCARDS: Final = frozenset((IPv4Address(0), IPv6Address(0)))
 
 @dataclass(frozen=True, slots=True)
 class TcpSocket:
-    """A socket of ours, or of a foreign program, in a namespace.
+    """TCP socket of ours, or of a foreign program, in a namespace.
 
     Attributes:
-        local: Its own address.
-        port: Its peer's.
-        index: Of the device that it is bound to; 0 for none.
+        local: Local address.
+        port: Peer's port.
+        index: Index of the device to which the socket is bound; 0 for none.
     """
 
     local: IpAddress
@@ -70,9 +69,9 @@ class TcpSocket:
 def _tcp_sockets(
     channel: NetlinkSocket, ports: Collection[int], states: Iterable[int]
 ) -> Iterator[tuple[int, TcpSocket]]:
-    """Sockets with their own port."""
+    """Yield sockets, each with its local port."""
     wanted_ports = {socket.htons(port): port for port in ports}
-    # 0 asks for those of every port.
+    # 0 selects every port.
     sport, nothing = next(iter(wanted_ports)) if len(ports) == 1 else 0, bytes(16)
     wanted = sum(1 << state for state in states)
     question = _QUESTION.pack(0, 0, 0, 0, sport, 0, nothing, nothing, 0, b"\xff" * 8, wanted, 0)
@@ -93,11 +92,11 @@ def _address(family: int, packed: bytes) -> IpAddress:
 def listening_sockets(
     channel: NetlinkSocket, ports: Collection[int] = (METADATA_PORT,)
 ) -> list[ListeningSocket]:
-    """Every TCP socket that listens on one of these ports of a metadata address or a wildcard.
+    """Return every TCP socket that listens on one of these ports of a metadata address or a wildcard.
 
     Args:
-        channel: Speaks SOCK_DIAG in the namespace of the calling thread.
-        ports: The ports.
+        channel: SOCK_DIAG socket in the calling thread's namespace.
+        ports: Ports.
     """
     found: list[ListeningSocket] = []
     for port, one in _tcp_sockets(channel, ports, (_LISTEN,)):
@@ -112,22 +111,22 @@ def listening_sockets(
 
 
 def list_connections(channel: NetlinkSocket, port: int) -> Iterator[TcpSocket]:
-    """Connections to a metadata address and port, in the namespace of the channel.
+    """Return the connections to a metadata address and port, in the namespace of the channel.
 
     Args:
-        channel: Speaks SOCK_DIAG.
-        port: Ours.
+        channel: SOCK_DIAG socket.
+        port: Our port.
     """
     return (one for _, one in _tcp_sockets(channel, (port,), _ALIVE) if one.local in _METADATA)
 
 
 def end_connections(port: int, peers: Collection[IpAddress]) -> None:
-    """End what is open between some guests and a port of ours, with all that is still to be sent.
+    """Abort connections between these guests and our port, with all unsent data.
 
-    In the namespace of the calling thread.
+    The function works in the calling thread's namespace.
 
     Raises:
-        NetlinkRefused: The kernel lists or ends no connections (CONFIG_INET_DIAG_DESTROY).
+        NetlinkRefused: The kernel cannot list or abort connections (CONFIG_INET_DIAG_DESTROY).
     """
     with NetlinkSocket(SOCK_DIAG) as channel:
         for one in list_connections(channel, port):
@@ -144,16 +143,16 @@ def try_bind(
     port: int = METADATA_PORT,
     address: IpAddress | None = None,
 ) -> int:
-    """Try a bind like HAProxy's in the calling thread's namespace: errno or 0.
+    """Try a bind like HAProxy's in the calling thread's namespace; return errno or 0.
 
-    The socket never listens, so no connection can come to it, and it is closed at once.
+    The socket never listens, so it gets no connections, and it is closed at once.
 
     Args:
-        family: Which metadata address.
-        device: The device to bind to, or `None`.
-        index: The device's index, the scope of the link-local address; IPv6 only.
-        port: The port.
-        address: The address; the metadata address by default.
+        family: Family of the metadata address.
+        device: Device to bind to, or `None`.
+        index: Index of the device, the scope of the link-local address; IPv6 only.
+        port: Port.
+        address: Address; the metadata address by default.
     """
     number = socket.AF_INET if family is Family.IPV4 else socket.AF_INET6
     place = (str(address or family.metadata_address), port)
@@ -178,15 +177,15 @@ def try_bind(
 
 
 class SocketOwners:
-    """Finds the processes that hold sockets, remembering what it found.
+    """Finds the processes that hold sockets, and caches the results.
 
-    Our own processes' descriptors are read again when they have sockets that are not known yet, and every process's
-    only for foreign sockets.
+    It reads our own processes' descriptors again if a socket is unknown, and every process's only for foreign sockets.
 
     Args:
-        proc: `/proc`, or a directory of a test.
-        config: HAProxy's configuration: whose command line names it is ours too. A HAProxy that has just been
-            started again listens before its pids are known.
+        proc: `/proc`, or a test's directory.
+        config: HAProxy's configuration. A process with this file in its command line is ours too: after a restart
+            HAProxy
+            listens before its pids are known.
     """
 
     def __init__(self, proc: Path = process.PROC, config: Path | None = None) -> None:
@@ -199,13 +198,13 @@ class SocketOwners:
     def resolve(
         self, sockets: Iterable[ListeningSocket], our_pids: Collection[int]
     ) -> dict[int, ListeningSocket]:
-        """The same sockets with their owners, by inode.
+        """Return the sockets with their owners, by inode.
 
         Args:
-            sockets: As `listening_sockets` gave them; one call for those of many namespaces is much
-                cheaper than many calls.
-            our_pids: HAProxy's master and workers; their children count as ours too, so that a
-                worker which has just been started is never taken for a stranger.
+            sockets: Result of `listening_sockets`; one call for many namespaces is much cheaper than many calls.
+            our_pids: HAProxy's master and workers. Their children count as ours too, so that a new worker is never
+                mistaken
+                for a foreign process.
         """
         given = {one.inode: one for one in sockets}
         holders = self.holders(given, our_pids)
@@ -220,12 +219,12 @@ class SocketOwners:
     def holders(
         self, inodes: Collection[int], our_pids: Collection[int]
     ) -> dict[int, tuple[int, ...]]:
-        """The processes that have each socket open, as far as that can be seen; of ours one that has."""
+        """Return the visible processes that hold each socket; for our sockets, one process."""
         self._ours = {inode: pid for inode, pid in self._ours.items() if pid in our_pids}
         for pid in our_pids if not self._ours.keys() >= set(inodes) else ():
             self._ours.update({one: pid for one, _ in process.open_sockets(pid, self._proc)})
         foreign = set(inodes) - self._ours.keys()
-        # Others are kept while they are held: they are looked at in turn, some networks at a time.
+        # Keep the other entries while their sockets are held, because callers check the networks in turn.
         held = {inode: self._still_held(inode) for inode in {*self._foreign, *foreign}}
         self._foreign = {one: by for one, by in held.items() if by or one in foreign}
         missing = {

@@ -1,4 +1,4 @@
-"""Answers for guests out of compiled records, and the document server as an ASGI application."""
+"""Document server as an ASGI application: answers guests from compiled records."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from imdsproxy.serving.http import LIVENESS_PATH, Receive, Scope, Send, read_bod
 from imdsproxy.serving.store import PasswordStore, RecordReader
 
 _LIFETIME: Final = (b"cache-control", b"max-age=3600")
-"""Between here and HAProxy's cache, whose key holds the revision; HAProxy takes it away again."""
+"""Header for HAProxy's cache, whose key contains the revision; HAProxy removes the header."""
 
 _INSTANCE_HEADER: Final = HEADER_INSTANCE.encode("ascii")
 _REVISION_HEADER: Final = HEADER_REVISION.encode("ascii")
@@ -33,17 +33,17 @@ _NOTED_AT_MOST: Final = 1024
 _log: Final = structlog.get_logger()
 
 _Found: TypeAlias = "tuple[respond.Answer, BinaryIO | None]"
-"""An answer, and the file that its body lies in where it is not in memory."""
+"""Answer, and the file of its body if the body is not in memory."""
 
 
 @dataclass(slots=True)
 class DocumentService:
-    """The ASGI application that answers for every instance that HAProxy names and that has a compiled record.
+    """ASGI application that answers for every instance that HAProxy names and that has a compiled record.
 
     Args:
-        records: Where the records are read.
-        passwords: Where guests' passwords are kept.
-        random_bytes: Gives so many fresh random bytes.
+        records: Reader of records.
+        passwords: Store of guests' passwords.
+        random_bytes: Returns the given number of random bytes.
     """
 
     records: RecordReader
@@ -52,11 +52,11 @@ class DocumentService:
     _noted: dict[InstanceId, str] = field(default_factory=dict)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request; uvicorn is set to send no other scopes than HTTP's."""
+        """Answer one request; uvicorn is configured to send only HTTP scopes."""
         try:
             found = await self._answer(scope, receive)
         except Exception:  # noqa: BLE001 - logged; a fault of ours is answered like one that goes away
-            # A 500 ends boots: cloud-init's OpenStack source comes again only on 503.
+            # A 500 ends boots: cloud-init's OpenStack source retries only after 503.
             _log.exception("a request failed", path=repr(scope["raw_path"]))
             found = respond.retry_later(), None
         if found is not None:
@@ -64,10 +64,11 @@ class DocumentService:
             await send_answer(answer, send, file)
 
     async def _answer(self, scope: Scope, receive: Receive) -> _Found | None:
-        """The answer to the instance; `None` for a client that went away.
+        """Return the answer to the instance; `None` if the client has disconnected.
 
-        A record that is missing, damaged or unreadable is 503 and never 404: the sender of the request knows
-        that the instance exists. It is logged once until it is well again.
+        A missing, damaged or unreadable record leads to 503, never 404: HAProxy knows that the instance exists. The
+        fault is
+        logged once until the record is readable again.
         """
         headers = cast("Iterable[respond.Header]", scope["headers"])
         path, method = cast("bytes", scope["raw_path"]), cast("str", scope["method"])
@@ -94,14 +95,15 @@ class DocumentService:
     async def _look_up(
         self, instance: InstanceId, revision: str | None, method: str, path: bytes, body: bytes
     ) -> _Found | None:
-        """The answer; `None` when the record has been replaced meanwhile.
+        """Return the answer; `None` if the record has been replaced meanwhile.
 
-        While the record on disk is of another revision than the data plane knows, the answer is right, but not marked
-        for HAProxy's cache.
+        If the record on disk has another revision than the data plane's, the answer is right, but not marked for
+        HAProxy's
+        cache.
         """
         loaded = self.records.load(instance)
         if loaded is not None and revision not in (None, loaded.tree.record["revision"]):
-            # A file's inode, size and time can be the same after two quick changes; its revision cannot.
+            # Two quick changes can leave a file's inode, size and time unchanged, but not its revision.
             loaded = self.records.load(instance, fresh=True)
         if loaded is None:
             self._note(instance, "its compiled record is missing")
