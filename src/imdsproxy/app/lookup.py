@@ -72,8 +72,7 @@ class Lookup:
         read_neighbour: Reads the kernel's MAC for an address behind a network's listener, `None` for no entry.
         source: Source to query for an address that no source has reported.
         is_followed: Whether the kernel reports changes of an address. Otherwise the lookup reads learned addresses
-            again
-            after a while.
+            again after a while.
     """
 
     inventory: Inventory
@@ -325,8 +324,7 @@ class Lookup:
         granted = self.mac_filters.granted(key)
         if mac is not None and granted not in (None, ANY_MAC) and self.mac_filters.is_up(key[0]):
             # Another guest that claims the address does not end the owner's entry. Its first request arrives unverified
-            # and
-            # is looked up by its own MAC.
+            # and is looked up by its own MAC.
             mac = granted
         instance = None if mac is None else self._known_by(key, mac)
         if instance is None:

@@ -92,8 +92,7 @@ class PolicyStore:
 
     Attributes:
         overrides: Overrides by this host's operators. Those of departed instances stay: an instance that comes back
-            under
-            the same id must not get its old tokens back.
+            under the same id must not get its old tokens back.
         fleet: Last argument of `take_fleet`.
         departed: Departure times of instances (Unix time), kept as long as a token of theirs may be unexpired.
     """
@@ -186,8 +185,7 @@ class PolicyStore:
         """Replace the fleet's policies; return the changes on which the caller must act.
 
         Call this before publishing the records that belong to the policies. HAProxy gets new keys before its next
-        records, and
-        keeps the keys of a departing instance until its record is removed.
+        records, and keeps the keys of a departing instance until its record is removed.
         """
         book, before = self.book(), self.fleet
         self.fleet, self.keys.of_instances = fleet, fleet.keys

@@ -56,8 +56,7 @@ class TokenCounting:
     """Sums the counts of workers: for a report, and before a reload ends a worker.
 
     The sums are on disk within a minute, with the last count of each worker. A worker's table outlives the controller,
-    so
-    the next controller misses nothing while the worker lives.
+    so the next controller misses nothing while the worker lives.
 
     Args:
         haproxy: HAProxy whose workers are read, draining ones too.

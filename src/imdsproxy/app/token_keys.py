@@ -32,8 +32,7 @@ class TokenKeys:
     Attributes:
         keys: The host's own keys, the signing key first.
         of_instances: Keys of a fleet's instances on this host. HAProxy gets new ones when a round of records
-            (`RecordLoop`)
-            calls `ensure`, and drops obsolete ones at `sweep`.
+            (`RecordLoop`) calls `ensure`, and drops obsolete ones at `sweep`.
         failure: Reason why a worker may not know the keys in force.
     """
 

@@ -20,8 +20,8 @@ _log: Final = structlog.get_logger()
 async def reload_settings(controller: Controller, *, allow_dropped: bool) -> SettingsReload:
     """Read the settings again; apply all that can change live or by a reload of HAProxy.
 
-    Return once guests get answers by the new settings: an operator who gives a Nova its next secret must know when.
-    If that takes long, `pending` has the reasons.
+    Return once guests get answers by the new settings: an operator who gives a Nova its next secret must know when. If
+    that takes long, `pending` has the reasons.
 
     Args:
         controller: Controller.

@@ -73,10 +73,8 @@ def _maxconn(config: Path) -> int:
     """Return the configuration's own `maxconn`, for the command line.
 
     A waiting master reads no configuration and would take 100. It holds a socket whose descriptor number exceeds those
-    of
-    the namespaces that were open before. If that number is larger than 100 connections could need, the master ends at
-    its
-    start: from about 220 namespaces on (HAProxy 3.0, `MASTER_MAXCONN`).
+    of the namespaces that were open before. If that number is larger than 100 connections could need, the master ends
+    at its start: from about 220 namespaces on (HAProxy 3.0, `MASTER_MAXCONN`).
     """
     lines = config.read_text().splitlines() if config.exists() else []
     found = [line.split()[1] for line in lines if line.split()[:1] == ["maxconn"]]
@@ -218,8 +216,7 @@ async def control_unit(verb: Literal["start", "stop"], unit: str) -> tuple[int, 
     """
     if verb == "start":
         # Otherwise each restart since the unit's last rest makes systemd wait longer. systemd refuses for a unit that
-        # was
-        # never started, which has no failures to reset.
+        # was never started, which has no failures to reset.
         await _run("systemctl", "reset-failed", unit)
     status, words = await _run("systemctl", verb, unit, deadline_s=_UNIT_S)
     return status, f"systemctl {verb} {unit}: {words}"

@@ -231,8 +231,7 @@ async def exchange(path: Path, request: str, deadline_s: float, *, end: bool = F
             while chunk := await reader.read(65_536):
                 answer += chunk
                 # After a refusal of the target's pid the master may miss that our side has ended, and would keep the
-                # connection
-                # open until a timeout.
+                # connection open until a timeout.
                 if answer.startswith(b"Can't ") and answer.endswith(b"\n"):
                     break
             return answer

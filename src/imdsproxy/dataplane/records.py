@@ -26,8 +26,7 @@ class RecordApplier:
     """Keeps the two map files, and the two maps in every worker, equal to the planned records.
 
     `lock` is held while records change and during reloads: no process writes the files while a new worker reads them,
-    so
-    no change can be lost between its files and its sockets.
+    so no change can be lost between its files and its sockets.
 
     Attributes:
         known: Workers whose maps are known to equal the files.
@@ -141,8 +140,7 @@ class RecordApplier:
             entries: Complete new content.
             secret: Whether only root may read the file.
             single: Send only the differences (`maps.plan_table_changes`) if they are few; keys and values must then
-                contain no
-                semicolon. Otherwise the map is replaced at once.
+                contain no semicolon. Otherwise the map is replaced at once.
 
         Raises:
             HostRefused: The file cannot be written; nothing has changed anywhere.

@@ -50,8 +50,7 @@ def write_atomic(
     """Replace `path` by a file with exactly `data`: a reader sees the old bytes or the new ones.
 
     The new file is written beside the old one, so that the rename stays within one file system, under a hidden name
-    with
-    the ids of this process and thread; see `sweep_unfinished`.
+    with the ids of this process and thread; see `sweep_unfinished`.
 
     Args:
         path: Path of the file; its directory must exist.
@@ -322,8 +321,7 @@ def read_secret(path: Path, *, owner: int | None = None) -> bytes:
 
     Raises:
         SecretUnreadable: The file is missing, empty, too big, not a regular file, owned by another user, or others may
-        read
-            or write it.
+            read or write it.
     """
     try:
         with opened(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY) as file:

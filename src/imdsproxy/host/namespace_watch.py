@@ -69,8 +69,7 @@ class NamespaceWatch:
 
     def _take(self) -> None:
         # asyncio's epoll has polled ours to learn that it is ready, which consumes the mount event: the call itself is
-        # the
-        # event.
+        # the event.
         self._epoll.poll(0)
         self._drain()
         self._changed.set()

@@ -75,8 +75,7 @@ class NamespaceDirectory:
         self.path = path
         self._base = os.fspath(path)
         # All nsfs files of a kernel share one super block. Comparing its device number with our own namespace's is as
-        # good
-        # as fstatfs's magic (0x6e736673), and needs no foreign call.
+        # good as fstatfs's magic (0x6e736673), and needs no foreign call.
         self._device = Path("/proc/self/ns/net").stat().st_dev
 
     def file(self, name: str) -> str:
@@ -140,8 +139,7 @@ class NamespaceDirectory:
         """Create the directory and mark it shared: other mount namespaces get the mounts made here.
 
         The steps are those of `ip netns add`: first a bind mount upon itself if it is no mount point yet, then
-        MS_SHARED. The
-        directory is locked meanwhile, as iproute2 does it.
+        MS_SHARED. The directory is locked meanwhile, as iproute2 does it.
 
         Raises:
             HostRefused: The kernel refused.
@@ -162,8 +160,7 @@ class NamespaceThread:
     """The thread that enters namespaces.
 
     Work runs in the order of submission. Each piece begins and ends in the namespace in which the process started.
-    Entering
-    and returning takes about 10 µs.
+    Entering and returning takes about 10 µs.
     """
 
     def __init__(self, directory: NamespaceDirectory) -> None:

@@ -290,8 +290,7 @@ class NetfilterSocket(nl.NetlinkSocket):
 
         Raises:
             NetlinkRefused: The kernel refused, with the first error; nothing of this part was applied. Use another
-            socket
-                then.
+                socket then.
         """
         head = _NFGEN.pack(batch.family, 0, 0) + _pack({1: batch.table})
         fence = _NFGEN.pack(0, 0, _SUBSYSTEM >> 8)

@@ -176,8 +176,7 @@ def give_socket(path: Path, *, mode: int, owner: tuple[int, int]) -> None:
     """Set mode and owner of a socket file.
 
     If another account owns the directory, it could replace the socket by a link to any file meanwhile. So mode and
-    owner
-    are set on the file that was checked.
+    owner are set on the file that was checked.
 
     Raises:
         HostRefused: There is no socket, or the file system refuses.

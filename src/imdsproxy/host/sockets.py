@@ -2,8 +2,8 @@
 
 HAProxy binds with SO_REUSEADDR and SO_REUSEPORT as root. A socket blocks HAProxy's bind if it listens on an address
 that covers ours, on the same device or either without a device, unless it too has SO_REUSEPORT and belongs to root
-(inet_csk_bind_conflict). No kernel interface shows a foreign socket's SO_REUSEPORT, so `try_bind` asks the kernel:
-it binds as HAProxy does, without listening, and closes the socket.
+(inet_csk_bind_conflict). No kernel interface shows a foreign socket's SO_REUSEPORT, so `try_bind` asks the kernel: it
+binds as HAProxy does, without listening, and closes the socket.
 """
 
 import errno
@@ -184,8 +184,7 @@ class SocketOwners:
     Args:
         proc: `/proc`, or a test's directory.
         config: HAProxy's configuration. A process with this file in its command line is ours too: after a restart
-            HAProxy
-            listens before its pids are known.
+            HAProxy listens before its pids are known.
     """
 
     def __init__(self, proc: Path = process.PROC, config: Path | None = None) -> None:
@@ -203,8 +202,7 @@ class SocketOwners:
         Args:
             sockets: Result of `listening_sockets`; one call for many namespaces is much cheaper than many calls.
             our_pids: HAProxy's master and workers. Their children count as ours too, so that a new worker is never
-                mistaken
-                for a foreign process.
+                mistaken for a foreign process.
         """
         given = {one.inode: one for one in sockets}
         holders = self.holders(given, our_pids)

@@ -135,14 +135,12 @@ class NovaEndpointSettings(Section):
 
     url: Url = setting(..., Change.RELOAD)
     """`http://HOST:PORT` or `https://HOST:PORT`; HOST is a name, an IPv4 address or an IPv6 address in brackets, PORT
-    is
-    8775 by default. imdsproxy resolves a name again every half minute, and each of its addresses is one endpoint.
+    is 8775 by default. imdsproxy resolves a name again every half minute, and each of its addresses is one endpoint.
     """
 
     secret: Literal["current", "next"] = setting("current", Change.RELOAD)
     """Secret that this Nova has: the set's current or next one. During a change of secrets, Nova hosts take over the
-    next
-    secret one after another, and this setting shows which ones have it.
+    next secret one after another, and this setting shows which ones have it.
     """
 
 
@@ -170,8 +168,7 @@ class EndpointSetSettings(Section):
 
     ca_file: AbsolutePath | None = setting(None, Change.RELOAD)
     """PEM file of the authorities that may have signed the certificates of https endpoints; null takes the system's.
-    Read
-    again at each reload, even if only the file has changed.
+    Read again at each reload, even if only the file has changed.
     """
 
     verify: bool = setting(True, Change.RELOAD)
@@ -236,8 +233,7 @@ class NovaSettings(Section):
         {}, Change.RELOAD, examples=[{DEFAULT_SET: _EXAMPLE}]
     )
     """Endpoint sets by name; empty without Nova. `default` serves every instance that no other set names. Cells with
-    their
-    own metadata APIs need a set each.
+    their own metadata APIs need a set each.
     """
 
     connect_timeout_s: float = setting(2.0, Change.RELOAD, ge=0.1, le=30)
@@ -245,8 +241,7 @@ class NovaSettings(Section):
 
     response_timeout_s: float = setting(30.0, Change.RELOAD, ge=1, le=600)
     """Seconds to wait for Nova's answer; then the guest gets 503 and Retry-After. Shorter than the 32 s of a Neutron
-    proxy
-    in front, long enough for dynamic vendor data.
+    proxy in front, long enough for dynamic vendor data.
     """
 
     health_check: Literal["tcp", "http", "off"] = setting("http", Change.RELOAD)

@@ -248,8 +248,7 @@ class NovaWatch:
     """Reader of HAProxy's counters for Nova, at intervals.
 
     If Nova refuses our signature, it answers 403 to every request of its guests. That is logged once, and again only
-    after
-    it has recovered in between.
+    after it has recovered in between.
 
     Args:
         sets: Returns the names of the endpoint sets in force.

@@ -67,8 +67,7 @@ class DocumentService:
         """Return the answer to the instance; `None` if the client has disconnected.
 
         A missing, damaged or unreadable record leads to 503, never 404: HAProxy knows that the instance exists. The
-        fault is
-        logged once until the record is readable again.
+        fault is logged once until the record is readable again.
         """
         headers = cast("Iterable[respond.Header]", scope["headers"])
         path, method = cast("bytes", scope["raw_path"]), cast("str", scope["method"])
@@ -98,8 +97,7 @@ class DocumentService:
         """Return the answer; `None` if the record has been replaced meanwhile.
 
         If the record on disk has another revision than the data plane's, the answer is right, but not marked for
-        HAProxy's
-        cache.
+        HAProxy's cache.
         """
         loaded = self.records.load(instance)
         if loaded is not None and revision not in (None, loaded.tree.record["revision"]):

@@ -1,7 +1,7 @@
 """HTTP for our own servers: reading and answering requests of ASGI 3 applications, and uvicorn's protocol.
 
-`uvicorn.Server` wakes ten times a second and installs signal handlers. This module only listens and, at the end,
-drains connections.
+`uvicorn.Server` wakes ten times a second and installs signal handlers. This module only listens and, at the end, drains
+connections.
 """
 
 import asyncio
@@ -176,10 +176,8 @@ class _Protocol(HttpToolsProtocol):
 async def serving(app: AsgiApp, listener: socket.socket, *, grace_s: float) -> AsyncIterator[None]:
     """Answer requests on a listening socket, which is closed at the end.
 
-    At the end it accepts no connections, and open requests get `grace_s` seconds to finish. An idle connection
-    may
-    have a request on its way. So idle connections stay open for a moment: such a request still gets its answer, which
-    asks
+    At the end it accepts no connections, and open requests get `grace_s` seconds to finish. An idle connection may have
+    a request on its way. So idle connections stay open for a moment: such a request still gets its answer, which asks
     the client to close.
     """
     config, state, loop = _config(app), ServerState(), asyncio.get_running_loop()

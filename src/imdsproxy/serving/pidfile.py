@@ -2,8 +2,7 @@
 
 The parent locks the file (flock(2)) for its whole life; the lock ends even if the parent is killed. Each line is `PID
 START`, the parent's first, then its workers'. START is the process's start time in the kernel's ticks
-(proc_pid_stat(5),
-field 22), so that a reused pid is not mistaken for ours. The last line is `restarts N`.
+(proc_pid_stat(5), field 22), so that a reused pid is not mistaken for ours. The last line is `restarts N`.
 """
 
 import os

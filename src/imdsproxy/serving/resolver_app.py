@@ -43,8 +43,7 @@ class GuestRequest:
         scope: Kind of the id in `key`, if HAProxy knows it.
         port: The guest's port, if the kernel has not yet checked the address together with its MAC.
         by_operator: Whether an operator sent the request; it then uses none of the network's share, and does not count
-            as
-            the guest's.
+            as the guest's.
     """
 
     key: AddressKey

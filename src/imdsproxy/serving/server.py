@@ -1,8 +1,8 @@
 """Document server: a parent that keeps its workers alive, each on its own unix socket.
 
 The parent creates the sockets and holds them open, so a connection to a worker that has just died waits for the next
-worker instead of being refused. The parent imports everything before it forks, so the workers share that memory.
-It depends on neither the controller nor HAProxy.
+worker instead of being refused. The parent imports everything before it forks, so the workers share that memory. It
+depends on neither the controller nor HAProxy.
 
 SIGTERM and SIGINT stop the server. On SIGHUP the parent executes its own command line again: the same process loads new
 code and settings, creates new sockets and workers, puts the sockets in place when all workers answer, and ends the old
@@ -38,8 +38,8 @@ from imdsproxy.serving.http import LIVENESS_PATH, serving
 from imdsproxy.serving.pidfile import PidFile, read_pids, signal_all
 from imdsproxy.serving.store import PasswordStore, RecordReader
 
-# Libraries import the modules marked above at first use. That would be too late here: an unprivileged worker may not
-# be able to read them, and after an upgrade they would not match the code in memory.
+# Libraries import the modules marked above at first use. That would be too late here: an unprivileged worker may not be
+# able to read them, and after an upgrade they would not match the code in memory.
 
 _SOCKET_MODE: Final = 0o660
 _PRIVATE: Final = 0o750

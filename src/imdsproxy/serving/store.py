@@ -206,8 +206,7 @@ class DiskFiles:
 
 def _has_content(path: str, content: bytes) -> bool:
     # Plain descriptors, because a start reads all records, and `Path` would take three times as long. If a file cannot
-    # be
-    # read, writing it again repairs the fault or reports it.
+    # be read, writing it again repairs the fault or reports it.
     with suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:

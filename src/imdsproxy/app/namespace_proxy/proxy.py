@@ -378,8 +378,7 @@ class ProxyDaemon:
             ConfigRejected: HAProxy refuses the configuration; the error has HAProxy's own message.
             HaproxyMissing: HAProxy is not installed.
             HostRefused: The port is in use, the proxy runs already, an account or a directory is missing, or a file
-            cannot be
-                written.
+                cannot be written.
             PrivilegeMissing: This process lacks a privilege for that.
         """
         self._check_pid_file()
