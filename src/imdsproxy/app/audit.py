@@ -141,11 +141,11 @@ class _Worker:
 
 @dataclass(slots=True)
 class Audit:
-    """Writes the audit log.
+    """Writer of the audit log.
 
     Args:
-        settings: Returns the settings in force.
-        keep: Stores a connection with the service manager; returns whether that worked.
+        settings: Getter of the settings in force.
+        keep: Function that stores a connection with the service manager, and returns whether that worked.
 
     Attributes:
         written: Lines of requests since this controller started.

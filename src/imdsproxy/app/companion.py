@@ -33,13 +33,13 @@ _STOP_GRACE_S: Final = 10.0
 
 @dataclass(slots=True)
 class Companion:
-    """Starts the document server's parent process, watches and stops it.
+    """Supervisor of the document server's parent process: starts, watches and stops it.
 
     Args:
         pid_file: File that lists the server's processes.
         log: Output file of a server that the controller starts as a process.
-        arguments: Command line of that process.
-        environment: Complete environment of that process.
+        arguments: Command line of the process.
+        environment: Complete environment of the process.
         unit: The systemd unit to start instead of a process.
         needed: False if no instance has documents of ours, as in front of Nova alone.
 
@@ -193,7 +193,7 @@ class DocumentProbe:
     revision is not on disk, so the server reads the file each time.
 
     Args:
-        account: Returns the document server's account.
+        account: Getter of the document server's account.
         needed: False if there is no document server.
 
     Attributes:

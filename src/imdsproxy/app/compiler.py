@@ -137,11 +137,11 @@ class Compiling:
 
 @dataclass(slots=True)
 class RecordCompiler:
-    """Writes and removes compiled records.
+    """Compiler that writes and removes records on disk.
 
     Args:
         files: Directory from which the document server reads records.
-        region: Returns the region in the current settings.
+        region: Getter of the region in the current settings.
 
     Attributes:
         revisions: Revisions of the records on disk that guests may read.

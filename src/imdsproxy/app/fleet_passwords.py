@@ -22,12 +22,12 @@ _log = structlog.get_logger()
 
 @dataclass(slots=True)
 class FleetPasswords:
-    """Keeps the password files and the fleet equal.
+    """Synchroniser of the password files with the fleet.
 
     Args:
         store: Files in which the document server stores posted passwords.
         group: Group id that may read the files; `None` for this process's.
-        send: Sends a password to a hub; raises `SourceRefused` if the fleet accepts none, or has another.
+        send: Function that sends a password to a hub; raises `SourceRefused` if the fleet accepts none, or has another.
         backoff: Pauses after a hub was unreachable, or the disk refused.
     """
 

@@ -66,10 +66,10 @@ class Refusal:
 
 @dataclass(slots=True)
 class Lookup:
-    """Looks up guests by their MACs in the neighbour table, and keeps results until the table changes.
+    """Lookup of guests by their MACs in the neighbour table; results stay until the table changes.
 
     Attributes:
-        read_neighbour: Reads the kernel's MAC for an address behind a network's listener, `None` for no entry.
+        read_neighbour: Reader of the kernel's MAC for an address behind a network's listener, `None` for no entry.
         source: Source to query for an address that no source has reported.
         is_followed: Whether the kernel reports changes of an address. Otherwise the lookup reads learned addresses
             again after a while.

@@ -77,14 +77,15 @@ class _RoundPlan:
 
 @dataclass(slots=True)
 class RecordLoop:
-    """Keeps compiled records and HAProxy's maps equal to the inventory.
+    """Reconcile loop that keeps compiled records and HAProxy's maps equal to the inventory.
 
     Args:
-        on_networks: Called with networks that were added, changed or removed.
-        on_applied: Called with addresses whose records are in force now; `None` stands for all addresses.
-        on_gone: Called with instances that no source reports now.
-        on_here: Called with new or changed instances of sources that may give their ids to other instances later.
-        save: Called before a round plans records, to store what `on_gone` and `on_here` noted; may raise `HostRefused`.
+        on_networks: Callback for networks that were added, changed or removed.
+        on_applied: Callback for addresses whose records are in force now; `None` stands for all addresses.
+        on_gone: Callback for instances that no source reports now.
+        on_here: Callback for new or changed instances of sources that may give their ids to other instances later.
+        save: Callback before a round plans records, to store the notes of `on_gone` and `on_here`; may raise
+            `HostRefused`.
         routing: Current Nova routing of requests; call `resync` after a change.
         policies: Current policies of settings and operators; call `resync` after a change.
         sets: Publisher of path rules to HAProxy.

@@ -28,7 +28,7 @@ class RuleSets:
     """Path rule sets in HAProxy.
 
     Args:
-        applier: Sends the sets to the workers.
+        applier: Connection to the workers.
     """
 
     applier: RecordApplier

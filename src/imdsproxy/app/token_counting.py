@@ -53,7 +53,7 @@ def _write(connection: sqlite3.Connection, key: _Key, numbers: Kept | None) -> N
 
 @dataclass(slots=True)
 class TokenCounting:
-    """Sums the counts of workers: for a report, and before a reload ends a worker.
+    """Sums of workers' counts, updated for a report, and before a reload ends a worker.
 
     The sums are on disk within a minute, with the last count of each worker. A worker's table outlives the controller,
     so the next controller misses nothing while the worker lives.
@@ -61,7 +61,7 @@ class TokenCounting:
     Args:
         haproxy: HAProxy whose workers are read, draining ones too.
         clock: Clock of this host.
-        one_in: Returns the current sampling: one of so many accepted reads is counted; 0 for none.
+        one_in: Getter of the sampling: HAProxy counts one of so many accepted reads; 0 for none.
         path: File of the sums, which may be deleted.
 
     Attributes:
@@ -145,7 +145,7 @@ class TokenCounting:
 
         Args:
             inventory: Inventory.
-            policies: Returns the policies in force.
+            policies: Getter of the policies in force.
             days: Days without a read without a token that the verdict yes requires.
             scope: `network` or `project`, and its id, for a verdict on that scope only.
 

@@ -26,8 +26,8 @@ class TokenKeys:
     """Token keys in force.
 
     Args:
-        layout: Has the default path of the key file, which is created if it is missing.
-        random: Returns the given number of random bytes.
+        layout: Layout with the default path of the key file, which is created if it is missing.
+        random: Source of random bytes; its argument is their number.
 
     Attributes:
         keys: The host's own keys, the signing key first.
@@ -124,7 +124,7 @@ class TokenKeys:
         """Return the keys that records in force may need: current ones, and those of departing instances.
 
         Args:
-            is_of_fleet: Returns whether the fleet's source has the instance.
+            is_of_fleet: Predicate for instances that the fleet's source has.
         """
         going = {
             instance: keys
@@ -147,7 +147,7 @@ class TokenKeys:
         """Wait until no worker knows a key of an instance that is not in `of_instances`; raises as `ensure`.
 
         Args:
-            applier: Sends the keys to the workers.
+            applier: Connection to the workers.
             needed: Result of `needed` from before the records in force were planned. These keys stay as well.
         """
         await self._hold(applier, _join(self.of_instances, needed))

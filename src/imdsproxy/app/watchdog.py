@@ -26,11 +26,11 @@ so it does not delay the detection of a hung worker."""
 
 @dataclass(slots=True)
 class HaproxyWatchdog:
-    """Restarts HAProxy when its master ends, and kills it when its master or its worker hangs.
+    """Supervisor that restarts HAProxy when its master ends, and kills HAProxy when its master or worker hangs.
 
     Args:
-        on_return: Called when HAProxy is back, or runs with a worker that we did not start.
-        on_trouble: Called if HAProxy does not start with the configuration on disk, to look at the host again.
+        on_return: Callback when HAProxy is back, or runs with a worker that we did not start.
+        on_trouble: Callback if HAProxy does not start with the configuration on disk, to look at the host again.
 
     Attributes:
         answering: Whether the last probe was answered, or had to wait because HAProxy is full.

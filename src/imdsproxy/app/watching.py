@@ -21,12 +21,12 @@ _IDLE_S: Final = 5.0
 
 @dataclass(slots=True)
 class Watching:
-    """Lets HAProxy report requests only while a watcher reads them.
+    """Recorder of requests, which HAProxy reports only while a watcher reads them.
 
     Args:
         haproxy: HAProxy whose workers are asked.
-        apply: Applies the configuration for `wanted`; returns when it is in force, or given up for now.
-        owner_of: Returns the instance with an address in a network, for requests that HAProxy's maps did not know.
+        apply: Function that applies the configuration for `wanted`; returns when it is in force, or given up for now.
+        owner_of: Look-up of the instance with an address in a network, for requests that HAProxy's maps did not know.
     """
 
     haproxy: Haproxy

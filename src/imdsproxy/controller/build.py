@@ -165,7 +165,7 @@ def build_sources(
     Args:
         settings: Settings of all sources.
         clock: Clock for expiry times and ages.
-        begin: Waits until sources may start work that is not urgent.
+        begin: Wait until sources may start work that is not urgent.
         progress: Progress of sources' long work.
     """
     state, wanted = settings.paths.state_dir, settings.sources

@@ -26,6 +26,8 @@ from imdsproxy.host.process import Doubt, read_stat, run_program, wait_gone
 from imdsproxy.host.socket_file import read_listener
 
 _CHECK_DEADLINE_S = 60.0
+"""Deadline for the check of a configuration, in seconds: the binds of 5,000 networks take a few seconds."""
+
 _BEFORE_RELOAD_S = 0.5
 """Time for reads before a reload, in seconds."""
 
@@ -50,12 +52,12 @@ class ReloadReport:
 
 @dataclass(slots=True)
 class Haproxy:
-    """Brings configurations into force and checks that HAProxy answers.
+    """HAProxy on this host: starts, adopts and reloads it, and probes whether it answers.
 
     Attributes:
         reload_durations: Durations of successful starts and reloads, from the command until the worker serves.
         full: Reason why guests wait, while HAProxy has reached its connection limit.
-        before_reload: Called before a reload to read from the old workers, within half a second; must not raise.
+        before_reload: Callbacks before a reload, to read from the old workers within half a second; must not raise.
         starting: Set once a start has begun, or none is needed: the processor is idle while HAProxy reads its files.
 
     Every start and reload happens under the records' lock, so a new worker's maps equal the files.

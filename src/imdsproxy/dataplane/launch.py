@@ -83,7 +83,7 @@ def _maxconn(config: Path) -> int:
 
 @dataclass(slots=True)
 class Launcher:
-    """Starts and stops HAProxy's master on this host; the master outlives the controller.
+    """Launcher of HAProxy's master on this host; the master outlives the controller.
 
     Args:
         program: HAProxy's path.

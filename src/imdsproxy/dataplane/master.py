@@ -26,7 +26,7 @@ class WorkerEnded(Exception):
 
 
 class MasterClient:
-    """Sends commands to the master and, through the master, to each worker.
+    """Client for commands to the master and, through the master, to each worker.
 
     Attributes:
         commands: Number of answered (`ok`) and unanswered (`failed`) commands.

@@ -23,7 +23,7 @@ _SWAP_ABOVE = 256
 
 @dataclass(slots=True)
 class RecordApplier:
-    """Keeps the two map files, and the two maps in every worker, equal to the planned records.
+    """Writer that keeps the two map files, and the two maps in every worker, equal to the planned records.
 
     `lock` is held while records change and during reloads: no process writes the files while a new worker reads them,
     so no change can be lost between its files and its sockets.
@@ -112,7 +112,7 @@ class RecordApplier:
         """Restore the copies for HAProxy if their inputs are the same now; return whether that was done.
 
         Args:
-            made_of: Returns the inputs as `save_copies` got them; called only if there are copies.
+            made_of: Getter of the inputs as `save_copies` got them; called only if there are copies.
 
         Raises:
             HostRefused: A map cannot be written.

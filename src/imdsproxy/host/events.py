@@ -45,7 +45,7 @@ class KernelEvents(Generic[T]):
         protocol: `socket.NETLINK_ROUTE` or NETLINK_NETFILTER.
         groups: Numbers of the groups.
         about: Subject, for an error's message.
-        parse: Returns the items in a message, given its type, payload and the id of its namespace; `None` for our own.
+        parse: Parser of the items in a message; its arguments are type, payload and namespace id (`None` for our own).
         hears_all: Whether events of other namespaces arrive too (requires CAP_NET_BROADCAST).
     """
 
@@ -154,7 +154,7 @@ def watch_neighbours(wanted: Callable[[NeighbourChange], bool]) -> KernelEvents[
     """Return the changes of neighbour tables.
 
     Args:
-        wanted: Returns whether a change matters. A guest can cause any number of other changes.
+        wanted: Predicate for changes that matter. A guest can cause any number of other changes.
     """
 
     def parse(kind: int, payload: bytes, nsid: int | None) -> Iterator[NeighbourChange]:
@@ -173,7 +173,7 @@ def watch_tables(wanted: Callable[[], Collection[str]]) -> KernelEvents[str]:
     """Return the names of removed nf_tables tables.
 
     Args:
-        wanted: Returns the names that matter.
+        wanted: Getter of the names that matter.
     """
 
     def parse(kind: int, payload: bytes, _: int | None) -> Iterator[str]:

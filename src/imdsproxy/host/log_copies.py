@@ -13,7 +13,7 @@ _EVERY_S: Final = 0.5
 
 @dataclass(slots=True)
 class LogCopies:
-    """Copies files to which others append, and that restart when they grow long (`host.files.limit_log`).
+    """Copier of files to which others append, and that restart when they grow long (`host.files.limit_log`).
 
     Args:
         paths: Paths of the files, which may not exist yet. Present content is not copied.

@@ -39,7 +39,7 @@ _PRIORITIES: Final = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical
 
 
 class _Libraries(logging.Handler):
-    """Passes libraries' records of the standard logging module to structlog."""
+    """Handler that passes libraries' records of the standard logging module to structlog."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Forward one record with its exception."""

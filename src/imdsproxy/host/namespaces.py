@@ -207,7 +207,7 @@ class NamespaceThread:
 
         Args:
             name: File name in the directory.
-            prepare: Called inside before the namespace gets its name, so that every named namespace is prepared.
+            prepare: Callback inside before the namespace gets its name, so that every named namespace is prepared.
 
         Raises:
             HostRefused: The kernel refused.

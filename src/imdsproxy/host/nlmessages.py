@@ -141,7 +141,7 @@ def iter_messages(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
 
 
 class NetlinkSocket:
-    """Sends requests to the kernel and waits for answers, in the namespace of the thread that creates the socket.
+    """Socket for requests to the kernel and their answers, in the namespace of the thread that creates the socket.
 
     Args:
         protocol: `socket.NETLINK_ROUTE`, NETLINK_SOCK_DIAG (4) or NETLINK_NETFILTER (12).

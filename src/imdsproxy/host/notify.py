@@ -21,7 +21,7 @@ _FIRST_KEPT: Final = 3
 
 @dataclass(frozen=True, slots=True)
 class ServiceNotifier:
-    """Sends states to the manager's socket.
+    """Sender of states to the manager's socket.
 
     Attributes:
         address: Value of `NOTIFY_SOCKET`: a path, or `@name` for an abstract socket; empty without a manager, and then

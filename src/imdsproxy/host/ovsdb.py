@@ -109,14 +109,14 @@ class Ovsdb(Generic[View]):
         remotes: Addresses in ovn-controller's form: `unix:PATH`, `tcp:ADDRESS:PORT`, `ssl:ADDRESS:PORT`, joined by
             commas. Any server will do: reading does not need the leader.
         schema: Followed tables and columns.
-        read: Makes a view from the rows of each table, and returns conditions for the rows it wants; called in the
+        read: Function that makes a view from all rows, and returns conditions for the rows it wants; called in the
             thread after each change. The view counts once the wanted rows have arrived.
         conditions: Initial conditions by table (RFC 7047); a table without a condition is read whole.
         parse: Parsers by table, whose results `read` gets instead of rows; called in the thread once for each change of
             a row.
         probe_s: Seconds of silence until a probe, and again until the connection counts as lost. At least 1.
         tls: Files for `ssl:`.
-        random: Returns a number from 0 to 1, to spread connection attempts.
+        random: Source of numbers from 0 to 1, to spread connection attempts.
     """
 
     remotes: str

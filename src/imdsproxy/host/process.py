@@ -312,7 +312,7 @@ class Doubt:
 
     @property
     def hung(self) -> bool:
-        """Whether the worker must be killed. False for a worker that has ended: its master replaces it."""
+        """Return whether the worker must be killed; false if it has ended, because its master replaces it."""
         if self.stat is None or self.silent < _SILENT_PROBES:
             return False
         # A worker in disk sleep cannot be killed before the disk answers, and one that waits for a processor is slow.

@@ -54,7 +54,7 @@ class _Listening:
 
 
 class SocketFiles(SocketOwners):
-    """Looks at socket files, and caches which processes hold which sockets."""
+    """Observer of socket files; caches which processes hold which sockets."""
 
     def observe(self, path: Path, our_pids: Collection[int]) -> SeenSocket:
         """Return the state of the socket at a path.

@@ -177,9 +177,10 @@ def try_bind(
 
 
 class SocketOwners:
-    """Finds the processes that hold sockets, and caches the results.
+    """Finder of the processes that hold sockets, with a cache.
 
-    It reads our own processes' descriptors again if a socket is unknown, and every process's only for foreign sockets.
+    The finder reads our own processes' descriptors again if a socket is unknown, and every process's only for foreign
+    sockets.
 
     Args:
         proc: `/proc`, or a test's directory.

@@ -48,7 +48,7 @@ class NovaUpstream:
 
     Attributes:
         directory: Directory for files that HAProxy reads and that are made from other files.
-        resolver: Returns the addresses of a host's name; raises `OSError` if the look-up fails.
+        resolver: Function that returns the addresses of a host's name; raises `OSError` if the look-up fails.
         routing: Destinations of requests, and their signing secrets.
         problems: Names that cannot be resolved.
     """
@@ -251,7 +251,7 @@ class NovaWatch:
     after it has recovered in between.
 
     Args:
-        sets: Returns the names of the endpoint sets in force.
+        sets: Getter of the names of the endpoint sets in force.
 
     Attributes:
         endpoints: Endpoints at the last refresh.
@@ -308,7 +308,7 @@ class NovaWatch:
         self.endpoints = tuple(found.values())
         well = self._good.add(worker, good)
         log = structlog.get_logger()
-        # Old errors in a worker's counters may be over since before the controller started.
+        # Errors that a worker counted before the controller started may be over.
         earlier, self._looked = not self._looked, True
         for name in refused:
             if earlier and well[name] > 0:

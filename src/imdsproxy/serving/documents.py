@@ -43,7 +43,7 @@ class DocumentService:
     Args:
         records: Reader of records.
         passwords: Store of guests' passwords.
-        random_bytes: Returns the given number of random bytes.
+        random_bytes: Source of random bytes; its argument is their number.
     """
 
     records: RecordReader

@@ -42,12 +42,12 @@ _MAY_COME: Final = (Denial.UNKNOWN, Denial.UNAVAILABLE)
 
 @dataclass(slots=True)
 class Resolver:
-    """Finds the instance at an unknown address; holds the request while the answer may still arrive.
+    """Resolver of unknown addresses, which holds a request while the answer may still arrive.
 
     Args:
         look: Look-up, called once at first and again whenever `wake` names the address.
-        limits: Returns the settings, read at each request so that new ones apply at once.
-        now: Returns monotonic time, in seconds.
+        limits: Getter of the settings, called at each request so that new ones apply at once.
+        now: Monotonic clock, in seconds.
 
     Attributes:
         outcomes: Number of misses since the start, by result: `FOUND` or the denial.
