@@ -1,1 +1,1 @@
-"""The composition root, the reconcile loop and supervision."""
+"""Composition root, reconcile loop and supervision."""

@@ -1,1 +1,1 @@
-"""All access to the operating system that is not a client of a source or of HAProxy."""
+"""Access to the operating system, except clients of sources and of HAProxy."""

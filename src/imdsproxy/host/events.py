@@ -59,7 +59,7 @@ class KernelEvents(Generic[T]):
         flags = socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
         with refusing(f"watch {self.about}"):
             self._socket = socket.socket(socket.AF_NETLINK, flags, self.protocol)
-            with contextlib.suppress(PermissionError):  # a small buffer overflows, and says so
+            with contextlib.suppress(PermissionError):  # overflows are reported
                 self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER_BYTES)
             with contextlib.suppress(PermissionError):
                 self._socket.setsockopt(SOL_NETLINK, _LISTEN_ALL_NSID, 1)

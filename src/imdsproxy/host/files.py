@@ -49,8 +49,8 @@ def write_atomic(
 ) -> None:
     """Replace `path` by a file with exactly `data`: a reader sees the old bytes or the new ones.
 
-    The new file is written beside the old one, so that the rename stays within one file system, under a hidden name
-    with the ids of this process and thread; see `sweep_unfinished`.
+    The new file is written beside the old one, so that the rename stays within one file system. Its hidden name has the
+    ids of this process and thread; see `sweep_unfinished`.
 
     Args:
         path: Path of the file; its directory must exist.

@@ -149,7 +149,7 @@ class NamespaceDirectory:
             self.path.mkdir(mode=0o755, parents=True, exist_ok=True)
             with opened(self.path, os.O_RDONLY | os.O_DIRECTORY) as descriptor:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
-                with Ignoring(errno.EINVAL):  # it is no mount point yet
+                with Ignoring(errno.EINVAL):  # no mount point yet
                     _mount("", self.path, _MS_SHARED | _MS_REC)
                     return
                 _mount(str(self.path), self.path, _MS_BIND | _MS_REC)

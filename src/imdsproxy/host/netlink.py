@@ -199,7 +199,7 @@ def metadata_addresses(
     wanted = [index for index, name in names.items() if name in only] if only else [0]
     found: list[ObservedAddress] = []
     for index in wanted:
-        with Ignoring(errno.ENODEV):  # it has gone meanwhile
+        with Ignoring(errno.ENODEV):  # the device has gone meanwhile
             answers = channel.dump(RTM_GETADDR, _IFADDR.pack(0, 0, 0, 0, index))
             found += [one for answer in answers if (one := parse_address(answer, names))]
     return found

@@ -78,7 +78,7 @@ def is_journal(stream: IO[str], environment: Mapping[str, str]) -> bool:
     """Return whether a stream leads to systemd's journal (`JOURNAL_STREAM` in systemd.exec(5))."""
     try:
         status = os.fstat(stream.fileno())
-    except (OSError, ValueError):  # it is no file at all
+    except (OSError, ValueError):  # the stream has no file
         return False
     return environment.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
 

@@ -150,7 +150,7 @@ class Ovsdb(Generic[View]):
             arrived.set()
 
         def publish(reading: Reading[View] | Exception) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nothing waits any more
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and no task waits
                 loop.call_soon_threadsafe(take, reading)
 
         def run() -> None:
@@ -194,7 +194,7 @@ class Ovsdb(Generic[View]):
             with contextlib.suppress(BlockingIOError, BrokenPipeError):
                 os.write(self._wake, b".")
 
-    # In the thread
+    # The methods below run in the thread.
 
     def _run(self, wake: int, publish: Callable[[Reading[View]], None]) -> None:
         idl = self._open()

@@ -1,9 +1,9 @@
 """Listening sockets on the metadata addresses: sock_diag(7), /proc, and a trial bind.
 
-HAProxy binds with SO_REUSEADDR and SO_REUSEPORT as root. A socket blocks HAProxy's bind if it listens on an address
-that covers ours, on the same device or either without a device, unless it too has SO_REUSEPORT and belongs to root
-(inet_csk_bind_conflict). No kernel interface shows a foreign socket's SO_REUSEPORT, so `try_bind` asks the kernel: it
-binds as HAProxy does, without listening, and closes the socket.
+HAProxy binds with SO_REUSEADDR and SO_REUSEPORT as root. Another socket blocks that bind if its address covers ours,
+and if both are bound to the same device, or one of them to none. A socket with SO_REUSEPORT that belongs to root does
+not block (inet_csk_bind_conflict). No kernel interface shows a foreign socket's SO_REUSEPORT, so `try_bind` asks the
+kernel: it binds as HAProxy does, without listening, and closes the socket.
 """
 
 import errno
@@ -132,7 +132,7 @@ def end_connections(port: int, peers: Collection[IpAddress]) -> None:
         for one in list_connections(channel, port):
             if one.peer in peers:
                 request = _REQUEST.pack(one.message[0], socket.IPPROTO_TCP, 0, 0, 0xFFFFFFFF)
-                with Ignoring(errno.ENOENT):  # it has ended by itself
+                with Ignoring(errno.ENOENT):  # the connection has ended by itself
                     channel.change(_DESTROY, request + one.message[_ID_AT : _ID_AT + _ID.size])
 
 

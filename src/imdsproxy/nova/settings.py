@@ -61,7 +61,7 @@ def parse_nova_url(text: str) -> NovaUrl:
     Raises:
         ValueError: The text is invalid; the message is meant for the operator.
     """
-    if not all("!" <= letter <= "~" for letter in text):  # urlsplit would leave some out unasked
+    if not all("!" <= letter <= "~" for letter in text):  # urlsplit drops some silently
         raise ValueError("must not hold blanks or letters that are not ASCII")
     try:
         parts = urlsplit(text)

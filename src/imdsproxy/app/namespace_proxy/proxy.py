@@ -192,7 +192,7 @@ class NetworkMetadataProxyHandler:
 
     @property
     def config_file(self) -> Path:
-        """This proxy's configuration file."""
+        """Path of this proxy's configuration file."""
         return self.get_config_path(self.state_path) / f"{self.uuid}.conf"
 
     def spec(self) -> namespace_proxy.NamespaceProxySpec:
