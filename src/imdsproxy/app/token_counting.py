@@ -61,7 +61,7 @@ class TokenCounting:
     Args:
         haproxy: HAProxy whose workers are read, draining ones too.
         clock: Clock of this host.
-        one_in: Getter of the sampling: HAProxy counts one of so many accepted reads; 0 for none.
+        one_in: Getter of the sampling rate: HAProxy counts one in this many accepted reads; 0 counts none.
         path: File of the sums, which may be deleted.
 
     Attributes:

@@ -121,10 +121,10 @@ class Layout:
     """Devices to which we have added the metadata addresses."""
 
     gates_journal = _Below("gates.json")
-    """Namespaces and devices with our MAC filter tables."""
+    """Namespaces and names of our MAC filter tables, by network."""
 
     hops_journal = _Below("hops.json")
-    """Namespaces with our hop-limit rule."""
+    """Namespaces with our hop-limit rule, by network."""
 
     records = _Below("documents", state=True)
     """Compiled records, one file for each instance."""

@@ -416,7 +416,7 @@ def remove_address(channel: nl.NetlinkSocket, index: int, address: IpAddress, pr
 
 
 def add_default_route(channel: nl.NetlinkSocket, index: int, family: Family) -> None:
-    """Add a default route on a device without a gateway."""
+    """Add a default route without a gateway on a device."""
     scope = _SCOPE_LINK if family is Family.IPV4 else _SCOPE_UNIVERSE
     kind = _family_of(family.metadata_address)
     route = _RTMSG.pack(kind, 0, 0, 0, _TABLE_MAIN, _PROTO_STATIC, scope, _UNICAST, 0)

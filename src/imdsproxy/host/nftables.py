@@ -376,7 +376,7 @@ def table_of(payload: bytes) -> str:
 
 
 def _parts(changes: list[Change]) -> Iterator[list[Change]]:
-    """Split changes into parts that fit into one send; only elements are ever so many."""
+    """Split changes into parts that fit into one send; only elements can be that many."""
     part: list[Change] = []
     size = 0
     for change in changes:

@@ -369,10 +369,10 @@ class ProxyDaemon:
         )
 
     def start(self) -> int:
-        """Run HAProxy in the background; return its pid.
+        """Start HAProxy in the background.
 
         Returns:
-            Once the port is bound, the account taken, and the pid file written.
+            HAProxy's pid, once the port is bound, the account taken, and the pid file written.
 
         Raises:
             ConfigRejected: HAProxy refuses the configuration; the error has HAProxy's own message.
