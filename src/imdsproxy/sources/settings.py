@@ -39,7 +39,7 @@ HubUrl = Annotated[
     str,
     form(
         r"^https://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+)(:[0-9]{1,5})?$",
-        "a URL that ends after the port, as https://hub1.example.org:7443",
+        "a URL that ends after the port, as https://hub1.example.net:8469",
     ),
 ]
 NetworkName = Annotated[str, form(r"^[^\x00-\x1f/]{1,255}$", "a name without a slash")]
