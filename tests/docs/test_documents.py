@@ -99,6 +99,7 @@ def test_every_decision_is_in_the_index_with_its_title_and_says_what_was_decided
         title = text.splitlines()[0]
         assert title.startswith(f"# {page.name[:4]}: ")
         assert f"| {title.partition(': ')[2]} |" in index
+        assert re.match(r"Status: (Accepted[.;]|Superseded by )", text.splitlines()[2]), page.name
         if "left-out" not in page.name:
             parts = ["The case", "The decision", "What follows"]
             assert re.findall(r"^## (.+)$", text, re.MULTILINE) == parts, page.name
