@@ -1,6 +1,10 @@
-"""Write the picture of a guest's request, light and dark, to docs/images, from the text in `PICTURE`.
+"""Write the pictures of the documents, light and dark, to docs/images: each is made of a text in script/pictures.
 
-Run the script after a change; an argument replaces the directory docs/images.
+Run it after a change of a text; with an argument it writes to that directory instead of docs/images.
+
+A text has `size WIDTH HEIGHT`, `title` and `desc`, then `zone LEFT TOP WIDTH HEIGHT TITLE`, `box NAME LEFT TOP WIDTH
+HEIGHT TITLE`, `arrow FROM TO HEIGHT LABEL` (level), `down FROM TO LEFT LABEL` (upright, either way), and `note LEFT TOP
+TEXT`. A line that is indented or empty continues the statement above it. Sizes are in pixels.
 """
 
 import sys
@@ -10,52 +14,7 @@ from pathlib import Path
 from typing import Final
 from xml.sax.saxutils import escape
 
-PICTURE: Final = """\
-title A guest's request for its metadata
-desc Guests of any network ask 169.254.169.254. HAProxy knows each by its network, address and MAC,
- and answers from its cache. What is missing there comes from the document server or from Nova.
- A guest that is not known yet is looked up once.
-
-zone 0 0 206 322 guests
-zone 240 0 546 322 the host
-zone 806 0 204 322 elsewhere
-
-box blue 16 56 174 62 in network “blue”
- 10.0.0.11
-box red 16 146 174 62 in network “red”
- 10.0.0.11, too
-box green 16 236 174 62 in network “green”
- any address by DHCP
-box haproxy 256 56 250 242 HAProxy, one for all
-
- Who asks? By network,
- address and MAC.
-
- May it? By token, path
- and number of requests.
-
- Answers from its cache.
-box documents 612 56 158 62 document server
- EC2, OpenStack, …
-box controller 612 236 158 62 controller
- store, files, libvirt
-box nova 822 146 172 62 Nova
- its metadata API
-box neutron 822 236 172 62 Neutron
- its API
-
-arrow blue haproxy 87 GET
-arrow red haproxy 177 GET
-arrow green haproxy 267 GET
-arrow haproxy documents 87 not cached
-arrow haproxy nova 177 Nova's documents: signed, byte for byte
-arrow haproxy controller 258 who is it?
-arrow controller haproxy 284 records
-arrow controller neutron 267 asks
-"""
-"""`title`, `desc`, then `zone LEFT TOP WIDTH HEIGHT TITLE`, `box NAME LEFT TOP WIDTH HEIGHT TITLE`, and `arrow FROM TO
-HEIGHT LABEL`. An indented or empty line continues the statement above. Sizes are in pixels.
-"""
+_TEXTS: Final = Path(__file__).with_name("pictures")
 
 COLOURS: Final[Mapping[str, Mapping[str, str]]] = {
     "light": {"back": "#ffffff", "zone": "#f2f4f8", "box": "#ffffff", "edge": "#8a94a6"}
@@ -63,7 +22,6 @@ COLOURS: Final[Mapping[str, Mapping[str, str]]] = {
     "dark": {"back": "#14171c", "zone": "#1d222a", "box": "#2a313c", "edge": "#6b7688"}
     | {"text": "#eef1f6", "soft": "#b3bccb", "line": "#7db4ff"},
 }
-_SIZE: Final = (1010, 322)
 _LINE: Final = 19
 
 
@@ -79,37 +37,43 @@ class Box:
 
 
 def render(picture: str, colours: Mapping[str, str]) -> str:
-    """Render the picture as SVG, with a colour for each of the words in `COLOURS`."""
+    """Render a picture as SVG, with a colour for each of the words in `COLOURS`."""
     boxes: dict[str, Box] = {}
     drawn: list[str] = []
+    size = (0, 0)
     for kind, first, *more in _statements(picture):
         words = first.split(" ")
-        if kind in ("title", "desc"):
+        if kind == "size":
+            size = (int(words[0]), int(words[1]))
+        elif kind in ("title", "desc"):
             text = " ".join([first, *more])
             drawn.append(f'<{kind} id="{kind}">{escape(text)}</{kind}>')
         elif kind == "zone":
             zone = Box(*map(int, words[:4]))
             drawn.append(_rectangle(zone, colours["zone"], "none", radius=12))
-            place = f'x="{zone.left + 18}" y="34" font-size="13"'
+            place = f'x="{zone.left + 18}" y="{zone.top + 34}" font-size="13"'
             drawn.append(_text(place, " ".join(words[4:]), colours["soft"]))
+        elif kind == "note":
+            place = f'x="{words[0]}" y="{words[1]}" font-size="13"'
+            drawn.append(_text(place, " ".join(words[2:]), colours["soft"]))
         elif kind == "box":
             boxes[words[0]] = Box(*map(int, words[1:5]), lines=[" ".join(words[5:]), *more])
             drawn += _box(boxes[words[0]], colours)
-        elif kind == "arrow":
+        else:
+            draw = {"arrow": _arrow, "down": _upright_arrow}[kind]
             ends = (boxes[words[0]], boxes[words[1]])
-            drawn += _arrow(ends, int(words[2]), " ".join(words[3:]), colours)
-    width, height = _SIZE
+            drawn += draw(ends, int(words[2]), " ".join(words[3:]), colours)
     head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size[0]} {size[1]}" role="img" '
         f'aria-labelledby="title desc" font-family="system-ui, sans-serif">'
     )
-    # The page may have colours for the other theme, which the reader chose.
-    back = _rectangle(Box(0, 0, *_SIZE), colours["back"], "none", radius=12)
+    # A reader may have chosen the other colours for the page.
+    back = _rectangle(Box(0, 0, *size), colours["back"], "none", radius=12)
     return "\n".join([head, back, *drawn, "</svg>", ""])
 
 
 def _statements(picture: str) -> Iterator[list[str]]:
-    """Yield for each statement its first word, the rest of its line, and its continuation lines."""
+    """Split a text into statements: the first word, the rest of its line, and the lines that continue it."""
     statements: list[list[str]] = []
     for line in picture.splitlines():
         if line and not line.startswith(" "):
@@ -136,7 +100,7 @@ def _box(box: Box, colours: Mapping[str, str]) -> Iterator[str]:
 def _arrow(
     ends: tuple[Box, Box], height: int, label: str, colours: Mapping[str, str]
 ) -> Iterator[str]:
-    """Draw an arrow from the first box to the second, with its label above the line."""
+    """Draw a level arrow between two boxes, with its label above the line."""
     start, end = ends
     if start.left < end.left:
         tail, tip, step = start.left + start.width, end.left, -7
@@ -146,6 +110,22 @@ def _arrow(
     yield f'<path d="M{tail} {height}H{tip + step}" stroke="{colour}" stroke-width="2"/>'
     yield f'<path d="M{tip} {height}l{step} -5v10z" fill="{colour}"/>'
     place = f'x="{(tail + tip) // 2}" y="{height - 6}" font-size="12" text-anchor="middle"'
+    yield _text(place, label, colours["soft"])
+
+
+def _upright_arrow(
+    ends: tuple[Box, Box], left: int, label: str, colours: Mapping[str, str]
+) -> Iterator[str]:
+    """Draw an upright arrow between two boxes, with its label to the right of the line."""
+    start, end = ends
+    if start.top < end.top:
+        tail, tip, step = start.top + start.height, end.top, -7
+    else:
+        tail, tip, step = start.top, end.top + end.height, 7
+    colour = colours["line"]
+    yield f'<path d="M{left} {tail}V{tip + step}" stroke="{colour}" stroke-width="2"/>'
+    yield f'<path d="M{left} {tip}l-5 {step}h10z" fill="{colour}"/>'
+    place = f'x="{left + 9}" y="{(tail + tip) // 2 + 4}" font-size="12"'
     yield _text(place, label, colours["soft"])
 
 
@@ -161,10 +141,12 @@ def _text(place: str, text: str, colour: str) -> str:
 
 
 def write_all(directory: Path) -> None:
-    """Write the picture in each set of colours."""
+    """Write each picture in each set of colours."""
     directory.mkdir(parents=True, exist_ok=True)
-    for name, colours in COLOURS.items():
-        (directory / f"request-{name}.svg").write_text(render(PICTURE, colours), encoding="utf-8")
+    for text in sorted(_TEXTS.glob("*.txt")):
+        for name, colours in COLOURS.items():
+            picture = render(text.read_text("utf-8"), colours)
+            (directory / f"{text.stem}-{name}.svg").write_text(picture, encoding="utf-8")
 
 
 if __name__ == "__main__":
