@@ -158,7 +158,7 @@ def test_another_mac_in_the_record_ends_kept_connections(world: World) -> None:
 @pytest.mark.parametrize(("to", "address"), [(IPV4, "10.0.0.5"), (IPV6, "2001:db8::5")])
 def test_a_mismatch_is_403_counted_and_explained(world: World, to: str, address: str) -> None:
     world.daemon.put(instances=[instance("red-5", "red", mac="fa:16:3e:99:99:99")])
-    # As after a while in which neither asked for the other: the guest still knows the host, and not the other way round.
+    # The guest still knows the MAC of the host, and the host no longer that of the guest.
     world.red.ask(_TARGET, to=to, source=address)
     world.lab.forget_neighbours()
     before = macs(world)["mismatches"].get("red", 0)

@@ -319,7 +319,7 @@ class Lab:
             ip("-n", place, "neigh", "flush", "all")
 
     def forget_senders(self) -> None:
-        """Have MAC filters forget who began which connection: after a flood there is no room for others for a minute."""
+        """Empty the MAC filters' connections: after a flood there is no room for others for a minute."""
         for place in {*self.made_by_daemon(), *(place for place, _ in self._places.values())}:
             for kind in ("set", "map"):
                 listed = json.loads(run(*within(place), "nft", "--json", "list", f"{kind}s"))
