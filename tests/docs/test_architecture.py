@@ -1,4 +1,4 @@
-"""ARCHITECTURE.md shows the two ways through the code with functions that are there."""
+"""ARCHITECTURE.md names functions and files that exist, in lines that fit beside the code."""
 
 import ast
 import re
@@ -9,6 +9,7 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 
 _STATION = re.compile(r"`([a-z_/]+):([A-Za-z_.]+)`")
+_PATH = re.compile(r"`([a-z_]+(?:/[\w.-]+)+)`")
 _MOST = {"`instance add` goes:": 12, "a request of an unknown address goes:": 8}
 
 
@@ -30,3 +31,16 @@ def test_a_way_through_the_code_names_functions_that_exist_in_few_modules(way: s
     assert 5 <= len({module for module, _ in stations}) <= _MOST[way]
     for module, name in stations:
         assert name in _functions(module), module
+
+
+def test_each_file_to_begin_in_exists() -> None:
+    part = (REPOSITORY / "ARCHITECTURE.md").read_text().partition("## Where do I change")[2]
+    named = _PATH.findall(part)
+    assert len(named) > 40
+    places = (REPOSITORY, REPOSITORY / "src/imdsproxy")
+    assert [path for path in named if not any((place / path).exists() for place in places)] == []
+
+
+def test_no_line_is_longer_than_a_hundred_characters() -> None:
+    lines = (REPOSITORY / "ARCHITECTURE.md").read_text().splitlines()
+    assert [line for line in lines if len(line) > 100] == []
