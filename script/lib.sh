@@ -303,6 +303,7 @@ check_sources() {
     check types mypy --no-error-summary "${sources[@]}"
     check layers lint-imports --no-logo
     check dependencies deptry --no-ansi src
+    check english python script/english.py
     "$venv/bin/python" script/counts.py
     ((${#wrong[@]} == 0)) || die "found something in: ${wrong[*]}"
 }
