@@ -300,7 +300,7 @@ def render_neutron_page() -> str:
         )
         for option in NEUTRON_OPTIONS
     ]
-    titles = ("whose", "option", "default", "what becomes of it", "setting", "how, or why not")
+    titles = ("service", "option", "default", "result", "setting", "how, or why not")
     return _page(
         [*_head("Neutron's options", _TEXTS["neutron_options"]), "", *_table(titles, rows)]
     )
