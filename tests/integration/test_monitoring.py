@@ -7,16 +7,20 @@ import re
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 from typing import Final
 from xml.etree import ElementTree as ET
 
 import pytest
 
-from support.charts import Panel, draw
+from support.charts import SCHEMES, Panel, draw
+from support.daemon import instance
 from support.dashboards import filled_in, layout_faults, queries_of
 from support.demonstration import REPOSITORY
 from support.faults import TOGETHER
+from support.guest import Guest, Lost
 from support.lab import until
 from support.monitored import Monitored, open_monitored
 from support.pages import code_blocks
@@ -31,12 +35,12 @@ _PAGE: Final = REPOSITORY / "docs/how-to/monitor.md"
 _DASHBOARD: Final = REPOSITORY / "packaging/grafana/imdsproxy.json"
 
 
-_IMAGE: Final = REPOSITORY / "docs/images/monitor.svg"
+_IMAGES: Final = {one: REPOSITORY / f"docs/images/monitor-{one}.svg" for one in SCHEMES}
 _SHOWN: Final = (
     "Requests by status",
     "Time until a change is in force",
     "Look-ups of unknown addresses",
-    "Refused by network",
+    "Refused for want of a token",
 )
 """Panels that the page shows. Draw them anew with `IMAGES=write script/test tests/integration/test_monitoring.py`."""
 
@@ -95,8 +99,8 @@ def test_each_query_of_the_dashboard_has_data(host: Monitored) -> None:
 def test_panels_of_the_dashboard_are_drawn_for_the_page(host: Monitored) -> None:
     board = json.loads(_DASHBOARD.read_text())
     shown = {one["title"]: one for one in board["panels"]}
-    for guest in host.world.guests.values():
-        guest.ask("/latest/meta-data/instance-id")
+    written = os.environ.get("IMAGES") == "write"
+    _be_used(host, for_s=_SHOWN_S if written else 0.0)
     host.world.reload()
     panels = []
     for title in _SHOWN:
@@ -111,15 +115,44 @@ def test_panels_of_the_dashboard_are_drawn_for_the_page(host: Monitored) -> None
         }
         assert lines, title
         panels.append(Panel(title, unit, lines))
-    drawn = draw(panels)
-    assert ET.fromstring(drawn).tag.endswith("svg")  # noqa: S314 - our own
-    assert drawn.count("<polyline") >= len(_SHOWN)
-    if os.environ.get("IMAGES") == "write":
-        _IMAGE.parent.mkdir(exist_ok=True)
-        _IMAGE.write_text(drawn)
-    assert f"](../images/{_IMAGE.name})" in _PAGE.read_text()
-    # As it was drawn the last time, of the same panels.
-    assert all(title in _IMAGE.read_text() for title in _SHOWN)
+    for scheme, image in _IMAGES.items():
+        drawn = draw(panels, scheme)
+        assert ET.fromstring(drawn).tag.endswith("svg")  # noqa: S314 - our own
+        assert drawn.count("<polyline") >= len(_SHOWN)
+        if written:
+            image.write_text(drawn)
+        assert f'"../images/{image.name}"' in _PAGE.read_text()
+        # As it was drawn the last time, of the same panels.
+        assert all(title in image.read_text() for title in _SHOWN)
+
+
+def _be_used(host: Monitored, for_s: float) -> None:
+    """Load the host as an ordinary one: guests read, one without its token, records change, and unknown guests ask."""
+    policy = {"networks": {"grey": {"tokens": "required"}}}
+    host.daemon.reconfigure(host.settings(policy=policy))
+    strangers = [host.world.lab.guest("red", 100 + number) for number in range(2)]
+    ends = time.monotonic() + for_s
+    with ThreadPoolExecutor(len(strangers)) as pool:
+        asked: list[Future[None]] = []
+        for number in count():
+            for guest in host.world.guests.values():
+                if guest.network != "grey" or number % 20 == 0:
+                    _ask(guest)
+            if all(one.done() for one in asked):
+                asked = [pool.submit(_ask, guest) for guest in strangers]
+            if number % 10 == 0:
+                host.daemon.put(instances=[instance("changed", "red", 78 + number // 10 % 2)])
+            if time.monotonic() > ends:
+                break
+    host.daemon.remove_instance("changed")
+    host.daemon.reconfigure(host.settings())
+    for guest in strangers:
+        host.world.lab.remove_guest(guest)
+
+
+def _ask(guest: Guest) -> None:
+    with contextlib.suppress(Lost):
+        guest.ask("/latest/meta-data/instance-id")
 
 
 def test_the_dashboard_lists_the_hosts_and_its_panels_do_not_overlap(host: Monitored) -> None:

@@ -18,10 +18,14 @@ _COLOURS: Final = (
     "#777",
 )
 _STYLE: Final = """
-text{font:12px system-ui,sans-serif;fill:#24292f} .title{font-weight:600;font-size:14px} .small{font-size:11px}
-.panel{fill:#fff;stroke:#d0d7de} .grid{stroke:#d0d7de;stroke-width:.6}
-@media (prefers-color-scheme:dark){text{fill:#e6edf3}.panel{fill:#161b22;stroke:#30363d}.grid{stroke:#30363d}}
+text{{font:12px system-ui,sans-serif;fill:{text}}} .title{{font-weight:600;font-size:14px}} .small{{font-size:11px}}
+.panel{{fill:{panel};stroke:{edge}}} .grid{{stroke:{edge};stroke-width:.6}}
 """
+SCHEMES: Final[Mapping[str, Mapping[str, str]]] = {
+    "light": {"text": "#24292f", "panel": "#ffffff", "edge": "#d0d7de"},
+    "dark": {"text": "#e6edf3", "panel": "#161b22", "edge": "#30363d"},
+}
+"""Colours of text, panels and lines, by the name of the scheme."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +42,8 @@ class Panel:
     lines: Mapping[str, Sequence[tuple[float, float]]]
 
 
-def draw(panels: Sequence[Panel], *, columns: int = 2) -> str:
-    """The SVG."""
+def draw(panels: Sequence[Panel], scheme: str, *, columns: int = 2) -> str:
+    """Draw the panels as one SVG, in one of `SCHEMES`."""
     rows = -(-len(panels) // columns)
     width, height = columns * (_WIDTH + _GAP) + _GAP, rows * (_HEIGHT + _GAP) + _GAP
     body = "".join(
@@ -53,7 +57,7 @@ def draw(panels: Sequence[Panel], *, columns: int = 2) -> str:
     titles = ", ".join(panel.title for panel in panels)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
-        f'aria-label="{escape(titles)}"><style>{_STYLE}</style>{body}</svg>\n'
+        f'aria-label="{escape(titles)}"><style>{_STYLE.format(**SCHEMES[scheme])}</style>{body}</svg>\n'
     )
 
 
@@ -109,4 +113,5 @@ def _lines(panel: Panel, place: Callable[[float, float], str]) -> Iterable[str]:
 def _spell(value: float, unit: str) -> str:
     if unit == "s":
         return f"{value * 1000:.0f} ms" if value < 1 else f"{value:.1f} s"
-    return f"{value:.0f}" if value >= 10 or value == 0 else f"{value:.1f}"
+    number = f"{value:.0f}" if value >= 10 or value == 0 else f"{value:.1f}"
+    return f"{number}/s" if unit == "reqps" and value else number
