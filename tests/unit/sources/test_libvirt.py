@@ -373,5 +373,8 @@ async def test_a_connection_that_comes_too_late_is_closed_and_none_is_made_meanw
     async with asyncio.timeout(20):
         while not connection.close.called:
             await asyncio.sleep(0.001)
+        # The closing has called `close`, and may not have returned yet.
+        while client._closing is not None and not client._closing.done():
+            await asyncio.sleep(0.001)
     await client.connect(LibvirtEvents())
     await client.close()
