@@ -117,8 +117,7 @@ class PolicyStore:
         Raises:
             HostRefused: The file system refuses; nothing has changed.
         """
-        override = self.overrides.get(instance, OperatorOverride())
-        return self._keep(instance, replace(override, epoch=override.epoch + 1), here)
+        return self._keep(instance, self._next_epoch(instance), here)
 
     def reopen(
         self, instance: InstanceId, now: int, here: Collection[str] | None = None
@@ -148,15 +147,17 @@ class PolicyStore:
         """Revoke the tokens that these instances got under the same id before they departed; call `save` afterwards."""
         for instance in self.departed.keys() & instances:
             del self.departed[instance]
-            override = self.overrides.get(instance, OperatorOverride())
-            override = replace(override, epoch=override.epoch + 1)
-            self.overrides = self.overrides.replace(instance, override)
+            self.overrides = self.overrides.replace(instance, self._next_epoch(instance))
             self._unsaved = True
 
     def save(self) -> None:
         """Write the changes of `depart` and `arrive`; may raise `HostRefused`."""
         if self._unsaved:
-            self._write(self.overrides)
+            self._store(self.overrides)
+
+    def _next_epoch(self, instance: str) -> OperatorOverride:
+        override = self.overrides.get(instance, OperatorOverride())
+        return replace(override, epoch=override.epoch + 1)
 
     def _keep(
         self, instance: InstanceId, override: OperatorOverride, here: Collection[str] | None
@@ -164,11 +165,11 @@ class PolicyStore:
         overrides = self.overrides.replace(instance, override)
         if here is not None:
             overrides = overrides.retire({*here, instance})
-        self._write(overrides)
+        self._store(overrides)
         self.overrides = overrides
         return override
 
-    def _write(self, overrides: Overrides) -> None:
+    def _store(self, overrides: Overrides) -> None:
         listed = sorted(overrides.listed.items())
         content = {
             "format": _FORMAT,

@@ -272,9 +272,7 @@ class RecordLoop:
         self.keys.preload()
         packed.extend(sorted(values.items()))
         if whole:
-            # These instances were removed while no controller ran.
-            self.on_gone(compiling.lost)
-            self._remove_all(compiling.unneeded)
+            self._remove_all(compiling)
             self._swept = True
         self.compiler.index.close()
         return packed
@@ -395,7 +393,7 @@ class RecordLoop:
         if self.withheld:
             self.on_networks(frozenset(network for network, _ in self.withheld))
         # Only now can no request for these instances reach the document server.
-        self._remove_all(compiling.unneeded)
+        self._remove_all(compiling)
         if self.inventory.in_sync:
             self._swept = True
         if full:
@@ -493,8 +491,12 @@ class RecordLoop:
         revisions, policies = self.compiler.revisions, self.policies()
         return RecordPlanner(self.inventory, revisions, self.learned, self.routing(), policies)
 
-    def _remove_all(self, instances: Iterable[InstanceId]) -> None:
-        for instance in instances:
+    def _remove_all(self, compiling: Compiling) -> None:
+        if not self._swept:
+            # A start finds instances that were removed while no controller ran.
+            self.on_gone(compiling.lost - self._work.instances)
+            self.save()
+        for instance in compiling.unneeded:
             # An instance that came back during the round is handled in the next one.
             if instance not in self._work.instances:
                 self.compiler.remove(instance)

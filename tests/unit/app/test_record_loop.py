@@ -450,6 +450,20 @@ async def test_instances_that_went_are_reported_also_those_that_went_while_no_co
     assert here == []
 
 
+async def test_an_instance_that_went_while_no_controller_ran_is_reported_also_where_haproxy_ran_on(
+    rig: Rig,
+) -> None:
+    gone: list[str] = []
+    saved: list[list[str]] = []
+    rig.loop.on_gone, rig.loop.save = gone.extend, lambda: saved.append([*gone])
+    rig.files.apply(_OLD, CompiledRecord("1", b"old"))
+    for source in ("a", "b"):
+        await rig.say(_instance("web", "10.0.0.5"), source=source)
+    assert gone == ["old"]
+    assert ["old"] in saved
+    assert rig.files.log[-1] == "remove old"
+
+
 async def test_no_record_is_in_force_before_it_is_saved_whose_tokens_have_ended(rig: Rig) -> None:
     class Full:
         def save(self) -> None:
