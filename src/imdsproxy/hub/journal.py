@@ -145,22 +145,17 @@ class Journal:
                 self.position = self._written = Position(*row)
             self.names = dict(execute("SELECT name, holder FROM names").fetchall())
             found = dict(execute("SELECT key, value FROM lasting").fetchall())
-        readable = {key: value for key, value in found.items() if self._can_read(key, value)}
+        readable: dict[str, bytes] = {}
+        for key, value in found.items():
+            why = _why_unreadable(key, value)
+            if why is None:
+                readable[key] = value
+            else:
+                # The row stays until etcd has a value that replaces it.
+                self.unreadable[key] = why
+                _log.error("journal's value not taken", key=key, reason=why)
         self._hashes = {key: hash(value) for key, value in readable.items()}
         return readable
-
-    def _can_read(self, key: str, value: bytes) -> bool:
-        """Return whether a value of the file is usable; an unusable row stays until etcd has a value."""
-        try:
-            parse_value(key, value)
-        except Unreadable as error:
-            self.unreadable[key] = str(error)
-        else:
-            if is_lasting(key):
-                return True
-            self.unreadable[key] = "no lasting value has such a key"
-        _log.error("journal's value not taken", key=key, reason=self.unreadable[key])
-        return False
 
     async def close(self) -> None:
         """Write pending values, and close the file."""
@@ -229,6 +224,8 @@ class Journal:
                     # Values queued meanwhile are newer.
                     self._values, self._new_names = values | self._values, names | self._new_names
             self._written, self.problem = position, None
+            for key in values:
+                self.unreadable.pop(key, None)
 
     def _write(
         self, values: Mapping[str, bytes], names: Mapping[str, str], position: Position
@@ -244,6 +241,15 @@ class Journal:
 
     async def _in_thread(self, work: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+
+def _why_unreadable(key: str, value: bytes) -> str | None:
+    """Return the reason why a row of the file is unusable; `None` if the row is usable."""
+    try:
+        parse_value(key, value)
+    except Unreadable as error:
+        return str(error)
+    return None if is_lasting(key) else "no lasting value has such a key"
 
 
 def find_host(path: Path, name: str) -> bool:

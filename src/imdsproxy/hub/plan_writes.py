@@ -430,8 +430,7 @@ def plan_guard(
     unread = is_unread(view, there, layout.parse_instance)
     if known is None and ((found is None and not unread) or not in_scope(gone, terms.scope)):
         raise no_such("instance", instance)
-    old = OperatorOverride() if found is None else _read_guard(view, found)
-    new = change(old)
+    new = change(_read_guard(view, key))
     draft = _Draft(view, terms, hosts=set() if known is None else set(known[0].hosts))
     draft.hold(key)
     draft.puts[key] = layout.render_guard(new)
@@ -702,8 +701,7 @@ def _put_instance(
 def _end_tokens(draft: _Draft, instance: InstanceId) -> None:
     """Revoke the tokens of the removed instance that had this id."""
     key = layout.guard_key(instance)
-    found = draft.view(key)
-    guard = OperatorOverride() if found is None else _read_guard(draft.view, found)
+    guard = _read_guard(draft.view, key)
     epoch = next_epoch(guard.epoch, _incarnation(draft.view))
     draft.hold(key)
     draft.puts[key] = layout.render_guard(replace(guard, epoch=epoch))
@@ -941,8 +939,11 @@ def _is_void(view: View, key: str, holder: InstanceId) -> bool:
     return not isinstance(parsed, Refused) and key not in claims_of(parsed)
 
 
-def _read_guard(view: View, found: tuple[bytes, int]) -> OperatorOverride:
+def _read_guard(view: View, key: str) -> OperatorOverride:
     """Return an operator override; if it is unreadable, one that revokes all tokens."""
+    found = view(key)
+    if found is None:
+        return OperatorOverride()
     try:
         return layout.parse_guard(found[0])
     except layout.Unreadable:

@@ -93,6 +93,7 @@ async def test_a_value_that_cannot_be_read_is_reported_and_takes_no_other_with_i
     assert journal.unreadable.keys() == {B, "/imds/1/inst/web"}
     # The row stays until etcd has a value that can be read.
     await journal.keep({B: SECOND})
+    assert journal.unreadable.keys() == {"/imds/1/inst/web"}
     await journal.close()
     assert (await _reopened(path))[0] == {A: FIRST, B: SECOND}
 
