@@ -97,15 +97,24 @@ def _box(box: Box, colours: Mapping[str, str]) -> Iterator[str]:
             yield _text(place, line, colours["soft"])
 
 
+def _span(start: tuple[int, int], end: tuple[int, int]) -> tuple[int, int, int]:
+    """Return tail, tip and the tip's length, with its sign, of an arrow between two boxes.
+
+    Args:
+        start: Left or upper edge of the first box, and its size in this direction.
+        end: The same of the second box.
+    """
+    if start[0] < end[0]:
+        return sum(start), end[0], -7
+    return start[0], sum(end), 7
+
+
 def _arrow(
     ends: tuple[Box, Box], height: int, label: str, colours: Mapping[str, str]
 ) -> Iterator[str]:
     """Draw a level arrow between two boxes, with its label above the line."""
     start, end = ends
-    if start.left < end.left:
-        tail, tip, step = start.left + start.width, end.left, -7
-    else:
-        tail, tip, step = start.left, end.left + end.width, 7
+    tail, tip, step = _span((start.left, start.width), (end.left, end.width))
     colour = colours["line"]
     yield f'<path d="M{tail} {height}H{tip + step}" stroke="{colour}" stroke-width="2"/>'
     yield f'<path d="M{tip} {height}l{step} -5v10z" fill="{colour}"/>'
@@ -118,10 +127,7 @@ def _upright_arrow(
 ) -> Iterator[str]:
     """Draw an upright arrow between two boxes, with its label to the right of the line."""
     start, end = ends
-    if start.top < end.top:
-        tail, tip, step = start.top + start.height, end.top, -7
-    else:
-        tail, tip, step = start.top, end.top + end.height, 7
+    tail, tip, step = _span((start.top, start.height), (end.top, end.height))
     colour = colours["line"]
     yield f'<path d="M{left} {tail}V{tip + step}" stroke="{colour}" stroke-width="2"/>'
     yield f'<path d="M{left} {tip}l-5 {step}h10z" fill="{colour}"/>'
