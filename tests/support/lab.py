@@ -7,7 +7,6 @@ neither the machine nor another lab. Every name begins with `imdst-` and a token
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import secrets
 import subprocess
@@ -317,16 +316,6 @@ class Lab:
         """Have the networks forget which MAC has an address: a guest that took another's would have it for seconds."""
         for place in {*self.made_by_daemon(), *(place for place, _ in self._places.values())}:
             ip("-n", place, "neigh", "flush", "all")
-
-    def forget_senders(self) -> None:
-        """Empty the MAC filters' connections: after a flood there is no room for others for a minute."""
-        for place in {*self.made_by_daemon(), *(place for place, _ in self._places.values())}:
-            for kind in ("set", "map"):
-                listed = json.loads(run(*within(place), "nft", "--json", "list", f"{kind}s"))
-                for one in (row[kind] for row in listed["nftables"] if kind in row):
-                    if one["name"].startswith(("from", "open")):
-                        words = (one["family"], one["table"], one["name"])
-                        run(*within(place), "nft", "flush", kind, *words)
 
     @contextlib.contextmanager
     def neighbour(self, network: str, address: str, mac: str) -> Iterator[None]:

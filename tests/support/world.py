@@ -124,7 +124,6 @@ class World:
             raise
         until(self.daemon.resolver_up, what="the resolver's return")
         self.daemon.forget_floods()
-        self.lab.forget_senders()
         os.truncate(self.daemon.log, 0)
 
     def _restore_records(self) -> None:
