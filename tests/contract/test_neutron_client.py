@@ -8,11 +8,11 @@ from typing import Final
 
 import pytest
 
+from imdsproxy.config.sources import NeutronSourceSettings
 from imdsproxy.core.model import MacAddress, NetworkId
 from imdsproxy.errors import SourceUnavailable
 from imdsproxy.sources.neutron.client import NeutronClient
 from imdsproxy.sources.neutron.ports import ROUTER_OWNERS, NeutronPort, PortQuery, parse_ports
-from imdsproxy.sources.settings import NeutronSourceSettings
 from support.fake_neutron import FakeNeutron
 from support.openstack.lab import OpenStack
 from support.openstack.table import Port

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
+from imdsproxy.config.hub import HubSettings
 from imdsproxy.errors import ConfigRejected, HostRefused, RuntimeUnavailable
 from imdsproxy.host.process import find_processes
 from imdsproxy.hub import front as module
@@ -21,7 +22,6 @@ from imdsproxy.hub.authority import HUB_LIFE
 from imdsproxy.hub.files import FleetFiles, HubNames, init_fleet
 from imdsproxy.hub.front import Front, FrontSpec
 from imdsproxy.hub.hub import renew_certificate
-from imdsproxy.hub.settings import HubSettings
 from support.fleet_front import Certificates, client_context, expired_at, make_certificates
 from support.lab import until
 from support.patience import patience

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from imdsproxy.config.hub import HubSettings
 from imdsproxy.host.account import Account, account_of
 from imdsproxy.host.files import read_secret
 from imdsproxy.hub.accounts import Accounts, fill_places, give_places
@@ -22,7 +23,6 @@ from imdsproxy.hub.files import (
     switch_rotation,
 )
 from imdsproxy.hub.front_process import FrontProcess
-from imdsproxy.hub.settings import HubSettings
 from support.patience import patience
 
 pytestmark = pytest.mark.root

@@ -11,7 +11,7 @@ from typing import Final, cast
 
 import pytest
 
-from imdsproxy.nova.settings import NovaSettings
+from imdsproxy.config.nova import NovaSettings
 from support.certificates import Authority, make_authority, server_context
 from support.forgeries import FORGERIES, IDENTITY_HEADERS, TARGETS, TOKEN, Forgery, Seen, request
 from support.guest import IPV6, Connection, Lost

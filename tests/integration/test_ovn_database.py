@@ -25,11 +25,11 @@ from bench.southbound import (
     add_chassis_to_vswitch,
     plan_cloud,
 )
+from imdsproxy.config.sources import OvnSourceSettings
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.host.namespaces import DEFAULT_DIRECTORY, NamespaceDirectory, NamespaceThread
 from imdsproxy.ovn import places
 from imdsproxy.sources.ovn.source import OvnSource
-from imdsproxy.sources.settings import OvnSourceSettings
 from support.certificates import make_authority
 from support.lab import until
 from support.patience import patience

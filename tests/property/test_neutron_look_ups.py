@@ -11,12 +11,12 @@ from typing import Any, Final, TypeAlias
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from imdsproxy.config.sources import NeutronSourceSettings
 from imdsproxy.core.addresses import link_local_of
 from imdsproxy.core.model import IpAddress, MacAddress, NetworkId, Scope
 from imdsproxy.core.observation import Conflict
 from imdsproxy.sources.api import LookUp, PortAmbiguous, PortFound, PortMissing
 from imdsproxy.sources.neutron.ports import ROUTER_OWNERS, NeutronPort
-from imdsproxy.sources.settings import NeutronSourceSettings
 from support.fake_neutron import DOWN, Rig, neutron_rig, router_port
 
 _NETWORKS: Final = tuple(map(NetworkId, ("n1", "n2")))

@@ -9,13 +9,13 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Final
 
+from imdsproxy.config.sources import NeutronSourceSettings
 from imdsproxy.core.model import MacAddress, NetworkId, Scope
 from imdsproxy.errors import SourceUnavailable
 from imdsproxy.sources.api import LookUp
 from imdsproxy.sources.neutron.client import NeutronClient, QueryTimedOut
 from imdsproxy.sources.neutron.ports import NeutronPort, PortQuery
 from imdsproxy.sources.neutron.source import NeutronSource
-from imdsproxy.sources.settings import NeutronSourceSettings
 from support.hand_clock import HandClock
 from support.source_runs import Heard, running
 

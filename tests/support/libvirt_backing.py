@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape, quoteattr
 
+from imdsproxy.config.sources import LibvirtSourceSettings
 from imdsproxy.core.model import BridgeListener, Instance, InstanceId, MacAddress, Network
 from imdsproxy.core.records import Refused
 from imdsproxy.core.timing import Backoff
@@ -19,7 +20,6 @@ from imdsproxy.sources.libvirt.xml import (
     parse_domain,
     parse_libvirt_network,
 )
-from imdsproxy.sources.settings import LibvirtSourceSettings
 from support.libvirt_daemon import Libvirtd
 from support.source_runs import WholeRecords
 

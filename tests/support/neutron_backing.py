@@ -11,11 +11,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
+from imdsproxy.config.sources import NeutronSourceSettings
 from imdsproxy.core.model import Instance, Network, Upstream
 from imdsproxy.errors import Problem
 from imdsproxy.host.clock import Clock
 from imdsproxy.sources.neutron.source import NeutronSource
-from imdsproxy.sources.settings import NeutronSourceSettings
 from support.fake_neutron import FakeNeutron, neutron_port
 from support.source_runs import WholeRecords
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from imdsproxy.config.sources import OvnSourceSettings
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.model import NetworkId
 from imdsproxy.host import namespaces
@@ -18,7 +19,6 @@ from imdsproxy.host.nlmessages import NetlinkSocket
 from imdsproxy.ovn import places
 from imdsproxy.ovn.provision import Provisioner
 from imdsproxy.sources.ovn.source import OvnSource
-from imdsproxy.sources.settings import OvnSourceSettings
 from support.lab import NETNS
 from support.ovn_lab import OvnLab, OvnNetwork
 from support.patience import patience

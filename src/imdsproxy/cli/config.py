@@ -11,7 +11,7 @@ import typer
 from imdsproxy.cli import options
 from imdsproxy.cli.options import argument, flag
 from imdsproxy.config.files import read_each
-from imdsproxy.core.neutron_ini import IniOption, decode_ini, parse_ini
+from imdsproxy.config.neutron_ini import IniOption, decode_ini, parse_ini
 from imdsproxy.errors import AlreadyExists, ConfigUnreadable, RequestRefused
 
 _SECRET_NAME: Final = "nova.secret"  # noqa: S105 - a file's name

@@ -10,13 +10,13 @@ from typing import Any, Final, NamedTuple, TypeAlias
 from pydantic import ValidationError
 
 from imdsproxy.config.describe import explain_finding, walk_values
+from imdsproxy.config.neutron_ini import IniOption, expand_value, find_option
 from imdsproxy.config.neutron_options import NEUTRON_OPTIONS, NOVA, TRUE_WORDS, Fate, NeutronOption
+from imdsproxy.config.nova import DEFAULT_SET, parse_nova_url
 from imdsproxy.config.render import render_nodes
 from imdsproxy.config.schema import Settings
 from imdsproxy.config.strict_yaml import render_value
-from imdsproxy.core.neutron_ini import IniOption, expand_value, find_option
 from imdsproxy.errors import ConfigInvalid, Problem
-from imdsproxy.nova.settings import DEFAULT_SET, parse_nova_url
 
 _SECTIONS_OF_NOVA: Final = frozenset({"neutron", "api", "api_database", "compute", "libvirt"})
 """Sections that only nova.conf has; Nova's and Neutron's files both have `state_path`, `host`, `metadata_workers`."""

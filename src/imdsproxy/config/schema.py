@@ -9,6 +9,8 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import AfterValidator
 
+from imdsproxy.config.hub import HubSettings, OperatorSettings
+from imdsproxy.config.nova import NovaSettings
 from imdsproxy.config.policy import AuditSettings, LimitsSettings, PolicySettings, TokensSettings
 from imdsproxy.config.section import (
     AbsolutePath,
@@ -26,6 +28,8 @@ from imdsproxy.config.section import (
     section,
     setting,
 )
+from imdsproxy.config.sources import SourcesSettings
+from imdsproxy.config.unix_listener import UnixListenerSettings
 from imdsproxy.core.haproxy.namespace_proxy import (
     DEFAULT_PORT,
     DEFAULT_STATE_PATH,
@@ -33,10 +37,6 @@ from imdsproxy.core.haproxy.namespace_proxy import (
     parse_facility,
 )
 from imdsproxy.errors import RequestRefused
-from imdsproxy.hub.settings import HubSettings, OperatorSettings
-from imdsproxy.nova.settings import NovaSettings
-from imdsproxy.sources.settings import SourcesSettings
-from imdsproxy.unix_listener.settings import UnixListenerSettings
 
 Supervisor: TypeAlias = Literal["auto", "spawn", "systemd"]
 NamePrefix = Annotated[

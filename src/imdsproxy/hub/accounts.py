@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from imdsproxy.config.hub import HubSettings
 from imdsproxy.errors import refusing
 from imdsproxy.host.account import Account, account_of
 from imdsproxy.host.files import Owner, apply_owner_and_mode, ensure_directory, write_atomic
 from imdsproxy.hub.files import FleetFiles
-from imdsproxy.hub.settings import HubSettings
 
 _SHARED: Final = 0o640
 

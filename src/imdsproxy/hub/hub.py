@@ -18,6 +18,7 @@ from typing import Any, Final
 import structlog
 
 from imdsproxy.admin.health import HealthServer
+from imdsproxy.config.hub import EtcdSettings, HubSettings
 from imdsproxy.config.schema import Settings
 from imdsproxy.core.fleet import layout
 from imdsproxy.core.fleet.layout import HostId
@@ -58,7 +59,6 @@ from imdsproxy.hub.metrics import HubMetrics
 from imdsproxy.hub.passwords import password_item
 from imdsproxy.hub.replica import Replica
 from imdsproxy.hub.restores import Restores
-from imdsproxy.hub.settings import EtcdSettings, HubSettings
 from imdsproxy.hub.state import FleetState
 from imdsproxy.hub.streams import Streams
 from imdsproxy.hub.sweep import Sweep

@@ -12,6 +12,7 @@ from typing import Final
 
 import structlog
 
+from imdsproxy.config.nova import EndpointSetSettings, NovaSettings, NovaUrl
 from imdsproxy.core.haproxy.model import NovaBackend, NovaServer, NovaTimes, NovaTls
 from imdsproxy.core.haproxy.nova import refused_counter, set_of_server
 from imdsproxy.core.haproxy.runtime import WorkerTotals, parse_count
@@ -21,7 +22,6 @@ from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.master import WorkerEnded
 from imdsproxy.errors import ConfigUnreadable, DataplaneError, Problem, SecretUnreadable
 from imdsproxy.host.files import read_secret, write_atomic
-from imdsproxy.nova.settings import EndpointSetSettings, NovaSettings, NovaUrl
 
 RESOLVE_EVERY_S: Final = 30.0
 _MAX_ADDRESSES: Final = 8

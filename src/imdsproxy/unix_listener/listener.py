@@ -12,6 +12,7 @@ from typing import Final, TypeAlias
 
 import structlog
 
+from imdsproxy.config.unix_listener import UnixListenerSettings
 from imdsproxy.core.haproxy.frontends import AGENTS
 from imdsproxy.core.haproxy.model import UnixBind
 from imdsproxy.core.hoststate import SeenSocket, SocketState
@@ -23,7 +24,6 @@ from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import ensure_directory
 from imdsproxy.host.socket_file import FileIdentity, give_socket, identify_file, remove_file
 from imdsproxy.unix_listener.plan import Takeovers, deduce_socket_mode, judge_socket, name_owners
-from imdsproxy.unix_listener.settings import UnixListenerSettings
 
 _BIND: Final = re.compile(rf"^\s*bind unix@(\S+) name {AGENTS}\b", re.MULTILINE)
 _LARGEST_ID: Final = 2**32 - 2

@@ -3,7 +3,7 @@
 import pytest
 
 from imdsproxy.cli.takeover.l3 import PROXIES
-from imdsproxy.core.neutron_ini import parse_ini
+from imdsproxy.config.neutron_ini import parse_ini
 
 
 @pytest.mark.parametrize(

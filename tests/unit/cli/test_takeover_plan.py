@@ -4,8 +4,8 @@ import pytest
 
 from imdsproxy.cli.takeover.ovn import KIND
 from imdsproxy.cli.takeover.plan import Agent, Commands, Proxy, Seen, StopAgent, WriteSettings
+from imdsproxy.config.neutron_ini import parse_ini
 from imdsproxy.config.strict_yaml import parse_yaml
-from imdsproxy.core.neutron_ini import parse_ini
 
 _INI = """
 [ovs]

@@ -10,6 +10,7 @@ from unittest.mock import AsyncMock, Mock, patch
 import pytest
 from structlog.testing import capture_logs
 
+from imdsproxy.config.unix_listener import UnixListenerSettings
 from imdsproxy.core.endpoints import LeftOutCode
 from imdsproxy.core.haproxy.model import DataplaneSpec, Limits
 from imdsproxy.core.hostnames import Naming
@@ -50,7 +51,6 @@ from imdsproxy.listeners.plan import (
 )
 from imdsproxy.neutron_namespaces.routers import Routers
 from imdsproxy.unix_listener.listener import UnixListener
-from imdsproxy.unix_listener.settings import UnixListenerSettings
 from support.fake_haproxy import FakeHaproxy, control_fake
 from support.fake_mac_filters import no_hop_limits, no_mac_filters
 from support.tasks import until

@@ -9,12 +9,12 @@ from typing import cast
 import pytest
 from structlog.testing import capture_logs
 
+from imdsproxy.config.nova import NovaSettings, NovaUrl, parse_nova_url
 from imdsproxy.core.haproxy.model import NovaServer, NovaTls
 from imdsproxy.core.model import InstanceId, IpAddress, NetworkId
 from imdsproxy.core.nova import sign_instance
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.errors import ConfigUnreadable, SecretUnreadable
-from imdsproxy.nova.settings import NovaSettings, NovaUrl, parse_nova_url
 from imdsproxy.nova.upstream import NovaEndpointReport, NovaUpstream, NovaWatch
 
 

@@ -9,6 +9,7 @@ from unittest.mock import MagicMock
 
 import pytest
 
+from imdsproxy.config.sources import LibvirtSourceSettings
 from imdsproxy.core.model import (
     BridgeListener,
     Dialect,
@@ -25,7 +26,6 @@ from imdsproxy.errors import SourceUnavailable
 from imdsproxy.sources.libvirt.records import LibvirtKnown
 from imdsproxy.sources.libvirt.source import LibvirtClient, LibvirtEvents, LibvirtSource
 from imdsproxy.sources.libvirt.xml import METADATA_URI, parse_domain, parse_libvirt_network
-from imdsproxy.sources.settings import LibvirtSourceSettings
 from support.libvirt_backing import FakeLibvirt, domain_xml, uuid_of
 from support.record_builders import port
 from support.source_runs import running

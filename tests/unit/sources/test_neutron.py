@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from imdsproxy.config.sources import NeutronSourceSettings
 from imdsproxy.core.addresses import link_local_of
 from imdsproxy.core.model import InstanceId, MacAddress, NetworkId, Upstream
 from imdsproxy.core.observation import StrandedPort
@@ -17,7 +18,6 @@ from imdsproxy.sources.api import LookUpUnavailable, PortAmbiguous, PortFound, P
 from imdsproxy.sources.neutron.cache import open_cache
 from imdsproxy.sources.neutron.known import KnownPorts
 from imdsproxy.sources.neutron.ports import NeutronPort, PortQuery, parse_ports, render_query
-from imdsproxy.sources.settings import NeutronSourceSettings
 from support.fake_neutron import (
     DOWN,
     LATE,

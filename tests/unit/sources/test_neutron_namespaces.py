@@ -12,13 +12,13 @@ from typing import Final
 
 import pytest
 
+from imdsproxy.config.sources import NeutronNamespacesSettings
 from imdsproxy.core.hoststate import NamespaceRef
 from imdsproxy.core.model import NamespaceListener, Network, NetworkId, Scope
 from imdsproxy.host.namespaces import NamespaceDirectory
 from imdsproxy.sources.neutron_namespaces.proxies import DhcpProxies
 from imdsproxy.sources.neutron_namespaces.records import parse_proxy, router_network
 from imdsproxy.sources.neutron_namespaces.source import NeutronNamespacesSource
-from imdsproxy.sources.settings import NeutronNamespacesSettings
 from support.source_runs import Heard, running
 
 _ID: Final = "3f0d8a52-6a1e-4d0f-8a0e-0b9a5c1d2e3f"

@@ -16,10 +16,10 @@ from typing import Final
 
 import pytest
 
+from imdsproxy.config.sources import NeutronSourceSettings
 from imdsproxy.errors import LibraryMissing, SourceUnavailable
 from imdsproxy.sources.neutron.client import NeutronClient, QueryTimedOut
 from imdsproxy.sources.neutron.ports import PortQuery
-from imdsproxy.sources.settings import NeutronSourceSettings
 from support.patience import patience
 
 # openstacksdk warns of a setting that is not set (its defaults for InfluxDB are not empty).

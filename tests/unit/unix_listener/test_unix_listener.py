@@ -11,6 +11,7 @@ from typing import Final
 import pytest
 from structlog.testing import capture_logs
 
+from imdsproxy.config.unix_listener import UnixListenerSettings
 from imdsproxy.core.haproxy.config import render_config
 from imdsproxy.core.haproxy.model import DataplaneSpec, UnixBind
 from imdsproxy.core.haproxy.runtime import Processes
@@ -19,7 +20,6 @@ from imdsproxy.dataplane.layout import Layout
 from imdsproxy.errors import DataplaneError, ReloadFailed, RuntimeUnavailable
 from imdsproxy.unix_listener.listener import UnixListener, sweep_unix_socket
 from imdsproxy.unix_listener.plan import Takeovers, deduce_socket_mode
-from imdsproxy.unix_listener.settings import UnixListenerSettings
 from support.hand_clock import HandClock
 
 _AGENT: Final = SeenSocket(SocketState.FOREIGN, (SocketOwner(77, "neutron-ovn-met"),))

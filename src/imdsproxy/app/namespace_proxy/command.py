@@ -323,7 +323,7 @@ def read_ini_files(
     """
     if not files and not directories:
         return {}
-    from imdsproxy.core import neutron_ini  # noqa: PLC0415 - see above
+    from imdsproxy.config import neutron_ini  # noqa: PLC0415 - see above
 
     paths = [Path(name) for name in files]
     try:

@@ -19,7 +19,7 @@ from imdsproxy.cli.takeover.genuine import (
     unit_in,
 )
 from imdsproxy.cli.takeover.plan import Agent, Reach, Stranger
-from imdsproxy.core.neutron_ini import IniOption, decode_ini, parse_ini
+from imdsproxy.config.neutron_ini import IniOption, decode_ini, parse_ini
 from imdsproxy.errors import ConfigUnreadable, RequestRefused
 from imdsproxy.host.files import write_atomic
 from imdsproxy.host.owned_files import list_owned, open_owned

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from imdsproxy.config.neutron_ini import IniOption
 from imdsproxy.core.model import METADATA_PORT
-from imdsproxy.core.neutron_ini import IniOption
 from imdsproxy.errors import Problem
 
 

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 import httpcore
 
+from imdsproxy.config.sources import FleetSourceSettings
 from imdsproxy.core.fleet.identity import PASSWORD_PATH
 from imdsproxy.core.fleet.stream import (
     BLOB_PATH,
@@ -39,7 +40,6 @@ from imdsproxy.errors import (
     SourceUnavailable,
     UserDataUnreadable,
 )
-from imdsproxy.sources.settings import FleetSourceSettings
 
 _HTTPS_PORT: Final = 443
 _JOIN: Final = "join the fleet: `imdsproxy fleet join`, with what `imdsproxy fleet enrol` printed"

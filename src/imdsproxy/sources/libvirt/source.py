@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any, ClassVar, Final, TypeAlias, TypeVar
 
+from imdsproxy.config.sources import LibvirtSourceSettings
 from imdsproxy.core.observation import Observation, StrandedPort
 from imdsproxy.core.records import Refused
 from imdsproxy.core.timing import Backoff
@@ -26,7 +27,6 @@ from imdsproxy.sources.libvirt.xml import (
     parse_domain,
     parse_libvirt_network,
 )
-from imdsproxy.sources.settings import LibvirtSourceSettings
 
 _T = TypeVar("_T")
 _Library: TypeAlias = Any

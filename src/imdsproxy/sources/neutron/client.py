@@ -15,9 +15,9 @@ from http import HTTPStatus
 from threading import Lock
 from typing import Any, Final, TypeAlias
 
+from imdsproxy.config.sources import NeutronSourceSettings
 from imdsproxy.errors import SourceUnavailable, optional_library
 from imdsproxy.sources.neutron.ports import NeutronPort, PortQuery, parse_ports, render_query
-from imdsproxy.sources.settings import NeutronSourceSettings
 
 _VERSION: Final = "/v2.0"
 _CHUNK: Final = 65_536

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal, TypeAlias, TypeVar
 from weakref import WeakValueDictionary
 
+from imdsproxy.config.sources import NeutronSourceSettings
 from imdsproxy.core.addresses import mac_of
 from imdsproxy.core.model import IpAddress, NetworkId
 from imdsproxy.core.timing import Backoff, Durations
@@ -20,7 +21,6 @@ from imdsproxy.errors import SourceUnavailable
 from imdsproxy.host.clock import Clock
 from imdsproxy.sources.neutron.client import NeutronClient, QueryTimedOut
 from imdsproxy.sources.neutron.ports import MAX_VALUES, ROUTER_OWNERS, NeutronPort, PortQuery
-from imdsproxy.sources.settings import NeutronSourceSettings
 
 QueryResult: TypeAlias = Literal["ok", "failed", "timeout"]
 

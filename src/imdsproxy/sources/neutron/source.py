@@ -14,6 +14,7 @@ from typing import ClassVar, Final, Literal, TypeAlias
 
 import structlog
 
+from imdsproxy.config.sources import NeutronSourceSettings
 from imdsproxy.core.addresses import normalise_address
 from imdsproxy.core.model import IpAddress, NetworkId, Scope
 from imdsproxy.core.observation import AddressKey, Observation, StrandedPort
@@ -25,7 +26,6 @@ from imdsproxy.sources.neutron.client import NeutronClient
 from imdsproxy.sources.neutron.known import EntryKey, KnownPorts, Route
 from imdsproxy.sources.neutron.ports import MAX_VALUES, NeutronPort, PortQuery
 from imdsproxy.sources.neutron.queries import Queries, chunks
-from imdsproxy.sources.settings import NeutronSourceSettings
 from imdsproxy.sources.sqlite_file import SideCache
 
 LookUpResult: TypeAlias = Literal[

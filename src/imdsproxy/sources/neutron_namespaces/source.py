@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar, Final
 
+from imdsproxy.config.sources import NeutronNamespacesSettings
 from imdsproxy.core.hoststate import NamespaceRef
 from imdsproxy.core.model import Network, NetworkId
 from imdsproxy.core.observation import Observation, StrandedPort
@@ -18,7 +19,6 @@ from imdsproxy.host.namespaces import NamespaceDirectory
 from imdsproxy.sources.api import Publish, Reports
 from imdsproxy.sources.neutron_namespaces.proxies import DhcpProxies
 from imdsproxy.sources.neutron_namespaces.records import router_network, router_of
-from imdsproxy.sources.settings import NeutronNamespacesSettings
 
 _AUDIT_S: Final = 60.0
 """Seconds after which the directory is read again without an event."""

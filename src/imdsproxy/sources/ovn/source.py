@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar, Final
 
+from imdsproxy.config.sources import OvnSourceSettings
 from imdsproxy.core.observation import Observation, StrandedPort
 from imdsproxy.errors import Problem, SourceUnavailable
 from imdsproxy.host.ovsdb import Change, Conditions, Ovsdb, Row, Rows, Schema, Tls
 from imdsproxy.sources.api import Publish, Reports
 from imdsproxy.sources.ovn.chassis import NETWORK_KEY, BridgePort, LocalChassis
 from imdsproxy.sources.ovn.ports import OvnKnown, PortBinding, SouthboundView
-from imdsproxy.sources.settings import OvnSourceSettings
 
 _OPTIONAL_UUID: Final = {"key": "uuid", "min": 0, "max": 1}
 _UUIDS: Final = {"key": "uuid", "min": 0, "max": "unlimited"}
