@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 from imdsproxy.core.haproxy.counting import (
     GUESTS_TABLE,
-    ONE_IN,
     READERS_TABLE,
     CountedRow,
     parse_guests,
@@ -31,7 +30,7 @@ from imdsproxy.core.haproxy.request_log import (
     read_audit,
 )
 from imdsproxy.core.policy import Policy, TokenMode
-from imdsproxy.core.wire import HEADER_LOGGED, HEADER_OPERATOR
+from imdsproxy.core.wire import HEADER_LOGGED, HEADER_OPERATOR, ONE_IN
 from support.access_table import META, TOKEN, USER_DATA
 from support.guest import Lost, with_token
 from support.haproxy_alone import KEY, WAYS, Alone, open_alone

@@ -10,6 +10,12 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import AfterValidator
 
 from imdsproxy.config.hub import HubSettings, OperatorSettings
+from imdsproxy.config.neutron_agents import (
+    DEFAULT_PORT,
+    DEFAULT_STATE_PATH,
+    MAX_PORT,
+    parse_facility,
+)
 from imdsproxy.config.nova import NovaSettings
 from imdsproxy.config.policy import AuditSettings, LimitsSettings, PolicySettings, TokensSettings
 from imdsproxy.config.section import (
@@ -30,12 +36,6 @@ from imdsproxy.config.section import (
 )
 from imdsproxy.config.sources import SourcesSettings
 from imdsproxy.config.unix_listener import UnixListenerSettings
-from imdsproxy.core.haproxy.namespace_proxy import (
-    DEFAULT_PORT,
-    DEFAULT_STATE_PATH,
-    MAX_PORT,
-    parse_facility,
-)
 from imdsproxy.errors import RequestRefused
 
 Supervisor: TypeAlias = Literal["auto", "spawn", "systemd"]

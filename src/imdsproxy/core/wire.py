@@ -12,6 +12,11 @@ from imdsproxy.core.model import InstanceId
 from imdsproxy.core.path_rules import PathRules
 from imdsproxy.core.policy_word import HOP_LIMIT, POLICY_WORD, word_of
 
+TEXT: Final = b"text/plain; charset=utf-8"
+
+ONE_IN: Final = 20
+"""Divisor of the sample of reads without tokens: it finds a boot, which has 100 reads, with a probability of 99.4 %."""
+
 LONGEST_PATH: Final = 1024
 """Maximum bytes of a path; every document's path fits, even with each byte escaped. HAProxy and the document server
 answer 404 to longer paths.

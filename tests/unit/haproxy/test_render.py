@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from imdsproxy.config.neutron_agents import FACILITIES, parse_facility, parse_port
 from imdsproxy.core import haproxy
 from imdsproxy.core.haproxy.config import render_config
 from imdsproxy.core.haproxy.model import (
@@ -27,10 +28,7 @@ from imdsproxy.core.haproxy.model import (
     UnixBind,
 )
 from imdsproxy.core.haproxy.namespace_proxy import (
-    FACILITIES,
     NamespaceProxySpec,
-    parse_facility,
-    parse_port,
     parse_uuid,
     render_namespace_proxy,
 )

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imdsproxy.core.haproxy.counting import ONE_IN, CountedRow, parse_guests, parse_readers
+from imdsproxy.core.haproxy.counting import CountedRow, parse_guests, parse_readers
 from imdsproxy.core.haproxy.limits import (
     MOST_SHOWN,
     Asker,
@@ -33,6 +33,7 @@ from imdsproxy.core.haproxy.runtime import (
 from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.core.policy import Policy
 from imdsproxy.core.tokens import TokenKey
+from imdsproxy.core.wire import ONE_IN
 from support.haproxy_alone import mint_token
 
 # As HAProxy 3.0.11 prints it, with an old worker that still drains.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from imdsproxy.app.namespace_proxy.proxy import ProxyDaemon, cleanup_config_file, cleanup_pid_file
-from imdsproxy.core.haproxy.namespace_proxy import DEFAULT_PORT, DEFAULT_STATE_PATH, parse_facility
+from imdsproxy.config.neutron_agents import DEFAULT_PORT, DEFAULT_STATE_PATH, parse_facility
 from imdsproxy.errors import (
     ConfigInvalid,
     ConfigUnreadable,

@@ -26,7 +26,7 @@ from imdsproxy.cli.takeover.plan import (
     settings_steps,
     wait_step,
 )
-from imdsproxy.core.haproxy.namespace_proxy import DEFAULT_PORT
+from imdsproxy.config.neutron_agents import DEFAULT_PORT
 from imdsproxy.errors import Problem
 
 _PREFIX: Final = "qrouter-"

@@ -12,8 +12,8 @@ from imdsproxy.cli.takeover.agents import find_agents, pids, read_file, root_of,
 from imdsproxy.cli.takeover.plan import Commands, Kind, Proxy, Reach, Seen, find_option
 from imdsproxy.cli.takeover.stand_in import STAND_IN, is_stand_in
 from imdsproxy.config.load import Loaded
+from imdsproxy.config.neutron_agents import DEFAULT_STATE_PATH
 from imdsproxy.config.neutron_ini import decode_ini, parse_ini
-from imdsproxy.core.haproxy.namespace_proxy import DEFAULT_STATE_PATH
 from imdsproxy.errors import ConfigUnreadable, LibraryMissing, optional_library
 from imdsproxy.host.files import write_atomic
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread

@@ -8,7 +8,7 @@ from typing import Final, TypeAlias, cast
 from imdsproxy.core.compiled import Blob, DocumentRecord
 from imdsproxy.core.documents import ec2, nocloud, openstack, tree
 from imdsproxy.core.model import Dialect
-from imdsproxy.core.wire import RETRY_AFTER_S
+from imdsproxy.core.wire import RETRY_AFTER_S, TEXT
 
 SEED_LENGTH: Final = 512
 """Bytes of `random_seed`, as in Nova."""
@@ -156,7 +156,7 @@ def _post_password(body: bytes, present: bytes | None) -> Answer:
         return refusal(409)
     if len(body) > PASSWORD_LIMIT:
         return refusal(400)
-    headers = (b"content-type", tree.TEXT), (b"content-length", b"0")
+    headers = (b"content-type", TEXT), (b"content-length", b"0")
     return Answer(200, headers, new_password=body or None)
 
 

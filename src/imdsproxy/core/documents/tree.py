@@ -20,9 +20,8 @@ from urllib.parse import unquote_to_bytes
 
 from imdsproxy.core.compiled import Blob, DocumentAddress, DocumentPort, DocumentRecord
 from imdsproxy.core.model import free_name
-from imdsproxy.core.wire import LONGEST_PATH
+from imdsproxy.core.wire import LONGEST_PATH, TEXT
 
-TEXT: Final = b"text/plain; charset=utf-8"
 JSON: Final = b"application/json"
 BINARY: Final = b"application/octet-stream"
 

@@ -18,12 +18,10 @@ from typing import Final
 from urllib.parse import unquote_to_bytes
 
 from imdsproxy.core.haproxy.runtime import parse_table
+from imdsproxy.core.wire import ONE_IN
 
 GUESTS_TABLE: Final = "without-token"
 READERS_TABLE: Final = "without-token-readers"
-
-ONE_IN: Final = 20
-"""Divisor of the sample: it finds a boot, which has 100 reads, with a probability of 99.4 %."""
 
 # The counters of an entry. A sampled read always counts as `ONE_IN` reads, so that sums stay right if settings change.
 # HAProxy 3.0 cannot add `ONE_IN` at once: its `sc-add-gpc` refuses tracking numbers above 2.

@@ -8,7 +8,6 @@ from typing import Final
 
 from imdsproxy.core import path_rules, policy, tokens, wire
 from imdsproxy.core import policy_word as layout
-from imdsproxy.core.documents.tree import TEXT
 from imdsproxy.core.haproxy import counting
 from imdsproxy.core.haproxy.text import (
     Block,
@@ -21,6 +20,7 @@ from imdsproxy.core.haproxy.text import (
 )
 from imdsproxy.core.path_rules import WITHIN_OTHER_TREES
 from imdsproxy.core.policy_word import POLICY_WORD, Field, Letter
+from imdsproxy.core.wire import TEXT
 
 _METHODS: Final = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
 

@@ -13,12 +13,7 @@ from imdsproxy.core.haproxy.names import CONSTANTS
 from imdsproxy.core.haproxy.text import Value, fill_sections, name_values, read_template, render
 from imdsproxy.errors import RequestRefused
 
-DEFAULT_PORT: Final = 9697
-DEFAULT_STATE_PATH: Final = "/var/lib/neutron"
-MAX_PORT: Final = 65535
-
 _UUID: Final = re.compile(r"[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}", re.IGNORECASE | re.ASCII)
-_PORT: Final = re.compile(r"[0-9]{1,5}", re.ASCII)
 
 # Reasons for some of the headers below:
 # - connection: a receiver that obeys RFC 9110 section 7.6.1 would take named headers out of the request again.
@@ -29,13 +24,6 @@ _FORGEABLE: Final = (
     "|x-ovn-network-id|x-tenant-id"
 )
 """Headers that a guest must not send, as a regular expression on lower-case names."""
-
-_FACILITIES: Final = (
-    "kern user mail daemon auth syslog lpr news uucp cron auth2 ftp ntp audit alert cron2 "
-    "local0 local1 local2 local3 local4 local5 local6 local7"
-)
-FACILITIES: Final = frozenset(_FACILITIES.split())
-"""HAProxy's names of syslog facilities (configuration manual, `log`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,34 +105,3 @@ def parse_uuid(text: str) -> str:
             f"{text!r} is no UUID", hint="it is written as 8f6a1e0c-3b52-4c1d-9a57-0d2f4b6c8e10"
         )
     return text
-
-
-def parse_port(text: str | int) -> int:
-    """Parse a TCP port.
-
-    Raises:
-        RequestRefused: The text is not a port.
-    """
-    digits = str(text)
-    if _PORT.fullmatch(digits) is None or not 0 < int(digits) <= MAX_PORT:
-        raise RequestRefused(
-            f"{digits!r} is no port to listen on", hint=f"a port is a number from 1 to {MAX_PORT}"
-        )
-    return int(digits)
-
-
-def parse_facility(text: str) -> str:
-    """Return HAProxy's name of a syslog facility; Neutron's `LOG_LOCAL3` is `local3`.
-
-    Raises:
-        RequestRefused: HAProxy has no such facility.
-    """
-    name = text.lower().removeprefix("log_")
-    # `authpriv` is another name of `auth2`, which HAProxy does not know.
-    name = {"authpriv": "auth2"}.get(name, name)
-    if name not in FACILITIES:
-        raise RequestRefused(
-            f"{text!r} is no facility of syslog",
-            hint="they are called LOG_USER, LOG_LOCAL0 and so on",
-        )
-    return name
