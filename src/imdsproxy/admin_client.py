@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Final, TypeAlias
 from urllib.parse import quote, urlencode, urlsplit
 
 from imdsproxy import errors
-from imdsproxy.core.fleet.stream import ALIVE_PATH, CONNECT_S
+from imdsproxy.fleet.stream import ALIVE_PATH, CONNECT_S
 
 _TIMEOUT_S: Final = 60.0
 _LOOK_EVERY_S: Final = 0.5

@@ -13,11 +13,11 @@ from typing import Final, TypeAlias
 
 import pytest
 
-from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.layout import HostId, StoredInstance
 from imdsproxy.core.model import Instance, Network
 from imdsproxy.core.records import render_record
 from imdsproxy.errors import SourceRefused, SourceUnavailable
+from imdsproxy.fleet import layout
+from imdsproxy.fleet.layout import HostId, StoredInstance
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub.envelope import make_envelope, parse_envelope
 from imdsproxy.hub.etcd import Committed, Etcd

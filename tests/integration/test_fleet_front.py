@@ -9,8 +9,8 @@ from typing import Final
 
 import pytest
 
-from imdsproxy.core.fleet.identity import Identity, Role, read_identity
-from imdsproxy.core.fleet.stream import UPGRADE
+from imdsproxy.fleet.identity import Identity, Role, read_identity
+from imdsproxy.fleet.stream import UPGRADE
 from imdsproxy.hub.front import ENROLMENTS_A_MINUTE, STRANGERS
 from support.fleet_front import (
     ADDRESS,

@@ -13,10 +13,10 @@ from typing import Any, Final
 
 import pytest
 
-from imdsproxy.core.fleet import layout
 from imdsproxy.core.model import Instance, Network
 from imdsproxy.core.records import parse_instance, parse_network
 from imdsproxy.core.tokens import TokenKey, instance_key
+from imdsproxy.fleet import layout
 from imdsproxy.host.certificates import (
     make_key,
     parse_certificate,

@@ -18,8 +18,6 @@ from typing import Any
 import pytest
 
 from imdsproxy.admin_client import FleetClient
-from imdsproxy.core.fleet.identity import Invitation, read_identity, render_invitation
-from imdsproxy.core.fleet.layout import HostId
 from imdsproxy.errors import (
     AccessDenied,
     AdminUnavailable,
@@ -27,6 +25,8 @@ from imdsproxy.errors import (
     SourceRefused,
     SourceUnavailable,
 )
+from imdsproxy.fleet.identity import Invitation, read_identity, render_invitation
+from imdsproxy.fleet.layout import HostId
 from imdsproxy.host.certificates import parse_certificate, render_certificate
 from imdsproxy.hub.authority import parse_request
 from imdsproxy.hub.enrolment import Certified

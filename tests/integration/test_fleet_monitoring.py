@@ -12,12 +12,12 @@ from typing import Final
 
 import pytest
 
-from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.identity import Role, spell_serial
-from imdsproxy.core.fleet.layout import HostId
-from imdsproxy.core.fleet.members import HostState, StoredHost, host_key, render_host
-from imdsproxy.core.fleet.suspicion import Claim, Suspicion, render_suspicion
 from imdsproxy.core.model import InstanceId
+from imdsproxy.fleet import layout
+from imdsproxy.fleet.identity import Role, spell_serial
+from imdsproxy.fleet.layout import HostId
+from imdsproxy.fleet.members import HostState, StoredHost, host_key, render_host
+from imdsproxy.fleet.suspicion import Claim, Suspicion, render_suspicion
 from imdsproxy.host.certificates import make_key, render_certificate, render_key
 from imdsproxy.hub import authority
 from imdsproxy.hub.token_keys import PLACE

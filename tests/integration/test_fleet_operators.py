@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.identity import Role
-from imdsproxy.core.fleet.values import parse_password
 from imdsproxy.core.model import InstanceId
+from imdsproxy.fleet import layout
+from imdsproxy.fleet.identity import Role
+from imdsproxy.fleet.values import parse_password
 from imdsproxy.hub.envelope import name_of
 from imdsproxy.hub.etcd_messages import prefix_end
 from imdsproxy.hub.files import FleetFiles

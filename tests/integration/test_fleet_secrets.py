@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from imdsproxy.admin_client import FleetClient
-from imdsproxy.core.fleet.identity import Role, parse_invitation
 from imdsproxy.core.model import InstanceId
 from imdsproxy.errors import ImdsproxyError
+from imdsproxy.fleet.identity import Role, parse_invitation
 from imdsproxy.hub.token_keys import PLACE, open_keys
 from support.cli import Ran, run_main
 from support.daemon import instance

@@ -13,8 +13,8 @@ from urllib.parse import quote, urlencode
 import pytest
 from fastapi.routing import APIRoute
 
-from imdsproxy.core.fleet.identity import OPERATOR_ROLES
 from imdsproxy.errors import AlreadyExists, NotFound, SourceRefused
+from imdsproxy.fleet.identity import OPERATOR_ROLES
 from imdsproxy.hub import routes
 from imdsproxy.hub.api import ROUTERS
 from support.scoped_fleet import ScopedFleet, instance, network, open_scoped_fleet, port

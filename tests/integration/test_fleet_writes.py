@@ -12,9 +12,6 @@ from typing import Any
 
 import pytest
 
-from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.layout import HostId
-from imdsproxy.core.fleet.suspicion import Claim, Suspicion, render_suspicion
 from imdsproxy.core.model import InstanceId
 from imdsproxy.errors import (
     AccessDenied,
@@ -29,6 +26,9 @@ from imdsproxy.errors import (
     SourceUnavailable,
     WriteUnknown,
 )
+from imdsproxy.fleet import layout
+from imdsproxy.fleet.layout import HostId
+from imdsproxy.fleet.suspicion import Claim, Suspicion, render_suspicion
 from imdsproxy.hub import in_force
 from imdsproxy.hub.etcd_messages import prefix_end
 from imdsproxy.hub.sweep import REMOVED_S, UNUSED_S, Sweep

@@ -17,7 +17,7 @@ from typing import Any, Final
 import pytest
 
 from imdsproxy.admin_client import FleetClient
-from imdsproxy.core.fleet.identity import LEAVE_PATH, Role
+from imdsproxy.fleet.identity import LEAVE_PATH, Role
 from imdsproxy.sources.fleet.client import HostFiles, HubClient
 from support.daemon import instance
 from support.fleet_world import FleetHost, FleetWorld, fleet_world

@@ -6,7 +6,7 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imdsproxy.core.fleet.stream import Batch, Broken, parse_from_hub
+from imdsproxy.fleet.stream import Batch, Broken, parse_from_hub
 from imdsproxy.sources.fleet.known import FleetKnown, Position
 
 _NUMBERS = st.integers(-1, 9) | st.just(2.5)

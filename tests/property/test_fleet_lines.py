@@ -7,8 +7,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from imdsproxy.core.fleet.layout import MOST_NUMBER, MOST_TEXT
-from imdsproxy.core.fleet.stream import (
+from imdsproxy.fleet.layout import MOST_NUMBER, MOST_TEXT
+from imdsproxy.fleet.stream import (
     Ack,
     Answer,
     Batch,

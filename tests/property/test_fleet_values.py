@@ -12,8 +12,12 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.layout import (
+from imdsproxy.core.model import InstanceId, NetworkId
+from imdsproxy.core.policy import OperatorOverride
+from imdsproxy.core.records.grant import NO_GRANT
+from imdsproxy.errors import ImdsproxyError
+from imdsproxy.fleet import layout
+from imdsproxy.fleet.layout import (
     HostId,
     Meta,
     StoredInstance,
@@ -21,7 +25,7 @@ from imdsproxy.core.fleet.layout import (
     Unreadable,
     UserData,
 )
-from imdsproxy.core.fleet.members import (
+from imdsproxy.fleet.members import (
     HostState,
     StoredHost,
     StoredOperator,
@@ -31,9 +35,9 @@ from imdsproxy.core.fleet.members import (
     render_host,
     render_operator,
 )
-from imdsproxy.core.fleet.stream import Batch, Bye, Hello, parse_from_hub, render_line
-from imdsproxy.core.fleet.suspicion import Claim, Suspicion, read_suspicion, render_suspicion
-from imdsproxy.core.fleet.values import (
+from imdsproxy.fleet.stream import Batch, Bye, Hello, parse_from_hub, render_line
+from imdsproxy.fleet.suspicion import Claim, Suspicion, read_suspicion, render_suspicion
+from imdsproxy.fleet.values import (
     Beat,
     HubPlace,
     Journal,
@@ -51,10 +55,6 @@ from imdsproxy.core.fleet.values import (
     render_sealed_keys,
     render_sealing,
 )
-from imdsproxy.core.model import InstanceId, NetworkId
-from imdsproxy.core.policy import OperatorOverride
-from imdsproxy.core.records.grant import NO_GRANT
-from imdsproxy.errors import ImdsproxyError
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub import plan_writes
 from imdsproxy.hub.envelope import make_envelope, parse_envelope

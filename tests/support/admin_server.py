@@ -35,7 +35,6 @@ from imdsproxy.config.policy import LimitsSettings
 from imdsproxy.controller.controller import Controller
 from imdsproxy.core.documents.respond import Answer
 from imdsproxy.core.endpoints import Endpoint, LeftOut, LeftOutCode
-from imdsproxy.core.fleet.policies import FleetPolicies
 from imdsproxy.core.hoststate import NamespaceRef, ObservedHost
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import (
@@ -56,6 +55,7 @@ from imdsproxy.dataplane.launch import Launcher
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.records import RecordApplier, write_table
 from imdsproxy.errors import Problem
+from imdsproxy.fleet.policies import FleetPolicies
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.servers import open_unix_socket
 from imdsproxy.listeners.plan import ListenerPlan

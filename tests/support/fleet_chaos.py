@@ -21,8 +21,6 @@ from pathlib import Path
 from typing import Any, Final, TextIO
 
 from imdsproxy.admin_client import FleetClient
-from imdsproxy.core.fleet.identity import parse_invitation
-from imdsproxy.core.fleet.layout import guard_key, parse_guard
 from imdsproxy.core.model import InstanceId
 from imdsproxy.errors import (
     AdminError,
@@ -31,6 +29,8 @@ from imdsproxy.errors import (
     NotFound,
     SourceUnavailable,
 )
+from imdsproxy.fleet.identity import parse_invitation
+from imdsproxy.fleet.layout import guard_key, parse_guard
 from support.fleet_faults import FAULTS
 from support.fleet_history import Answer, History, Outcome, Write
 from support.fleet_member import Member

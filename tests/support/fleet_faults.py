@@ -15,12 +15,12 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeAlias
 
-from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.layout import HostId, StoredInstance, instance_key, render_instance
-from imdsproxy.core.fleet.members import host_key, operator_key
-from imdsproxy.core.fleet.stream import Bye, Hello
 from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.errors import EtcdFull, ImdsproxyError
+from imdsproxy.fleet import layout
+from imdsproxy.fleet.layout import HostId, StoredInstance, instance_key, render_instance
+from imdsproxy.fleet.members import host_key, operator_key
+from imdsproxy.fleet.stream import Bye, Hello
 from imdsproxy.hub.etcd import Committed, Etcd
 from imdsproxy.hub.etcd_messages import KeyValue, unchanged
 from support.daemon import alive

@@ -16,7 +16,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.x509.oid import NameOID
 
-from imdsproxy.core.fleet.identity import Role, spell_serial
+from imdsproxy.fleet.identity import Role, spell_serial
 from imdsproxy.host.certificates import make_key, render_certificate, render_key
 from imdsproxy.hub.authority import Authority, make_authority
 from imdsproxy.hub.front import FrontSpec, render_front

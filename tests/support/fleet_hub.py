@@ -23,16 +23,16 @@ from ssl import SSLContext
 from typing import Any, Final, TypeVar, cast
 
 from imdsproxy.admin.problems import answer_for
-from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.identity import AUTHORITY_PATH, RENEW_PATH, Identity, Role
-from imdsproxy.core.fleet.layout import HostId, Meta, StoredInstance, StoredNetwork, UserData
-from imdsproxy.core.fleet.stream import BLOB_PATH, STREAM_PATH
-from imdsproxy.core.fleet.values import SealedKeys, render_sealed_keys
 from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
 from imdsproxy.core.records import render_record
 from imdsproxy.core.tokens import TokenKey
 from imdsproxy.core.tokens import instance_key as token_key_of
 from imdsproxy.errors import EtcdUnavailable, ImdsproxyError
+from imdsproxy.fleet import layout
+from imdsproxy.fleet.identity import AUTHORITY_PATH, RENEW_PATH, Identity, Role
+from imdsproxy.fleet.layout import HostId, Meta, StoredInstance, StoredNetwork, UserData
+from imdsproxy.fleet.stream import BLOB_PATH, STREAM_PATH
+from imdsproxy.fleet.values import SealedKeys, render_sealed_keys
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub.callers import Caller
 from imdsproxy.hub.enrolment import Certified

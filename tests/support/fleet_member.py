@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from imdsproxy.core.fleet.identity import Invitation, spell_serial
-from imdsproxy.core.fleet.layout import HostId
-from imdsproxy.core.fleet.members import HostState, StoredHost, host_key, render_host
-from imdsproxy.core.fleet.stream import (
+from imdsproxy.fleet.identity import Invitation, spell_serial
+from imdsproxy.fleet.layout import HostId
+from imdsproxy.fleet.members import HostState, StoredHost, host_key, render_host
+from imdsproxy.fleet.stream import (
     STREAM_PATH,
     UPGRADE,
     Batch,

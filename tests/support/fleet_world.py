@@ -19,11 +19,11 @@ from typing import Any, Final, TypeVar
 
 import yaml
 
-from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.identity import Role, spell_serial
-from imdsproxy.core.fleet.layout import HostId, StoredInstance, StoredNetwork
-from imdsproxy.core.fleet.members import HostState, StoredHost, host_key, render_host
 from imdsproxy.core.model import InstanceId, NetworkId
+from imdsproxy.fleet import layout
+from imdsproxy.fleet.identity import Role, spell_serial
+from imdsproxy.fleet.layout import HostId, StoredInstance, StoredNetwork
+from imdsproxy.fleet.members import HostState, StoredHost, host_key, render_host
 from imdsproxy.host.certificates import make_key, render_certificate, render_key
 from imdsproxy.hub.etcd import Committed, Etcd
 from imdsproxy.hub.files import (

@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
-from imdsproxy.core.fleet.identity import HEADER_NAME, HEADER_ROLE, HEADER_SERIAL
-from imdsproxy.core.fleet.stream import STREAM_PATH
+from imdsproxy.fleet.identity import HEADER_NAME, HEADER_ROLE, HEADER_SERIAL
+from imdsproxy.fleet.stream import STREAM_PATH
 
 
 async def pass_on(

@@ -14,15 +14,15 @@ from random import Random
 from typing import Any, TypeVar
 
 from imdsproxy.admin_client import AdminClient
-from imdsproxy.core.fleet.layout import HostId
-from imdsproxy.core.fleet.members import (
+from imdsproxy.fleet.layout import HostId
+from imdsproxy.fleet.members import (
     HostState,
     StoredHost,
     admits_host,
     host_key,
     render_host,
 )
-from imdsproxy.core.fleet.stream import (
+from imdsproxy.fleet.stream import (
     STREAM_PATH,
     UPGRADE,
     Ack,

@@ -12,13 +12,13 @@ from typing import Final, cast
 
 from imdsproxy.app.token_keys import TokenKeys
 from imdsproxy.config.schema import Settings
-from imdsproxy.core.fleet.policies import FleetPolicies, join_guards
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.core.policy import OperatorOverride, PolicyBook
 from imdsproxy.core.retired import Overrides, parse_retired
 from imdsproxy.core.tokens import TTL_LIMIT_S
 from imdsproxy.errors import HostRefused
+from imdsproxy.fleet.policies import FleetPolicies, join_guards
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import write_atomic
 

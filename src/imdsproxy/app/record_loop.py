@@ -20,7 +20,6 @@ from imdsproxy.app.compiler import COMPILER, Compiling, RecordCompiler
 from imdsproxy.app.rule_sets import RuleSets
 from imdsproxy.app.tickets import Tickets, report_failure
 from imdsproxy.app.token_keys import TokenKeys
-from imdsproxy.core.fleet.policies import FLEET
 from imdsproxy.core.haproxy.maps import PackedMap
 from imdsproxy.core.identity import Learned
 from imdsproxy.core.inventory import Inventory
@@ -34,6 +33,7 @@ from imdsproxy.core.timing import Backoff, Durations, Progress
 from imdsproxy.core.wire import MAP_CONFLICT, MapRecord, parse_map_value
 from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import DataplaneError, Problem
+from imdsproxy.fleet.policies import FLEET
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.process import release_memory
 

@@ -15,20 +15,20 @@ from imdsproxy.cli import options
 from imdsproxy.cli.options import NO, NOT_IN_FORCE, argument, flag
 from imdsproxy.cli.output import Output, Shape, clean, clean_all, spell_count, spell_time
 from imdsproxy.cli.record_io import show_written
-from imdsproxy.core.fleet.identity import (
-    LIBRARY_HINT,
-    LONGEST_INVITATION_S,
-    OPERATOR_ROLES,
-    SHORTEST_INVITATION_S,
-    Role,
-    parse_invitation,
-)
 from imdsproxy.errors import (
     AlreadyExists,
     ConfigUnreadable,
     RequestRefused,
     SourceCorrupt,
     optional_library,
+)
+from imdsproxy.fleet.identity import (
+    LIBRARY_HINT,
+    LONGEST_INVITATION_S,
+    OPERATOR_ROLES,
+    SHORTEST_INVITATION_S,
+    Role,
+    parse_invitation,
 )
 
 _DIRECTORY: Final = Path("/etc/imdsproxy/fleet")

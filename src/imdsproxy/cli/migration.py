@@ -21,7 +21,6 @@ from typing import Final
 
 from imdsproxy.admin_client import FleetClient, path_to
 from imdsproxy.config.schema import Settings
-from imdsproxy.core.fleet.identity import LEAVE_PATH, LIBRARY_HINT
 from imdsproxy.core.records import Refused
 from imdsproxy.errors import (
     AdminError,
@@ -30,6 +29,7 @@ from imdsproxy.errors import (
     SourceUnavailable,
     optional_library,
 )
+from imdsproxy.fleet.identity import LEAVE_PATH, LIBRARY_HINT
 from imdsproxy.sources.fleet.client import HostFiles, HubClient
 from imdsproxy.sources.libvirt.xml import parse_domain
 

@@ -32,7 +32,6 @@ from imdsproxy.app.watching import Watching
 from imdsproxy.config.changes import SettingsHolder
 from imdsproxy.controller import build
 from imdsproxy.core.addresses import normalise_address
-from imdsproxy.core.fleet.policies import FLEET, FleetPolicies
 from imdsproxy.core.haproxy.model import DataplaneSpec
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import NetworkId
@@ -43,6 +42,7 @@ from imdsproxy.dataplane.launch import HaproxyProgram, Launcher
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import HostRefused, Problem
+from imdsproxy.fleet.policies import FLEET, FleetPolicies
 from imdsproxy.host.account import find_account, group_id
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.events import NeighbourChange, watch_neighbours, watch_tables

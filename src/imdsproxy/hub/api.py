@@ -1,6 +1,6 @@
 """API of a hub: the routes of a host's admin API for the whole fleet, and the routes below `/fleet`.
 
-HAProxy verifies the caller's certificate and sets headers (`core.fleet.identity`); the API has no other listener. Every
+HAProxy verifies the caller's certificate and sets headers (`fleet.identity`); the API has no other listener. Every
 answer with status ≥ 400 is a `ProblemBody`.
 """
 

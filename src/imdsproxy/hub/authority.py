@@ -20,9 +20,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from imdsproxy.core.fleet.identity import Role
 from imdsproxy.core.model import ID_PATTERN
 from imdsproxy.errors import ConfigInvalid, RequestRefused
+from imdsproxy.fleet.identity import Role
 from imdsproxy.host.certificates import (
     PrivateKey,
     fingerprint,

@@ -11,8 +11,8 @@ from typing import Any, Final
 
 import structlog
 
-from imdsproxy.core.fleet.layout import plain
 from imdsproxy.core.timing import Backoff
+from imdsproxy.fleet.layout import plain
 from imdsproxy.host.clock import Clock
 
 _FIRST_S: Final = 1.0

@@ -9,11 +9,11 @@ from typing import Annotated, Final, TypeAlias, cast
 from fastapi import Depends, Header, Query, Request
 from pydantic import Field
 
-from imdsproxy.core.fleet.identity import OPERATOR_ROLES, Identity, Role, read_identity
-from imdsproxy.core.fleet.layout import HostId
-from imdsproxy.core.fleet.members import admits_operator, operator_key
 from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.errors import AccessDenied, SourceUnavailable
+from imdsproxy.fleet.identity import OPERATOR_ROLES, Identity, Role, read_identity
+from imdsproxy.fleet.layout import HostId
+from imdsproxy.fleet.members import admits_operator, operator_key
 from imdsproxy.hub.in_force import Reported
 from imdsproxy.hub.operations import WITHHELD, Operations
 from imdsproxy.hub.plan_writes import Terms

@@ -1,6 +1,6 @@
 """Membership of hosts in a fleet: invitation with a one-time token, certificate, renewal, revocation.
 
-Module `core.fleet.members` decides the new value of a host. This module reads and writes it, and retries if another hub
+Module `fleet.members` decides the new value of a host. This module reads and writes it, and retries if another hub
 was faster.
 """
 
@@ -14,10 +14,11 @@ from typing import Final
 
 import structlog
 
-from imdsproxy.core.fleet.identity import Identity, Invitation, spell_serial
-from imdsproxy.core.fleet.lasting import join_values
-from imdsproxy.core.fleet.layout import HostId, Unreadable, View
-from imdsproxy.core.fleet.members import (
+from imdsproxy.errors import AlreadyExists, SourceUnavailable, WriteUnknown
+from imdsproxy.fleet.identity import Identity, Invitation, spell_serial
+from imdsproxy.fleet.lasting import join_values
+from imdsproxy.fleet.layout import HostId, Unreadable, View
+from imdsproxy.fleet.members import (
     StoredHost,
     StoredOperator,
     host_key,
@@ -31,7 +32,6 @@ from imdsproxy.core.fleet.members import (
     render_host,
     render_operator,
 )
-from imdsproxy.errors import AlreadyExists, SourceUnavailable, WriteUnknown
 from imdsproxy.host.certificates import render_certificate
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub.authority import Authority, parse_request

@@ -15,9 +15,9 @@ from typing import Any, Final
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from imdsproxy.core.fleet.layout import Unreadable
-from imdsproxy.core.fleet.values import Sealing
 from imdsproxy.errors import SecretUnreadable, SourceCorrupt
+from imdsproxy.fleet.layout import Unreadable
+from imdsproxy.fleet.values import Sealing
 
 COPY_KEY: Final = "copy envelope.key from a hub that has it, and restart this one"
 _KEY_BYTES: Final = 32

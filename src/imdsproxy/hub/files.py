@@ -8,13 +8,13 @@ from typing import Final
 
 from cryptography import x509
 
-from imdsproxy.core.fleet.identity import Role
 from imdsproxy.errors import (
     AlreadyExists,
     ConfigInvalid,
     ConfigUnreadable,
     RequestRefused,
 )
+from imdsproxy.fleet.identity import Role
 from imdsproxy.host.certificates import (
     make_key,
     parse_certificate,

@@ -20,9 +20,6 @@ import structlog
 from imdsproxy.admin.health import HealthServer
 from imdsproxy.config.hub import EtcdSettings, HubSettings
 from imdsproxy.config.schema import Settings
-from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.layout import HostId
-from imdsproxy.core.fleet.members import admits_host
 from imdsproxy.dataplane.launch import locate_program, read_program
 from imdsproxy.errors import (
     ImdsproxyError,
@@ -32,6 +29,9 @@ from imdsproxy.errors import (
     first_expected,
     refusing,
 )
+from imdsproxy.fleet import layout
+from imdsproxy.fleet.layout import HostId
+from imdsproxy.fleet.members import admits_host
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import read_secret
 from imdsproxy.host.logs import open_logging

@@ -14,12 +14,12 @@ from typing import Final
 
 import structlog
 
-from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.layout import HostId
-from imdsproxy.core.fleet.values import Journal, render_journal
 from imdsproxy.core.model import Network
 from imdsproxy.core.records import NETWORK, PLACED, PlacedInstance
 from imdsproxy.core.timing import Progress
+from imdsproxy.fleet import layout
+from imdsproxy.fleet.layout import HostId
+from imdsproxy.fleet.values import Journal, render_journal
 from imdsproxy.hub import plan_writes
 from imdsproxy.hub.etcd_messages import prefix_end
 from imdsproxy.hub.plan_writes import InstancePut, Terms, Transaction

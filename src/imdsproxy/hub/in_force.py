@@ -7,8 +7,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
-from imdsproxy.core.fleet.layout import HostId
-from imdsproxy.core.fleet.stream import CONNECT_S, ItemKey
+from imdsproxy.fleet.layout import HostId
+from imdsproxy.fleet.stream import CONNECT_S, ItemKey
 from imdsproxy.hub.peers import Peers
 from imdsproxy.hub.streams import Streams
 

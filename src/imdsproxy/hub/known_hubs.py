@@ -11,9 +11,9 @@ from typing import Any, Final
 
 import structlog
 
-from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.members import operator_key
-from imdsproxy.core.fleet.values import KnownHub, parse_known_hub, render_known_hub
+from imdsproxy.fleet import layout
+from imdsproxy.fleet.members import operator_key
+from imdsproxy.fleet.values import KnownHub, parse_known_hub, render_known_hub
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub.etcd import Etcd
 from imdsproxy.hub.etcd_messages import Compare, absent, unchanged

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.layout import HostId, Json
-from imdsproxy.core.fleet.stream import ItemKey
 from imdsproxy.core.records.levels import Schema
 from imdsproxy.errors import Problem, SourceRefused
+from imdsproxy.fleet import layout
+from imdsproxy.fleet.layout import HostId, Json
+from imdsproxy.fleet.stream import ItemKey
 from imdsproxy.hub.plan_writes import Transaction
 from imdsproxy.hub.state import FleetState, needs_of
 

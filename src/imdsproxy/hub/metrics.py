@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Final
 from imdsproxy import __version__
 from imdsproxy.admin.answers import Readiness
 from imdsproxy.admin.exposition import By, Count, Exposed, Gauge
-from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.layout import HostId
-from imdsproxy.core.fleet.members import HostState
-from imdsproxy.core.fleet.stream import CONNECT_S
-from imdsproxy.core.fleet.suspicion import Suspicion, read_suspicion
 from imdsproxy.errors import ConfigError
+from imdsproxy.fleet import layout
+from imdsproxy.fleet.layout import HostId
+from imdsproxy.fleet.members import HostState
+from imdsproxy.fleet.stream import CONNECT_S
+from imdsproxy.fleet.suspicion import Suspicion, read_suspicion
 from imdsproxy.host.certificates import parse_certificate
 from imdsproxy.hub.etcd_messages import MemberStatus
 from imdsproxy.hub.in_force import APPLIED_PATH

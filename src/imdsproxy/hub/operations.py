@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote, urlencode
 
 from imdsproxy.admin.answers import Readiness, Written
-from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.layout import HostId
-from imdsproxy.core.fleet.members import HostState, host_key, operator_key
-from imdsproxy.core.fleet.stream import CONNECT_S, ItemKey
-from imdsproxy.core.fleet.suspicion import Suspicion, read_suspicion
-from imdsproxy.core.fleet.values import Journal, parse_journal
 from imdsproxy.core.model import NetworkId
 from imdsproxy.core.timing import Step
 from imdsproxy.errors import EtcdUnavailable, NotFound, SourceUnavailable
+from imdsproxy.fleet import layout
+from imdsproxy.fleet.layout import HostId
+from imdsproxy.fleet.members import HostState, host_key, operator_key
+from imdsproxy.fleet.stream import CONNECT_S, ItemKey
+from imdsproxy.fleet.suspicion import Suspicion, read_suspicion
+from imdsproxy.fleet.values import Journal, parse_journal
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub.authority import Authority
 from imdsproxy.hub.etcd import Compacted, Etcd, MemberSilent

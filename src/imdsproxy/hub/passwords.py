@@ -10,11 +10,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.layout import HostId, View
-from imdsproxy.core.fleet.values import StoredPassword, is_cleared, parse_password, render_password
 from imdsproxy.core.model import InstanceId
 from imdsproxy.errors import AlreadyExists, NotFound, SourceCorrupt
+from imdsproxy.fleet import layout
+from imdsproxy.fleet.layout import HostId, View
+from imdsproxy.fleet.values import StoredPassword, is_cleared, parse_password, render_password
 from imdsproxy.hub.envelope import Envelope, name_of
 from imdsproxy.hub.etcd_messages import unchanged
 from imdsproxy.hub.plan_writes import Terms, Transaction, no_such, read_instance, refuse_suspect

@@ -13,9 +13,9 @@ from urllib.parse import urlencode
 import httpcore
 import structlog
 
-from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.stream import ALIVE_PATH, CONNECT_S
-from imdsproxy.core.fleet.values import parse_hub
+from imdsproxy.fleet import layout
+from imdsproxy.fleet.stream import ALIVE_PATH, CONNECT_S
+from imdsproxy.fleet.values import parse_hub
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub.gateway import open_tls
 from imdsproxy.hub.state import FleetState

@@ -13,18 +13,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeVar
 
 from imdsproxy.core.claims import claim_places
-from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.lasting import EPOCHS
-from imdsproxy.core.fleet.layout import HostId, Meta, StoredInstance, StoredNetwork, UserData, View
-from imdsproxy.core.fleet.members import HostState, host_key, read_host
-from imdsproxy.core.fleet.suspicion import MOST_AHEAD, Suspicion, read_suspicion
-from imdsproxy.core.fleet.values import (
-    StoredPassword,
-    is_cleared,
-    parse_grant,
-    parse_policy,
-    render_password,
-)
 from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
 from imdsproxy.core.observation import AddressKey
 from imdsproxy.core.policy import OperatorOverride
@@ -48,6 +36,18 @@ from imdsproxy.errors import (
     RevisionOutdated,
     SourceCorrupt,
     SourceRefused,
+)
+from imdsproxy.fleet import layout
+from imdsproxy.fleet.lasting import EPOCHS
+from imdsproxy.fleet.layout import HostId, Meta, StoredInstance, StoredNetwork, UserData, View
+from imdsproxy.fleet.members import HostState, host_key, read_host
+from imdsproxy.fleet.suspicion import MOST_AHEAD, Suspicion, read_suspicion
+from imdsproxy.fleet.values import (
+    StoredPassword,
+    is_cleared,
+    parse_grant,
+    parse_policy,
+    render_password,
 )
 from imdsproxy.hub.etcd_messages import Compare, absent, none_below, unchanged
 from imdsproxy.hub.scopes import Scope, new_ports, read_grant, read_scope

@@ -17,12 +17,14 @@ from uuid import UUID
 
 import structlog
 
-from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.lasting import LASTING
-from imdsproxy.core.fleet.layout import HostId, Meta
-from imdsproxy.core.fleet.stream import ItemKey
-from imdsproxy.core.fleet.suspicion import Evidence
-from imdsproxy.core.fleet.values import (
+from imdsproxy.core.timing import Backoff
+from imdsproxy.errors import EtcdUnavailable, Problem, SourceCorrupt
+from imdsproxy.fleet import layout
+from imdsproxy.fleet.lasting import LASTING
+from imdsproxy.fleet.layout import HostId, Meta
+from imdsproxy.fleet.stream import ItemKey
+from imdsproxy.fleet.suspicion import Evidence
+from imdsproxy.fleet.values import (
     Beat,
     HubPlace,
     parse_beat,
@@ -30,8 +32,6 @@ from imdsproxy.core.fleet.values import (
     render_beat,
     render_hub,
 )
-from imdsproxy.core.timing import Backoff
-from imdsproxy.errors import EtcdUnavailable, Problem, SourceCorrupt
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.process import garbage_left
 from imdsproxy.hub.etcd import Behind, Committed, Compacted, Conflict, Etcd, Snapshot

@@ -11,11 +11,11 @@ from typing import Final
 
 import structlog
 
-from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.layout import View
-from imdsproxy.core.fleet.stream import CONNECT_S
-from imdsproxy.core.fleet.values import Sealing, render_sealing
 from imdsproxy.errors import RequestRefused, SourceCorrupt, SourceUnavailable
+from imdsproxy.fleet import layout
+from imdsproxy.fleet.layout import View
+from imdsproxy.fleet.stream import CONNECT_S
+from imdsproxy.fleet.values import Sealing, render_sealing
 from imdsproxy.hub.envelope import Envelope, name_of
 from imdsproxy.hub.etcd import Committed
 from imdsproxy.hub.etcd_messages import prefix_end, unchanged

@@ -1,6 +1,6 @@
 """Reaction of a hub to a restored etcd: claims of a restore, and lost values written back to etcd.
 
-The hub writes lasting values (`core.fleet.lasting`) back at once, since a revocation may not wait for an operator.
+The hub writes lasting values (`fleet.lasting`) back at once, since a revocation may not wait for an operator.
 Records wait for `fleet accept-restore`.
 """
 
@@ -14,11 +14,14 @@ from typing import Final, TypeAlias
 
 import structlog
 
-from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.lasting import describe_regained, is_lasting
-from imdsproxy.core.fleet.layout import HostId, Meta
-from imdsproxy.core.fleet.members import StoredHost
-from imdsproxy.core.fleet.suspicion import (
+from imdsproxy.core.model import InstanceId
+from imdsproxy.core.policy import OperatorOverride
+from imdsproxy.errors import EtcdUnavailable, SourceRefused
+from imdsproxy.fleet import layout
+from imdsproxy.fleet.lasting import describe_regained, is_lasting
+from imdsproxy.fleet.layout import HostId, Meta
+from imdsproxy.fleet.members import StoredHost
+from imdsproxy.fleet.suspicion import (
     Claim,
     Evidence,
     Suspicion,
@@ -26,10 +29,7 @@ from imdsproxy.core.fleet.suspicion import (
     parse_suspicion,
     render_suspicion,
 )
-from imdsproxy.core.fleet.values import parse_beat
-from imdsproxy.core.model import InstanceId
-from imdsproxy.core.policy import OperatorOverride
-from imdsproxy.errors import EtcdUnavailable, SourceRefused
+from imdsproxy.fleet.values import parse_beat
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub.etcd import Committed, Compacted, Etcd
 from imdsproxy.hub.etcd_messages import Compare, unchanged

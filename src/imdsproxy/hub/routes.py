@@ -13,8 +13,6 @@ from starlette.responses import JSONResponse, StreamingResponse
 
 from imdsproxy.admin import bodies
 from imdsproxy.core import matching
-from imdsproxy.core.fleet.layout import HostId, StoredInstance, View
-from imdsproxy.core.fleet.stream import ItemKey
 from imdsproxy.core.model import Instance, InstanceId, Network
 from imdsproxy.core.records import (
     INSTANCE,
@@ -26,6 +24,8 @@ from imdsproxy.core.records import (
 )
 from imdsproxy.core.timing import Step
 from imdsproxy.errors import RequestRefused, SourceUnavailable
+from imdsproxy.fleet.layout import HostId, StoredInstance, View
+from imdsproxy.fleet.stream import ItemKey
 from imdsproxy.hub import plan_writes
 from imdsproxy.hub.callers import InstanceOf, Mover, NetworkOf, Operator, Reader, TermsOf, Uses
 from imdsproxy.hub.imports import Import

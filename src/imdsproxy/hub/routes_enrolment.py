@@ -5,15 +5,15 @@ from typing import Annotated, TypeAlias, cast
 from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, ConfigDict, Field
 
-from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.identity import (
+from imdsproxy.core.model import ID_PATTERN
+from imdsproxy.fleet import layout
+from imdsproxy.fleet.identity import (
     LONGEST_INVITATION_S,
     SHORTEST_INVITATION_S,
     render_invitation,
 )
-from imdsproxy.core.fleet.layout import HostId
-from imdsproxy.core.fleet.values import parse_hub
-from imdsproxy.core.model import ID_PATTERN
+from imdsproxy.fleet.layout import HostId
+from imdsproxy.fleet.values import parse_hub
 from imdsproxy.hub.authority import MAX_REQUEST
 from imdsproxy.hub.callers import FleetOperator, OfHost, Uses
 from imdsproxy.hub.enrolment import INVITATION_S, Certified, Enrolment

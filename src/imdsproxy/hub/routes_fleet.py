@@ -11,12 +11,12 @@ from starlette.responses import JSONResponse, Response
 
 from imdsproxy.admin.answers import Written
 from imdsproxy.core.documents.respond import PASSWORD_LIMIT
-from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.identity import Role
-from imdsproxy.core.fleet.layout import HostId
-from imdsproxy.core.fleet.stream import ALIVE_PATH
 from imdsproxy.core.model import InstanceId
 from imdsproxy.errors import NotFound, RequestRefused
+from imdsproxy.fleet import layout
+from imdsproxy.fleet.identity import Role
+from imdsproxy.fleet.layout import HostId
+from imdsproxy.fleet.stream import ALIVE_PATH
 from imdsproxy.hub.callers import (
     Admits,
     Caller,

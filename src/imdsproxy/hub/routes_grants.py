@@ -6,11 +6,11 @@ from typing import Annotated
 from fastapi import APIRouter, Path
 
 from imdsproxy.admin import bodies
-from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.layout import Json
 from imdsproxy.core.model import ID_PATTERN
 from imdsproxy.core.records.grant import GRANT, NO_GRANT, Grant
 from imdsproxy.errors import NotFound
+from imdsproxy.fleet import layout
+from imdsproxy.fleet.layout import Json
 from imdsproxy.hub.callers import FleetOperator, Reader, TermsOf, Uses
 from imdsproxy.hub.operations import FleetWritten, Operations
 from imdsproxy.hub.plan_writes import Terms

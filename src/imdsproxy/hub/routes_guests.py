@@ -12,9 +12,6 @@ from starlette.responses import JSONResponse
 from imdsproxy.admin import bodies
 from imdsproxy.admin.answers import Written
 from imdsproxy.core.addresses import normalise_address
-from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.identity import Role
-from imdsproxy.core.fleet.layout import HostId, Json
 from imdsproxy.core.model import InstanceId
 from imdsproxy.core.records import Refused
 from imdsproxy.core.records.network import POLICY
@@ -25,6 +22,9 @@ from imdsproxy.errors import (
     SourceCorrupt,
     SourceUnavailable,
 )
+from imdsproxy.fleet import layout
+from imdsproxy.fleet.identity import Role
+from imdsproxy.fleet.layout import HostId, Json
 from imdsproxy.hub import plan_writes
 from imdsproxy.hub.callers import Caller, FleetOperator, InstanceOf, Operator, Reader, TermsOf, Uses
 from imdsproxy.hub.etcd_messages import KeyValue

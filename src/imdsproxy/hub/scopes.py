@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from imdsproxy.core.claims import claim_places
-from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.values import parse_grant
 from imdsproxy.core.model import Instance, Network, Port
 from imdsproxy.core.records.grant import NO_GRANT, Grant, spell_listener
 from imdsproxy.core.records.schema import Path, render_path
 from imdsproxy.errors import AccessDenied, Problem, SourceCorrupt
+from imdsproxy.fleet import layout
+from imdsproxy.fleet.values import parse_grant
 
 _View: TypeAlias = Callable[[str], tuple[bytes, int] | None]
 

@@ -11,9 +11,12 @@ from dataclasses import dataclass, field, fields, replace
 from sys import intern
 from typing import Any, Final, TypeAlias
 
-from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.lasting import EPOCHS, LASTING, is_lasting, join_overrides, join_values
-from imdsproxy.core.fleet.layout import (
+from imdsproxy.core.model import InstanceId, Network, NetworkId
+from imdsproxy.core.policy import OperatorOverride
+from imdsproxy.core.records import parse_network
+from imdsproxy.fleet import layout
+from imdsproxy.fleet.lasting import EPOCHS, LASTING, is_lasting, join_overrides, join_values
+from imdsproxy.fleet.layout import (
     ANYWHERE,
     HostId,
     Json,
@@ -22,10 +25,10 @@ from imdsproxy.core.fleet.layout import (
     StoredNetwork,
     Unreadable,
 )
-from imdsproxy.core.fleet.members import HostState, StoredHost, host_key, parse_host, read_host
-from imdsproxy.core.fleet.stream import Batch, Bye, ByeCode, Hello, ItemKey, digest_items
-from imdsproxy.core.fleet.suspicion import MOST_AHEAD, read_suspicion
-from imdsproxy.core.fleet.values import (
+from imdsproxy.fleet.members import HostState, StoredHost, host_key, parse_host, read_host
+from imdsproxy.fleet.stream import Batch, Bye, ByeCode, Hello, ItemKey, digest_items
+from imdsproxy.fleet.suspicion import MOST_AHEAD, read_suspicion
+from imdsproxy.fleet.values import (
     SealedKeys,
     Sealing,
     StoredPassword,
@@ -35,9 +38,6 @@ from imdsproxy.core.fleet.values import (
     parse_sealing,
     parse_value,
 )
-from imdsproxy.core.model import InstanceId, Network, NetworkId
-from imdsproxy.core.policy import OperatorOverride
-from imdsproxy.core.records import parse_network
 from imdsproxy.hub.etcd_messages import Deleted, KeyValue
 from imdsproxy.listeners.plan import place_of
 
@@ -149,7 +149,7 @@ class FleetState:
         unreadable: Values that another program wrote, by key.
         lost: Reasons by key, for keys that were deleted or got an older value, as after a restore. The value from
             before stays in force.
-        ahead: Lasting keys (`core.fleet.lasting`) for which etcd has an older value or none, with the revision of
+        ahead: Lasting keys (`fleet.lasting`) for which etcd has an older value or none, with the revision of
             etcd's value (0 for none). The newest value stays in force.
         doubted: This hub has noticed a restore that no operator has accepted.
         removed: Keys of removed records. They stay in etcd for a while, so that hosts learn about the removal.

@@ -15,10 +15,14 @@ from typing import Any, Final, cast
 
 import structlog
 
-from imdsproxy.core.fleet.identity import Role, read_identity
-from imdsproxy.core.fleet.layout import HostId
-from imdsproxy.core.fleet.members import HostState
-from imdsproxy.core.fleet.stream import (
+from imdsproxy.core.model import InstanceId
+from imdsproxy.core.policy import OperatorOverride
+from imdsproxy.core.records.levels import SCHEMA, Schema
+from imdsproxy.errors import SourceUnavailable
+from imdsproxy.fleet.identity import Role, read_identity
+from imdsproxy.fleet.layout import HostId
+from imdsproxy.fleet.members import HostState
+from imdsproxy.fleet.stream import (
     MAX_LINE,
     PING_S,
     SILENCE_S,
@@ -38,11 +42,7 @@ from imdsproxy.core.fleet.stream import (
     parse_from_host,
     render_line,
 )
-from imdsproxy.core.fleet.suspicion import Evidence
-from imdsproxy.core.model import InstanceId
-from imdsproxy.core.policy import OperatorOverride
-from imdsproxy.core.records.levels import SCHEMA, Schema
-from imdsproxy.errors import SourceUnavailable
+from imdsproxy.fleet.suspicion import Evidence
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub.levels import fit_item
 from imdsproxy.hub.state import FleetState

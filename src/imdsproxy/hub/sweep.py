@@ -12,8 +12,8 @@ from typing import Final
 
 import structlog
 
-from imdsproxy.core.fleet import layout
 from imdsproxy.errors import EtcdUnavailable, SourceRefused
+from imdsproxy.fleet import layout
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub.etcd import Committed, Compacted, Etcd
 from imdsproxy.hub.etcd_messages import prefix_end, unchanged

@@ -15,18 +15,18 @@ from typing import Final
 
 import structlog
 
-from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.layout import HostId, Json, View
-from imdsproxy.core.fleet.values import (
+from imdsproxy.core.model import InstanceId
+from imdsproxy.core.tokens import KEPT_KEYS, KEY_BYTES, TokenKey, instance_key
+from imdsproxy.errors import ImdsproxyError, SourceCorrupt
+from imdsproxy.fleet import layout
+from imdsproxy.fleet.layout import HostId, Json, View
+from imdsproxy.fleet.values import (
     SealedKeys,
     Sealing,
     parse_sealed_keys,
     render_sealed_keys,
     render_sealing,
 )
-from imdsproxy.core.model import InstanceId
-from imdsproxy.core.tokens import KEPT_KEYS, KEY_BYTES, TokenKey, instance_key
-from imdsproxy.errors import ImdsproxyError, SourceCorrupt
 from imdsproxy.hub.envelope import Envelope, name_of
 from imdsproxy.hub.etcd_messages import unchanged
 from imdsproxy.hub.in_force import NOT_CONNECTED
@@ -70,7 +70,7 @@ class FleetKeys:
         return FleetKeys(confirmed, None, (self.current, *self.old)[: KEPT_KEYS - 1])
 
     def item_of(self, instance: InstanceId) -> Json:
-        """Return an instance's keys for hosts (`core.fleet.stream`)."""
+        """Return an instance's keys for hosts (`fleet.stream`)."""
         pending = () if self.pending is None else (self.pending,)
         own = [instance_key(key, instance) for key in (self.current, *pending, *self.old)]
         kids = [key.kid for key in own]

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from imdsproxy.admin.answers import LeftOut
-from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.layout import HostId, Json, StoredInstance, StoredNetwork
-from imdsproxy.core.fleet.stream import ItemKey
 from imdsproxy.core.matching import matcher
 from imdsproxy.core.model import Instance, InstanceId, NetworkId
 from imdsproxy.core.records import render_record
 from imdsproxy.errors import RequestRefused, SourceCorrupt
+from imdsproxy.fleet import layout
+from imdsproxy.fleet.layout import HostId, Json, StoredInstance, StoredNetwork
+from imdsproxy.fleet.stream import ItemKey
 from imdsproxy.host.turns import in_turns
 from imdsproxy.hub.in_force import NOT_CONNECTED, Reported
 from imdsproxy.hub.plan_writes import (

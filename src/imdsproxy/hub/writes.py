@@ -14,10 +14,6 @@ from typing import Any, Final
 
 import structlog
 
-from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.lasting import join_overrides
-from imdsproxy.core.fleet.layout import HostId, StoredInstance, UserData, View, parse_guard
-from imdsproxy.core.fleet.suspicion import read_suspicion
 from imdsproxy.core.model import InstanceId, Network, NetworkId
 from imdsproxy.core.policy import OperatorOverride
 from imdsproxy.core.records import PlacedInstance
@@ -35,6 +31,10 @@ from imdsproxy.errors import (
     UserDataUnreadable,
     WriteUnknown,
 )
+from imdsproxy.fleet import layout
+from imdsproxy.fleet.lasting import join_overrides
+from imdsproxy.fleet.layout import HostId, StoredInstance, UserData, View, parse_guard
+from imdsproxy.fleet.suspicion import read_suspicion
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub import plan_writes
 from imdsproxy.hub.envelope import Envelope

@@ -14,7 +14,6 @@ import pytest
 
 from imdsproxy.admin import tokens
 from imdsproxy.core.endpoints import LeftOutCode
-from imdsproxy.core.fleet.policies import FleetPolicies
 from imdsproxy.core.hoststate import NamespaceRef, ObservedHost, ObservedNamespace
 from imdsproxy.core.identity import Learned
 from imdsproxy.core.model import InstanceId, NamespaceListener, Network, NetworkId
@@ -22,6 +21,7 @@ from imdsproxy.core.observation import Observation
 from imdsproxy.core.policy import OperatorOverride
 from imdsproxy.core.tokens import TokenKey, instance_key
 from imdsproxy.errors import NotFound, Problem, SourceRefused
+from imdsproxy.fleet.policies import FleetPolicies
 from imdsproxy.sources.sqlite.source import SqliteSource
 from support.admin_server import AdminServer
 from support.record_builders import instance, key, port

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from imdsproxy.app.fleet_passwords import FleetPasswords
-from imdsproxy.core.fleet.passwords import CLEARED
 from imdsproxy.core.model import InstanceId
 from imdsproxy.errors import SourceRefused, SourceUnavailable
+from imdsproxy.fleet.passwords import CLEARED
 from imdsproxy.serving.store import PasswordStore
 
 WEB, DB = InstanceId("web"), InstanceId("db")

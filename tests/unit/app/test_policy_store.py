@@ -12,7 +12,6 @@ import pytest
 from imdsproxy.app.policy_store import FleetChange, PolicyStore, read_overrides
 from imdsproxy.app.token_keys import TokenKeys
 from imdsproxy.config.schema import Settings
-from imdsproxy.core.fleet.policies import FleetPolicies
 from imdsproxy.core.model import InstanceId
 from imdsproxy.core.policy import FleetRules, OperatorOverride, PolicyBook, PolicyRules, TokenMode
 from imdsproxy.core.retired import Overrides
@@ -26,6 +25,7 @@ from imdsproxy.core.tokens import (
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.records import RecordApplier, write_table
 from imdsproxy.errors import HostRefused, RuntimeUnavailable, SecretUnreadable
+from imdsproxy.fleet.policies import FleetPolicies
 from imdsproxy.host.files import write_atomic
 from support.full_disk import full_disk
 from support.hand_clock import HandClock

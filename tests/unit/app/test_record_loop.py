@@ -19,7 +19,6 @@ from imdsproxy.app.rule_sets import RuleSets
 from imdsproxy.app.token_keys import TokenKeys
 from imdsproxy.core import policy
 from imdsproxy.core.compiled import CompiledRecord, compile_instance
-from imdsproxy.core.fleet.policies import FLEET
 from imdsproxy.core.haproxy.maps import parse_map
 from imdsproxy.core.identity import Learned
 from imdsproxy.core.inventory import Inventory
@@ -41,6 +40,7 @@ from imdsproxy.dataplane import records as records_on_disk
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import HostRefused, RuntimeUnavailable, host_refused
+from imdsproxy.fleet.policies import FLEET
 from imdsproxy.serving.store import PasswordStore
 from support.fake_haproxy import FakeHaproxy
 from support.fake_mac_filters import no_hop_limits, no_mac_filters

@@ -17,7 +17,7 @@ import pytest
 
 from imdsproxy import admin_client, errors
 from imdsproxy.admin_client import FleetClient
-from imdsproxy.core.fleet.stream import ALIVE_PATH
+from imdsproxy.fleet.stream import ALIVE_PATH
 from support.patience import patience
 
 _LINES = [b'{"instance": {"id": "a"}}\n', b'{"instance": {"id": "b"}}\n']

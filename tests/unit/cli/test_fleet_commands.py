@@ -10,10 +10,10 @@ import pytest
 from cryptography import x509
 
 from imdsproxy.cli.main import EXAMPLES, build_program, iterate_commands
-from imdsproxy.core.fleet.identity import Role
-from imdsproxy.core.fleet.layout import HostId
-from imdsproxy.core.fleet.members import host_key
 from imdsproxy.errors import ConfigInvalid
+from imdsproxy.fleet.identity import Role
+from imdsproxy.fleet.layout import HostId
+from imdsproxy.fleet.members import host_key
 from imdsproxy.host.certificates import fingerprint, parse_certificate, render_certificate
 from imdsproxy.hub.authority import HUB_LIFE, make_authority
 from imdsproxy.hub.files import (

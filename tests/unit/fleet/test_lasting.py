@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imdsproxy.core.fleet.lasting import describe_regained, join_values
-from imdsproxy.core.fleet.layout import GUARDS, HostId, Unreadable, parse_guard, render_guard
-from imdsproxy.core.fleet.members import (
+from imdsproxy.core.policy import OperatorOverride
+from imdsproxy.fleet.lasting import describe_regained, join_values
+from imdsproxy.fleet.layout import GUARDS, HostId, Unreadable, parse_guard, render_guard
+from imdsproxy.fleet.members import (
     HostState,
     StoredHost,
     StoredOperator,
@@ -22,7 +23,6 @@ from imdsproxy.core.fleet.members import (
     render_host,
     render_operator,
 )
-from imdsproxy.core.policy import OperatorOverride
 
 HOST, GUARD = host_key(HostId("a")), f"{GUARDS}web"
 _SMALL = st.integers(0, 3)

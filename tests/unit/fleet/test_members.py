@@ -2,7 +2,8 @@
 
 import pytest
 
-from imdsproxy.core.fleet.identity import (
+from imdsproxy.errors import AccessDenied, NotFound
+from imdsproxy.fleet.identity import (
     Identity,
     Invitation,
     Role,
@@ -11,8 +12,8 @@ from imdsproxy.core.fleet.identity import (
     render_invitation,
     spell_serial,
 )
-from imdsproxy.core.fleet.layout import HostId, Unreadable
-from imdsproxy.core.fleet.members import (
+from imdsproxy.fleet.layout import HostId, Unreadable
+from imdsproxy.fleet.members import (
     HostState,
     StoredHost,
     StoredOperator,
@@ -27,7 +28,6 @@ from imdsproxy.core.fleet.members import (
     render_host,
     render_operator,
 )
-from imdsproxy.errors import AccessDenied, NotFound
 
 _HOST = HostId("host-1")
 _INVITED = plan_invitation(None, "the-token", 100)

@@ -2,9 +2,9 @@
 
 import pytest
 
-from imdsproxy.core.fleet.layout import HostId, Unreadable
-from imdsproxy.core.fleet.members import HostState, StoredHost
-from imdsproxy.core.fleet.suspicion import (
+from imdsproxy.fleet.layout import HostId, Unreadable
+from imdsproxy.fleet.members import HostState, StoredHost
+from imdsproxy.fleet.suspicion import (
     MOST_CLAIMS,
     Claim,
     Suspicion,

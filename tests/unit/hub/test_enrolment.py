@@ -8,9 +8,10 @@ from typing import cast
 import pytest
 from structlog.testing import capture_logs
 
-from imdsproxy.core.fleet.identity import Identity, Role, spell_serial
-from imdsproxy.core.fleet.layout import HostId
-from imdsproxy.core.fleet.members import (
+from imdsproxy.errors import AccessDenied, NotFound, RequestRefused, SourceUnavailable, WriteUnknown
+from imdsproxy.fleet.identity import Identity, Role, spell_serial
+from imdsproxy.fleet.layout import HostId
+from imdsproxy.fleet.members import (
     HostState,
     StoredHost,
     admits_host,
@@ -21,7 +22,6 @@ from imdsproxy.core.fleet.members import (
     read_host,
     render_host,
 )
-from imdsproxy.errors import AccessDenied, NotFound, RequestRefused, SourceUnavailable, WriteUnknown
 from imdsproxy.host.certificates import make_key, parse_certificate, render_request
 from imdsproxy.hub.authority import make_authority
 from imdsproxy.hub.enrolment import INVITATION_S, Certified, Enrolment

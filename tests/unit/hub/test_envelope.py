@@ -2,9 +2,9 @@
 
 import pytest
 
-from imdsproxy.core.fleet.layout import Unreadable
-from imdsproxy.core.fleet.values import Sealing
 from imdsproxy.errors import SecretUnreadable, SourceCorrupt
+from imdsproxy.fleet.layout import Unreadable
+from imdsproxy.fleet.values import Sealing
 from imdsproxy.hub.envelope import Envelope, add_key, make_envelope, name_of, parse_envelope
 
 _KEY = b"c2Vj" + b"A" * 39 + b"="

@@ -4,8 +4,8 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.layout import Meta
+from imdsproxy.fleet import layout
+from imdsproxy.fleet.layout import Meta
 from imdsproxy.hub.etcd import Committed, Etcd, Snapshot
 from imdsproxy.hub.etcd_messages import KeyValue
 from imdsproxy.hub.plan_writes import Transaction

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.layout import HostId, Meta
+from imdsproxy.fleet import layout
+from imdsproxy.fleet.layout import HostId, Meta
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub.in_force import InForce
 from imdsproxy.hub.peers import Peers

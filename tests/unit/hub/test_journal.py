@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.core.fleet.layout import HOSTS
-from imdsproxy.core.fleet.members import HostState, StoredHost, render_host
 from imdsproxy.errors import ConfigInvalid, SourceUnavailable
+from imdsproxy.fleet.layout import HOSTS
+from imdsproxy.fleet.members import HostState, StoredHost, render_host
 from imdsproxy.hub.journal import FILE, Journal, Position, find_host
 from support.tasks import background, until
 

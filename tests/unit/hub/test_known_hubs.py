@@ -1,8 +1,8 @@
 """Hubs that have ended: listed as absent until they come back or are revoked."""
 
-from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.members import StoredOperator, operator_key, render_operator
-from imdsproxy.core.fleet.values import HubPlace, KnownHub, render_hub, render_known_hub
+from imdsproxy.fleet import layout
+from imdsproxy.fleet.members import StoredOperator, operator_key, render_operator
+from imdsproxy.fleet.values import HubPlace, KnownHub, render_hub, render_known_hub
 from imdsproxy.hub.etcd_messages import absent, unchanged
 from imdsproxy.hub.known_hubs import HubRecord, list_hubs, plan_hub_records
 from imdsproxy.hub.state import Change, FleetState

@@ -2,9 +2,9 @@
 
 import pytest
 
-from imdsproxy.core.fleet.layout import HostId
 from imdsproxy.core.model import InstanceId
 from imdsproxy.errors import NotFound, RecordConflict, RequestRefused
+from imdsproxy.fleet.layout import HostId
 from imdsproxy.hub.plan_writes import choose_departure, choose_move, no_such
 
 _A, _B, _C = (HostId(one) for one in "abc")

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import cast
 
-from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.members import HostState, StoredHost, render_host
+from imdsproxy.fleet import layout
+from imdsproxy.fleet.members import HostState, StoredHost, render_host
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub.authority import make_authority
 from imdsproxy.hub.etcd import MemberSilent

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.stream import CONNECT_S
+from imdsproxy.fleet import layout
+from imdsproxy.fleet.stream import CONNECT_S
 from imdsproxy.hub import peers as module
 from imdsproxy.hub.peers import Peers
 from imdsproxy.hub.state import Change, FleetState

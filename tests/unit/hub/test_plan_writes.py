@@ -11,10 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.layout import HostId, Meta
-from imdsproxy.core.fleet.members import HostState, StoredHost, host_key, render_host
-from imdsproxy.core.fleet.suspicion import MOST_AHEAD, Claim, Suspicion, render_suspicion
 from imdsproxy.core.model import InstanceId, Network, NetworkId
 from imdsproxy.core.policy import OperatorOverride
 from imdsproxy.core.records import PlacedInstance, parse_network, parse_placed
@@ -25,6 +21,10 @@ from imdsproxy.errors import (
     SourceCorrupt,
     SourceRefused,
 )
+from imdsproxy.fleet import layout
+from imdsproxy.fleet.layout import HostId, Meta
+from imdsproxy.fleet.members import HostState, StoredHost, host_key, render_host
+from imdsproxy.fleet.suspicion import MOST_AHEAD, Claim, Suspicion, render_suspicion
 from imdsproxy.hub.etcd_messages import Compare
 from imdsproxy.hub.plan_writes import (
     InstancePut,

@@ -7,11 +7,11 @@ from random import Random
 
 import pytest
 
-from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.layout import HostId, Meta
-from imdsproxy.core.fleet.members import HostState, StoredHost, host_key, render_host
-from imdsproxy.core.fleet.suspicion import Claim, Evidence, Suspicion, parse_suspicion
 from imdsproxy.errors import EtcdUnavailable, SourceCorrupt
+from imdsproxy.fleet import layout
+from imdsproxy.fleet.layout import HostId, Meta
+from imdsproxy.fleet.members import HostState, StoredHost, host_key, render_host
+from imdsproxy.fleet.suspicion import Claim, Evidence, Suspicion, parse_suspicion
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub import replica as module
 from imdsproxy.hub.replica import Replica

@@ -8,10 +8,10 @@ from typing import Any, cast
 
 import pytest
 
-from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.layout import HostId, Meta, StoredInstance
 from imdsproxy.core.model import InstanceId
 from imdsproxy.core.policy import OperatorOverride
+from imdsproxy.fleet import layout
+from imdsproxy.fleet.layout import HostId, Meta, StoredInstance
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub import replica as module
 from imdsproxy.hub.etcd import Changes, Compacted, Etcd, Snapshot

@@ -9,15 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.layout import HostId, Unreadable
-from imdsproxy.core.fleet.members import HostState, StoredHost, host_key, render_host
-from imdsproxy.core.fleet.values import parse_grant
 from imdsproxy.core.model import InstanceId, Network, NetworkId
 from imdsproxy.core.policy import OperatorOverride
 from imdsproxy.core.records import PlacedInstance, Refused, parse_network, parse_placed
 from imdsproxy.core.records.grant import GRANT, Grant
 from imdsproxy.errors import ImdsproxyError, NotFound, SourceCorrupt
+from imdsproxy.fleet import layout
+from imdsproxy.fleet.layout import HostId, Unreadable
+from imdsproxy.fleet.members import HostState, StoredHost, host_key, render_host
+from imdsproxy.fleet.values import parse_grant
 from imdsproxy.hub.plan_writes import (
     InstancePut,
     Terms,

@@ -12,10 +12,12 @@ from typing import TypeVar
 
 import pytest
 
-from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.layout import HostId, Meta, StoredInstance
-from imdsproxy.core.fleet.members import HostState, StoredHost, render_host
-from imdsproxy.core.fleet.stream import (
+from imdsproxy.core.model import InstanceId
+from imdsproxy.errors import SourceUnavailable
+from imdsproxy.fleet import layout
+from imdsproxy.fleet.layout import HostId, Meta, StoredInstance
+from imdsproxy.fleet.members import HostState, StoredHost, render_host
+from imdsproxy.fleet.stream import (
     MAX_LINE,
     PING_S,
     SILENCE_S,
@@ -33,9 +35,7 @@ from imdsproxy.core.fleet.stream import (
     parse_from_hub,
     render_line,
 )
-from imdsproxy.core.fleet.suspicion import Evidence
-from imdsproxy.core.model import InstanceId
-from imdsproxy.errors import SourceUnavailable
+from imdsproxy.fleet.suspicion import Evidence
 from imdsproxy.host.servers import open_unix_socket
 from imdsproxy.hub import streams as module
 from imdsproxy.hub.state import Change, FleetState

@@ -6,10 +6,10 @@ from typing import cast
 
 import pytest
 
-from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.layout import StoredInstance
 from imdsproxy.core.model import InstanceId
 from imdsproxy.errors import EtcdUnavailable, SourceRefused
+from imdsproxy.fleet import layout
+from imdsproxy.fleet.layout import StoredInstance
 from imdsproxy.hub import sweep as module
 from imdsproxy.hub.etcd import Committed, Compacted, Etcd, Snapshot
 from imdsproxy.hub.state import Change, FleetState

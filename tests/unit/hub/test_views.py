@@ -5,9 +5,9 @@ from collections import Counter
 
 import pytest
 
-from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.layout import HostId, Json, StoredInstance
 from imdsproxy.core.model import InstanceId, NetworkId
+from imdsproxy.fleet import layout
+from imdsproxy.fleet.layout import HostId, Json, StoredInstance
 from imdsproxy.host.turns import AT_ONCE
 from imdsproxy.hub.state import Change, FleetState
 from imdsproxy.hub.views import Views, Wanted

@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imdsproxy.core.fleet.policies import FleetPolicies, join_guards
 from imdsproxy.core.model import InstanceId
 from imdsproxy.core.path_rules import PathRules, PathWord, set_id
 from imdsproxy.core.policy import (
@@ -28,6 +27,7 @@ from imdsproxy.core.policy import (
 from imdsproxy.core.policy_report import DEFAULT_ORIGIN, decide_read, report_policy
 from imdsproxy.core.retired import Overrides
 from imdsproxy.core.tokens import TokenKey
+from imdsproxy.fleet.policies import FleetPolicies, join_guards
 from support.access_table import READS, Read
 
 _REQUIRED = PolicyRules(tokens=TokenMode.REQUIRED)

@@ -20,14 +20,14 @@ from typing import Any, Final, NoReturn
 
 import pytest
 
-from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.layout import Meta
-from imdsproxy.core.fleet.policies import FleetPolicies
-from imdsproxy.core.fleet.stream import Ask, Batch, ItemKey
 from imdsproxy.core.model import Instance, InstanceId, StoredBytes
 from imdsproxy.core.observation import Expired
 from imdsproxy.core.policy import OperatorOverride
 from imdsproxy.errors import AccessDenied, SourceUnavailable
+from imdsproxy.fleet import layout
+from imdsproxy.fleet.layout import Meta
+from imdsproxy.fleet.policies import FleetPolicies
+from imdsproxy.fleet.stream import Ask, Batch, ItemKey
 from imdsproxy.host.clock import Clock, Moment
 from imdsproxy.sources.fleet import source as source_module
 from imdsproxy.sources.fleet.client import HubClient

@@ -17,8 +17,18 @@ from urllib.parse import urlsplit
 import httpcore
 
 from imdsproxy.config.sources import FleetSourceSettings
-from imdsproxy.core.fleet.identity import PASSWORD_PATH
-from imdsproxy.core.fleet.stream import (
+from imdsproxy.core.model import InstanceId
+from imdsproxy.errors import (
+    AccessDenied,
+    AlreadyExists,
+    NotFound,
+    SourceError,
+    SourceRefused,
+    SourceUnavailable,
+    UserDataUnreadable,
+)
+from imdsproxy.fleet.identity import PASSWORD_PATH
+from imdsproxy.fleet.stream import (
     BLOB_PATH,
     CONNECT_S,
     MAX_LINE,
@@ -29,16 +39,6 @@ from imdsproxy.core.fleet.stream import (
     FromHub,
     parse_from_hub,
     render_line,
-)
-from imdsproxy.core.model import InstanceId
-from imdsproxy.errors import (
-    AccessDenied,
-    AlreadyExists,
-    NotFound,
-    SourceError,
-    SourceRefused,
-    SourceUnavailable,
-    UserDataUnreadable,
 )
 
 _HTTPS_PORT: Final = 443

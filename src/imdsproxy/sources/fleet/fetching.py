@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from imdsproxy.core.fleet.layout import UserData
 from imdsproxy.errors import SourceError, SourceRefused
+from imdsproxy.fleet.layout import UserData
 from imdsproxy.sources.fleet.client import HubStream
 
 

@@ -14,10 +14,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeAlias, cast
 
 from imdsproxy.core.claims import claim_places
-from imdsproxy.core.fleet.layout import Json, UserData
-from imdsproxy.core.fleet.passwords import CLEARED
-from imdsproxy.core.fleet.policies import FleetPolicies
-from imdsproxy.core.fleet.stream import Batch, Hello, ItemKey, digest_items
 from imdsproxy.core.model import Instance, InstanceId, StoredBytes
 from imdsproxy.core.observation import Observation
 from imdsproxy.core.packed import PackedInstance
@@ -26,6 +22,10 @@ from imdsproxy.core.records import Path, Refused
 from imdsproxy.core.records.levels import SCHEMA, Schema
 from imdsproxy.core.tokens import KEY_BYTES, TokenKey
 from imdsproxy.errors import Problem
+from imdsproxy.fleet.layout import Json, UserData
+from imdsproxy.fleet.passwords import CLEARED
+from imdsproxy.fleet.policies import FleetPolicies
+from imdsproxy.fleet.stream import Batch, Hello, ItemKey, digest_items
 from imdsproxy.sources.in_force import Entry, InForce
 
 Item: TypeAlias = tuple[int, Json]
@@ -156,7 +156,7 @@ class FleetKnown:
         )
 
     def passwords(self) -> dict[InstanceId, bytes | None]:
-        """Return the fleet's password of each instance here, in the form of `core.fleet.passwords.plan_password`."""
+        """Return the fleet's password of each instance here, in the form of `fleet.passwords.plan_password`."""
         names = (key.partition("/")[2] for key in self.items if key.startswith("instance/"))
         return {InstanceId(name): self._others.get(f"password/{name}") for name in names}
 

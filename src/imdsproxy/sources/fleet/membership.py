@@ -12,8 +12,6 @@ from urllib.parse import urlsplit
 
 from cryptography.x509 import Certificate
 
-from imdsproxy.core.fleet.identity import AUTHORITY_PATH, ENROL_PATH, RENEW_PATH, Invitation
-from imdsproxy.core.fleet.stream import CONNECT_S
 from imdsproxy.errors import (
     AccessDenied,
     AlreadyExists,
@@ -22,6 +20,8 @@ from imdsproxy.errors import (
     SourceRefused,
     SourceUnavailable,
 )
+from imdsproxy.fleet.identity import AUTHORITY_PATH, ENROL_PATH, RENEW_PATH, Invitation
+from imdsproxy.fleet.stream import CONNECT_S
 from imdsproxy.host.certificates import (
     PrivateKey,
     fingerprint,

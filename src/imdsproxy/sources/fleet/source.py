@@ -19,9 +19,13 @@ from typing import Any, ClassVar, Final, TypeAlias, TypeVar
 
 import structlog
 
-from imdsproxy.core.fleet.layout import UserData
-from imdsproxy.core.fleet.policies import FleetPolicies
-from imdsproxy.core.fleet.stream import (
+from imdsproxy.core.model import InstanceId
+from imdsproxy.core.observation import Observation, StrandedPort
+from imdsproxy.core.timing import Backoff
+from imdsproxy.errors import ImdsproxyError, Problem, SourceError, SourceUnavailable
+from imdsproxy.fleet.layout import UserData
+from imdsproxy.fleet.policies import FleetPolicies
+from imdsproxy.fleet.stream import (
     CONNECT_S,
     SILENCE_S,
     Ack,
@@ -34,10 +38,6 @@ from imdsproxy.core.fleet.stream import (
     ItemKey,
     Ping,
 )
-from imdsproxy.core.model import InstanceId
-from imdsproxy.core.observation import Observation, StrandedPort
-from imdsproxy.core.timing import Backoff
-from imdsproxy.errors import ImdsproxyError, Problem, SourceError, SourceUnavailable
 from imdsproxy.host.clock import Clock, Moment
 from imdsproxy.sources.api import Publish, Reports, publish_in_pieces
 from imdsproxy.sources.fleet.client import HubClient, HubStream
@@ -57,7 +57,7 @@ Renew: TypeAlias = Callable[[], Awaitable[float | None]]
 """Renews this host's certificate if renewal is due, and returns the end of the current one, in Unix time."""
 
 TakePasswords: TypeAlias = Callable[[Mapping[InstanceId, bytes | None]], Awaitable[None]]
-"""Stores passwords of guests for the document server; see `core.fleet.passwords`."""
+"""Stores passwords of guests for the document server; see `fleet.passwords`."""
 
 AnswerTo: TypeAlias = Callable[[Ask], Awaitable[tuple[int, Any]]]
 """Answers a hub's GET of this host's admin API with status and body."""

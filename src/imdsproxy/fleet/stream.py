@@ -15,9 +15,9 @@ from enum import StrEnum
 from hashlib import blake2b
 from typing import Any, Final, TypeAlias, cast
 
-from imdsproxy.core.fleet.layout import ID_SHAPE, MOST_NUMBER, Json, is_number, plain
 from imdsproxy.core.model import InstanceId
 from imdsproxy.core.policy import OperatorOverride
+from imdsproxy.fleet.layout import ID_SHAPE, MOST_NUMBER, Json, is_number, plain
 
 STREAM_PATH: Final = "/fleet/stream"
 BLOB_PATH: Final = "/fleet/blob/"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from imdsproxy.core.fleet.layout import (
+from imdsproxy.fleet.layout import (
     SUSPECT,
     HostId,
     Json,
@@ -23,7 +23,7 @@ from imdsproxy.core.fleet.layout import (
     is_number,
     plain,
 )
-from imdsproxy.core.fleet.members import HostState, StoredHost, host_key, parse_host
+from imdsproxy.fleet.members import HostState, StoredHost, host_key, parse_host
 
 WITNESSES: Final = 2
 """Number of hosts that must agree before writes stop."""

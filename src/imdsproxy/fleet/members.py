@@ -11,8 +11,9 @@ from enum import StrEnum
 from hashlib import sha256
 from typing import Any, Final
 
-from imdsproxy.core.fleet.identity import OPERATOR_ROLES, Identity, Role
-from imdsproxy.core.fleet.layout import (
+from imdsproxy.errors import AccessDenied, NotFound
+from imdsproxy.fleet.identity import OPERATOR_ROLES, Identity, Role
+from imdsproxy.fleet.layout import (
     CERTIFICATES,
     HOSTS,
     HostId,
@@ -22,7 +23,6 @@ from imdsproxy.core.fleet.layout import (
     is_count,
     is_number,
 )
-from imdsproxy.errors import AccessDenied, NotFound
 
 _AGAIN: Final = "`imdsproxy fleet enrol HOST` makes a new one"
 

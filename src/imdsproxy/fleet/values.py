@@ -12,8 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
-from imdsproxy.core.fleet import layout
-from imdsproxy.core.fleet.layout import (
+from imdsproxy.core.policy import OperatorOverride
+from imdsproxy.core.records import Refused
+from imdsproxy.core.records.grant import GRANT, Grant
+from imdsproxy.fleet import layout
+from imdsproxy.fleet.layout import (
     SHA256,
     Json,
     Meta,
@@ -26,11 +29,8 @@ from imdsproxy.core.fleet.layout import (
     is_id,
     is_number,
 )
-from imdsproxy.core.fleet.members import StoredHost, StoredOperator, parse_host, parse_operator
-from imdsproxy.core.fleet.suspicion import Suspicion, parse_suspicion
-from imdsproxy.core.policy import OperatorOverride
-from imdsproxy.core.records import Refused
-from imdsproxy.core.records.grant import GRANT, Grant
+from imdsproxy.fleet.members import StoredHost, StoredOperator, parse_host, parse_operator
+from imdsproxy.fleet.suspicion import Suspicion, parse_suspicion
 
 _URL: Final = re.compile(r"https?://(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}")
 _MOST_URL: Final = 300
