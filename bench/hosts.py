@@ -21,8 +21,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 from bench.place import raise_open_files
-from imdsproxy.core.timing import Backoff
 from imdsproxy.fleet.stream import STREAM_PATH, UPGRADE
+from imdsproxy.reconcile.progress import Backoff
 
 __all__ = ["HostsSpec", "host_name", "instance_name", "main", "network_of"]
 

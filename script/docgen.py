@@ -23,7 +23,6 @@ from fastapi.routing import APIRoute
 from imdsproxy.admin.api import admin_app
 from imdsproxy.admin.exposition import Exposed
 from imdsproxy.admin.metrics import NETWORK_SUM, Metrics
-from imdsproxy.app.namespace_proxy.command import run_parser
 from imdsproxy.cli.main import SHELLS, build_program, iterate_commands, render_completion
 from imdsproxy.config.describe import Setting, iterate_settings
 from imdsproxy.config.neutron_options import NEUTRON_OPTIONS
@@ -37,6 +36,7 @@ from imdsproxy.fleet.identity import Role
 from imdsproxy.hub.api import ROUTERS, operators_app
 from imdsproxy.hub.callers import Admits
 from imdsproxy.hub.metrics import HubMetrics
+from imdsproxy.tools.namespace_proxy.command import run_parser
 
 _TEXTS: Final[Mapping[str, Any]] = tomllib.loads(
     Path(__file__).with_name("docgen_texts.toml").read_text("utf-8")

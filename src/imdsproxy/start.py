@@ -55,7 +55,7 @@ from imdsproxy.unix_listener.listener import sweep_unix_socket
 
 if TYPE_CHECKING:
     from imdsproxy.admin.metrics import Metrics
-    from imdsproxy.core.timing import Step
+    from imdsproxy.reconcile.progress import Step
     from imdsproxy.serving.http import AsgiApp
 
 ShowStart: TypeAlias = "Callable[[Sequence[Step] | None], None]"

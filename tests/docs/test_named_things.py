@@ -16,7 +16,6 @@ import pytest
 
 from bench.__main__ import parse_options
 from imdsproxy.admin.api import admin_app
-from imdsproxy.app.namespace_proxy.command import run_parser
 from imdsproxy.cli.main import build_program, iterate_commands, main
 from imdsproxy.config.schema import Settings
 from imdsproxy.config.strict_yaml import parse_yaml
@@ -24,6 +23,7 @@ from imdsproxy.core.endpoints import LeftOutCode
 from imdsproxy.core.records import parse_records
 from imdsproxy.errors import KINDS
 from imdsproxy.hub.api import operators_app
+from imdsproxy.tools.namespace_proxy.command import run_parser
 from support.demonstration import REPOSITORY
 from support.pages import PAGES, code_blocks, each_page, inline_code
 

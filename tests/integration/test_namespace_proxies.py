@@ -268,7 +268,7 @@ def test_a_host_without_haproxy_is_reported(place: Place) -> None:
 
 def test_another_account_than_root_is_served_where_it_may_write_the_state(place: Place) -> None:
     # Its account cannot read the place that the program's first line names.
-    code = "import sys; from imdsproxy.app.namespace_proxy import main; sys.exit(main())"
+    code = "import sys; from imdsproxy.tools.namespace_proxy import main; sys.exit(main())"
     as_nobody = ("/usr/bin/setpriv", f"--reuid={_NOBODY}", f"--regid={_NOGROUP}", "--clear-groups")
     program = (*as_nobody, sys.executable, "-c", code)
     words = place.words("--metadata_proxy_user=nobody", port=8080)

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from imdsproxy.admin_client import AdminClient
-from imdsproxy.app.companion import Companion
 from imdsproxy.cli.main import main
+from imdsproxy.controller.companion import Companion
 from imdsproxy.dataplane.launch import Launcher
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.errors import HaproxyMissing, HostRefused, RuntimeUnavailable

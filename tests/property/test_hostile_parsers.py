@@ -11,9 +11,9 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from imdsproxy.app.policy_store import read_overrides
 from imdsproxy.config.load import load_settings
 from imdsproxy.config.strict_yaml import Decoded, decode_yaml
+from imdsproxy.controller.policy_store import read_overrides
 from imdsproxy.core.policy import OperatorOverride
 from imdsproxy.core.records import (
     Findings,

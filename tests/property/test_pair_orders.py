@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.anti_spoofing.plan import ANY_MAC, Pairs, plan_pair
-from imdsproxy.app.compiler import RecordCompiler
-from imdsproxy.app.record_loop import RecordLoop
-from imdsproxy.app.rule_sets import RuleSets
-from imdsproxy.app.token_keys import TokenKeys
+from imdsproxy.controller.compiler import RecordCompiler
+from imdsproxy.controller.record_loop import RecordLoop
+from imdsproxy.controller.record_plan import record_key
+from imdsproxy.controller.rule_sets import RuleSets
+from imdsproxy.controller.token_keys import TokenKeys
 from imdsproxy.core.endpoints import Endpoint
 from imdsproxy.core.haproxy.maps import MapState
 from imdsproxy.core.hostnames import Naming
@@ -35,7 +36,6 @@ from imdsproxy.core.model import (
     Port,
 )
 from imdsproxy.core.observation import AddressKey, Observation
-from imdsproxy.core.plan import record_key
 from imdsproxy.host.clock import Clock
 from support.fake_mac_filters import FakeMacFilters, MemoryJournal, no_hop_limits
 

@@ -22,17 +22,17 @@ from imdsproxy.admin.api import admin_app
 from imdsproxy.admin.status import StatusReport, report_status
 from imdsproxy.admin_client import AdminClient
 from imdsproxy.anti_spoofing.claims import ForgedClaims
-from imdsproxy.app.compiler import CompiledIndex, RecordCompiler
-from imdsproxy.app.lookup import Lookup
-from imdsproxy.app.policy_store import PolicyStore
-from imdsproxy.app.record_loop import RecordLoop
-from imdsproxy.app.rule_sets import RuleSets
-from imdsproxy.app.tickets import Tickets
-from imdsproxy.app.token_keys import TokenKeys
-from imdsproxy.app.watching import Watching
 from imdsproxy.config.changes import SettingChange, SettingsReload
 from imdsproxy.config.policy import LimitsSettings
+from imdsproxy.controller.compiler import CompiledIndex, RecordCompiler
 from imdsproxy.controller.controller import Controller
+from imdsproxy.controller.lookup import Lookup
+from imdsproxy.controller.policy_store import PolicyStore
+from imdsproxy.controller.record_loop import RecordLoop
+from imdsproxy.controller.rule_sets import RuleSets
+from imdsproxy.controller.token_keys import TokenKeys
+from imdsproxy.controller.token_report import InstanceTokens, TokenReport, TokenVerdict
+from imdsproxy.controller.watching import Watching
 from imdsproxy.core.documents.respond import Answer
 from imdsproxy.core.endpoints import Endpoint, LeftOut, LeftOutCode
 from imdsproxy.core.hoststate import NamespaceRef, ObservedHost
@@ -47,7 +47,6 @@ from imdsproxy.core.model import (
     NetworkId,
 )
 from imdsproxy.core.observation import Observation
-from imdsproxy.core.token_report import InstanceTokens, TokenReport, TokenVerdict
 from imdsproxy.core.tokens import render_key_map
 from imdsproxy.core.wire import MapRecord
 from imdsproxy.dataplane.haproxy import Haproxy
@@ -59,6 +58,7 @@ from imdsproxy.fleet.policies import FleetPolicies
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.servers import open_unix_socket
 from imdsproxy.listeners.plan import ListenerPlan
+from imdsproxy.reconcile.tickets import Tickets
 from imdsproxy.serving.http import Send, send_answer, serve
 from imdsproxy.serving.resolver_app import GuestRequest
 from imdsproxy.serving.store import DiskFiles, PasswordStore

@@ -16,10 +16,10 @@ from imdsproxy.core.hoststate import Effect
 from imdsproxy.core.identity import Denial
 from imdsproxy.core.inventory import Report
 from imdsproxy.core.model import NetworkId
-from imdsproxy.core.timing import Durations, Step
 from imdsproxy.dataplane.haproxy import ReloadReport
 from imdsproxy.errors import Problem
 from imdsproxy.nova.upstream import NovaEndpointReport
+from imdsproxy.reconcile.progress import Durations, Step
 
 _BUSY = LeftOut(NetworkId("red"), None, LeftOutCode.PORT_BUSY, "nginx has port 80", "stop it")
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from imdsproxy.core.model import Instance, InstanceId, Network
-from imdsproxy.core.timing import Backoff
 from imdsproxy.errors import Problem, SourceUnavailable
 from imdsproxy.fleet import layout
+from imdsproxy.reconcile.progress import Backoff
 from imdsproxy.sources.fleet.client import HubClient
 from imdsproxy.sources.fleet.leaving import LeavingNetworks
 from imdsproxy.sources.fleet.source import FleetSource

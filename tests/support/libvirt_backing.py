@@ -10,8 +10,8 @@ from xml.sax.saxutils import escape, quoteattr
 from imdsproxy.config.sources import LibvirtSourceSettings
 from imdsproxy.core.model import BridgeListener, Instance, InstanceId, MacAddress, Network
 from imdsproxy.core.records import Refused
-from imdsproxy.core.timing import Backoff
 from imdsproxy.errors import Problem, SourceUnavailable
+from imdsproxy.reconcile.progress import Backoff
 from imdsproxy.sources.libvirt.source import LibvirtClient, LibvirtEvents, LibvirtSource
 from imdsproxy.sources.libvirt.xml import (
     METADATA_URI,

@@ -8,8 +8,8 @@ from pathlib import Path
 from socket import socket
 
 from imdsproxy.admin.starting import StartingServer
-from imdsproxy.core.timing import Step
 from imdsproxy.host.servers import open_unix_socket
+from imdsproxy.reconcile.progress import Step
 from imdsproxy.serving.http import serve
 from support.admin_server import AdminServer, make_app
 

@@ -18,7 +18,7 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from imdsproxy.admin.answers import Readiness
-from imdsproxy.core.timing import Durations
+from imdsproxy.reconcile.progress import Durations
 
 _Kind: TypeAlias = Literal["gauge", "counter", "histogram"]
 _SUFFIXES: Final[Mapping[_Kind, tuple[str, ...]]] = {

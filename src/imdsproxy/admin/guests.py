@@ -11,13 +11,13 @@ from typing import Final, assert_never
 from imdsproxy.admin.bodies import DocumentBody, DocumentView
 from imdsproxy.admin.records import no_such
 from imdsproxy.anti_spoofing.plan import ANY_MAC, plan_pair
-from imdsproxy.app.lookup import Lookup
 from imdsproxy.controller.controller import Controller
+from imdsproxy.controller.lookup import Lookup
+from imdsproxy.controller.record_plan import policy_place, record_key
 from imdsproxy.core import identity, model
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.observation import AddressKey, Claimant, Expired, SourceName
 from imdsproxy.core.path_rules import PathRules
-from imdsproxy.core.plan import policy_place, record_key
 from imdsproxy.core.policy_report import Decided, PolicyInForce, decide_read, report_policy
 from imdsproxy.core.wire import HEADER_LOGGED, MISMATCH_TEXT, NovaRecord, hide_signatures
 from imdsproxy.dataplane.master import WorkerEnded

@@ -22,9 +22,9 @@ from imdsproxy.core.haproxy.frontends import AGENTS
 from imdsproxy.core.haproxy.runtime import WorkerTotals, parse_count
 from imdsproxy.core.hoststate import Effect
 from imdsproxy.core.identity import Denial
-from imdsproxy.core.timing import Durations
 from imdsproxy.dataplane.master import WorkerEnded
 from imdsproxy.errors import DataplaneError
+from imdsproxy.reconcile.progress import Durations
 from imdsproxy.serving.resolver import FOUND
 from imdsproxy.sources.neutron.queries import QueryResult
 from imdsproxy.sources.neutron.source import LookUpResult, NeutronSource

@@ -15,16 +15,16 @@ from imdsproxy.admin.answers import Written
 from imdsproxy.config.changes import SettingsReload
 from imdsproxy.controller.controller import Controller
 from imdsproxy.controller.reload import reload_settings
+from imdsproxy.controller.token_report import InstanceTokens, TokenReport
 from imdsproxy.core import matching
 from imdsproxy.core.addresses import normalise_address
 from imdsproxy.core.haproxy.limits import Usage
 from imdsproxy.core.haproxy.request_log import WatchReport
 from imdsproxy.core.model import Instance, InstanceId, IpAddress, NetworkId
 from imdsproxy.core.records import INSTANCE, NETWORK, parse_instance, parse_network, render_record
-from imdsproxy.core.timing import Step
-from imdsproxy.core.token_report import InstanceTokens, TokenReport
 from imdsproxy.errors import NotFound, Problem, RequestRefused
 from imdsproxy.host.turns import in_turns
+from imdsproxy.reconcile.progress import Step
 
 router = APIRouter()
 

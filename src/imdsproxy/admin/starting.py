@@ -13,9 +13,9 @@ from http import HTTPStatus
 from types import TracebackType
 from typing import Final, Self
 
-from imdsproxy.core.timing import Step
 from imdsproxy.core.wire import RETRY_AFTER_S
 from imdsproxy.errors import Starting
+from imdsproxy.reconcile.progress import Step
 
 _HEAD_BYTES: Final = 64 * 1024
 _IDLE_S: Final = 10.0

@@ -16,12 +16,12 @@ from imdsproxy.core.haproxy.runtime import Processes
 from imdsproxy.core.hoststate import Effect
 from imdsproxy.core.inventory import Report
 from imdsproxy.core.observation import Conflict, SourceName
-from imdsproxy.core.timing import Step
 from imdsproxy.dataplane.haproxy import ReloadReport
 from imdsproxy.dataplane.master import WorkerEnded
 from imdsproxy.errors import DataplaneError, Problem
 from imdsproxy.listeners.endpoints import owners_of
 from imdsproxy.nova.upstream import NovaEndpointReport
+from imdsproxy.reconcile.progress import Step
 
 _SHOWN: Final = 20
 _WORTH_A_LOOK: Final = 10

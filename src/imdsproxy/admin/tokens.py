@@ -7,11 +7,11 @@ from functools import partial
 from typing import Final
 
 from imdsproxy.admin.records import no_such
-from imdsproxy.app.record_loop import RecordLoop
 from imdsproxy.controller.controller import UNCONFIRMED, Controller
+from imdsproxy.controller.record_loop import RecordLoop
+from imdsproxy.controller.record_plan import record_key
 from imdsproxy.core.model import InstanceId
 from imdsproxy.core.observation import AddressKey
-from imdsproxy.core.plan import record_key
 from imdsproxy.core.policy import OperatorOverride
 from imdsproxy.core.wire import parse_map_value
 from imdsproxy.errors import SourceRefused

@@ -2,9 +2,9 @@
 
 from imdsproxy.admin.records import find_record, no_such
 from imdsproxy.controller.controller import Controller
+from imdsproxy.controller.record_plan import policy_place
 from imdsproxy.core.haproxy.limits import COUNTERS, POLICY_COUNTERS, Usage, read_usage
 from imdsproxy.core.model import InstanceId
-from imdsproxy.core.plan import policy_place
 from imdsproxy.core.policy import DEFAULT
 from imdsproxy.dataplane.master import WorkerEnded
 from imdsproxy.errors import DataplaneError

@@ -90,7 +90,7 @@ def namespace_proxy(
     ] = None,
 ) -> int:
     """Run the metadata proxy of one network, as Neutron's agents spawn it in each namespace."""
-    from imdsproxy.app.namespace_proxy import main  # noqa: PLC0415 - the others need not load it
+    from imdsproxy.tools.namespace_proxy import main  # noqa: PLC0415 - the others need not load it
 
     return main(words or [], program="imdsproxy namespace-proxy", config=run.config)
 

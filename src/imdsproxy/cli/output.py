@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from imdsproxy.core.timing import Step
     from imdsproxy.errors import ImdsproxyError, Starting
+    from imdsproxy.reconcile.progress import Step
 
 MOST_SHOWN: Final = 20
 """Maximum number of printed lines of a kind; further lines are only counted."""

@@ -1,1 +1,1 @@
-"""Process of `imdsproxy run`: its parts, the order of their start, and its end."""
+"""Process of `imdsproxy run`: its parts and loops, their order, and reload; nothing that one feature owns."""

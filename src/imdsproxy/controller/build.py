@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING
 from imdsproxy.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.anti_spoofing.kernel import KernelHopLimits, KernelMacFilters, table_journal
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
-from imdsproxy.app.companion import Companion
 from imdsproxy.config.schema import DocumentsSettings, HaproxySettings, Settings
+from imdsproxy.controller.companion import Companion
 from imdsproxy.core.haproxy.model import DataplaneSpec, Limits
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.timing import Backoff, Progress
 from imdsproxy.core.wire import RETRY_AFTER_S
 from imdsproxy.dataplane.haproxy import link_jail_to_itself
 from imdsproxy.dataplane.layout import Layout
@@ -28,6 +27,7 @@ from imdsproxy.host.sockets import SocketOwners
 from imdsproxy.listeners.host import SystemHost
 from imdsproxy.neutron_namespaces.routers import Routers
 from imdsproxy.nova.upstream import NovaUpstream
+from imdsproxy.reconcile.progress import Backoff, Progress
 from imdsproxy.sources.api import Source
 from imdsproxy.sources.libvirt.source import LibvirtClient, LibvirtSource
 from imdsproxy.sources.neutron.client import NeutronClient

@@ -18,25 +18,24 @@ import structlog
 from imdsproxy.anti_spoofing.claims import ForgedClaims
 from imdsproxy.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
-from imdsproxy.app.audit import KEPT_WORKERS, Audit
-from imdsproxy.app.companion import DocumentProbe
-from imdsproxy.app.compiler import CompiledIndex, RecordCompiler
-from imdsproxy.app.lookup import Lookup
-from imdsproxy.app.policy_store import PolicyStore
-from imdsproxy.app.record_loop import RecordLoop
-from imdsproxy.app.rule_sets import RuleSets
-from imdsproxy.app.token_counting import TokenCounting
-from imdsproxy.app.token_keys import TokenKeys
-from imdsproxy.app.watchdog import HaproxyWatchdog
-from imdsproxy.app.watching import Watching
 from imdsproxy.config.changes import SettingsHolder
 from imdsproxy.controller import build
+from imdsproxy.controller.audit import KEPT_WORKERS, Audit
+from imdsproxy.controller.companion import DocumentProbe
+from imdsproxy.controller.compiler import CompiledIndex, RecordCompiler
+from imdsproxy.controller.lookup import Lookup
+from imdsproxy.controller.policy_store import PolicyStore
+from imdsproxy.controller.record_loop import RecordLoop
+from imdsproxy.controller.rule_sets import RuleSets
+from imdsproxy.controller.token_counting import TokenCounting
+from imdsproxy.controller.token_keys import TokenKeys
+from imdsproxy.controller.watchdog import HaproxyWatchdog
+from imdsproxy.controller.watching import Watching
 from imdsproxy.core.addresses import normalise_address
 from imdsproxy.core.haproxy.model import DataplaneSpec
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import NetworkId
 from imdsproxy.core.observation import AddressKey
-from imdsproxy.core.timing import Progress
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.launch import HaproxyProgram, Launcher
 from imdsproxy.dataplane.layout import Layout
@@ -53,12 +52,13 @@ from imdsproxy.listeners.loop import ListenerLoop
 from imdsproxy.neutron_namespaces.routers import Routers
 from imdsproxy.nova.upstream import NovaUpstream, NovaWatch
 from imdsproxy.ovn.host import OvnHost
+from imdsproxy.reconcile.progress import Progress
 from imdsproxy.serving.resolver import Resolver
 from imdsproxy.serving.store import DiskFiles, PasswordStore
 from imdsproxy.unix_listener.listener import UnixListener
 
 if TYPE_CHECKING:
-    from imdsproxy.app.fleet_passwords import FleetPasswords
+    from imdsproxy.controller.fleet_passwords import FleetPasswords
     from imdsproxy.serving.resolver_app import Forward
     from imdsproxy.sources.fleet.source import FleetSource
 
@@ -388,8 +388,8 @@ class Controller:
 
 def _serve_hubs(controller: Controller, source: FleetSource) -> FleetPasswords:
     # Import late: most hosts belong to no fleet and need none of this.
-    from imdsproxy.app.fleet_passwords import FleetPasswords  # noqa: PLC0415 - see above
     from imdsproxy.controller.fleet import FleetHost  # noqa: PLC0415 - see above
+    from imdsproxy.controller.fleet_passwords import FleetPasswords  # noqa: PLC0415 - see above
 
     host = FleetHost(controller)
     source.confirm, source.answer = host.confirm, host.answer

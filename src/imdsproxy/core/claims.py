@@ -29,7 +29,7 @@ class Claims:
 
     def items(self) -> Iterator[tuple[AddressKey, _Claimants]]:
         """Yield every claimed address with its claimants; changes during the iteration are allowed."""
-        # Networks come in the order of map keys (`core.plan.record_key`).
+        # Networks come in the order of map keys (`controller.record_plan.record_key`).
         for network in sorted(self._networks, key=lambda one: f"{one}/"):
             for number in tuple(self._networks.get(network, ())):
                 found = self._networks.get(network, {}).get(number)

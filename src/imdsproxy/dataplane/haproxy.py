@@ -14,7 +14,6 @@ from imdsproxy.core.haproxy.config import render_config
 from imdsproxy.core.haproxy.model import DataplaneSpec
 from imdsproxy.core.haproxy.nova import loopback_sockets
 from imdsproxy.core.haproxy.runtime import Processes, parse_failure
-from imdsproxy.core.timing import Durations
 from imdsproxy.dataplane.launch import Launcher
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.master import MasterClient, exchange
@@ -24,6 +23,7 @@ from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import ensure_directory, write_atomic
 from imdsproxy.host.process import Doubt, read_stat, run_program, wait_gone
 from imdsproxy.host.socket_file import read_listener
+from imdsproxy.reconcile.progress import Durations
 
 _CHECK_DEADLINE_S = 60.0
 """Deadline for the check of a configuration, in seconds: the binds of 5,000 networks take a few seconds."""

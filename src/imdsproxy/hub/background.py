@@ -11,9 +11,9 @@ from typing import Any, Final
 
 import structlog
 
-from imdsproxy.core.timing import Backoff
 from imdsproxy.fleet.layout import plain
 from imdsproxy.host.clock import Clock
+from imdsproxy.reconcile.progress import Backoff
 
 _FIRST_S: Final = 1.0
 _LONGEST_S: Final = 60.0

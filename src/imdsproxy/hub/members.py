@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Final
 
-from imdsproxy.core.timing import Backoff
 from imdsproxy.host.clock import Clock
+from imdsproxy.reconcile.progress import Backoff
 
 _FIRST_S: Final = 0.05
 _LONGEST_S: Final = 2.0

@@ -10,7 +10,6 @@ from urllib.parse import quote, urlencode
 
 from imdsproxy.admin.answers import Readiness, Written
 from imdsproxy.core.model import NetworkId
-from imdsproxy.core.timing import Step
 from imdsproxy.errors import EtcdUnavailable, NotFound, SourceUnavailable
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.layout import HostId
@@ -34,6 +33,7 @@ from imdsproxy.hub.state import FleetState
 from imdsproxy.hub.streams import Streams
 from imdsproxy.hub.verdict import judge_fleet
 from imdsproxy.hub.writes import Done, Writes
+from imdsproxy.reconcile.progress import Step
 
 if TYPE_CHECKING:
     from imdsproxy.hub.token_keys import TokenKeyRing

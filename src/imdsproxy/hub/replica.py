@@ -17,7 +17,6 @@ from uuid import UUID
 
 import structlog
 
-from imdsproxy.core.timing import Backoff
 from imdsproxy.errors import EtcdUnavailable, Problem, SourceCorrupt
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.lasting import LASTING
@@ -41,6 +40,7 @@ from imdsproxy.hub.known_hubs import keep_hub_records
 from imdsproxy.hub.restores import Restores
 from imdsproxy.hub.state import Change, FleetState, change_of
 from imdsproxy.hub.streams import Streams
+from imdsproxy.reconcile.progress import Backoff
 
 BEAT_S: Final = 5.0
 LEASE_S: Final = 15

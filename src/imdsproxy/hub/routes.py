@@ -22,7 +22,6 @@ from imdsproxy.core.records import (
     parse_network,
     parse_placed,
 )
-from imdsproxy.core.timing import Step
 from imdsproxy.errors import RequestRefused, SourceUnavailable
 from imdsproxy.fleet.layout import HostId, StoredInstance, View
 from imdsproxy.fleet.stream import ItemKey
@@ -33,6 +32,7 @@ from imdsproxy.hub.operations import FleetWritten, Importing, Moved, Operations
 from imdsproxy.hub.plan_writes import Terms, choose_move
 from imdsproxy.hub.views import Wanted
 from imdsproxy.hub.writes import TooMuch
+from imdsproxy.reconcile.progress import Step
 
 records = APIRouter()
 

@@ -13,13 +13,11 @@ import structlog
 from imdsproxy.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.anti_spoofing.plan import MacFilterPlan
-from imdsproxy.app.tickets import Tickets, report_failure
 from imdsproxy.core.endpoints import Endpoint, LeftOut, LeftOutCode
 from imdsproxy.core.haproxy.config import render_config
 from imdsproxy.core.haproxy.model import DataplaneSpec
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Network, NetworkId
-from imdsproxy.core.timing import Backoff, Durations
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.errors import ConfigRejected, DataplaneError, Problem, ReloadFailed
 from imdsproxy.host.clock import Clock
@@ -37,6 +35,8 @@ from imdsproxy.listeners.host import KeptNetworks, SystemHost
 from imdsproxy.listeners.plan import ListenerPlan
 from imdsproxy.listeners.watch import HostWatch
 from imdsproxy.neutron_namespaces.routers import Routers
+from imdsproxy.reconcile.progress import Backoff, Durations
+from imdsproxy.reconcile.tickets import Tickets, report_failure
 from imdsproxy.unix_listener.listener import UnixListener, bound_path
 
 _RECHECK_S = 1.0

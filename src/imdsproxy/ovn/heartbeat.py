@@ -15,9 +15,9 @@ from typing import Final
 
 import structlog
 
-from imdsproxy.core.timing import Backoff
 from imdsproxy.errors import Problem, SourceUnavailable
 from imdsproxy.host.ovsdb import Table, Transaction
+from imdsproxy.reconcile.progress import Backoff
 from imdsproxy.sources.ovn.source import OvnSource
 
 _NAMESPACE: Final = uuid.UUID("d34bf9f6-da32-4871-9af8-15a4626b41ab")

@@ -10,7 +10,6 @@ from typing import Final
 import structlog
 
 from imdsproxy.core.hostnames import Naming
-from imdsproxy.core.timing import Backoff
 from imdsproxy.errors import (
     DataplaneError,
     ImdsproxyError,
@@ -28,6 +27,7 @@ from imdsproxy.ovn.plan import (
     plan_host,
     plan_places,
 )
+from imdsproxy.reconcile.progress import Backoff
 from imdsproxy.sources.ovn.chassis import LocalChassis
 from imdsproxy.sources.ovn.source import OvnSource
 

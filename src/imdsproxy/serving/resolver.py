@@ -19,8 +19,8 @@ from imdsproxy.config.schema import ResolverSettings
 from imdsproxy.core.identity import Denial
 from imdsproxy.core.model import NetworkId, Scope
 from imdsproxy.core.observation import AddressKey
-from imdsproxy.core.timing import Durations
 from imdsproxy.core.wire import MapRecord
+from imdsproxy.reconcile.progress import Durations
 
 _QUIET_S: Final = 60.0
 """Quiet time after which an address may belong to another guest, and its requests wait again, in seconds."""

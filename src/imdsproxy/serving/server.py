@@ -26,13 +26,13 @@ from typing import Final
 import structlog
 import uvicorn.lifespan.off  # noqa: F401 - see below
 
-from imdsproxy.core.timing import Backoff
 from imdsproxy.errors import HostRefused, ImdsproxyError, refusing
 from imdsproxy.host import process
 from imdsproxy.host.account import Account
 from imdsproxy.host.files import ensure_directory, limit_log
 from imdsproxy.host.notify import ServiceNotifier
 from imdsproxy.host.servers import open_unix_socket
+from imdsproxy.reconcile.progress import Backoff
 from imdsproxy.serving.documents import DocumentService
 from imdsproxy.serving.http import LIVENESS_PATH, serving
 from imdsproxy.serving.pidfile import PidFile, read_pids, signal_all

@@ -27,8 +27,8 @@ from imdsproxy.core.haproxy.runtime import WorkerTotals
 from imdsproxy.core.inventory import Report
 from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.core.observation import StrandedPort
-from imdsproxy.core.timing import Durations
 from imdsproxy.errors import Problem
+from imdsproxy.reconcile.progress import Durations
 from support.fake_controller import HEALTHY, fake_controller, fake_metrics, row
 
 _RELOAD = ("number", "at", "reason", "ok", "result", "took_s")

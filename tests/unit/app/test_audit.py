@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.app import audit as module
-from imdsproxy.app.audit import Audit, Journal, advise, append_lines
 from imdsproxy.config.policy import AuditSettings
+from imdsproxy.controller import audit as module
+from imdsproxy.controller.audit import Audit, Journal, advise, append_lines
 from support.tasks import background, until
 
 LINE = b'{"number":1}\n'

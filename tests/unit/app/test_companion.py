@@ -8,8 +8,8 @@ from typing import cast
 import pytest
 from structlog.testing import capture_logs
 
-from imdsproxy.app import companion
-from imdsproxy.app.companion import Companion, DocumentProbe
+from imdsproxy.controller import companion
+from imdsproxy.controller.companion import Companion, DocumentProbe
 from imdsproxy.core.compiled import compiled_path
 from imdsproxy.core.model import Instance
 from imdsproxy.core.wire import PROBE_INSTANCE, PROBE_PATH

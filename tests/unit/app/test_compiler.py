@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from imdsproxy.app.compiler import CompiledIndex, Compiling, RecordCompiler
+from imdsproxy.controller.compiler import CompiledIndex, Compiling, RecordCompiler
 from imdsproxy.core.compiled import compile_instance, compiled_path, network_mark
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import (

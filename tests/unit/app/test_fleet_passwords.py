@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.app.fleet_passwords import FleetPasswords
+from imdsproxy.controller.fleet_passwords import FleetPasswords
 from imdsproxy.core.model import InstanceId
 from imdsproxy.errors import SourceRefused, SourceUnavailable
 from imdsproxy.fleet.passwords import CLEARED

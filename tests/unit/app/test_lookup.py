@@ -16,9 +16,8 @@ from imdsproxy.anti_spoofing.claims import ForgedClaims
 from imdsproxy.anti_spoofing.kernel import Claims
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.anti_spoofing.plan import LEARNED_PER_MAC, plan_pair
-from imdsproxy.app.lookup import Lookup
-from imdsproxy.app.record_loop import RecordLoop
-from imdsproxy.app.tickets import Tickets
+from imdsproxy.controller.lookup import Lookup
+from imdsproxy.controller.record_loop import RecordLoop
 from imdsproxy.core.identity import Denial, Learned
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import (
@@ -38,6 +37,7 @@ from imdsproxy.core.observation import AddressKey, Observation
 from imdsproxy.core.policy import OperatorOverride, PolicyBook, PolicyRules
 from imdsproxy.core.policy_report import DEFAULT_ORIGIN
 from imdsproxy.errors import HostRefused, Problem
+from imdsproxy.reconcile.tickets import Tickets
 from imdsproxy.sources import api
 from support.fake_mac_filters import no_hop_limits
 from support.hand_clock import HandClock

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from imdsproxy.controller.record_plan import RecordPlanner, record_key
 from imdsproxy.core import wire
 from imdsproxy.core.addresses import link_local_of
 from imdsproxy.core.endpoints import Endpoint
@@ -29,7 +30,6 @@ from imdsproxy.core.model import (
 from imdsproxy.core.nova import EndpointSet, NovaRouting, sign_instance
 from imdsproxy.core.observation import AddressKey, Observation
 from imdsproxy.core.path_rules import PathWord, set_id
-from imdsproxy.core.plan import RecordPlanner, record_key
 from imdsproxy.core.policy import PolicyBook, PolicyRules, rule_set_of
 from imdsproxy.errors import HostRefused
 from imdsproxy.listeners.endpoints import (

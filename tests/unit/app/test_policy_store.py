@@ -9,9 +9,9 @@ from typing import cast
 
 import pytest
 
-from imdsproxy.app.policy_store import FleetChange, PolicyStore, read_overrides
-from imdsproxy.app.token_keys import TokenKeys
 from imdsproxy.config.schema import Settings
+from imdsproxy.controller.policy_store import FleetChange, PolicyStore, read_overrides
+from imdsproxy.controller.token_keys import TokenKeys
 from imdsproxy.core.model import InstanceId
 from imdsproxy.core.policy import FleetRules, OperatorOverride, PolicyBook, PolicyRules, TokenMode
 from imdsproxy.core.retired import Overrides

@@ -13,10 +13,10 @@ import pytest
 from structlog.testing import capture_logs
 
 from imdsproxy.anti_spoofing.hop_limits import HopLimits
-from imdsproxy.app.compiler import CompiledIndex, RecordCompiler
-from imdsproxy.app.record_loop import RecordLoop
-from imdsproxy.app.rule_sets import RuleSets
-from imdsproxy.app.token_keys import TokenKeys
+from imdsproxy.controller.compiler import CompiledIndex, RecordCompiler
+from imdsproxy.controller.record_loop import RecordLoop
+from imdsproxy.controller.rule_sets import RuleSets
+from imdsproxy.controller.token_keys import TokenKeys
 from imdsproxy.core import policy
 from imdsproxy.core.compiled import CompiledRecord, compile_instance
 from imdsproxy.core.haproxy.maps import parse_map
@@ -191,7 +191,7 @@ async def test_nothing_is_swept_before_every_source_has_told_all(rig: Rig) -> No
 async def test_a_full_disk_leaves_the_record_in_force_until_there_is_room(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("imdsproxy.app.record_loop._RETRY_LAST_S", 0.3)
+    monkeypatch.setattr("imdsproxy.controller.record_loop._RETRY_LAST_S", 0.3)
     before = _instance("web", "10.0.0.5")
     await rig.say(before)
     rig.files.refuse = {before.id}
@@ -370,7 +370,7 @@ async def test_a_haproxy_that_is_yet_to_start_finds_the_path_rules_of_all_record
 async def test_an_address_that_goes_among_very_many_is_unknown_when_that_is_acknowledged(
     rig: Rig, monkeypatch: pytest.MonkeyPatch, *, in_sync: bool
 ) -> None:
-    monkeypatch.setattr("imdsproxy.app.record_loop._MANY", 10)
+    monkeypatch.setattr("imdsproxy.controller.record_loop._MANY", 10)
     many = [_instance(f"i{number}", f"10.0.0.{number}") for number in range(1, 50)]
     if in_sync:
         await rig.say(source="b")

@@ -9,12 +9,12 @@ from typing import Any, cast
 
 import pytest
 
-from imdsproxy.app.token_counting import TokenCounting
+from imdsproxy.controller.token_counting import TokenCounting
+from imdsproxy.controller.token_report import InstanceTokens
 from imdsproxy.core.haproxy.runtime import Processes
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Instance, InstanceId
 from imdsproxy.core.policy import PolicyBook
-from imdsproxy.core.token_report import InstanceTokens
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.host.turns import AT_ONCE

@@ -6,8 +6,8 @@ from typing import cast
 
 import pytest
 
-from imdsproxy.app import watching as module
-from imdsproxy.app.watching import Watching
+from imdsproxy.controller import watching as module
+from imdsproxy.controller.watching import Watching
 from imdsproxy.core.haproxy.runtime import Processes
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.master import MasterClient, WorkerEnded

@@ -13,7 +13,7 @@ from typing import TextIO
 import pytest
 
 from imdsproxy.cli.output import BottomLine
-from imdsproxy.core.timing import Step
+from imdsproxy.reconcile.progress import Step
 from support.patience import patience
 
 _ERASE = "\r\x1b[K"

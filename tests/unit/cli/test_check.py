@@ -20,10 +20,10 @@ import pytest
 from imdsproxy.cli import checks
 from imdsproxy.cli.checks import Subject, host, openstack
 from imdsproxy.cli.main import main
+from imdsproxy.controller.token_report import OpenTree, TokenReport
 from imdsproxy.core.model import InstanceId, NetworkId, Port
 from imdsproxy.core.policy import PolicyRules, TokenMode
 from imdsproxy.core.records import render_record
-from imdsproxy.core.token_report import OpenTree, TokenReport
 from imdsproxy.errors import SourceUnavailable
 from imdsproxy.host.socket_file import SocketHolder
 from imdsproxy.sources.sqlite.store import Store

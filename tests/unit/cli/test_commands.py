@@ -20,7 +20,6 @@ from imdsproxy.admin.answers import Readiness
 from imdsproxy.admin.status import AuditReport, FleetReport, SourceReport, UnixListenerReport
 from imdsproxy.admin_client import AdminClient
 from imdsproxy.cli.main import EXAMPLES, build_program, iterate_commands, main
-from imdsproxy.core.timing import Step
 from imdsproxy.errors import (
     AdminError,
     AdminUnavailable,
@@ -29,6 +28,7 @@ from imdsproxy.errors import (
     Problem,
     ReloadFailed,
 )
+from imdsproxy.reconcile.progress import Step
 from support.cli import Cli, Ran, run_main
 
 SET_BLUE, SET_WEB = ["network", "set", "blue"], ["instance", "set", "web-1"]

@@ -14,9 +14,14 @@ from imdsproxy.cli.main import render_completion
 from imdsproxy.config.load import load_settings
 from imdsproxy.config.schema import Settings
 from imdsproxy.config.strict_yaml import parse_yaml
+from imdsproxy.controller.token_report import (
+    GuestWithoutToken,
+    OpenTree,
+    ReaderWithoutToken,
+    TokenReport,
+)
 from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.core.records.json_schema import schema_of_records
-from imdsproxy.core.token_report import GuestWithoutToken, OpenTree, ReaderWithoutToken, TokenReport
 from support.cli import Cli, Ran, on_a_terminal, run_main
 from support.demonstration import REPOSITORY
 from support.umask import umask

@@ -21,8 +21,8 @@ from imdsproxy.core.model import BridgeListener, Dialect, InstanceId, NamespaceL
 from imdsproxy.core.path_rules import PathWord
 from imdsproxy.core.policy import NO_RULES, RULES, PolicyRules, TokenMode
 from imdsproxy.core.records import parse_network
-from imdsproxy.core.timing import Step
 from imdsproxy.errors import AdminError, Problem, RequestRefused, SourceUnavailable
+from imdsproxy.reconcile.progress import Step
 from imdsproxy.sources.libvirt.xml import METADATA_URI
 from support.cli import Cli, on_a_terminal
 from support.libvirt_backing import FakeLibvirt, domain_xml, uuid_of

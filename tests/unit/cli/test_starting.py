@@ -13,8 +13,8 @@ from imdsproxy.admin.answers import Readiness
 from imdsproxy.admin_client import AdminClient
 from imdsproxy.cli import output
 from imdsproxy.cli import status as status_command
-from imdsproxy.core.timing import Step
 from imdsproxy.errors import Starting
+from imdsproxy.reconcile.progress import Step
 from support.cli import Cli, Ran, run_main
 from support.starting_daemon import StartingDaemon, starting_daemon
 

@@ -4,9 +4,9 @@ from typing import Any
 
 from imdsproxy.config.schema import Settings
 from imdsproxy.controller import build
-from imdsproxy.core.timing import Progress
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.host.clock import Clock
+from imdsproxy.reconcile.progress import Progress
 from imdsproxy.sources.neutron.source import NeutronSource
 
 

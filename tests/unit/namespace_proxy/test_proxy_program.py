@@ -16,8 +16,6 @@ from typing import Any, Final
 
 import pytest
 
-from imdsproxy.app.namespace_proxy import NetworkMetadataProxyHandler, ProxyDaemon, main, proxy
-from imdsproxy.app.namespace_proxy.command import parse_command_line, read_settings
 from imdsproxy.errors import (
     ConfigError,
     ConfigInvalid,
@@ -30,6 +28,8 @@ from imdsproxy.errors import (
     RequestRefused,
 )
 from imdsproxy.host.files import write_atomic
+from imdsproxy.tools.namespace_proxy import NetworkMetadataProxyHandler, ProxyDaemon, main, proxy
+from imdsproxy.tools.namespace_proxy.command import parse_command_line, read_settings
 from support.umask import umask
 
 UUID: Final = "8f6a1e0c-3b52-4c1d-9a57-0d2f4b6c8e10"
@@ -460,7 +460,7 @@ def test_a_proxy_is_known_by_its_program_and_its_configuration(
 
 
 def test_the_program_loads_nothing_of_the_daemon() -> None:
-    code = "import sys, imdsproxy.app.namespace_proxy; print(*sorted(sys.modules))"
+    code = "import sys, imdsproxy.tools.namespace_proxy; print(*sorted(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = done.stdout.split()
     heavy = ("asyncio", "pydantic", "typer", "rich", "yaml", "uvicorn", "fastapi", "structlog")

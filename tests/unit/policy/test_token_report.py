@@ -4,19 +4,19 @@ from collections.abc import Sequence
 
 import pytest
 
-from imdsproxy.core.haproxy.counting import CountedRow
-from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.model import Dialect, Instance, InstanceId, NetworkId, Port, Upstream
-from imdsproxy.core.observation import Observation, SourceName
-from imdsproxy.core.path_rules import PathWord
-from imdsproxy.core.policy import PolicyBook, PolicyRules, TokenMode
-from imdsproxy.core.token_report import (
+from imdsproxy.controller.token_report import (
     GuestWithoutToken,
     OpenTree,
     ReaderWithoutToken,
     TokenLedger,
     open_trees,
 )
+from imdsproxy.core.haproxy.counting import CountedRow
+from imdsproxy.core.inventory import Inventory
+from imdsproxy.core.model import Dialect, Instance, InstanceId, NetworkId, Port, Upstream
+from imdsproxy.core.observation import Observation, SourceName
+from imdsproxy.core.path_rules import PathWord
+from imdsproxy.core.policy import PolicyBook, PolicyRules, TokenMode
 
 _NOW = 1_795_000_000.0
 _WEEK_S = 7 * 86_400
@@ -86,7 +86,7 @@ def test_what_is_a_week_old_is_not_told_and_the_sums_stay() -> None:
 def test_of_too_many_guests_those_seen_longest_ago_are_forgotten(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("imdsproxy.core.token_report._GUESTS_KEPT", 2)
+    monkeypatch.setattr("imdsproxy.controller.token_report._GUESTS_KEPT", 2)
     ledger = TokenLedger(_NOW)
     rows = [_guest(1, name=name, age_s=age) for name, age in (("a", 9), ("b", 1), ("c", 5))]
     ledger.add("1", rows, [], _NOW)

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 import pytest
 
+from imdsproxy.controller.token_report import GuestWithoutToken, ReaderWithoutToken, TokenVerdict
+from imdsproxy.controller.token_verdict import Counted, judge_instance, judge_tokens, projects_of
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Instance, InstanceId, NetworkId, Port
 from imdsproxy.core.observation import Observation, SourceName
 from imdsproxy.core.policy import PolicyBook, PolicyRules, TokenMode
-from imdsproxy.core.token_report import GuestWithoutToken, ReaderWithoutToken, TokenVerdict
-from imdsproxy.core.token_verdict import Counted, judge_instance, judge_tokens, projects_of
 from support.record_builders import network
 
 _DAY_S = 86_400

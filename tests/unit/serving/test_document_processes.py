@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.app.companion import Companion
+from imdsproxy.controller.companion import Companion
 from imdsproxy.errors import HostRefused
 from imdsproxy.host.notify import ServiceNotifier
 from imdsproxy.host.servers import open_unix_socket
@@ -78,7 +78,7 @@ def test_processes_are_asked_to_end_and_then_killed(
     *,
     parent: bool,
 ) -> None:
-    monkeypatch.setattr("imdsproxy.app.companion._STOP_GRACE_S", 0.5)
+    monkeypatch.setattr("imdsproxy.controller.companion._STOP_GRACE_S", 0.5)
     companion = Companion(path, path, (), {})
     asyncio.run(companion.stop())
     file = PidFile(path)
@@ -94,7 +94,7 @@ def test_processes_are_asked_to_end_and_then_killed(
 def test_a_process_that_cannot_be_ended_is_named(
     path: Path, sleeper: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("imdsproxy.app.companion._STOP_GRACE_S", 0.05)
+    monkeypatch.setattr("imdsproxy.controller.companion._STOP_GRACE_S", 0.05)
     file = PidFile(path)
     file.write((sleeper.pid,))
     with monkeypatch.context() as patch:

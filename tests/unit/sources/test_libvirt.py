@@ -21,8 +21,8 @@ from imdsproxy.core.model import (
     Subnet,
 )
 from imdsproxy.core.observation import Observation
-from imdsproxy.core.timing import Backoff
 from imdsproxy.errors import SourceUnavailable
+from imdsproxy.reconcile.progress import Backoff
 from imdsproxy.sources.libvirt.records import LibvirtKnown
 from imdsproxy.sources.libvirt.source import LibvirtClient, LibvirtEvents, LibvirtSource
 from imdsproxy.sources.libvirt.xml import METADATA_URI, parse_domain, parse_libvirt_network

@@ -17,8 +17,8 @@ from imdsproxy.core.model import Instance, Network
 from imdsproxy.core.records import Path as PathInFile
 from imdsproxy.core.records import Records, parse_records
 from imdsproxy.core.records.schema import Findings, LineOf, Refused, render_path
-from imdsproxy.core.timing import Progress
 from imdsproxy.errors import Problem
+from imdsproxy.reconcile.progress import Progress
 from imdsproxy.sources.file import contents as file_contents
 from imdsproxy.sources.file.contents import read_contents
 from imdsproxy.sources.file.record_file import decode_json, decode_records, read_records

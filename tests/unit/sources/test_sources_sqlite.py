@@ -12,8 +12,8 @@ from imdsproxy.core.compiled import compile_instance
 from imdsproxy.core.model import Instance, InstanceId, NetworkId, StoredBytes
 from imdsproxy.core.observation import Observation
 from imdsproxy.core.policy import PolicyRules
-from imdsproxy.core.timing import Progress
 from imdsproxy.errors import SourceCorrupt, SourceRefused, SourceUnavailable
+from imdsproxy.reconcile.progress import Progress
 from imdsproxy.sources.sqlite import store as sqlite_store
 from imdsproxy.sources.sqlite.source import SqliteSource
 from imdsproxy.sources.sqlite.store import MIGRATIONS, Store, read_store

@@ -10,10 +10,11 @@ from typing import Final
 
 from imdsproxy.anti_spoofing import host_rules
 from imdsproxy.anti_spoofing.host_rules import DroppingChain, GuestBridge
-from imdsproxy.app.policy_store import read_overrides
-from imdsproxy.app.token_keys import read_token_keys
 from imdsproxy.cli.checks import Finding, Subject, found, refused
 from imdsproxy.cli.output import spell_count
+from imdsproxy.controller.policy_store import read_overrides
+from imdsproxy.controller.token_keys import read_token_keys
+from imdsproxy.controller.token_report import USER_DATA, OpenUserData, open_trees, open_user_data
 from imdsproxy.core.documents.respond import can_be_served
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.inventory import Inventory
@@ -21,7 +22,6 @@ from imdsproxy.core.model import METADATA_IPV4, BridgeListener, InterfaceListene
 from imdsproxy.core.observation import Observation, SourceName
 from imdsproxy.core.policy import DEFAULT, NO_RULES, PolicyRules, PolicyScope, fold_policy
 from imdsproxy.core.records import Records
-from imdsproxy.core.token_report import USER_DATA, OpenUserData, open_trees, open_user_data
 from imdsproxy.core.wire import VERIFIED_PORT
 from imdsproxy.errors import ImdsproxyError, SourceUnavailable
 from imdsproxy.host.namespaces import NamespaceDirectory
@@ -174,7 +174,7 @@ def _no_way_back(
 
 
 def check_trees(on: Subject) -> list[Finding]:
-    """Warn about scopes whose user-data is protected in one tree and open in another (`core.token_report`)."""
+    """Warn about scopes whose user-data is protected in one tree and open in another (`controller.token_report`)."""
     host = on.settings.policy.book().host
     findings: list[Finding] = []
     for place, scope, rules in _scopes(on):

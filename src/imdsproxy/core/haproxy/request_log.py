@@ -1,9 +1,9 @@
 """Request log: rules that make HAProxy log one line per request, and parsers of the lines.
 
 A frontend has one log-format, for the audit log and for `imdsproxy watch`. HAProxy writes each line as JSON into a ring
-in its own memory, and sends the audit log's lines on to the controller (`app.audit`). HAProxy never waits: it drops
-lines that do not fit into the ring, and reports their number. A worker that is being replaced sends on no ring. It logs
-its few remaining requests by datagrams.
+in its own memory, and sends the audit log's lines on to the controller (`controller.audit`). HAProxy never waits: it
+drops lines that do not fit into the ring, and reports their number. A worker that is being replaced sends on no ring.
+It logs its few remaining requests by datagrams.
 
 A line has no query, no header but `User-Agent`, no body and no token. Of the record it has only the instance. The audit
 log takes all request data from HAProxy's copy of the request line, which HAProxy makes before any rule, so that no rule
@@ -13,8 +13,8 @@ HAProxy escapes characters that would end a JSON string. Guests may send bytes t
 bytes that are not UTF-8), and a session token in a path or in `User-Agent`. A search for them would cost HAProxy as
 much as the rest of the line. `read_audit` does it almost for free.
 
-`imdsproxy watch` reads its lines from a second ring (`app.watching`). The configuration has the rules for that ring
-only while a client watches. A switch in the rules would add a twentieth to every request's time, and the rules
+`imdsproxy watch` reads its lines from a second ring (`controller.watching`). The configuration has the rules for that
+ring only while a client watches. A switch in the rules would add a twentieth to every request's time, and the rules
 themselves a sixth (measured on cached documents).
 """
 

@@ -23,8 +23,8 @@ from imdsproxy.core.packed import PackedInstance
 from imdsproxy.core.records import LISTS
 from imdsproxy.core.records import Path as PathInFile
 from imdsproxy.core.records.schema import Field, LineOf, Refused
-from imdsproxy.core.timing import Progress
 from imdsproxy.errors import Problem
+from imdsproxy.reconcile.progress import Progress
 from imdsproxy.sources.file.record_file import payload_reader, read_records
 from imdsproxy.sources.in_force import Entry
 

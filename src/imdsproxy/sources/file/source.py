@@ -17,9 +17,9 @@ from imdsproxy.core.observation import AddressKey, Observation, StrandedPort
 from imdsproxy.core.packed import PackedInstance
 from imdsproxy.core.records import Path as PathInFile
 from imdsproxy.core.records import Refused, parse_listed, render_record
-from imdsproxy.core.timing import Progress
 from imdsproxy.errors import Problem
 from imdsproxy.host.inotify import Place, Watch, place_of
+from imdsproxy.reconcile.progress import Progress
 from imdsproxy.sources.api import Publish, Reports, publish_in_pieces
 from imdsproxy.sources.file.contents import FileContents, Signature, read_contents, signature_of
 from imdsproxy.sources.file.record_file import SUFFIXES

@@ -21,7 +21,6 @@ import structlog
 
 from imdsproxy.core.model import InstanceId
 from imdsproxy.core.observation import Observation, StrandedPort
-from imdsproxy.core.timing import Backoff
 from imdsproxy.errors import ImdsproxyError, Problem, SourceError, SourceUnavailable
 from imdsproxy.fleet.layout import UserData
 from imdsproxy.fleet.policies import FleetPolicies
@@ -39,6 +38,7 @@ from imdsproxy.fleet.stream import (
     Ping,
 )
 from imdsproxy.host.clock import Clock, Moment
+from imdsproxy.reconcile.progress import Backoff
 from imdsproxy.sources.api import Publish, Reports, publish_in_pieces
 from imdsproxy.sources.fleet.client import HubClient, HubStream
 from imdsproxy.sources.fleet.fetching import UserDataFetcher

@@ -16,9 +16,9 @@ from weakref import WeakValueDictionary
 from imdsproxy.config.sources import NeutronSourceSettings
 from imdsproxy.core.addresses import mac_of
 from imdsproxy.core.model import IpAddress, NetworkId
-from imdsproxy.core.timing import Backoff, Durations
 from imdsproxy.errors import SourceUnavailable
 from imdsproxy.host.clock import Clock
+from imdsproxy.reconcile.progress import Backoff, Durations
 from imdsproxy.sources.neutron.client import NeutronClient, QueryTimedOut
 from imdsproxy.sources.neutron.ports import MAX_VALUES, ROUTER_OWNERS, NeutronPort, PortQuery
 

@@ -11,8 +11,8 @@ from typing import ClassVar, TypeVar
 
 from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
 from imdsproxy.core.observation import Observation, StrandedPort
-from imdsproxy.core.timing import Progress
 from imdsproxy.errors import Problem, SourceError, SourceUnavailable
+from imdsproxy.reconcile.progress import Progress
 from imdsproxy.sources.api import Publish, Reports, publish_in_pieces
 from imdsproxy.sources.sqlite.store import Store
 

@@ -29,9 +29,9 @@ from imdsproxy.core.records import (
     render_record,
 )
 from imdsproxy.core.records import Path as RecordPath
-from imdsproxy.core.timing import Progress
 from imdsproxy.errors import Problem, RecordConflict, SourceUnavailable
 from imdsproxy.host.files import open_locked
+from imdsproxy.reconcile.progress import Progress
 from imdsproxy.sources.in_force import taken_address, taken_id
 from imdsproxy.sources.sqlite_file import open_store, store_failures, transaction
 

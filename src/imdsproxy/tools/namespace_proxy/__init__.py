@@ -4,8 +4,8 @@ It is independent of the daemon: it needs no controller, and ends once HAProxy r
 here imports more than it needs.
 """
 
-from imdsproxy.app.namespace_proxy.command import main
-from imdsproxy.app.namespace_proxy.proxy import (
+from imdsproxy.tools.namespace_proxy.command import main
+from imdsproxy.tools.namespace_proxy.proxy import (
     NetworkMetadataProxyHandler,
     ProxyDaemon,
     cleanup_config_file,

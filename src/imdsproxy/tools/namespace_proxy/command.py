@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from imdsproxy.app.namespace_proxy.proxy import ProxyDaemon, cleanup_config_file, cleanup_pid_file
 from imdsproxy.config.neutron_agents import DEFAULT_PORT, DEFAULT_STATE_PATH, parse_facility
 from imdsproxy.errors import (
     ConfigInvalid,
@@ -21,6 +20,7 @@ from imdsproxy.errors import (
     RequestRefused,
     host_refused,
 )
+from imdsproxy.tools.namespace_proxy.proxy import ProxyDaemon, cleanup_config_file, cleanup_pid_file
 
 _INTERRUPTED: Final = 130
 _STANDARD_ERROR: Final = 2

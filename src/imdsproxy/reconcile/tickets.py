@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from imdsproxy.core.timing import Backoff
 from imdsproxy.errors import DataplaneError, Problem
+from imdsproxy.reconcile.progress import Backoff
 
 
 @dataclass(slots=True)

@@ -8,15 +8,15 @@ from pathlib import Path
 from random import SystemRandom
 from typing import Final
 
-from imdsproxy.app.tickets import report_failure
 from imdsproxy.core import tokens
 from imdsproxy.core.haproxy.maps import parse_map
 from imdsproxy.core.model import InstanceId
-from imdsproxy.core.timing import Backoff
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.records import RecordApplier, write_table
 from imdsproxy.errors import DataplaneError, Problem, SecretUnreadable
 from imdsproxy.host.files import read_secret, write_atomic
+from imdsproxy.reconcile.progress import Backoff
+from imdsproxy.reconcile.tickets import report_failure
 
 _write: Final = partial(write_atomic, mode=0o600, durable=True)
 

@@ -7,11 +7,11 @@ from functools import lru_cache
 from http import HTTPStatus
 from typing import Final, Literal, TypeAlias
 
+from imdsproxy.controller.record_plan import policy_place
 from imdsproxy.core.haproxy.counting import READS_KEPT_S, CountedRow
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Dialect, InstanceId, NetworkId, Upstream
 from imdsproxy.core.path_rules import PathWord
-from imdsproxy.core.plan import policy_place
 from imdsproxy.core.policy import OperatorOverride, Policy, PolicyBook, render_policy_word
 from imdsproxy.core.policy_report import decide_read
 

@@ -4,11 +4,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from imdsproxy.controller.record_plan import policy_place
+from imdsproxy.controller.token_report import GuestWithoutToken, TokenVerdict
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Instance, InstanceId, NetworkId
-from imdsproxy.core.plan import policy_place
 from imdsproxy.core.policy import PolicyBook, PolicyScope, TokenMode
-from imdsproxy.core.token_report import GuestWithoutToken, TokenVerdict
 
 _DAY_S: Final = 86_400
 _NAMED: Final = 3

@@ -12,16 +12,16 @@ from typing import Final, Literal
 
 import structlog
 
-from imdsproxy.app.tickets import report_failure
 from imdsproxy.core.compiled import compile_instance, compiled_path
 from imdsproxy.core.model import Instance
-from imdsproxy.core.timing import Backoff
 from imdsproxy.core.wire import PROBE_INSTANCE, PROBE_PATH
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.launch import control_unit, kill_process
 from imdsproxy.errors import DataplaneError, HostRefused, ImdsproxyError, Problem
 from imdsproxy.host import process
 from imdsproxy.host.account import Account, find_closed
+from imdsproxy.reconcile.progress import Backoff
+from imdsproxy.reconcile.tickets import report_failure
 from imdsproxy.serving.pidfile import DocumentProcesses, read_pids, signal_all
 from imdsproxy.serving.store import DiskFiles
 

@@ -10,11 +10,7 @@ from typing import Final, TypeAlias
 
 import structlog
 
-from imdsproxy.core.haproxy.counting import GUESTS_TABLE, READERS_TABLE, parse_guests, parse_readers
-from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.model import InstanceId
-from imdsproxy.core.policy import PolicyBook
-from imdsproxy.core.token_report import (
+from imdsproxy.controller.token_report import (
     InstanceTokens,
     Kept,
     OpenTree,
@@ -22,7 +18,11 @@ from imdsproxy.core.token_report import (
     TokenReport,
     open_trees,
 )
-from imdsproxy.core.token_verdict import Counted, judge_instance, judge_tokens, projects_of
+from imdsproxy.controller.token_verdict import Counted, judge_instance, judge_tokens, projects_of
+from imdsproxy.core.haproxy.counting import GUESTS_TABLE, READERS_TABLE, parse_guests, parse_readers
+from imdsproxy.core.inventory import Inventory
+from imdsproxy.core.model import InstanceId
+from imdsproxy.core.policy import PolicyBook
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.errors import NotFound, Problem, RuntimeUnavailable
 from imdsproxy.host.clock import Clock

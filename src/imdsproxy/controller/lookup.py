@@ -14,7 +14,7 @@ import structlog
 
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.anti_spoofing.plan import ANY_MAC, excess_learned
-from imdsproxy.app.record_loop import RecordLoop
+from imdsproxy.controller.record_loop import RecordLoop
 from imdsproxy.core.addresses import link_local_of, mac_of
 from imdsproxy.core.identity import (
     Denial,

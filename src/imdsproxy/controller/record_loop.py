@@ -16,10 +16,10 @@ import structlog
 from imdsproxy.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.anti_spoofing.plan import plan_pairs
-from imdsproxy.app.compiler import COMPILER, Compiling, RecordCompiler
-from imdsproxy.app.rule_sets import RuleSets
-from imdsproxy.app.tickets import Tickets, report_failure
-from imdsproxy.app.token_keys import TokenKeys
+from imdsproxy.controller.compiler import COMPILER, Compiling, RecordCompiler
+from imdsproxy.controller.record_plan import RecordPlanner, parse_record_key, record_key
+from imdsproxy.controller.rule_sets import RuleSets
+from imdsproxy.controller.token_keys import TokenKeys
 from imdsproxy.core.haproxy.maps import PackedMap
 from imdsproxy.core.identity import Learned
 from imdsproxy.core.inventory import Inventory
@@ -27,15 +27,15 @@ from imdsproxy.core.model import InstanceId, MacAddress, NetworkId
 from imdsproxy.core.nova import NovaRouting
 from imdsproxy.core.observation import AddressKey, Affected, Conflict, Expired, Observation
 from imdsproxy.core.path_rules import PathRules
-from imdsproxy.core.plan import RecordPlanner, parse_record_key, record_key
 from imdsproxy.core.policy import PolicyBook
-from imdsproxy.core.timing import Backoff, Durations, Progress
 from imdsproxy.core.wire import MAP_CONFLICT, MapRecord, parse_map_value
 from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import DataplaneError, Problem
 from imdsproxy.fleet.policies import FLEET
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.process import release_memory
+from imdsproxy.reconcile.progress import Backoff, Durations, Progress
+from imdsproxy.reconcile.tickets import Tickets, report_failure
 
 _RETRY_LAST_S = 5.0
 

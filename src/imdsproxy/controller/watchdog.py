@@ -8,13 +8,13 @@ from typing import Final
 
 import structlog
 
-from imdsproxy.app.tickets import report_failure
 from imdsproxy.core.haproxy.runtime import Load, Processes
-from imdsproxy.core.timing import Backoff
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.master import WorkerEnded
 from imdsproxy.errors import DataplaneError, HostRefused, Problem, RuntimeUnavailable
 from imdsproxy.host.process import Doubt, read_stat, wait_gone
+from imdsproxy.reconcile.progress import Backoff
+from imdsproxy.reconcile.tickets import report_failure
 
 _PROBE_EVERY_S: Final = 1.0
 _DEADLINE_S: Final = 1.0

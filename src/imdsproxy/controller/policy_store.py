@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Final, cast
 
-from imdsproxy.app.token_keys import TokenKeys
 from imdsproxy.config.schema import Settings
+from imdsproxy.controller.token_keys import TokenKeys
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.core.policy import OperatorOverride, PolicyBook

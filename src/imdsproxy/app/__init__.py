@@ -1,1 +1,0 @@
-"""Composition root, reconcile loop and supervision."""

@@ -1,0 +1,1 @@
+"""Programs that an operator or another program runs once; nothing that the daemon runs."""
