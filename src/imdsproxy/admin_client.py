@@ -1,5 +1,7 @@
 """Clients of the admin API: HTTP over a unix socket, or to a fleet's hub over TLS. Errors are the daemon's."""
 
+from __future__ import annotations
+
 import contextlib
 import http.client
 import json
@@ -13,11 +15,17 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, ClassVar, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeAlias, TypeVar
 from urllib.parse import quote, urlencode, urlsplit
 
 from imdsproxy import errors
 from imdsproxy.fleet.stream import ALIVE_PATH, CONNECT_S
+
+if TYPE_CHECKING:
+    from imdsproxy.core.model import Network
+    from imdsproxy.core.records import Refused
+
+_T = TypeVar("_T")
 
 _TIMEOUT_S: Final = 60.0
 _LOOK_EVERY_S: Final = 0.5
@@ -325,3 +333,28 @@ def _joined(reasons: Sequence[errors.ImdsproxyError]) -> errors.ImdsproxyError:
         return reasons[0]
     words = "; ".join(one.message for one in reasons)
     return errors.AdminUnavailable(f"no hub can answer: {words}", hint=reasons[0].hint)
+
+
+def read_record(
+    kind: str, parse: Callable[[object], _T | Refused], record: Mapping[str, Any]
+) -> _T:
+    """Parse a record from the daemon; raise `AdminError` if the record is invalid in this version."""
+    from imdsproxy.core.records import Refused  # noqa: PLC0415 - most commands need not load it
+
+    read = parse(record)
+    if isinstance(read, Refused):
+        raise errors.AdminError(
+            f"the daemon's record of {kind} {record.get('id')} is not understood",
+            hint="is the daemon of the same version as this command?",
+        )
+    return read
+
+
+def read_networks(daemon: AdminClient) -> list[Network]:
+    """Return all networks of the daemon; raise as `read_record`."""
+    from imdsproxy.core.records import parse_network  # noqa: PLC0415 - as above
+
+    return [
+        read_record("network", parse_network, shape["record"])
+        for shape in daemon.get("/v1/networks")
+    ]

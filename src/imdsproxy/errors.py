@@ -87,6 +87,11 @@ def quoted(value: str) -> str:
     return json.dumps(shown, ensure_ascii=not shown.isprintable())
 
 
+def spell_count(number: int, noun: str) -> str:
+    """Return number and noun: `1 key`, `2 keys`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 class ImdsproxyError(Exception):
     """Root of the tree; never raised itself."""
 

@@ -13,8 +13,8 @@ import typer
 from imdsproxy import __version__
 from imdsproxy.cli import options
 from imdsproxy.cli.options import flag
-from imdsproxy.cli.output import BottomLine, Output, Shape, clean, spell_count
-from imdsproxy.errors import AdminUnavailable, HostRefused, SettingsDropped
+from imdsproxy.cli.output import BottomLine, Output, Shape, clean
+from imdsproxy.errors import AdminUnavailable, HostRefused, SettingsDropped, spell_count
 
 _END_DEADLINE_S: Final = 40.0
 _POLL_S: Final = 0.02
@@ -105,7 +105,7 @@ def check(run: options.Invocation) -> None:
 
     # SIGTERM also ends the processes that the checks started, as Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda _number, _frame: signal.raise_signal(signal.SIGINT))
-    findings = run_checks(run)
+    findings = run_checks(run.load, run.socket)
     wrong = [one.exit_status for _, one in findings if not one.ok]
     rows = [
         {"area": area, "ok": one.ok, "warning": one.warning, "text": one.text, "hint": one.hint}

@@ -13,7 +13,7 @@ import typer
 
 from imdsproxy.cli import options
 from imdsproxy.cli.options import NO, NOT_IN_FORCE, argument, flag
-from imdsproxy.cli.output import Output, Shape, clean, clean_all, spell_count, spell_time
+from imdsproxy.cli.output import Output, Shape, clean, clean_all, spell_time
 from imdsproxy.cli.record_io import show_written
 from imdsproxy.errors import (
     AlreadyExists,
@@ -21,6 +21,7 @@ from imdsproxy.errors import (
     RequestRefused,
     SourceCorrupt,
     optional_library,
+    spell_count,
 )
 from imdsproxy.fleet.identity import (
     LIBRARY_HINT,

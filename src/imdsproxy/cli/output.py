@@ -234,11 +234,6 @@ def and_more(count: int, rest: str = _REST) -> list[str]:
     return [f"and {count - MOST_SHOWN:,} more: {rest}"] if count > MOST_SHOWN else []
 
 
-def spell_count(number: int, noun: str) -> str:
-    """Return number and noun: `1 key`, `2 keys`."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 def spell_status(status: int) -> str:
     """Return an HTTP status with its phrase: `404 Not Found`."""
     phrase = HTTPStatus(status).phrase if status in set(HTTPStatus) else ""

@@ -1,17 +1,17 @@
 """Records in commands: table rows, YAML, record files, and results of changes."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import typer
 
 from imdsproxy.admin_client import AdminClient
 from imdsproxy.cli.options import NOT_IN_FORCE
-from imdsproxy.cli.output import Note, Output, Shape, clean, first_lines, spell_count
+from imdsproxy.cli.output import Note, Output, Shape, clean, first_lines
 from imdsproxy.cli.record_flags import STDIN, read_bytes
 from imdsproxy.core.model import Instance, Network
 from imdsproxy.core.records import (
@@ -19,14 +19,10 @@ from imdsproxy.core.records import (
     TABLES,
     PlacedInstance,
     Records,
-    Refused,
     Tables,
-    parse_network,
     render_record,
 )
-from imdsproxy.errors import AdminError, RequestRefused
-
-_T = TypeVar("_T")
+from imdsproxy.errors import RequestRefused, spell_count
 
 _ADDRESSES_SHOWN: Final = 3
 _LINES: Final = 100
@@ -240,25 +236,6 @@ class RecordLines:
 
 def _render(record: Network | Instance) -> dict[str, Any]:
     return PLACED.render(record) if isinstance(record, PlacedInstance) else render_record(record)
-
-
-def read_record(kind: str, parse: Callable[[object], _T | Refused], record: Shape) -> _T:
-    """Parse a record from the daemon; raise `AdminError` if the record is invalid in this version."""
-    read = parse(record)
-    if isinstance(read, Refused):
-        raise AdminError(
-            f"the daemon's record of {kind} {record.get('id')} is not understood",
-            hint="is the daemon of the same version as this command?",
-        )
-    return read
-
-
-def read_networks(daemon: AdminClient) -> list[Network]:
-    """Return all networks of the daemon; raise as `read_record`."""
-    return [
-        read_record("network", parse_network, shape["record"])
-        for shape in daemon.get("/v1/networks")
-    ]
 
 
 def import_domain(daemon: AdminClient, uri: str, name: str, network: str | None) -> dict[str, Any]:

@@ -19,9 +19,8 @@ from imdsproxy.cli.output import (
     clean,
     clean_all,
     first_lines,
-    spell_count,
 )
-from imdsproxy.errors import AdminUnavailable, Starting
+from imdsproxy.errors import AdminUnavailable, Starting, spell_count
 
 _STATUS: Final = "/v1/status"
 _APPEARS_WITHIN_S: Final = 10.0

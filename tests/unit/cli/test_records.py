@@ -13,9 +13,8 @@ import pytest
 
 from imdsproxy.admin import records
 from imdsproxy.admin.answers import Written
-from imdsproxy.admin_client import AdminClient
+from imdsproxy.admin_client import AdminClient, read_record
 from imdsproxy.cli import output
-from imdsproxy.cli.record_io import read_record
 from imdsproxy.core.endpoints import LeftOutCode
 from imdsproxy.core.model import BridgeListener, Dialect, InstanceId, NamespaceListener
 from imdsproxy.core.path_rules import PathWord

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Annotated
 
 from imdsproxy.cli import options
-from imdsproxy.cli.output import Output, Shape, clean, spell_count
+from imdsproxy.cli.output import Output, Shape, clean
+from imdsproxy.errors import spell_count
 
 
 @options.host_command
@@ -26,7 +27,7 @@ def bundle(
     from imdsproxy.cli.bundle.make import make_bundle  # noqa: PLC0415 - `--help` need not load it
 
     with run.output.waiting("collecting"):
-        made = make_bundle(run, output)
+        made = make_bundle(run.load, run.socket, output)
     shape = {
         "file": str(made.path),
         "parts": list(made.parts),

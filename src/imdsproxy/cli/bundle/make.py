@@ -8,7 +8,7 @@ import socket
 import sys
 import tarfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,12 +16,12 @@ from typing import Final
 
 from imdsproxy import __version__
 from imdsproxy.admin_client import AdminClient
-from imdsproxy.cli import options
 from imdsproxy.cli.bundle.collect import Collected, collect
 from imdsproxy.cli.bundle.known import read_known
 from imdsproxy.cli.bundle.plan import Places, plan_parts, render_readme
 from imdsproxy.cli.bundle.redact import Redactor
 from imdsproxy.cli.checks.every import run_checks
+from imdsproxy.config.load import Loaded
 from imdsproxy.config.schema import Settings
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.master import MasterClient
@@ -48,11 +48,14 @@ class Made:
     lacking: Sequence[tuple[str, str]]
 
 
-def make_bundle(run: options.Invocation, output: Path | None) -> Made:
+def make_bundle(
+    load: Callable[[], Loaded], daemon_socket: Path | None, output: Path | None
+) -> Made:
     """Make a bundle.
 
     Args:
-        run: Invocation with the settings and the daemon.
+        load: Reader of the settings.
+        daemon_socket: The daemon's admin socket; `None` for that of the settings.
         output: Target file; `None` for a file in the working directory, named after host and time.
 
     Raises:
@@ -63,7 +66,7 @@ def make_bundle(run: options.Invocation, output: Path | None) -> Made:
     name = f"imdsproxy-{host}-{time.strftime('%Y%m%d-%H%M%S', now)}"
     path = output or Path(f"{name}.tar.gz")
     collected = Collected()
-    settings, broken = _read_settings(run)
+    settings, broken = _read_settings(load)
     layout = Layout.of(settings)
     known = read_known(settings, layout)
     if broken is None:
@@ -73,8 +76,8 @@ def make_bundle(run: options.Invocation, output: Path | None) -> Made:
         # Without the settings, the paths of files with secrets are not known.
         known.unread.append(broken)
     redactor = Redactor.of(known.secrets, known.data, known.names)
-    daemon = AdminClient(run.socket or settings.admin_socket, timeout_s=_TIMEOUT_S)
-    collected.take("checks.json", lambda: _check(run))
+    daemon = AdminClient(daemon_socket or settings.admin_socket, timeout_s=_TIMEOUT_S)
+    collected.take("checks.json", lambda: _check(load, daemon_socket))
     collected.take("versions/python.txt", _versions)
     parts = plan_parts(_places(settings, layout))
     collect(parts, daemon, MasterClient(layout.master_socket), collected)
@@ -87,18 +90,18 @@ def make_bundle(run: options.Invocation, output: Path | None) -> Made:
     return Made(path, tuple(files), lacking)
 
 
-def _read_settings(run: options.Invocation) -> tuple[Settings, str | None]:
+def _read_settings(load: Callable[[], Loaded]) -> tuple[Settings, str | None]:
     """Return the settings, or the defaults and the error if the settings are invalid."""
     try:
-        return run.settings, None
+        return load().settings, None
     except ConfigError as error:
         return Settings(), error.message
 
 
-def _check(run: options.Invocation) -> str:
+def _check(load: Callable[[], Loaded], socket: Path | None) -> str:
     rows = [
         {"area": area, "ok": one.ok, "warning": one.warning, "text": one.text, "hint": one.hint}
-        for area, one in run_checks(run)
+        for area, one in run_checks(load, socket)
     ]
     return json.dumps(rows, indent=1, ensure_ascii=False)
 

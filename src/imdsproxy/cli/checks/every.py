@@ -1,11 +1,11 @@
 """All checks of a host, in display order."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final
 
 from imdsproxy.admin_client import AdminClient
 from imdsproxy.cli.checks import Finding, Subject, found, guests, host, openstack, refused
-from imdsproxy.cli.options import Invocation
 from imdsproxy.config.load import Loaded
 from imdsproxy.config.schema import Settings
 from imdsproxy.errors import AdminUnavailable, ConfigError, HostRefused, ImdsproxyError
@@ -36,9 +36,14 @@ CHECKS: Final[tuple[tuple[str, tuple[Callable[[Subject], list[Finding]], ...]], 
 """Checks by area."""
 
 
-def run_checks(run: Invocation) -> list[tuple[str, Finding]]:
-    """Run all checks; return the findings with their areas. A check that the host refuses is a finding too."""
-    subject = _subject(run)
+def run_checks(load: Callable[[], Loaded], socket: Path | None) -> list[tuple[str, Finding]]:
+    """Run all checks; return the findings with their areas. A check that the host refuses is a finding too.
+
+    Args:
+        load: Reader of the settings.
+        socket: The daemon's admin socket; `None` for that of the settings.
+    """
+    subject = _subject(load, socket)
     findings: list[tuple[str, Finding]] = []
     for area, check in ((area, check) for area, checks in CHECKS for check in checks):
         try:
@@ -50,15 +55,15 @@ def run_checks(run: Invocation) -> list[tuple[str, Finding]]:
     return findings
 
 
-def _subject(run: Invocation) -> Subject:
+def _subject(load: Callable[[], Loaded], socket: Path | None) -> Subject:
     loaded: Loaded | ConfigError
     try:
-        loaded = run.load()
+        loaded = load()
         settings = loaded.settings
     except ConfigError as error:
         # The other checks use the defaults, so that one run shows as many problems as possible.
         loaded, settings = error, Settings()
-    daemon = AdminClient(run.socket or settings.admin_socket, timeout_s=_ADMIN_TIMEOUT_S)
+    daemon = AdminClient(socket or settings.admin_socket, timeout_s=_ADMIN_TIMEOUT_S)
     try:
         return Subject(settings, loaded, daemon, daemon.get("/v1/status"))
     except AdminUnavailable:

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Final
 
 from imdsproxy.cli.checks import Finding, Subject, found, refused
-from imdsproxy.cli.output import spell_count
 from imdsproxy.config.nova import EndpointSetSettings, NovaUrl
 from imdsproxy.config.strict_yaml import parse_yaml
-from imdsproxy.errors import ConfigError, DataplaneError, LibraryMissing
+from imdsproxy.errors import ConfigError, DataplaneError, LibraryMissing, spell_count
 from imdsproxy.host.files import read_secret
 from imdsproxy.host.socket_file import SocketHolder, find_socket_holder
 from imdsproxy.nova.upstream import read_signing_secret

@@ -8,10 +8,10 @@ from typing import Annotated, Final
 
 from imdsproxy.cli import options
 from imdsproxy.cli.options import argument, flag
-from imdsproxy.cli.output import Output, clean, spell_count
+from imdsproxy.cli.output import Output, clean
 from imdsproxy.cli.takeover.plan import Commands, Kind, Seen, Step, shape_of, shape_of_agent
 from imdsproxy.config.files import DEFAULT_CONFIG
-from imdsproxy.errors import HostRefused, ImdsproxyError, Problem, RequestRefused
+from imdsproxy.errors import HostRefused, ImdsproxyError, Problem, RequestRefused, spell_count
 
 KINDS: Final = ("ovn", "l3", "dhcp")
 """Kinds of takeover. Each is a module of that name with a `KIND`."""
