@@ -19,8 +19,8 @@ import pytest
 import yaml
 
 from imdsproxy.cli.doctor import parse_url
-from imdsproxy.core.doctor.crawl import Answer, crawl
 from imdsproxy.errors import ImdsproxyError, Starting
+from imdsproxy.tools.doctor.crawl import Answer, crawl
 from support.daemon import Daemon, alive, instance, user_data_of
 from support.guest import IPV4, Background, Guest, Load, Lost, Reply, inside
 from support.health import METRICS, ask_operator

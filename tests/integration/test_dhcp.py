@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.cli.takeover.plan import Action, EditSettings, StartAgent
 from imdsproxy.core.model import Scope
 from imdsproxy.host.namespaces import NamespaceDirectory
 from imdsproxy.host.process import command_name
 from imdsproxy.sources.neutron_namespaces.proxies import DhcpProxies
+from imdsproxy.tools.takeover.plan import Action, EditSettings, StartAgent
 from support.daemon import Daemon
 from support.dhcp_client import take_lease
 from support.guest import IPV4, IPV6, Guest, Load, Lost, Reply

@@ -12,10 +12,10 @@ from typing import Final
 import pytest
 
 from imdsproxy.cli.doctor import parse_url
-from imdsproxy.core.doctor import Severity, Surroundings
-from imdsproxy.core.doctor.checks_documents import asked_by, examine
-from imdsproxy.core.doctor.crawl import crawl
 from imdsproxy.core.model import Dialect
+from imdsproxy.tools.doctor import Severity, Surroundings
+from imdsproxy.tools.doctor.checks_documents import asked_by, examine
+from imdsproxy.tools.doctor.crawl import crawl
 from support.daemon import instance
 from support.ds_identify import Machine, identify
 from support.guest import IPV4, IPV6, inside

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from imdsproxy.cli.takeover.l3 import PROXIES
-from imdsproxy.cli.takeover.observe import find_proxies
-from imdsproxy.cli.takeover.plan import (
+from imdsproxy.tools.takeover.l3 import PROXIES
+from imdsproxy.tools.takeover.observe import find_proxies
+from imdsproxy.tools.takeover.plan import (
     Action,
     EditSettings,
     Restart,

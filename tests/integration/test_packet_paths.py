@@ -20,8 +20,8 @@ from imdsproxy.anti_spoofing.host_rules import (
     read_rules,
 )
 from imdsproxy.core.model import BridgeListener, Dialect, InterfaceListener, NamespaceListener
-from imdsproxy.core.snippets import Target
 from imdsproxy.host.namespaces import NamespaceDirectory
+from imdsproxy.tools.snippets import Target
 from support.daemon import Daemon
 from support.dhcp_client import take_lease
 from support.guest import inside

@@ -16,7 +16,7 @@ import pytest
 
 from demo.cloudinit import download
 from imdsproxy.core.model import Dialect, InterfaceListener, NamespaceListener
-from imdsproxy.core.snippets import HINTS, Target
+from imdsproxy.tools.snippets import HINTS, Target
 from support.demonstration import REPOSITORY
 from support.ds_identify import Machine, identify, write_dmi
 from support.packages import unpacked

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable, Mapping
 
-from imdsproxy.cli.checks import Finding, Subject
 from imdsproxy.config.load import Loaded
 from imdsproxy.config.schema import Settings
+from imdsproxy.tools.checks import Finding, Subject
 
 
 def subject(settings: Mapping[str, object] | None = None) -> Subject:

@@ -20,7 +20,7 @@ from imdsproxy.core.model import (
     Port,
     Subnet,
 )
-from imdsproxy.core.snippets import Part, Target, render_snippet, render_text
+from imdsproxy.tools.snippets import Part, Target, render_snippet, render_text
 from support.ds_identify import DMI_OF_SMBIOS, Machine
 
 MAC = MacAddress("52:54:00:12:34:56")

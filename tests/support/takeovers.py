@@ -7,8 +7,8 @@ from functools import partial
 from typing import Final
 from unittest import mock
 
-from imdsproxy.cli.takeover.act import Actor
-from imdsproxy.cli.takeover.plan import Action
+from imdsproxy.tools.takeover.act import Actor
+from imdsproxy.tools.takeover.plan import Action
 from support.commands import Command
 from support.daemon import Daemon
 from support.lab import until

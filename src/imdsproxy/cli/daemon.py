@@ -101,7 +101,7 @@ def check(run: options.Invocation) -> None:
 
     The exit status is that of the first problem; warnings do not count.
     """
-    from imdsproxy.cli.checks.every import run_checks  # noqa: PLC0415 - `--help` need not load it
+    from imdsproxy.tools.checks.every import run_checks  # noqa: PLC0415 - `--help` need not load it
 
     # SIGTERM also ends the processes that the checks started, as Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda _number, _frame: signal.raise_signal(signal.SIGINT))

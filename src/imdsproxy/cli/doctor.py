@@ -19,11 +19,11 @@ import typer
 from imdsproxy.admin_client import AdminClient
 from imdsproxy.cli import options
 from imdsproxy.cli.output import Output, Shape, clean, decode_bytes
-from imdsproxy.core.doctor import Card, Severity, Surroundings
-from imdsproxy.core.doctor.checks_documents import examine
-from imdsproxy.core.doctor.crawl import Answer, Ask, crawl
 from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6
 from imdsproxy.errors import RequestRefused, spell_count
+from imdsproxy.tools.doctor import Card, Severity, Surroundings
+from imdsproxy.tools.doctor.checks_documents import examine
+from imdsproxy.tools.doctor.crawl import Answer, Ask, crawl
 
 _PATHS_SHOWN: Final = 3
 _COLOURS: Final = {"error": "bold red", "warning": "yellow", "note": "cyan"}

@@ -51,8 +51,7 @@ _MODULES: Final[Mapping[str, str]] = {
     ),
     **dict.fromkeys(("network", "instance"), "records"),
     **dict.fromkeys(("get", "explain", "watch", "token"), "guests"),
-    "bundle": "bundle.command",
-    **dict.fromkeys(("takeover", "handback"), "takeover.command"),
+    **dict.fromkeys(("takeover", "handback"), "takeover"),
     "completion": "main",
 }
 _PANELS: Final[Mapping[str, str]] = {

@@ -7,10 +7,10 @@ from typing import Annotated
 
 from imdsproxy.admin_client import path_to, read_record
 from imdsproxy.cli import options
-from imdsproxy.core import snippets
 from imdsproxy.core.model import Dialect, IpAddress
 from imdsproxy.core.records import parse_instance, parse_network
 from imdsproxy.errors import RequestRefused
+from imdsproxy.tools import snippets
 
 
 @options.host_command

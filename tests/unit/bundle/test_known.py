@@ -11,12 +11,12 @@ from typing import Any, Final
 
 import yaml
 
-from imdsproxy.cli.bundle.known import read_known
 from imdsproxy.config.schema import Settings
 from imdsproxy.core.model import InstanceId
 from imdsproxy.core.tokens import TokenKey, render_key_map
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.records import write_table
+from imdsproxy.tools.bundle.known import read_known
 
 _NO_SECRET: Final = {"ca_file", "certificate_file", "client_cert_file", "clouds_file"}
 """Settings that name a file without secrets, or one that is read for its passwords alone."""

@@ -17,8 +17,6 @@ from typing import Any, TypeAlias
 
 import pytest
 
-from imdsproxy.cli import checks
-from imdsproxy.cli.checks import Subject, host, openstack
 from imdsproxy.cli.main import main
 from imdsproxy.controller.token_report import OpenTree, TokenReport
 from imdsproxy.core.model import InstanceId, NetworkId, Port
@@ -27,6 +25,8 @@ from imdsproxy.core.records import render_record
 from imdsproxy.errors import SourceUnavailable
 from imdsproxy.host.socket_file import SocketHolder
 from imdsproxy.sources.sqlite.store import Store
+from imdsproxy.tools import checks
+from imdsproxy.tools.checks import Subject, host, openstack
 from support.admin_server import admin_server
 from support.certificates import Authority, make_authority, server_context
 from support.check_subject import subject, summarise

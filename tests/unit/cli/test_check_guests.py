@@ -17,18 +17,6 @@ from imdsproxy.anti_spoofing.host_rules import (
     passes_forward_chain,
     rules_for,
 )
-from imdsproxy.cli.checks import Subject
-from imdsproxy.cli.checks.guests import (
-    check_daemon,
-    check_hop_limits,
-    check_macs,
-    check_overrides,
-    check_path_rules,
-    check_records,
-    check_token_keys,
-    check_trees,
-    find_obstacles,
-)
 from imdsproxy.core.model import (
     BridgeListener,
     InterfaceListener,
@@ -39,6 +27,18 @@ from imdsproxy.core.model import (
     Subnet,
 )
 from imdsproxy.core.tokens import TokenKey, render_token_keys
+from imdsproxy.tools.checks import Subject
+from imdsproxy.tools.checks.guests import (
+    check_daemon,
+    check_hop_limits,
+    check_macs,
+    check_overrides,
+    check_path_rules,
+    check_records,
+    check_token_keys,
+    check_trees,
+    find_obstacles,
+)
 from support.check_subject import subject, summarise
 
 _NFT = """

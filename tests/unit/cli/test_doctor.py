@@ -17,7 +17,7 @@ from imdsproxy.cli.doctor import (
     parse_url,
 )
 from imdsproxy.cli.main import main
-from imdsproxy.core.doctor.crawl import TOKEN, Answer, Ask
+from imdsproxy.tools.doctor.crawl import TOKEN, Answer, Ask
 from support.cli import Cli
 from support.metadata_server import GOOD, MetadataServer, Reply, metadata_server
 
@@ -67,7 +67,7 @@ def test_people_see_what_is_found_and_the_exit_status_is_that_of_errors(
     shown: list[str],
 ) -> None:
     # A busy machine is slow.
-    monkeypatch.setattr("imdsproxy.core.doctor.checks_http._FINE_S", 60.0)
+    monkeypatch.setattr("imdsproxy.tools.doctor.checks_http._FINE_S", 60.0)
     server.token = Reply(status=token)
     server.replies |= {path: Reply(body) for path, body in changes.items()}
     assert main(["doctor", server.url]) == status

@@ -3,11 +3,11 @@ from pathlib import Path
 import pytest
 
 from imdsproxy.admin_client import AdminClient
-from imdsproxy.cli.takeover.act import Actor
-from imdsproxy.cli.takeover.observe import recall, remember
-from imdsproxy.cli.takeover.plan import Commands, Reach, Restart, Seen, WriteSettings
 from imdsproxy.config.load import Loaded, load_settings
 from imdsproxy.errors import ConfigInvalid, HostRefused
+from imdsproxy.tools.takeover.act import Actor
+from imdsproxy.tools.takeover.observe import recall, remember
+from imdsproxy.tools.takeover.plan import Commands, Reach, Restart, Seen, WriteSettings
 
 
 def _actor(directory: Path) -> Actor:

@@ -11,8 +11,10 @@ from typing import Final
 
 import pytest
 
-from imdsproxy.cli.takeover.agents import edit_file, find_agents, read_file
-from imdsproxy.cli.takeover.genuine import (
+from imdsproxy.errors import ConfigUnreadable, FileUntrusted, RequestRefused
+from imdsproxy.host.process import read_arguments
+from imdsproxy.tools.takeover.agents import edit_file, find_agents, read_file
+from imdsproxy.tools.takeover.genuine import (
     Candidate,
     container_in,
     explain_doubt,
@@ -21,9 +23,7 @@ from imdsproxy.cli.takeover.genuine import (
     read_group,
     unit_in,
 )
-from imdsproxy.cli.takeover.plan import Reach
-from imdsproxy.errors import ConfigUnreadable, FileUntrusted, RequestRefused
-from imdsproxy.host.process import read_arguments
+from imdsproxy.tools.takeover.plan import Reach
 from support.lab import until
 
 _ID: Final = "0123456789abcdef" * 4

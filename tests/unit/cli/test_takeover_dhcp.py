@@ -10,11 +10,11 @@ from typing import Final
 
 import pytest
 
-from imdsproxy.cli.takeover.dhcp import KIND
-from imdsproxy.cli.takeover.plan import Agent, Commands, EditSettings, Proxy, Seen, WaitStandIns
-from imdsproxy.cli.takeover.stand_in import STAND_IN, is_stand_in, render_stand_in
 from imdsproxy.config.neutron_ini import parse_ini
 from imdsproxy.host.process import read_arguments
+from imdsproxy.tools.takeover.dhcp import KIND
+from imdsproxy.tools.takeover.plan import Agent, Commands, EditSettings, Proxy, Seen, WaitStandIns
+from imdsproxy.tools.takeover.stand_in import STAND_IN, is_stand_in, render_stand_in
 from support.lab import until
 
 _SEEN: Final = Seen(

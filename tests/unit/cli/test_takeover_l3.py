@@ -2,8 +2,8 @@
 
 import pytest
 
-from imdsproxy.cli.takeover.l3 import PROXIES
 from imdsproxy.config.neutron_ini import parse_ini
+from imdsproxy.tools.takeover.l3 import PROXIES
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,10 @@ from dataclasses import replace
 
 import pytest
 
-from imdsproxy.cli.takeover.ovn import KIND
-from imdsproxy.cli.takeover.plan import Agent, Commands, Proxy, Seen, StopAgent, WriteSettings
 from imdsproxy.config.neutron_ini import parse_ini
 from imdsproxy.config.strict_yaml import parse_yaml
+from imdsproxy.tools.takeover.ovn import KIND
+from imdsproxy.tools.takeover.plan import Agent, Commands, Proxy, Seen, StopAgent, WriteSettings
 
 _INI = """
 [ovs]

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from imdsproxy.core.doctor import Card, Finding, Severity, Surroundings
-from imdsproxy.core.doctor.checks_documents import check_gate, examine
-from imdsproxy.core.doctor.crawl import GOOGLE, TOKEN, Answer, crawl
 from imdsproxy.core.model import Dialect
+from imdsproxy.tools.doctor import Card, Finding, Severity, Surroundings
+from imdsproxy.tools.doctor.checks_documents import check_gate, examine
+from imdsproxy.tools.doctor.crawl import GOOGLE, TOKEN, Answer, crawl
 from support.demonstration import REPOSITORY
 from support.metadata_server import GOOD, MetadataServer, Reply
 
@@ -234,7 +234,7 @@ def test_the_worst_comes_first() -> None:
 
 
 def test_every_code_has_its_texts_its_check_and_its_line_in_the_documents() -> None:
-    source = REPOSITORY / "src/imdsproxy/core/doctor"
+    source = REPOSITORY / "src/imdsproxy/tools/doctor"
     codes = set(tomllib.loads((source / "findings.toml").read_text()))
     assert len(codes) > 35
     checks = "".join(page.read_text() for page in source.glob("*.py"))

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from imdsproxy.core.model import Dialect, InterfaceListener, NamespaceListener, Network, NetworkId
-from imdsproxy.core.snippets import Target, choose_dialect, looks_like_amazon, plan_route
+from imdsproxy.tools.snippets import Target, choose_dialect, looks_like_amazon, plan_route
 from support.snippets import MAC, UUID, machine_of, network, snippet
 
 VIRBR0 = InterfaceListener("virbr0")

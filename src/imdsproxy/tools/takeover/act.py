@@ -12,14 +12,6 @@ from pathlib import Path
 from typing import Final, assert_never
 
 from imdsproxy.admin_client import AdminClient
-from imdsproxy.cli.takeover import plan
-from imdsproxy.cli.takeover.agents import edit_file, read_options
-from imdsproxy.cli.takeover.observe import (
-    find_proxies,
-    find_stand_ins,
-    find_unrouted,
-    is_idle_router,
-)
 from imdsproxy.config.load import Loaded
 from imdsproxy.core.model import METADATA_IPV4
 from imdsproxy.errors import AdminUnavailable, HostRefused, ImdsproxyError, refusing
@@ -29,6 +21,14 @@ from imdsproxy.host.nlmessages import NetlinkSocket
 from imdsproxy.host.process import ProcessHandle, open_process, read_stat
 from imdsproxy.host.sockets import SOCK_DIAG, listening_sockets
 from imdsproxy.sources.neutron_namespaces.records import ROUTER_PREFIX
+from imdsproxy.tools.takeover import plan
+from imdsproxy.tools.takeover.agents import edit_file, read_options
+from imdsproxy.tools.takeover.observe import (
+    find_proxies,
+    find_stand_ins,
+    find_unrouted,
+    is_idle_router,
+)
 
 _POLL_S: Final = 0.1
 _FOREIGN: Final = "foreign-listener"

@@ -10,7 +10,6 @@ from typing import Final
 
 from imdsproxy.anti_spoofing import host_rules
 from imdsproxy.anti_spoofing.host_rules import DroppingChain, GuestBridge
-from imdsproxy.cli.checks import Finding, Subject, found, refused
 from imdsproxy.controller.policy_store import read_overrides
 from imdsproxy.controller.token_keys import read_token_keys
 from imdsproxy.controller.token_report import USER_DATA, OpenUserData, open_trees, open_user_data
@@ -24,6 +23,7 @@ from imdsproxy.core.records import Records
 from imdsproxy.core.wire import VERIFIED_PORT
 from imdsproxy.errors import ImdsproxyError, SourceUnavailable, spell_count
 from imdsproxy.host.namespaces import NamespaceDirectory
+from imdsproxy.tools.checks import Finding, Subject, found, refused
 
 _TREES: Final = {"/openstack": "openstack_tokens", "/nocloud": "nocloud_tokens"}
 _NAMES: Final = {"/latest": "EC2's tree", "/openstack": "/openstack", "/nocloud": "/nocloud"}

@@ -4,11 +4,11 @@ import re
 from collections.abc import Iterator
 from typing import Final
 
-from imdsproxy.core.doctor import TEXTS, Finding, Severity, found, seen
-from imdsproxy.core.doctor.crawl import GOOGLE, ODD_LEAF, REFUSED, TOKEN, Answer, Crawl
 from imdsproxy.core.documents.ec2 import TAG_KEY
 from imdsproxy.core.model import Dialect
 from imdsproxy.core.tokens import TTL_HEADER
+from imdsproxy.tools.doctor import TEXTS, Finding, Severity, found, seen
+from imdsproxy.tools.doctor.crawl import GOOGLE, ODD_LEAF, REFUSED, TOKEN, Answer, Crawl
 
 _FINE_S: Final = 0.3
 _BAD_S: Final = 1.0

@@ -6,14 +6,16 @@ Both can serve at once: imdsproxy's rules redirect each new connection before th
 from collections.abc import Iterator
 from typing import Final
 
-from imdsproxy.cli.takeover.agent_settings import (
+from imdsproxy.config.neutron_agents import DEFAULT_PORT
+from imdsproxy.errors import Problem
+from imdsproxy.tools.takeover.agent_settings import (
     AgentOption,
     refuse_restart,
     restart_agent_steps,
     restore_steps,
     set_steps,
 )
-from imdsproxy.cli.takeover.plan import (
+from imdsproxy.tools.takeover.plan import (
     EndProxies,
     Kind,
     Seen,
@@ -26,8 +28,6 @@ from imdsproxy.cli.takeover.plan import (
     settings_steps,
     wait_step,
 )
-from imdsproxy.config.neutron_agents import DEFAULT_PORT
-from imdsproxy.errors import Problem
 
 _PREFIX: Final = "qrouter-"
 _SOURCE: Final = "neutron_namespaces"

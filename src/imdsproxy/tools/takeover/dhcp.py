@@ -3,14 +3,16 @@
 from collections.abc import Iterator
 from typing import Final
 
-from imdsproxy.cli.takeover.agent_settings import (
+from imdsproxy.config.strict_yaml import render_value
+from imdsproxy.errors import Problem
+from imdsproxy.tools.takeover.agent_settings import (
     AgentOption,
     refuse_restart,
     restart_agent_steps,
     restore_steps,
     set_steps,
 )
-from imdsproxy.cli.takeover.plan import (
+from imdsproxy.tools.takeover.plan import (
     EndProxies,
     Kind,
     PlaceStandIn,
@@ -28,9 +30,7 @@ from imdsproxy.cli.takeover.plan import (
     start_steps,
     wait_step,
 )
-from imdsproxy.cli.takeover.stand_in import is_stand_in, render_stand_in
-from imdsproxy.config.strict_yaml import render_value
-from imdsproxy.errors import Problem
+from imdsproxy.tools.takeover.stand_in import is_stand_in, render_stand_in
 
 _PREFIX: Final = "qdhcp-"
 _SOURCE: Final = "neutron_namespaces"

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from imdsproxy.cli.takeover.plan import (
+from imdsproxy.errors import Problem
+from imdsproxy.tools.takeover.plan import (
     EditSettings,
     Seen,
     StartAgent,
@@ -13,7 +14,6 @@ from imdsproxy.cli.takeover.plan import (
     mark_of,
     option_of,
 )
-from imdsproxy.errors import Problem
 
 _DEFAULT: Final = re.compile(r"^\[DEFAULT\][^\n]*\n", re.MULTILINE)
 _FALSE: Final = frozenset({"false", "0", "no", "off"})

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Final
 
 from imdsproxy.admin_client import AdminClient
-from imdsproxy.cli.checks import Finding, Subject, found, guests, host, openstack, refused
 from imdsproxy.config.load import Loaded
 from imdsproxy.config.schema import Settings
 from imdsproxy.errors import AdminUnavailable, ConfigError, HostRefused, ImdsproxyError
+from imdsproxy.tools.checks import Finding, Subject, found, guests, host, openstack, refused
 
 _ADMIN_TIMEOUT_S: Final = 5
 

@@ -11,7 +11,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from imdsproxy.admin_client import AdminClient
-from imdsproxy.cli.bundle.plan import (
+from imdsproxy.core.wire import hide_signatures
+from imdsproxy.dataplane.master import MasterClient, WorkerEnded
+from imdsproxy.errors import ImdsproxyError, RuntimeUnavailable
+from imdsproxy.host.process import run_program
+from imdsproxy.tools.bundle.plan import (
     MOST_BYTES,
     Admin,
     Endpoint,
@@ -21,10 +25,6 @@ from imdsproxy.cli.bundle.plan import (
     Worker,
     keep_end,
 )
-from imdsproxy.core.wire import hide_signatures
-from imdsproxy.dataplane.master import MasterClient, WorkerEnded
-from imdsproxy.errors import ImdsproxyError, RuntimeUnavailable
-from imdsproxy.host.process import run_program
 
 _DEADLINE_S: Final = 10.0
 _FREE: Final = ("logs/", "daemon/", "checks.json")

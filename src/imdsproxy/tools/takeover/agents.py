@@ -9,7 +9,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from imdsproxy.cli.takeover.genuine import (
+from imdsproxy.config.neutron_ini import IniOption, decode_ini, parse_ini
+from imdsproxy.errors import ConfigUnreadable, RequestRefused
+from imdsproxy.host.files import write_atomic
+from imdsproxy.host.owned_files import list_owned, open_owned
+from imdsproxy.host.process import PROC, read_arguments, read_stat
+from imdsproxy.tools.takeover.genuine import (
     ENGINES,
     Candidate,
     container_in,
@@ -18,12 +23,7 @@ from imdsproxy.cli.takeover.genuine import (
     read_group,
     unit_in,
 )
-from imdsproxy.cli.takeover.plan import Agent, Reach, Stranger
-from imdsproxy.config.neutron_ini import IniOption, decode_ini, parse_ini
-from imdsproxy.errors import ConfigUnreadable, RequestRefused
-from imdsproxy.host.files import write_atomic
-from imdsproxy.host.owned_files import list_owned, open_owned
-from imdsproxy.host.process import PROC, read_arguments, read_stat
+from imdsproxy.tools.takeover.plan import Agent, Reach, Stranger
 
 _BETWEEN_WORDS: Final = re.compile(r"[()\[\]]")
 _IDS: Final = re.compile(r"^(Uid|Gid):\t(.*)$", re.MULTILINE)

@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 from typing import Final
 
-from imdsproxy.cli.takeover.plan import (
+from imdsproxy.config.strict_yaml import render_value
+from imdsproxy.errors import Problem
+from imdsproxy.tools.takeover.plan import (
     EndProxies,
     ImportSettings,
     Kind,
@@ -19,8 +21,6 @@ from imdsproxy.cli.takeover.plan import (
     start_steps,
     wait_step,
 )
-from imdsproxy.config.strict_yaml import render_value
-from imdsproxy.errors import Problem
 
 _PREFIX: Final = "ovnmeta-"
 _EXTENSION: Final = "metadata"

@@ -8,9 +8,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from imdsproxy.admin_client import AdminClient
-from imdsproxy.cli.takeover.agents import find_agents, pids, read_file, root_of, unit_of
-from imdsproxy.cli.takeover.plan import Commands, Kind, Proxy, Reach, Seen, find_option
-from imdsproxy.cli.takeover.stand_in import STAND_IN, is_stand_in
 from imdsproxy.config.load import Loaded
 from imdsproxy.config.neutron_agents import DEFAULT_STATE_PATH
 from imdsproxy.config.neutron_ini import decode_ini, parse_ini
@@ -20,6 +17,9 @@ from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.owned_files import list_owned
 from imdsproxy.host.process import PROC, command_name, read_arguments, read_stat
 from imdsproxy.sources.neutron_namespaces.records import ROUTER_PREFIX
+from imdsproxy.tools.takeover.agents import find_agents, pids, read_file, root_of, unit_of
+from imdsproxy.tools.takeover.plan import Commands, Kind, Proxy, Reach, Seen, find_option
+from imdsproxy.tools.takeover.stand_in import STAND_IN, is_stand_in
 
 _HAPROXY: Final = "haproxy"
 _PAGE: Final = 4096

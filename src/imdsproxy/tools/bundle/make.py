@@ -16,16 +16,16 @@ from typing import Final
 
 from imdsproxy import __version__
 from imdsproxy.admin_client import AdminClient
-from imdsproxy.cli.bundle.collect import Collected, collect
-from imdsproxy.cli.bundle.known import read_known
-from imdsproxy.cli.bundle.plan import Places, plan_parts, render_readme
-from imdsproxy.cli.bundle.redact import Redactor
-from imdsproxy.cli.checks.every import run_checks
 from imdsproxy.config.load import Loaded
 from imdsproxy.config.schema import Settings
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.errors import ConfigError, RequestRefused, refusing
+from imdsproxy.tools.bundle.collect import Collected, collect
+from imdsproxy.tools.bundle.known import read_known
+from imdsproxy.tools.bundle.plan import Places, plan_parts, render_readme
+from imdsproxy.tools.bundle.redact import Redactor
+from imdsproxy.tools.checks.every import run_checks
 
 _TIMEOUT_S: Final = 10.0
 _LIBRARIES: Final = (

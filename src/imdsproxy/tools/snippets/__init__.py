@@ -42,7 +42,7 @@ class DetectionHints:
 
 _WIDTH: Final = 96
 _TABLES: Final = tomllib.loads(
-    files("imdsproxy.core.snippets").joinpath("snippets.toml").read_text("utf-8")
+    files("imdsproxy.tools.snippets").joinpath("snippets.toml").read_text("utf-8")
 )
 HINTS: Final = {Dialect(name): DetectionHints(**one) for name, one in _TABLES["hints"].items()}
 _PLACES: Final = _TABLES["places"]

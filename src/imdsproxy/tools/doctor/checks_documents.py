@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 from http import HTTPStatus
 from typing import Any, Final, TypeAlias
 
-from imdsproxy.core.doctor import TEXTS, Finding, Severity, Surroundings, checks_http, found, seen
-from imdsproxy.core.doctor.crawl import CLOUD_INIT_OPENSTACK, NOCLOUD_FILES, REFUSED, Crawl
 from imdsproxy.core.model import Dialect
-from imdsproxy.core.snippets import looks_like_amazon
+from imdsproxy.tools.doctor import TEXTS, Finding, Severity, Surroundings, checks_http, found, seen
+from imdsproxy.tools.doctor.crawl import CLOUD_INIT_OPENSTACK, NOCLOUD_FILES, REFUSED, Crawl
+from imdsproxy.tools.snippets import looks_like_amazon
 
 _OPENSTACK_NAMES: Final = frozenset({"OpenStack Nova", "OpenStack Compute"})
 _OPENSTACK_TAGS: Final = _OPENSTACK_NAMES | {

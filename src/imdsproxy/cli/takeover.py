@@ -9,9 +9,9 @@ from typing import Annotated, Final
 from imdsproxy.cli import options
 from imdsproxy.cli.options import argument, flag
 from imdsproxy.cli.output import Output, clean
-from imdsproxy.cli.takeover.plan import Commands, Kind, Seen, Step, shape_of, shape_of_agent
 from imdsproxy.config.files import DEFAULT_CONFIG
 from imdsproxy.errors import HostRefused, ImdsproxyError, Problem, RequestRefused, spell_count
+from imdsproxy.tools.takeover.plan import Commands, Kind, Seen, Step, shape_of, shape_of_agent
 
 KINDS: Final = ("ovn", "l3", "dhcp")
 """Kinds of takeover. Each is a module of that name with a `KIND`."""
@@ -118,11 +118,11 @@ class _Plan:
 def _observe(
     run: options.Invocation, what: str, given: Commands, named: int | None
 ) -> tuple[Kind, Seen]:
-    from imdsproxy.cli.takeover.observe import observe  # noqa: PLC0415 - `--help` need not load it
+    from imdsproxy.tools.takeover.observe import observe  # noqa: PLC0415 - `--help` need not load it
 
     if what not in KINDS:
         raise RequestRefused(f"there is no takeover of {what}", hint=f"one of {', '.join(KINDS)}")
-    kind: Kind = importlib.import_module(f"imdsproxy.cli.takeover.{what}").KIND
+    kind: Kind = importlib.import_module(f"imdsproxy.tools.takeover.{what}").KIND
     directory = (run.config or DEFAULT_CONFIG).absolute().parent
     seen = observe(kind, run.daemon(), run.load(), directory=directory, given=given, named=named)
     return kind, seen
@@ -162,7 +162,7 @@ def _lacks_belief(seen: Seen) -> Iterator[Problem]:
 
 def _carry_out(run: options.Invocation, plan: _Plan, timeout_s: float | None, *, asks: bool) -> int:
     """Print the plan, then ask, act and report, unless `timeout_s` is `None` (a dry run)."""
-    from imdsproxy.cli.takeover.observe import remember  # noqa: PLC0415 - `--help` need not load it
+    from imdsproxy.tools.takeover.observe import remember  # noqa: PLC0415 - `--help` need not load it
 
     output = run.output
     if plan.problems:
@@ -195,7 +195,7 @@ def _carry_out(run: options.Invocation, plan: _Plan, timeout_s: float | None, *,
 
 
 def _act(run: options.Invocation, plan: _Plan, timeout_s: float) -> Iterator[Mapping[str, str]]:
-    from imdsproxy.cli.takeover.act import Actor  # noqa: PLC0415 - `--help` need not load it
+    from imdsproxy.tools.takeover.act import Actor  # noqa: PLC0415 - `--help` need not load it
 
     actor = Actor(run.daemon(), run.load, timeout_s)
     for number, step in enumerate(plan.steps, 1):

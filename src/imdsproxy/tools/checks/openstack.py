@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from imdsproxy.cli.checks import Finding, Subject, found, refused
 from imdsproxy.config.nova import EndpointSetSettings, NovaUrl
 from imdsproxy.config.strict_yaml import parse_yaml
 from imdsproxy.errors import ConfigError, DataplaneError, LibraryMissing, spell_count
@@ -20,6 +19,7 @@ from imdsproxy.host.files import read_secret
 from imdsproxy.host.socket_file import SocketHolder, find_socket_holder
 from imdsproxy.nova.upstream import read_signing_secret
 from imdsproxy.sources.neutron.client import require_library
+from imdsproxy.tools.checks import Finding, Subject, found, refused
 
 _SHORT: Final = 16
 """Minimum length of a secret in bytes; a guest that guesses the secret can impersonate every instance."""
