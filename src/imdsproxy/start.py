@@ -55,8 +55,8 @@ from imdsproxy.unix_listener.listener import sweep_unix_socket
 
 if TYPE_CHECKING:
     from imdsproxy.admin.metrics import Metrics
+    from imdsproxy.documents.http import AsgiApp
     from imdsproxy.reconcile.progress import Step
-    from imdsproxy.serving.http import AsgiApp
 
 ShowStart: TypeAlias = "Callable[[Sequence[Step] | None], None]"
 
@@ -171,7 +171,7 @@ async def _live(
             for work in controller.work()
         ]
         (metrics, resolver), _ = await asyncio.gather(loading, controller.probe.ask())
-        from imdsproxy.serving.http import serve  # noqa: PLC0415 - it is there now
+        from imdsproxy.documents.http import serve  # noqa: PLC0415 - it is there now
 
         resolving = group.create_task(serve(resolver, resolver_socket))
         tasks.append(group.create_task(_count(metrics, layout.haproxy_log)))
@@ -241,7 +241,7 @@ async def _load_http(controller: Controller) -> tuple[Metrics, AsgiApp]:
 
     def make() -> tuple[Metrics, AsgiApp]:
         from imdsproxy.admin.metrics import Metrics  # noqa: PLC0415 - see above
-        from imdsproxy.serving.resolver_app import resolver_app  # noqa: PLC0415 - as above
+        from imdsproxy.documents.resolver_app import resolver_app  # noqa: PLC0415 - as above
 
         return Metrics(controller), resolver_app(controller.resolver, controller.forward)
 

@@ -14,7 +14,7 @@ from typing import cast
 
 import pytest
 
-from imdsproxy.core.compiled import compiled_path
+from imdsproxy.documents.compiled import compiled_path
 from imdsproxy.host.files import MAX_LOG_BYTES
 from imdsproxy.host.process import read_rests
 from support.daemon import alive

@@ -33,7 +33,6 @@ from imdsproxy.controller.rule_sets import RuleSets
 from imdsproxy.controller.token_keys import TokenKeys
 from imdsproxy.controller.token_report import InstanceTokens, TokenReport, TokenVerdict
 from imdsproxy.controller.watching import Watching
-from imdsproxy.core.documents.respond import Answer
 from imdsproxy.core.endpoints import Endpoint, LeftOut, LeftOutCode
 from imdsproxy.core.hoststate import NamespaceRef, ObservedHost
 from imdsproxy.core.inventory import Inventory
@@ -53,15 +52,16 @@ from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.launch import Launcher
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.records import RecordApplier, write_table
+from imdsproxy.documents.dialects.respond import Answer
+from imdsproxy.documents.http import Send, send_answer, serve
+from imdsproxy.documents.resolver_app import GuestRequest
+from imdsproxy.documents.store import DiskFiles, PasswordStore
 from imdsproxy.errors import Problem
 from imdsproxy.fleet.policies import FleetPolicies
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.servers import open_unix_socket
 from imdsproxy.listeners.plan import ListenerPlan
 from imdsproxy.reconcile.tickets import Tickets
-from imdsproxy.serving.http import Send, send_answer, serve
-from imdsproxy.serving.resolver_app import GuestRequest
-from imdsproxy.serving.store import DiskFiles, PasswordStore
 from imdsproxy.sources.sqlite.source import SqliteSource
 from support.fake_controller import HEALTHY, fake_controller
 from support.fake_haproxy import FakeHaproxy, FakeLauncher

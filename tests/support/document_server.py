@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from imdsproxy.core.model import InstanceId
-from imdsproxy.serving.pidfile import DocumentProcesses, read_pids
+from imdsproxy.documents.pidfile import DocumentProcesses, read_pids
 from support.daemon import alive
 from support.guest import Connection, Lost, Reply
 from support.guest_records import GUEST
@@ -21,7 +21,7 @@ import json, os, pathlib, sys, time
 from imdsproxy.errors import HostRefused, ImdsproxyError
 from imdsproxy.host.account import find_account
 from imdsproxy.host.notify import ServiceNotifier
-from imdsproxy.serving import server
+from imdsproxy.documents import server
 here, user, fault = sys.argv[1:]
 serve = server.DocumentServer.serve
 def watch(event, arguments):

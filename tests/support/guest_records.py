@@ -7,8 +7,6 @@ from hashlib import blake2b
 from ipaddress import ip_address, ip_network
 from typing import cast
 
-from imdsproxy.core.compiled import Blob, CompiledRecord, compile_instance, parse_compiled
-from imdsproxy.core.documents.respond import Answer, DocumentTree, respond
 from imdsproxy.core.model import (
     Instance,
     InstanceId,
@@ -20,6 +18,8 @@ from imdsproxy.core.model import (
     SshKey,
     Subnet,
 )
+from imdsproxy.documents.compiled import Blob, CompiledRecord, compile_instance, parse_compiled
+from imdsproxy.documents.dialects.respond import Answer, DocumentTree, respond
 
 BLUE = Network(
     NetworkId("blue"),

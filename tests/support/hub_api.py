@@ -14,6 +14,7 @@ from random import Random
 from typing import Any, TypeVar
 
 from imdsproxy.admin_client import AdminClient
+from imdsproxy.documents.http import serve
 from imdsproxy.fleet.layout import HostId
 from imdsproxy.fleet.members import (
     HostState,
@@ -47,7 +48,6 @@ from imdsproxy.hub.restores import Restores
 from imdsproxy.hub.state import FleetState
 from imdsproxy.hub.streams import Streams
 from imdsproxy.hub.writes import Writes
-from imdsproxy.serving.http import serve
 from support.etcd_lab import EtcdLab
 
 ENVELOPE = parse_envelope(make_envelope(), "test")

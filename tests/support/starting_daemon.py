@@ -8,9 +8,9 @@ from pathlib import Path
 from socket import socket
 
 from imdsproxy.admin.starting import StartingServer
+from imdsproxy.documents.http import serve
 from imdsproxy.host.servers import open_unix_socket
 from imdsproxy.reconcile.progress import Step
-from imdsproxy.serving.http import serve
 from support.admin_server import AdminServer, make_app
 
 

@@ -23,9 +23,9 @@ from imdsproxy.core.haproxy.runtime import WorkerTotals, parse_count
 from imdsproxy.core.hoststate import Effect
 from imdsproxy.core.identity import Denial
 from imdsproxy.dataplane.master import WorkerEnded
+from imdsproxy.documents.resolver import FOUND
 from imdsproxy.errors import DataplaneError
 from imdsproxy.reconcile.progress import Durations
-from imdsproxy.serving.resolver import FOUND
 from imdsproxy.sources.neutron.queries import QueryResult
 from imdsproxy.sources.neutron.source import LookUpResult, NeutronSource
 

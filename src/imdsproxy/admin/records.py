@@ -14,10 +14,10 @@ from typing import Any, Final, TypeAlias, TypeVar
 from imdsproxy.admin.answers import LeftOut, Written
 from imdsproxy.controller.controller import UNCONFIRMED, Controller
 from imdsproxy.controller.in_force import find_unserved, wait_confirmed
-from imdsproxy.core.documents.ec2 import list_warnings, warn_of_names
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId, Upstream
 from imdsproxy.core.observation import Conflict
+from imdsproxy.documents.dialects.ec2 import list_warnings, warn_of_names
 from imdsproxy.errors import (
     AlreadyExists,
     NotFound,

@@ -9,7 +9,6 @@ from typing import Final
 from imdsproxy import __version__
 from imdsproxy.admin.answers import LeftOut, Readiness
 from imdsproxy.controller.controller import Controller
-from imdsproxy.core.documents.ec2 import list_warnings
 from imdsproxy.core.endpoints import Foreign
 from imdsproxy.core.haproxy import limits
 from imdsproxy.core.haproxy.runtime import Processes
@@ -18,6 +17,7 @@ from imdsproxy.core.inventory import Report
 from imdsproxy.core.observation import Conflict, SourceName
 from imdsproxy.dataplane.haproxy import ReloadReport
 from imdsproxy.dataplane.master import WorkerEnded
+from imdsproxy.documents.dialects.ec2 import list_warnings
 from imdsproxy.errors import DataplaneError, Problem
 from imdsproxy.listeners.endpoints import owners_of
 from imdsproxy.nova.upstream import NovaEndpointReport

@@ -12,18 +12,18 @@ from typing import Final, Literal
 
 import structlog
 
-from imdsproxy.core.compiled import compile_instance, compiled_path
 from imdsproxy.core.model import Instance
 from imdsproxy.core.wire import PROBE_INSTANCE, PROBE_PATH
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.launch import control_unit, kill_process
+from imdsproxy.documents.compiled import compile_instance, compiled_path
+from imdsproxy.documents.pidfile import DocumentProcesses, read_pids, signal_all
+from imdsproxy.documents.store import DiskFiles
 from imdsproxy.errors import DataplaneError, HostRefused, ImdsproxyError, Problem
 from imdsproxy.host import process
 from imdsproxy.host.account import Account, find_closed
 from imdsproxy.reconcile.progress import Backoff
 from imdsproxy.reconcile.tickets import report_failure
-from imdsproxy.serving.pidfile import DocumentProcesses, read_pids, signal_all
-from imdsproxy.serving.store import DiskFiles
 
 _START_DEADLINE_S: Final = 15.0
 _POLL_S: Final = 0.02

@@ -40,6 +40,8 @@ from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.launch import HaproxyProgram, Launcher
 from imdsproxy.dataplane.layout import Layout
 from imdsproxy.dataplane.records import RecordApplier
+from imdsproxy.documents.resolver import Resolver
+from imdsproxy.documents.store import DiskFiles, PasswordStore
 from imdsproxy.errors import HostRefused, Problem
 from imdsproxy.fleet.policies import FLEET, FleetPolicies
 from imdsproxy.host.account import find_account, group_id
@@ -53,13 +55,11 @@ from imdsproxy.neutron_namespaces.routers import Routers
 from imdsproxy.nova.upstream import NovaUpstream, NovaWatch
 from imdsproxy.ovn.host import OvnHost
 from imdsproxy.reconcile.progress import Progress
-from imdsproxy.serving.resolver import Resolver
-from imdsproxy.serving.store import DiskFiles, PasswordStore
 from imdsproxy.unix_listener.listener import UnixListener
 
 if TYPE_CHECKING:
     from imdsproxy.controller.fleet_passwords import FleetPasswords
-    from imdsproxy.serving.resolver_app import Forward
+    from imdsproxy.documents.resolver_app import Forward
     from imdsproxy.sources.fleet.source import FleetSource
 
 UNCONFIRMED: Final = "the data plane has not confirmed it yet"
@@ -263,7 +263,7 @@ class Controller:
     @cached_property
     def forward(self) -> Forward:
         """Return the function that forwards a resolved request to HAProxy."""
-        from imdsproxy.serving.resolver_app import found_forwarder  # noqa: PLC0415 - known guests do not wait for it
+        from imdsproxy.documents.resolver_app import found_forwarder  # noqa: PLC0415 - known guests do not wait for it
 
         return found_forwarder(str(self.layout.found_socket), _FORWARD_S)
 

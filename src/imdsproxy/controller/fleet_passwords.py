@@ -10,10 +10,10 @@ from typing import Final
 import structlog
 
 from imdsproxy.core.model import InstanceId
+from imdsproxy.documents.store import PasswordStore
 from imdsproxy.errors import ImdsproxyError, SourceRefused
 from imdsproxy.fleet.passwords import Forget, Keep, Send, plan_password
 from imdsproxy.reconcile.progress import Backoff
-from imdsproxy.serving.store import PasswordStore
 
 _LOOK_EVERY_S: Final = 1.0
 

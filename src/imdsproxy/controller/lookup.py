@@ -32,9 +32,9 @@ from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Instance, IpAddress, MacAddress, Network, Scope
 from imdsproxy.core.observation import AddressKey, Conflict, Expired
 from imdsproxy.core.wire import MapRecord
+from imdsproxy.documents.resolver import Outcome
 from imdsproxy.errors import DataplaneError
 from imdsproxy.host.clock import Clock
-from imdsproxy.serving.resolver import Outcome
 from imdsproxy.sources import api
 
 _REFUSED: Final = 1000

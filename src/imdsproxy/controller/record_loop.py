@@ -24,7 +24,6 @@ from imdsproxy.core.haproxy.maps import PackedMap
 from imdsproxy.core.identity import Learned
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import InstanceId, MacAddress, NetworkId
-from imdsproxy.core.nova import NovaRouting
 from imdsproxy.core.observation import AddressKey, Affected, Conflict, Expired, Observation
 from imdsproxy.core.path_rules import PathRules
 from imdsproxy.core.policy import PolicyBook
@@ -34,6 +33,7 @@ from imdsproxy.errors import DataplaneError, Problem
 from imdsproxy.fleet.policies import FLEET
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.process import release_memory
+from imdsproxy.nova.routing import NovaRouting
 from imdsproxy.reconcile.progress import Backoff, Durations, Progress
 from imdsproxy.reconcile.tickets import Tickets, report_failure
 

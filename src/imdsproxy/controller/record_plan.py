@@ -8,11 +8,11 @@ from imdsproxy.core.addresses import link_local_of, text_of
 from imdsproxy.core.identity import Learned, holds, port_at
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Instance, InstanceId, NetworkId, Upstream
-from imdsproxy.core.nova import NovaRouting
 from imdsproxy.core.observation import AddressKey, Conflict, Expired
 from imdsproxy.core.path_rules import PathRules, set_id
 from imdsproxy.core.policy import NO_RULES, PolicyBook, PolicyPlace
 from imdsproxy.core.wire import MAP_CONFLICT, EmbeddedRecord, MapRecord, render_map_value
+from imdsproxy.nova.routing import NovaRouting
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,9 @@ import structlog
 from imdsproxy.config.changes import SettingsReload
 from imdsproxy.config.schema import Settings
 from imdsproxy.controller.controller import UNCONFIRMED, Controller
-from imdsproxy.core.nova import changed_secrets
 from imdsproxy.dataplane.haproxy import link_jail_to_itself
 from imdsproxy.errors import ImdsproxyError
+from imdsproxy.nova.routing import changed_secrets
 
 _TAKE_OVER_S: Final = 10.0
 _log: Final = structlog.get_logger()

@@ -21,6 +21,7 @@ from imdsproxy.admin.health import HealthServer
 from imdsproxy.config.hub import EtcdSettings, HubSettings
 from imdsproxy.config.schema import Settings
 from imdsproxy.dataplane.launch import locate_program, read_program
+from imdsproxy.documents.http import serve
 from imdsproxy.errors import (
     ImdsproxyError,
     RuntimeUnavailable,
@@ -64,7 +65,6 @@ from imdsproxy.hub.streams import Streams
 from imdsproxy.hub.sweep import Sweep
 from imdsproxy.hub.token_keys import TokenKeyRing, make_first_key
 from imdsproxy.hub.writes import Writes
-from imdsproxy.serving.http import serve
 
 _FIRST_READ_S: Final = 60.0
 _RENEW_EVERY_S: Final = 60.0

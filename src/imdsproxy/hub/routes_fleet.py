@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, Response
 
 from imdsproxy.admin.answers import Written
-from imdsproxy.core.documents.respond import PASSWORD_LIMIT
 from imdsproxy.core.model import InstanceId
+from imdsproxy.documents.dialects.respond import PASSWORD_LIMIT
 from imdsproxy.errors import NotFound, RequestRefused
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.identity import Role

@@ -1,1 +1,1 @@
-"""Upstream `nova`: settings, endpoints, secrets and monitoring."""
+"""Upstream `nova`: choice of the metadata API for an instance, endpoints, secrets and signatures; no HAProxy rules."""

@@ -17,11 +17,11 @@ from imdsproxy.core.haproxy.model import NovaBackend, NovaServer, NovaTimes, Nov
 from imdsproxy.core.haproxy.nova import refused_counter, set_of_server
 from imdsproxy.core.haproxy.runtime import WorkerTotals, parse_count
 from imdsproxy.core.model import IpAddress
-from imdsproxy.core.nova import EndpointSet, NovaRouting, find_secret_fault
 from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.dataplane.master import WorkerEnded
 from imdsproxy.errors import ConfigUnreadable, DataplaneError, Problem, SecretUnreadable
 from imdsproxy.host.files import read_secret, write_atomic
+from imdsproxy.nova.routing import EndpointSet, NovaRouting, find_secret_fault
 
 RESOLVE_EVERY_S: Final = 30.0
 _MAX_ADDRESSES: Final = 8

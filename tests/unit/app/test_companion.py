@@ -10,15 +10,15 @@ from structlog.testing import capture_logs
 
 from imdsproxy.controller import companion
 from imdsproxy.controller.companion import Companion, DocumentProbe
-from imdsproxy.core.compiled import compiled_path
 from imdsproxy.core.model import Instance
 from imdsproxy.core.wire import PROBE_INSTANCE, PROBE_PATH
 from imdsproxy.dataplane.haproxy import Haproxy
+from imdsproxy.documents.compiled import compiled_path
+from imdsproxy.documents.pidfile import DocumentProcesses
+from imdsproxy.documents.store import DiskFiles, PasswordStore
 from imdsproxy.errors import HostRefused, Problem
 from imdsproxy.host import process
 from imdsproxy.host.process import ProcessHandle
-from imdsproxy.serving.pidfile import DocumentProcesses
-from imdsproxy.serving.store import DiskFiles, PasswordStore
 from support.tasks import background, until
 
 _PID = 2**22 + 1

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from imdsproxy.controller.compiler import CompiledIndex, Compiling, RecordCompiler
-from imdsproxy.core.compiled import compile_instance, compiled_path, network_mark
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import (
     Dialect,
@@ -25,7 +24,8 @@ from imdsproxy.core.model import (
 )
 from imdsproxy.core.observation import Observation
 from imdsproxy.core.packed import PackedInstances
-from imdsproxy.serving.store import PasswordStore
+from imdsproxy.documents.compiled import compile_instance, compiled_path, network_mark
+from imdsproxy.documents.store import PasswordStore
 from support.record_files import LoggedFiles
 
 _A, _B = InstanceId("a"), InstanceId("b")

@@ -9,9 +9,9 @@ import pytest
 
 from imdsproxy.controller.fleet_passwords import FleetPasswords
 from imdsproxy.core.model import InstanceId
+from imdsproxy.documents.store import PasswordStore
 from imdsproxy.errors import SourceRefused, SourceUnavailable
 from imdsproxy.fleet.passwords import CLEARED
-from imdsproxy.serving.store import PasswordStore
 
 WEB, DB = InstanceId("web"), InstanceId("db")
 

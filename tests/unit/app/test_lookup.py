@@ -32,11 +32,11 @@ from imdsproxy.core.model import (
     Scope,
     Upstream,
 )
-from imdsproxy.core.nova import EndpointSet, NovaRouting
 from imdsproxy.core.observation import AddressKey, Observation
 from imdsproxy.core.policy import OperatorOverride, PolicyBook, PolicyRules
 from imdsproxy.core.policy_report import DEFAULT_ORIGIN
 from imdsproxy.errors import HostRefused, Problem
+from imdsproxy.nova.routing import EndpointSet, NovaRouting
 from imdsproxy.reconcile.tickets import Tickets
 from imdsproxy.sources import api
 from support.fake_mac_filters import no_hop_limits

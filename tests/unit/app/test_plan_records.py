@@ -27,7 +27,6 @@ from imdsproxy.core.model import (
     Port,
     Upstream,
 )
-from imdsproxy.core.nova import EndpointSet, NovaRouting, sign_instance
 from imdsproxy.core.observation import AddressKey, Observation
 from imdsproxy.core.path_rules import PathWord, set_id
 from imdsproxy.core.policy import PolicyBook, PolicyRules, rule_set_of
@@ -39,6 +38,7 @@ from imdsproxy.listeners.endpoints import (
     plan_binds,
     plan_links,
 )
+from imdsproxy.nova.routing import EndpointSet, NovaRouting, sign_instance
 from support import record_builders as build
 from support.record_strategies import ids
 

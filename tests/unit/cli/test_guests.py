@@ -11,11 +11,11 @@ import pytest
 
 from imdsproxy.cli import snippet
 from imdsproxy.core.model import InstanceId
-from imdsproxy.core.nova import EndpointSet, NovaRouting
 from imdsproxy.core.policy import FleetRules, OperatorOverride, PolicyBook, PolicyRules, TokenMode
 from imdsproxy.core.tokens import TokenKey
 from imdsproxy.core.wire import HEADER_LOGGED
 from imdsproxy.fleet.policies import FleetPolicies
+from imdsproxy.nova.routing import EndpointSet, NovaRouting
 from support.admin_server import NOW
 from support.cli import Cli, Ran
 

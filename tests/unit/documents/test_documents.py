@@ -10,10 +10,6 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from imdsproxy.core.compiled import DocumentRecord, compile_instance, compiled_path, parse_compiled
-from imdsproxy.core.documents import ec2, openstack
-from imdsproxy.core.documents.ec2 import list_warnings, warn_of_names
-from imdsproxy.core.documents.nocloud import render_yaml
 from imdsproxy.core.model import (
     Dialect,
     Instance,
@@ -24,6 +20,15 @@ from imdsproxy.core.model import (
     SshKey,
     Upstream,
 )
+from imdsproxy.documents.compiled import (
+    DocumentRecord,
+    compile_instance,
+    compiled_path,
+    parse_compiled,
+)
+from imdsproxy.documents.dialects import ec2, openstack
+from imdsproxy.documents.dialects.ec2 import list_warnings, warn_of_names
+from imdsproxy.documents.dialects.nocloud import render_yaml
 from imdsproxy.errors import Problem, RecordCorrupt, quoted
 from support.guest_records import (
     BARE,

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from imdsproxy.controller.companion import Companion
+from imdsproxy.documents.pidfile import PidFile, read_pids
+from imdsproxy.documents.server import DocumentServer, Worker
 from imdsproxy.errors import HostRefused
 from imdsproxy.host.notify import ServiceNotifier
 from imdsproxy.host.servers import open_unix_socket
-from imdsproxy.serving.pidfile import PidFile, read_pids
-from imdsproxy.serving.server import DocumentServer, Worker
 
 _SLEEPS = "import time; print(flush=True); time.sleep(60)"
 _IGNORES = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {_SLEEPS}"
@@ -42,7 +42,7 @@ def test_the_file_says_who_lives(
     file.write((os.getpid(), sleeper.pid), 3)
     # What it holds is not written again, as on a disk that was mounted read-only since.
     with monkeypatch.context() as patch:
-        patch.delattr("imdsproxy.serving.pidfile.os.pwrite")
+        patch.delattr("imdsproxy.documents.pidfile.os.pwrite")
         file.write((os.getpid(), sleeper.pid), 3)
     assert (read_pids(path).pids, read_pids(path).restarts) == ((os.getpid(), sleeper.pid), 3)
     with pytest.raises(HostRefused, match=f"pid {os.getpid()}"):
@@ -99,7 +99,7 @@ def test_a_process_that_cannot_be_ended_is_named(
     file.write((sleeper.pid,))
     with monkeypatch.context() as patch:
         # As one that waits for a disk.
-        patch.setattr("imdsproxy.serving.pidfile.os.kill", lambda _pid, _number: None)
+        patch.setattr("imdsproxy.documents.pidfile.os.kill", lambda _pid, _number: None)
         with pytest.raises(HostRefused, match=str(sleeper.pid)):
             asyncio.run(Companion(path, path, (), {}).stop())
     file.release()

@@ -12,14 +12,14 @@ from typing import Any, Final
 import pytest
 import structlog
 
-from imdsproxy.core.compiled import Blob, compiled_path
-from imdsproxy.core.documents.respond import Answer, Header
 from imdsproxy.core.model import Instance, InstanceId
+from imdsproxy.documents.compiled import Blob, compiled_path
+from imdsproxy.documents.dialects.respond import Answer, Header
+from imdsproxy.documents.document_app import DocumentService
+from imdsproxy.documents.http import BODY_LIMIT, send_answer
+from imdsproxy.documents.resolver_app import CollectedAnswer
+from imdsproxy.documents.store import DiskFiles, LoadedRecord, PasswordStore, RecordReader
 from imdsproxy.errors import HostRefused, PrivilegeMissing
-from imdsproxy.serving.documents import DocumentService
-from imdsproxy.serving.http import BODY_LIMIT, send_answer
-from imdsproxy.serving.resolver_app import CollectedAnswer
-from imdsproxy.serving.store import DiskFiles, LoadedRecord, PasswordStore, RecordReader
 from support.guest_records import GUEST, SEED, compiled, guest, with_head
 from support.record_files import write_record
 
@@ -231,7 +231,7 @@ async def test_a_fault_of_ours_is_503_and_logged(
         raise ZeroDivisionError
 
     serving.write()
-    monkeypatch.setattr("imdsproxy.core.documents.respond.respond", fail)
+    monkeypatch.setattr("imdsproxy.documents.dialects.respond.respond", fail)
     with structlog.testing.capture_logs() as events:
         reply = await serving.ask("/latest")
     assert (reply.status, reply.headers[0]) == (503, (b"retry-after", b"1"))

@@ -11,9 +11,17 @@ from unittest.mock import MagicMock, call
 
 import pytest
 
+from imdsproxy.documents.http import (
+    AsgiApp,
+    Receive,
+    Scope,
+    Send,
+    _WholeAnswers,
+    read_body,
+    serving,
+)
 from imdsproxy.errors import HostRefused
 from imdsproxy.host.servers import open_unix_socket
-from imdsproxy.serving.http import AsgiApp, Receive, Scope, Send, _WholeAnswers, read_body, serving
 
 ASK = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 

@@ -22,9 +22,9 @@ from imdsproxy.core.wire import (
     MapRecord,
     render_map_value,
 )
-from imdsproxy.serving.http import Send, while_there
-from imdsproxy.serving.resolver import FOUND, Outcome, Resolver
-from imdsproxy.serving.resolver_app import (
+from imdsproxy.documents.http import Send, while_there
+from imdsproxy.documents.resolver import FOUND, Outcome, Resolver
+from imdsproxy.documents.resolver_app import (
     CollectedAnswer,
     Forward,
     GuestRequest,

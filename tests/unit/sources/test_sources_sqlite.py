@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.core.compiled import compile_instance
 from imdsproxy.core.model import Instance, InstanceId, NetworkId, StoredBytes
 from imdsproxy.core.observation import Observation
 from imdsproxy.core.policy import PolicyRules
+from imdsproxy.documents.compiled import compile_instance
 from imdsproxy.errors import SourceCorrupt, SourceRefused, SourceUnavailable
 from imdsproxy.reconcile.progress import Progress
 from imdsproxy.sources.sqlite import store as sqlite_store

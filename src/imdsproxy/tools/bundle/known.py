@@ -14,8 +14,8 @@ from typing import Any, Final
 import yaml
 
 from imdsproxy.config.schema import Settings
-from imdsproxy.core.compiled import parse_compiled
 from imdsproxy.dataplane.layout import Layout
+from imdsproxy.documents.compiled import parse_compiled
 from imdsproxy.errors import RecordCorrupt
 from imdsproxy.sources.file.record_file import SUFFIXES
 

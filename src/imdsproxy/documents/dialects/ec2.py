@@ -14,10 +14,10 @@ import uuid
 from collections.abc import Iterable
 from typing import Final
 
-from imdsproxy.core.compiled import DocumentPort, DocumentRecord
-from imdsproxy.core.documents import tree
-from imdsproxy.core.documents.tree import Node, directory, listing
 from imdsproxy.core.model import Dialect, Instance, Upstream
+from imdsproxy.documents.compiled import DocumentPort, DocumentRecord
+from imdsproxy.documents.dialects import tree
+from imdsproxy.documents.dialects.tree import Node, directory, listing
 from imdsproxy.errors import Problem, quoted
 
 VERSIONS: Final = (

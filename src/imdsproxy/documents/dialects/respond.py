@@ -5,10 +5,10 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Final, TypeAlias, cast
 
-from imdsproxy.core.compiled import Blob, DocumentRecord
-from imdsproxy.core.documents import ec2, nocloud, openstack, tree
 from imdsproxy.core.model import Dialect
 from imdsproxy.core.wire import RETRY_AFTER_S, TEXT
+from imdsproxy.documents.compiled import Blob, DocumentRecord
+from imdsproxy.documents.dialects import ec2, nocloud, openstack, tree
 
 SEED_LENGTH: Final = 512
 """Bytes of `random_seed`, as in Nova."""

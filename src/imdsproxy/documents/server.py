@@ -26,6 +26,10 @@ from typing import Final
 import structlog
 import uvicorn.lifespan.off  # noqa: F401 - see below
 
+from imdsproxy.documents.document_app import DocumentService
+from imdsproxy.documents.http import LIVENESS_PATH, serving
+from imdsproxy.documents.pidfile import PidFile, read_pids, signal_all
+from imdsproxy.documents.store import PasswordStore, RecordReader
 from imdsproxy.errors import HostRefused, ImdsproxyError, refusing
 from imdsproxy.host import process
 from imdsproxy.host.account import Account
@@ -33,10 +37,6 @@ from imdsproxy.host.files import ensure_directory, limit_log
 from imdsproxy.host.notify import ServiceNotifier
 from imdsproxy.host.servers import open_unix_socket
 from imdsproxy.reconcile.progress import Backoff
-from imdsproxy.serving.documents import DocumentService
-from imdsproxy.serving.http import LIVENESS_PATH, serving
-from imdsproxy.serving.pidfile import PidFile, read_pids, signal_all
-from imdsproxy.serving.store import PasswordStore, RecordReader
 
 # Libraries import the modules marked above at first use. That would be too late here: an unprivileged worker may not be
 # able to read them, and after an upgrade they would not match the code in memory.

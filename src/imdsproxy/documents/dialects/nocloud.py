@@ -7,9 +7,9 @@ import json
 import re
 from typing import Final
 
-from imdsproxy.core.compiled import DocumentPort, DocumentRecord
-from imdsproxy.core.documents import tree
-from imdsproxy.core.documents.tree import JsonValue, Node
+from imdsproxy.documents.compiled import DocumentPort, DocumentRecord
+from imdsproxy.documents.dialects import tree
+from imdsproxy.documents.dialects.tree import JsonValue, Node
 
 NOCLOUD_ROOT: Final = "nocloud"
 """First name in the paths of the tree."""

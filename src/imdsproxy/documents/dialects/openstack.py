@@ -6,9 +6,9 @@ from functools import lru_cache
 from ipaddress import ip_network
 from typing import Final
 
-from imdsproxy.core.compiled import DocumentPort, DocumentRecord
-from imdsproxy.core.documents import tree
-from imdsproxy.core.documents.tree import JsonValue, Node
+from imdsproxy.documents.compiled import DocumentPort, DocumentRecord
+from imdsproxy.documents.dialects import tree
+from imdsproxy.documents.dialects.tree import JsonValue, Node
 
 VERSIONS: Final = (
     "2012-08-10",

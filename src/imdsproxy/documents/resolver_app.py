@@ -16,13 +16,13 @@ import httpcore
 import structlog
 
 from imdsproxy.core import wire
-from imdsproxy.core.documents.respond import Answer, Header, refusal, retry_later
 from imdsproxy.core.identity import Denial
 from imdsproxy.core.model import NetworkId, Scope
 from imdsproxy.core.observation import AddressKey
 from imdsproxy.core.wire import MISMATCH_TEXT, UNKNOWN_TEXT, MapRecord, render_map_value
-from imdsproxy.serving import http
-from imdsproxy.serving.resolver import Resolver
+from imdsproxy.documents import http
+from imdsproxy.documents.dialects.respond import Answer, Header, refusal, retry_later
+from imdsproxy.documents.resolver import Resolver
 
 _OURS: Final = "x-imdsproxy-"
 _REFUSED: Final = wire.HEADER_REFUSED.encode("ascii"), b"1"

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Final, TypeAlias
 
-from imdsproxy.core.compiled import CompiledRecord, compiled_path, parse_compiled
-from imdsproxy.core.documents.respond import DocumentTree
 from imdsproxy.core.model import InstanceId
+from imdsproxy.documents.compiled import CompiledRecord, compiled_path, parse_compiled
+from imdsproxy.documents.dialects.respond import DocumentTree
 from imdsproxy.errors import refusing
 from imdsproxy.host import files
 

@@ -15,8 +15,8 @@ from uvicorn import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from imdsproxy.core.compiled import Blob
-from imdsproxy.core.documents.respond import Answer, refusal
+from imdsproxy.documents.compiled import Blob
+from imdsproxy.documents.dialects.respond import Answer, refusal
 
 Scope: TypeAlias = Mapping[str, object]
 Message: TypeAlias = MutableMapping[str, object]

@@ -18,9 +18,9 @@ from functools import lru_cache
 from typing import Final, TypeAlias, cast
 from urllib.parse import unquote_to_bytes
 
-from imdsproxy.core.compiled import Blob, DocumentAddress, DocumentPort, DocumentRecord
 from imdsproxy.core.model import free_name
 from imdsproxy.core.wire import LONGEST_PATH, TEXT
+from imdsproxy.documents.compiled import Blob, DocumentAddress, DocumentPort, DocumentRecord
 
 JSON: Final = b"application/json"
 BINARY: Final = b"application/octet-stream"

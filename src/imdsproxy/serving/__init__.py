@@ -1,1 +1,0 @@
-"""Python servers for guests' requests: the document server and the resolver."""
