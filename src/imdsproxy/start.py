@@ -29,9 +29,10 @@ from imdsproxy.controller import build
 from imdsproxy.controller.controller import Controller
 from imdsproxy.controller.reload import hang_up
 from imdsproxy.core.inventory import Inventory
-from imdsproxy.dataplane.launch import Launcher, read_program
-from imdsproxy.dataplane.layout import Layout
 from imdsproxy.errors import DataplaneError, HostRefused, first_expected
+from imdsproxy.haproxy.launch import Launcher, read_program
+from imdsproxy.haproxy.layout import Layout
+from imdsproxy.haproxy.unix_listener.listener import sweep_unix_socket
 from imdsproxy.host.account import owner_of
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import find_directory_holder, hold_directory, limit_log, remove_file
@@ -51,7 +52,6 @@ from imdsproxy.listeners.host import SystemHost
 from imdsproxy.neutron_namespaces.routers import Routers
 from imdsproxy.nova.upstream import NovaUpstream
 from imdsproxy.ovn.sweep import sweep_places
-from imdsproxy.unix_listener.listener import sweep_unix_socket
 
 if TYPE_CHECKING:
     from imdsproxy.admin.metrics import Metrics

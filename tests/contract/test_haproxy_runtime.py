@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.core.haproxy.maps import GENERATION_KEY, render_map
-from imdsproxy.core.haproxy.model import DataplaneSpec, Limits
-from imdsproxy.dataplane.master import MasterClient, WorkerEnded
 from imdsproxy.errors import CommandRefused, RuntimeUnavailable
+from imdsproxy.haproxy.master import MasterClient, WorkerEnded
+from imdsproxy.haproxy.rules.maps import GENERATION_KEY, render_map
+from imdsproxy.haproxy.rules.model import DataplaneSpec, Limits
 from imdsproxy.host.servers import open_unix_socket
 from support.fake_haproxy import FakeHaproxy
 from support.haproxy_alone import paths_below, run_haproxy

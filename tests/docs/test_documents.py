@@ -9,7 +9,7 @@ from typing import Final
 from imdsproxy.config.describe import find_setting
 from imdsproxy.config.schema import Settings
 from imdsproxy.core.endpoints import LeftOutCode
-from imdsproxy.dataplane.layout import Layout
+from imdsproxy.haproxy.layout import Layout
 from support.demonstration import REPOSITORY
 from support.pages import each_page, prose
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.core.haproxy.config import render_config
-from imdsproxy.core.haproxy.model import Bind, DataplaneSpec, Limits
 from imdsproxy.core.model import METADATA_IPV4, NetworkId
-from imdsproxy.dataplane.launch import Launcher
-from imdsproxy.dataplane.layout import Layout
-from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.errors import HostRefused
+from imdsproxy.haproxy.launch import Launcher
+from imdsproxy.haproxy.layout import Layout
+from imdsproxy.haproxy.master import MasterClient
+from imdsproxy.haproxy.rules.config import render_config
+from imdsproxy.haproxy.rules.model import Bind, DataplaneSpec, Limits
 from imdsproxy.host.namespaces import DEFAULT_DIRECTORY, NamespaceDirectory, NamespaceThread
 from imdsproxy.host.netlink import add_address, set_link
 from imdsproxy.host.nlmessages import NetlinkSocket

@@ -15,9 +15,9 @@ import pytest
 from imdsproxy.admin_client import AdminClient
 from imdsproxy.cli.main import main
 from imdsproxy.controller.companion import Companion
-from imdsproxy.dataplane.launch import Launcher
-from imdsproxy.dataplane.layout import Layout
 from imdsproxy.errors import HaproxyMissing, HostRefused, RuntimeUnavailable
+from imdsproxy.haproxy.launch import Launcher
+from imdsproxy.haproxy.layout import Layout
 from imdsproxy.host.process import run_program
 from support.daemon import alive
 from support.lab import until

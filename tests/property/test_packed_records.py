@@ -9,10 +9,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from imdsproxy.core.addresses import link_local_of, text_of
-from imdsproxy.core.haproxy.maps import PackedMap
 from imdsproxy.core.model import Instance, InstanceId, IpAddress, MacAddress, Network, NetworkId
 from imdsproxy.core.packed import PackedInstances, PackedPairs
 from imdsproxy.core.records import parse_instance, parse_records, render_record
+from imdsproxy.haproxy.rules.maps import PackedMap
 from support.record_strategies import ids, instances, ipv4, macs, networks
 
 

@@ -19,7 +19,6 @@ from imdsproxy.controller.record_plan import record_key
 from imdsproxy.controller.rule_sets import RuleSets
 from imdsproxy.controller.token_keys import TokenKeys
 from imdsproxy.core.endpoints import Endpoint
-from imdsproxy.core.haproxy.maps import MapState
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.hoststate import NamespaceRef, ObservedHost
 from imdsproxy.core.identity import Learned
@@ -36,6 +35,7 @@ from imdsproxy.core.model import (
     Port,
 )
 from imdsproxy.core.observation import AddressKey, Observation
+from imdsproxy.haproxy.rules.maps import MapState
 from imdsproxy.host.clock import Clock
 from support.fake_mac_filters import FakeMacFilters, MemoryJournal, no_hop_limits
 

@@ -48,16 +48,16 @@ from imdsproxy.core.model import (
 from imdsproxy.core.observation import Observation
 from imdsproxy.core.tokens import render_key_map
 from imdsproxy.core.wire import MapRecord
-from imdsproxy.dataplane.haproxy import Haproxy
-from imdsproxy.dataplane.launch import Launcher
-from imdsproxy.dataplane.layout import Layout
-from imdsproxy.dataplane.records import RecordApplier, write_table
 from imdsproxy.documents.dialects.respond import Answer
 from imdsproxy.documents.http import Send, send_answer, serve
 from imdsproxy.documents.resolver_app import GuestRequest
 from imdsproxy.documents.store import DiskFiles, PasswordStore
 from imdsproxy.errors import Problem
 from imdsproxy.fleet.policies import FleetPolicies
+from imdsproxy.haproxy.launch import Launcher
+from imdsproxy.haproxy.layout import Layout
+from imdsproxy.haproxy.process import Haproxy
+from imdsproxy.haproxy.records import RecordApplier, write_table
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.servers import open_unix_socket
 from imdsproxy.listeners.plan import ListenerPlan

@@ -21,9 +21,9 @@ from typing import Any, Final, cast
 import yaml
 
 from imdsproxy.admin_client import AdminClient
-from imdsproxy.core.haproxy.limits import COUNTERS, POLICY_COUNTERS
-from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.errors import AdminUnavailable, RuntimeUnavailable
+from imdsproxy.haproxy.master import MasterClient
+from imdsproxy.haproxy.rules.limits import COUNTERS, POLICY_COUNTERS
 from support.commands import Command, Forked, run_command, start_controller
 from support.lab import NETNS, Lab, RecordMapping, until, within
 from support.reaper import processes_of, reap, reap_at_the_end

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, cast
 
-from imdsproxy.core.haproxy.maps import GENERATION_KEY, parse_map
-from imdsproxy.core.haproxy.runtime import Processes
-from imdsproxy.dataplane.haproxy import Haproxy
-from imdsproxy.dataplane.launch import Launcher
-from imdsproxy.dataplane.layout import Layout
-from imdsproxy.dataplane.master import MasterClient
-from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import ConfigRejected
+from imdsproxy.haproxy.launch import Launcher
+from imdsproxy.haproxy.layout import Layout
+from imdsproxy.haproxy.master import MasterClient
+from imdsproxy.haproxy.process import Haproxy
+from imdsproxy.haproxy.records import RecordApplier
+from imdsproxy.haproxy.rules.maps import GENERATION_KEY, parse_map
+from imdsproxy.haproxy.rules.runtime import Processes
 from imdsproxy.host.clock import Clock
 
 MASTER: Final = 2**22 + 1

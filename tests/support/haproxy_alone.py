@@ -17,17 +17,6 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from imdsproxy.core.haproxy.config import render_config
-from imdsproxy.core.haproxy.model import (
-    Bind,
-    DataplaneSpec,
-    Limits,
-    NovaBackend,
-    NovaServer,
-    NovaTimes,
-    Paths,
-    UnixBind,
-)
 from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.core.path_rules import PathRules, render_set
 from imdsproxy.core.policy import OperatorOverride, Policy, render_policy_word
@@ -40,7 +29,18 @@ from imdsproxy.core.wire import (
     NovaRecord,
     render_map_value,
 )
-from imdsproxy.dataplane.layout import Layout
+from imdsproxy.haproxy.layout import Layout
+from imdsproxy.haproxy.rules.config import render_config
+from imdsproxy.haproxy.rules.model import (
+    Bind,
+    DataplaneSpec,
+    Limits,
+    NovaBackend,
+    NovaServer,
+    NovaTimes,
+    Paths,
+    UnixBind,
+)
 from support.guest import IPV4, Asker, Connection, Lost, Reply
 from support.lab import until
 from support.openstack.servers import free_port
@@ -57,7 +57,7 @@ _LIMITS: Final = Limits(maxconn=400, cache_mb=1)
 def mint_token(
     key: TokenKey, network: NetworkId, instance: InstanceId, epoch: int, expires_at: int
 ) -> str:
-    """A token as HAProxy makes it (`core/haproxy/access_rules.cfg`); `expires_at` is Unix time."""
+    """A token as HAProxy makes it (`haproxy/rules/access_rules.cfg`); `expires_at` is Unix time."""
     head = f"{key.kid}.{expires_at}"
     bound = f"{head}|{network}|{instance}|{epoch or ''}"
     mac = hmac.new(key.secret, bound.encode("utf-8"), hashlib.sha256).digest()

@@ -20,9 +20,9 @@ from imdsproxy.core.observation import AddressKey, Claimant, Expired, SourceName
 from imdsproxy.core.path_rules import PathRules
 from imdsproxy.core.policy_report import Decided, PolicyInForce, decide_read, report_policy
 from imdsproxy.core.wire import HEADER_LOGGED, MISMATCH_TEXT, NovaRecord, hide_signatures
-from imdsproxy.dataplane.master import WorkerEnded
 from imdsproxy.documents.resolver_app import CollectedAnswer, GuestRequest
 from imdsproxy.errors import NotFound, RuntimeUnavailable
+from imdsproxy.haproxy.master import WorkerEnded
 from imdsproxy.listeners.endpoints import networks_of
 from imdsproxy.listeners.loop import ListenerLoop
 from imdsproxy.sources.api import LookUpUnavailable, PortAmbiguous, PortFound, PortMissing

@@ -18,11 +18,11 @@ from imdsproxy.controller.reload import reload_settings
 from imdsproxy.controller.token_report import InstanceTokens, TokenReport
 from imdsproxy.core import matching
 from imdsproxy.core.addresses import normalise_address
-from imdsproxy.core.haproxy.limits import Usage
-from imdsproxy.core.haproxy.request_log import WatchReport
 from imdsproxy.core.model import Instance, InstanceId, IpAddress, NetworkId
 from imdsproxy.core.records import INSTANCE, NETWORK, parse_instance, parse_network, render_record
 from imdsproxy.errors import NotFound, Problem, RequestRefused
+from imdsproxy.haproxy.rules.limits import Usage
+from imdsproxy.haproxy.rules.request_log import WatchReport
 from imdsproxy.host.turns import in_turns
 from imdsproxy.reconcile.progress import Step
 

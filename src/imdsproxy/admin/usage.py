@@ -3,11 +3,11 @@
 from imdsproxy.admin.records import find_record, no_such
 from imdsproxy.controller.controller import Controller
 from imdsproxy.controller.record_plan import policy_place
-from imdsproxy.core.haproxy.limits import COUNTERS, POLICY_COUNTERS, Usage, read_usage
 from imdsproxy.core.model import InstanceId
 from imdsproxy.core.policy import DEFAULT
-from imdsproxy.dataplane.master import WorkerEnded
 from imdsproxy.errors import DataplaneError
+from imdsproxy.haproxy.master import WorkerEnded
+from imdsproxy.haproxy.rules.limits import COUNTERS, POLICY_COUNTERS, Usage, read_usage
 
 
 async def report_usage(controller: Controller, instance: InstanceId) -> Usage | None:

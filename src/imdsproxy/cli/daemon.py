@@ -56,8 +56,8 @@ def run(
 def documents(run: options.Invocation) -> None:
     """Run the document server in the foreground: answer guests from compiled records."""
     import imdsproxy.host.logs  # noqa: F401, PLC0415 - before all that logs
-    from imdsproxy.dataplane.layout import Layout  # noqa: PLC0415 - the others need not load it
     from imdsproxy.documents.server import DocumentServer  # noqa: PLC0415 - as above
+    from imdsproxy.haproxy.layout import Layout  # noqa: PLC0415 - the others need not load it
     from imdsproxy.host.account import find_account  # noqa: PLC0415 - as above
     from imdsproxy.host.clock import Clock  # noqa: PLC0415 - as above
     from imdsproxy.host.logs import open_logging  # noqa: PLC0415 - as above

@@ -22,8 +22,8 @@ from typing import Final
 import structlog
 
 from imdsproxy.config.policy import AuditSettings
-from imdsproxy.core.haproxy.request_log import left_out_line, read_audit
 from imdsproxy.errors import Problem
+from imdsproxy.haproxy.rules.request_log import left_out_line, read_audit
 from imdsproxy.host.files import open_log
 from imdsproxy.host.process import start_thread
 

@@ -13,12 +13,12 @@ from imdsproxy.anti_spoofing.kernel import KernelHopLimits, KernelMacFilters, ta
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.config.schema import DocumentsSettings, HaproxySettings, Settings
 from imdsproxy.controller.companion import Companion
-from imdsproxy.core.haproxy.model import DataplaneSpec, Limits
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.wire import RETRY_AFTER_S
-from imdsproxy.dataplane.haproxy import link_jail_to_itself
-from imdsproxy.dataplane.layout import Layout
+from imdsproxy.haproxy.layout import Layout
+from imdsproxy.haproxy.process import link_jail_to_itself
+from imdsproxy.haproxy.rules.model import DataplaneSpec, Limits
 from imdsproxy.host.account import group_id
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import ensure_directory, write_atomic

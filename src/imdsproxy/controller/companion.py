@@ -14,12 +14,12 @@ import structlog
 
 from imdsproxy.core.model import Instance
 from imdsproxy.core.wire import PROBE_INSTANCE, PROBE_PATH
-from imdsproxy.dataplane.haproxy import Haproxy
-from imdsproxy.dataplane.launch import control_unit, kill_process
 from imdsproxy.documents.compiled import compile_instance, compiled_path
 from imdsproxy.documents.pidfile import DocumentProcesses, read_pids, signal_all
 from imdsproxy.documents.store import DiskFiles
 from imdsproxy.errors import DataplaneError, HostRefused, ImdsproxyError, Problem
+from imdsproxy.haproxy.launch import control_unit, kill_process
+from imdsproxy.haproxy.process import Haproxy
 from imdsproxy.host import process
 from imdsproxy.host.account import Account, find_closed
 from imdsproxy.reconcile.progress import Backoff

@@ -32,18 +32,19 @@ from imdsproxy.controller.token_keys import TokenKeys
 from imdsproxy.controller.watchdog import HaproxyWatchdog
 from imdsproxy.controller.watching import Watching
 from imdsproxy.core.addresses import normalise_address
-from imdsproxy.core.haproxy.model import DataplaneSpec
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import NetworkId
 from imdsproxy.core.observation import AddressKey
-from imdsproxy.dataplane.haproxy import Haproxy
-from imdsproxy.dataplane.launch import HaproxyProgram, Launcher
-from imdsproxy.dataplane.layout import Layout
-from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.documents.resolver import Resolver
 from imdsproxy.documents.store import DiskFiles, PasswordStore
 from imdsproxy.errors import HostRefused, Problem
 from imdsproxy.fleet.policies import FLEET, FleetPolicies
+from imdsproxy.haproxy.launch import HaproxyProgram, Launcher
+from imdsproxy.haproxy.layout import Layout
+from imdsproxy.haproxy.process import Haproxy
+from imdsproxy.haproxy.records import RecordApplier
+from imdsproxy.haproxy.rules.model import DataplaneSpec
+from imdsproxy.haproxy.unix_listener.listener import UnixListener
 from imdsproxy.host.account import find_account, group_id
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.events import NeighbourChange, watch_neighbours, watch_tables
@@ -55,7 +56,6 @@ from imdsproxy.neutron_namespaces.routers import Routers
 from imdsproxy.nova.upstream import NovaUpstream, NovaWatch
 from imdsproxy.ovn.host import OvnHost
 from imdsproxy.reconcile.progress import Progress
-from imdsproxy.unix_listener.listener import UnixListener
 
 if TYPE_CHECKING:
     from imdsproxy.controller.fleet_passwords import FleetPasswords

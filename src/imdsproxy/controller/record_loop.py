@@ -20,7 +20,6 @@ from imdsproxy.controller.compiler import COMPILER, Compiling, RecordCompiler
 from imdsproxy.controller.record_plan import RecordPlanner, parse_record_key, record_key
 from imdsproxy.controller.rule_sets import RuleSets
 from imdsproxy.controller.token_keys import TokenKeys
-from imdsproxy.core.haproxy.maps import PackedMap
 from imdsproxy.core.identity import Learned
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import InstanceId, MacAddress, NetworkId
@@ -28,9 +27,10 @@ from imdsproxy.core.observation import AddressKey, Affected, Conflict, Expired, 
 from imdsproxy.core.path_rules import PathRules
 from imdsproxy.core.policy import PolicyBook
 from imdsproxy.core.wire import MAP_CONFLICT, MapRecord, parse_map_value
-from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import DataplaneError, Problem
 from imdsproxy.fleet.policies import FLEET
+from imdsproxy.haproxy.records import RecordApplier
+from imdsproxy.haproxy.rules.maps import PackedMap
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.process import release_memory
 from imdsproxy.nova.routing import NovaRouting

@@ -9,8 +9,8 @@ import structlog
 from imdsproxy.config.changes import SettingsReload
 from imdsproxy.config.schema import Settings
 from imdsproxy.controller.controller import UNCONFIRMED, Controller
-from imdsproxy.dataplane.haproxy import link_jail_to_itself
 from imdsproxy.errors import ImdsproxyError
+from imdsproxy.haproxy.process import link_jail_to_itself
 from imdsproxy.nova.routing import changed_secrets
 
 _TAKE_OVER_S: Final = 10.0

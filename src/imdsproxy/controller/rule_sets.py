@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, TypeAlias
 
-from imdsproxy.core.haproxy.maps import parse_map
 from imdsproxy.core.path_rules import PathRules, group_sets, render_set
 from imdsproxy.core.policy import rule_set_of
-from imdsproxy.dataplane.records import RecordApplier, write_table
 from imdsproxy.errors import HostRefused
+from imdsproxy.haproxy.records import RecordApplier, write_table
+from imdsproxy.haproxy.rules.maps import parse_map
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import write_atomic
 

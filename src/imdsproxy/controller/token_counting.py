@@ -19,12 +19,17 @@ from imdsproxy.controller.token_report import (
     open_trees,
 )
 from imdsproxy.controller.token_verdict import Counted, judge_instance, judge_tokens, projects_of
-from imdsproxy.core.haproxy.counting import GUESTS_TABLE, READERS_TABLE, parse_guests, parse_readers
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import InstanceId
 from imdsproxy.core.policy import PolicyBook
-from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.errors import NotFound, Problem, RuntimeUnavailable
+from imdsproxy.haproxy.process import Haproxy
+from imdsproxy.haproxy.rules.counting import (
+    GUESTS_TABLE,
+    READERS_TABLE,
+    parse_guests,
+    parse_readers,
+)
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.process import read_stat
 from imdsproxy.host.turns import in_turns

@@ -9,11 +9,11 @@ from random import SystemRandom
 from typing import Final
 
 from imdsproxy.core import tokens
-from imdsproxy.core.haproxy.maps import parse_map
 from imdsproxy.core.model import InstanceId
-from imdsproxy.dataplane.layout import Layout
-from imdsproxy.dataplane.records import RecordApplier, write_table
 from imdsproxy.errors import DataplaneError, Problem, SecretUnreadable
+from imdsproxy.haproxy.layout import Layout
+from imdsproxy.haproxy.records import RecordApplier, write_table
+from imdsproxy.haproxy.rules.maps import parse_map
 from imdsproxy.host.files import read_secret, write_atomic
 from imdsproxy.reconcile.progress import Backoff
 from imdsproxy.reconcile.tickets import report_failure

@@ -8,10 +8,10 @@ from typing import Final
 
 import structlog
 
-from imdsproxy.core.haproxy.runtime import Load, Processes
-from imdsproxy.dataplane.haproxy import Haproxy
-from imdsproxy.dataplane.master import WorkerEnded
 from imdsproxy.errors import DataplaneError, HostRefused, Problem, RuntimeUnavailable
+from imdsproxy.haproxy.master import WorkerEnded
+from imdsproxy.haproxy.process import Haproxy
+from imdsproxy.haproxy.rules.runtime import Load, Processes
 from imdsproxy.host.process import Doubt, read_stat, wait_gone
 from imdsproxy.reconcile.progress import Backoff
 from imdsproxy.reconcile.tickets import report_failure

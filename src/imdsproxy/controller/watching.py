@@ -8,9 +8,9 @@ from typing import Final
 
 import structlog
 
-from imdsproxy.core.haproxy.request_log import WATCH_RING, Watched, WatchReport, parse_events
-from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.errors import RuntimeUnavailable
+from imdsproxy.haproxy.process import Haproxy
+from imdsproxy.haproxy.rules.request_log import WATCH_RING, Watched, WatchReport, parse_events
 
 _KEPT: Final = 5000
 """Number of requests kept for watchers that read a little later."""

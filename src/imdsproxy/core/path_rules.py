@@ -67,7 +67,7 @@ PathRules: TypeAlias = tuple[tuple[str, PathWord], ...]
 def undo_spelling(path: bytes) -> bytes | None:
     """Normalise a path as Nova and our documents do; return `None` if an escape is broken.
 
-    HAProxy does the same (`core/haproxy/access_rules.cfg`); a test compares the two.
+    HAProxy does the same (`haproxy/rules/access_rules.cfg`); a test compares the two.
     """
     spelled = _spell_out(path)
     return None if spelled is None else _EC2.sub(b"", spelled)

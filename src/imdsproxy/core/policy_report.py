@@ -1,7 +1,7 @@
 """Policy for `explain`: each rule with the scope that sets it, and the policy's effect on one request.
 
-HAProxy's rules (`core/haproxy/access_rules.cfg`) do not report which of them refused a request. `decide_read` evaluates
-the same policy word; an integration test compares the two.
+HAProxy's rules (`haproxy/rules/access_rules.cfg`) do not report which of them refused a request. `decide_read`
+evaluates the same policy word; an integration test compares the two.
 """
 
 import re

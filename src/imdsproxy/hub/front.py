@@ -17,13 +17,13 @@ from typing import Final
 
 import structlog
 
-from imdsproxy.core.haproxy.runtime import parse_failure
-from imdsproxy.core.haproxy.text import Block, Value, blocks_of, fill_sections, name_values, render
 from imdsproxy.core.model import ID_PATTERN
 from imdsproxy.core.wire import RETRY_AFTER_S
-from imdsproxy.dataplane.master import exchange
 from imdsproxy.errors import ConfigRejected, HaproxyMissing, HostRefused, RuntimeUnavailable
 from imdsproxy.fleet import identity, stream
+from imdsproxy.haproxy.master import exchange
+from imdsproxy.haproxy.rules.runtime import parse_failure
+from imdsproxy.haproxy.rules.text import Block, Value, blocks_of, fill_sections, name_values, render
 from imdsproxy.host import process
 from imdsproxy.host.files import remove_file, write_atomic
 from imdsproxy.hub.accounts import Accounts

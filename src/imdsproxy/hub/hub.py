@@ -20,7 +20,6 @@ import structlog
 from imdsproxy.admin.health import HealthServer
 from imdsproxy.config.hub import EtcdSettings, HubSettings
 from imdsproxy.config.schema import Settings
-from imdsproxy.dataplane.launch import locate_program, read_program
 from imdsproxy.documents.http import serve
 from imdsproxy.errors import (
     ImdsproxyError,
@@ -33,6 +32,7 @@ from imdsproxy.errors import (
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.layout import HostId
 from imdsproxy.fleet.members import admits_host
+from imdsproxy.haproxy.launch import locate_program, read_program
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import read_secret
 from imdsproxy.host.logs import open_logging

@@ -14,12 +14,13 @@ from imdsproxy.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.anti_spoofing.plan import MacFilterPlan
 from imdsproxy.core.endpoints import Endpoint, LeftOut, LeftOutCode
-from imdsproxy.core.haproxy.config import render_config
-from imdsproxy.core.haproxy.model import DataplaneSpec
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Network, NetworkId
-from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.errors import ConfigRejected, DataplaneError, Problem, ReloadFailed
+from imdsproxy.haproxy.process import Haproxy
+from imdsproxy.haproxy.rules.config import render_config
+from imdsproxy.haproxy.rules.model import DataplaneSpec
+from imdsproxy.haproxy.unix_listener.listener import UnixListener, bound_path
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.process import descriptor_limit
 from imdsproxy.host.servers import try_tcp_listen
@@ -37,7 +38,6 @@ from imdsproxy.listeners.watch import HostWatch
 from imdsproxy.neutron_namespaces.routers import Routers
 from imdsproxy.reconcile.progress import Backoff, Durations
 from imdsproxy.reconcile.tickets import Tickets, report_failure
-from imdsproxy.unix_listener.listener import UnixListener, bound_path
 
 _RECHECK_S = 1.0
 """Seconds until refused operations are tried again without an event."""

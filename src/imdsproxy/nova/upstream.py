@@ -13,13 +13,13 @@ from typing import Final
 import structlog
 
 from imdsproxy.config.nova import EndpointSetSettings, NovaSettings, NovaUrl
-from imdsproxy.core.haproxy.model import NovaBackend, NovaServer, NovaTimes, NovaTls
-from imdsproxy.core.haproxy.nova import refused_counter, set_of_server
-from imdsproxy.core.haproxy.runtime import WorkerTotals, parse_count
 from imdsproxy.core.model import IpAddress
-from imdsproxy.dataplane.haproxy import Haproxy
-from imdsproxy.dataplane.master import WorkerEnded
 from imdsproxy.errors import ConfigUnreadable, DataplaneError, Problem, SecretUnreadable
+from imdsproxy.haproxy.master import WorkerEnded
+from imdsproxy.haproxy.process import Haproxy
+from imdsproxy.haproxy.rules.model import NovaBackend, NovaServer, NovaTimes, NovaTls
+from imdsproxy.haproxy.rules.nova import refused_counter, set_of_server
+from imdsproxy.haproxy.rules.runtime import WorkerTotals, parse_count
 from imdsproxy.host.files import read_secret, write_atomic
 from imdsproxy.nova.routing import EndpointSet, NovaRouting, find_secret_fault
 

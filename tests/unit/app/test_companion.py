@@ -12,11 +12,11 @@ from imdsproxy.controller import companion
 from imdsproxy.controller.companion import Companion, DocumentProbe
 from imdsproxy.core.model import Instance
 from imdsproxy.core.wire import PROBE_INSTANCE, PROBE_PATH
-from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.documents.compiled import compiled_path
 from imdsproxy.documents.pidfile import DocumentProcesses
 from imdsproxy.documents.store import DiskFiles, PasswordStore
 from imdsproxy.errors import HostRefused, Problem
+from imdsproxy.haproxy.process import Haproxy
 from imdsproxy.host import process
 from imdsproxy.host.process import ProcessHandle
 from support.tasks import background, until

@@ -14,7 +14,6 @@ from imdsproxy.controller.record_plan import RecordPlanner, record_key
 from imdsproxy.core import wire
 from imdsproxy.core.addresses import link_local_of
 from imdsproxy.core.endpoints import Endpoint
-from imdsproxy.core.haproxy.model import Bind
 from imdsproxy.core.hoststate import NamespaceRef
 from imdsproxy.core.identity import Learned
 from imdsproxy.core.inventory import Inventory
@@ -31,6 +30,7 @@ from imdsproxy.core.observation import AddressKey, Observation
 from imdsproxy.core.path_rules import PathWord, set_id
 from imdsproxy.core.policy import PolicyBook, PolicyRules, rule_set_of
 from imdsproxy.errors import HostRefused
+from imdsproxy.haproxy.rules.model import Bind
 from imdsproxy.listeners.endpoints import (
     compute_maxconn,
     link_name,

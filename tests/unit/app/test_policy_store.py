@@ -22,10 +22,10 @@ from imdsproxy.core.tokens import (
     render_key_map,
     render_token_keys,
 )
-from imdsproxy.dataplane.layout import Layout
-from imdsproxy.dataplane.records import RecordApplier, write_table
 from imdsproxy.errors import HostRefused, RuntimeUnavailable, SecretUnreadable
 from imdsproxy.fleet.policies import FleetPolicies
+from imdsproxy.haproxy.layout import Layout
+from imdsproxy.haproxy.records import RecordApplier, write_table
 from imdsproxy.host.files import write_atomic
 from support.full_disk import full_disk
 from support.hand_clock import HandClock

@@ -18,7 +18,6 @@ from imdsproxy.controller.record_loop import RecordLoop
 from imdsproxy.controller.rule_sets import RuleSets
 from imdsproxy.controller.token_keys import TokenKeys
 from imdsproxy.core import policy
-from imdsproxy.core.haproxy.maps import parse_map
 from imdsproxy.core.identity import Learned
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import (
@@ -34,13 +33,14 @@ from imdsproxy.core.model import (
 from imdsproxy.core.observation import AddressKey, Observation
 from imdsproxy.core.path_rules import PathRules, PathWord, render_set, set_id
 from imdsproxy.core.tokens import CURRENT, TokenKey, render_key_map
-from imdsproxy.dataplane import records as records_on_disk
-from imdsproxy.dataplane.layout import Layout
-from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.documents.compiled import CompiledRecord, compile_instance
 from imdsproxy.documents.store import PasswordStore
 from imdsproxy.errors import HostRefused, RuntimeUnavailable, host_refused
 from imdsproxy.fleet.policies import FLEET
+from imdsproxy.haproxy import records as records_on_disk
+from imdsproxy.haproxy.layout import Layout
+from imdsproxy.haproxy.records import RecordApplier
+from imdsproxy.haproxy.rules.maps import parse_map
 from imdsproxy.nova.routing import EndpointSet, NovaRouting
 from support.fake_haproxy import FakeHaproxy
 from support.fake_mac_filters import no_hop_limits, no_mac_filters

@@ -11,12 +11,12 @@ import pytest
 
 from imdsproxy.controller.token_counting import TokenCounting
 from imdsproxy.controller.token_report import InstanceTokens
-from imdsproxy.core.haproxy.runtime import Processes
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Instance, InstanceId
 from imdsproxy.core.policy import PolicyBook
-from imdsproxy.dataplane.haproxy import Haproxy
-from imdsproxy.dataplane.master import MasterClient
+from imdsproxy.haproxy.master import MasterClient
+from imdsproxy.haproxy.process import Haproxy
+from imdsproxy.haproxy.rules.runtime import Processes
 from imdsproxy.host.turns import AT_ONCE
 from support.hand_clock import HandClock
 from support.tasks import background, until

@@ -8,10 +8,10 @@ import pytest
 
 from imdsproxy.controller import watching as module
 from imdsproxy.controller.watching import Watching
-from imdsproxy.core.haproxy.runtime import Processes
-from imdsproxy.dataplane.haproxy import Haproxy
-from imdsproxy.dataplane.master import MasterClient, WorkerEnded
 from imdsproxy.errors import RuntimeUnavailable
+from imdsproxy.haproxy.master import MasterClient, WorkerEnded
+from imdsproxy.haproxy.process import Haproxy
+from imdsproxy.haproxy.rules.runtime import Processes
 from support.tasks import background, until
 
 

@@ -14,8 +14,8 @@ import yaml
 from imdsproxy.config.schema import Settings
 from imdsproxy.core.model import InstanceId
 from imdsproxy.core.tokens import TokenKey, render_key_map
-from imdsproxy.dataplane.layout import Layout
-from imdsproxy.dataplane.records import write_table
+from imdsproxy.haproxy.layout import Layout
+from imdsproxy.haproxy.records import write_table
 from imdsproxy.tools.bundle.known import read_known
 
 _NO_SECRET: Final = {"ca_file", "certificate_file", "client_cert_file", "clouds_file"}

@@ -4,7 +4,7 @@ from typing import Any
 
 from imdsproxy.config.schema import Settings
 from imdsproxy.controller import build
-from imdsproxy.dataplane.layout import Layout
+from imdsproxy.haproxy.layout import Layout
 from imdsproxy.host.clock import Clock
 from imdsproxy.reconcile.progress import Progress
 from imdsproxy.sources.neutron.source import NeutronSource

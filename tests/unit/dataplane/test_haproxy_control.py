@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.core.haproxy.config import render_config
-from imdsproxy.core.haproxy.model import Bind, DataplaneSpec, Limits
 from imdsproxy.core.model import NetworkId
-from imdsproxy.dataplane import haproxy as module
-from imdsproxy.dataplane.haproxy import Haproxy
-from imdsproxy.dataplane.launch import Launcher, find_alerts
-from imdsproxy.dataplane.layout import Layout
-from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import ConfigRejected, HostRefused, ReloadFailed
+from imdsproxy.haproxy import process as module
+from imdsproxy.haproxy.launch import Launcher, find_alerts
+from imdsproxy.haproxy.layout import Layout
+from imdsproxy.haproxy.process import Haproxy
+from imdsproxy.haproxy.records import RecordApplier
+from imdsproxy.haproxy.rules.config import render_config
+from imdsproxy.haproxy.rules.model import Bind, DataplaneSpec, Limits
 from imdsproxy.host.clock import Clock
 from support.fake_haproxy import FakeHaproxy, FakeLauncher, control_fake
 from support.full_disk import full_disk

@@ -10,7 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imdsproxy.core.haproxy.maps import (
+from imdsproxy.errors import HostRefused, RuntimeUnavailable
+from imdsproxy.haproxy.layout import Layout
+from imdsproxy.haproxy.records import RecordApplier
+from imdsproxy.haproxy.rules.maps import (
     MapChanges,
     MapState,
     parse_base_map,
@@ -18,9 +21,6 @@ from imdsproxy.core.haproxy.maps import (
     render_map,
     split_payload,
 )
-from imdsproxy.dataplane.layout import Layout
-from imdsproxy.dataplane.records import RecordApplier
-from imdsproxy.errors import HostRefused, RuntimeUnavailable
 from support.fake_haproxy import FakeHaproxy
 from support.full_disk import full_disk
 

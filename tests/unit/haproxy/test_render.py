@@ -15,9 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imdsproxy.config.neutron_agents import FACILITIES, parse_facility, parse_port
-from imdsproxy.core import haproxy
-from imdsproxy.core.haproxy.config import render_config
-from imdsproxy.core.haproxy.model import (
+from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6, NetworkId
+from imdsproxy.errors import RequestRefused
+from imdsproxy.haproxy import rules
+from imdsproxy.haproxy.layout import Layout
+from imdsproxy.haproxy.rules.config import render_config
+from imdsproxy.haproxy.rules.model import (
     Bind,
     DataplaneSpec,
     Limits,
@@ -27,15 +30,12 @@ from imdsproxy.core.haproxy.model import (
     NovaTls,
     UnixBind,
 )
-from imdsproxy.core.haproxy.namespace_proxy import (
+from imdsproxy.haproxy.rules.namespace_proxy import (
     NamespaceProxySpec,
     parse_uuid,
     render_namespace_proxy,
 )
-from imdsproxy.core.haproxy.text import UnquotableWord, fill, quote, read_template
-from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6, NetworkId
-from imdsproxy.dataplane.layout import Layout
-from imdsproxy.errors import RequestRefused
+from imdsproxy.haproxy.rules.text import UnquotableWord, fill, quote, read_template
 
 _GOLDEN = Path(__file__).parents[2] / "golden" / "haproxy"
 
@@ -287,7 +287,8 @@ def test_what_is_no_text_or_not_there_is_refused(value: Any) -> None:  # noqa: A
 
 def test_no_template_of_a_rule_is_an_f_string() -> None:
     """What is put in by an f-string is not quoted."""
-    for path in Path(haproxy.__file__).parent.glob("*.py"):
+    assert rules.__file__
+    for path in Path(rules.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute):
                 name = node.func.id if isinstance(node.func, ast.Name) else node.func.attr

@@ -9,8 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imdsproxy.core.haproxy.counting import CountedRow, parse_guests, parse_readers
-from imdsproxy.core.haproxy.limits import (
+from imdsproxy.core.model import InstanceId, NetworkId
+from imdsproxy.core.policy import Policy
+from imdsproxy.core.tokens import TokenKey
+from imdsproxy.core.wire import ONE_IN
+from imdsproxy.haproxy.rules.counting import CountedRow, parse_guests, parse_readers
+from imdsproxy.haproxy.rules.limits import (
     MOST_SHOWN,
     Asker,
     Usage,
@@ -18,8 +22,8 @@ from imdsproxy.core.haproxy.limits import (
     read_usage,
     refused_lately,
 )
-from imdsproxy.core.haproxy.request_log import AnsweredBy, Watched, parse_events, read_audit
-from imdsproxy.core.haproxy.runtime import (
+from imdsproxy.haproxy.rules.request_log import AnsweredBy, Watched, parse_events, read_audit
+from imdsproxy.haproxy.rules.runtime import (
     Load,
     Processes,
     parse_failure,
@@ -30,10 +34,6 @@ from imdsproxy.core.haproxy.runtime import (
     parse_stat,
     parse_version,
 )
-from imdsproxy.core.model import InstanceId, NetworkId
-from imdsproxy.core.policy import Policy
-from imdsproxy.core.tokens import TokenKey
-from imdsproxy.core.wire import ONE_IN
 from support.haproxy_alone import mint_token
 
 # As HAProxy 3.0.11 prints it, with an old worker that still drains.

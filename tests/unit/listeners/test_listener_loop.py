@@ -12,7 +12,6 @@ from structlog.testing import capture_logs
 
 from imdsproxy.config.unix_listener import UnixListenerSettings
 from imdsproxy.core.endpoints import LeftOutCode
-from imdsproxy.core.haproxy.model import DataplaneSpec, Limits
 from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.hoststate import (
     NamespaceRef,
@@ -34,8 +33,10 @@ from imdsproxy.core.model import (
     NetworkId,
 )
 from imdsproxy.core.observation import Observation
-from imdsproxy.dataplane.layout import Layout
 from imdsproxy.errors import HostRefused, Problem
+from imdsproxy.haproxy.layout import Layout
+from imdsproxy.haproxy.rules.model import DataplaneSpec, Limits
+from imdsproxy.haproxy.unix_listener.listener import UnixListener
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.namespaces import NamespaceDirectory
 from imdsproxy.listeners.apply import NftTable
@@ -50,7 +51,6 @@ from imdsproxy.listeners.plan import (
     RemoveAddress,
 )
 from imdsproxy.neutron_namespaces.routers import Routers
-from imdsproxy.unix_listener.listener import UnixListener
 from support.fake_haproxy import FakeHaproxy, control_fake
 from support.fake_mac_filters import no_hop_limits, no_mac_filters
 from support.tasks import until

@@ -11,12 +11,12 @@ from imdsproxy.controller.token_report import (
     TokenLedger,
     open_trees,
 )
-from imdsproxy.core.haproxy.counting import CountedRow
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Dialect, Instance, InstanceId, NetworkId, Port, Upstream
 from imdsproxy.core.observation import Observation, SourceName
 from imdsproxy.core.path_rules import PathWord
 from imdsproxy.core.policy import PolicyBook, PolicyRules, TokenMode
+from imdsproxy.haproxy.rules.counting import CountedRow
 
 _NOW = 1_795_000_000.0
 _WEEK_S = 7 * 86_400

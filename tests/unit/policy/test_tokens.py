@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imdsproxy.core.haproxy.maps import plan_table_changes
 from imdsproxy.core.model import InstanceId
 from imdsproxy.core.tokens import (
     CURRENT,
@@ -20,6 +19,7 @@ from imdsproxy.core.tokens import (
     render_token_keys,
     rotate_token_keys,
 )
+from imdsproxy.haproxy.rules.maps import plan_table_changes
 
 _KEYS = tuple(TokenKey(bytes([number]) * 32) for number in range(5))
 

@@ -12,8 +12,8 @@ from typing import Any, Final
 
 from imdsproxy.admin_client import AdminClient
 from imdsproxy.core.wire import hide_signatures
-from imdsproxy.dataplane.master import MasterClient, WorkerEnded
 from imdsproxy.errors import ImdsproxyError, RuntimeUnavailable
+from imdsproxy.haproxy.master import MasterClient, WorkerEnded
 from imdsproxy.host.process import run_program
 from imdsproxy.tools.bundle.plan import (
     MOST_BYTES,

@@ -14,9 +14,9 @@ from typing import Any, Final
 import yaml
 
 from imdsproxy.config.schema import Settings
-from imdsproxy.dataplane.layout import Layout
 from imdsproxy.documents.compiled import parse_compiled
 from imdsproxy.errors import RecordCorrupt
+from imdsproxy.haproxy.layout import Layout
 from imdsproxy.sources.file.record_file import SUFFIXES
 
 _SECRET_FILE: Final = re.compile(r"(secret|key|password)_file$")

@@ -18,9 +18,9 @@ from imdsproxy import __version__
 from imdsproxy.admin_client import AdminClient
 from imdsproxy.config.load import Loaded
 from imdsproxy.config.schema import Settings
-from imdsproxy.dataplane.layout import Layout
-from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.errors import ConfigError, RequestRefused, refusing
+from imdsproxy.haproxy.layout import Layout
+from imdsproxy.haproxy.master import MasterClient
 from imdsproxy.tools.bundle.collect import Collected, collect
 from imdsproxy.tools.bundle.known import read_known
 from imdsproxy.tools.bundle.plan import Places, plan_parts, render_readme

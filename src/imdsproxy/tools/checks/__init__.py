@@ -13,8 +13,8 @@ from imdsproxy.config.load import Loaded
 from imdsproxy.config.schema import Settings
 from imdsproxy.core.model import Network
 from imdsproxy.core.records import Records
-from imdsproxy.dataplane.layout import Layout
 from imdsproxy.errors import KINDS, ConfigError, ImdsproxyError, SourceUnavailable
+from imdsproxy.haproxy.layout import Layout
 from imdsproxy.sources.file.record_file import SUFFIXES, decode_records, payload_reader
 from imdsproxy.sources.sqlite.store import read_store
 

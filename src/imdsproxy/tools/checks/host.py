@@ -9,8 +9,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Final
 
-from imdsproxy.dataplane.launch import read_program
 from imdsproxy.errors import ConfigError, DataplaneError, HaproxyMissing, HostRefused, spell_count
+from imdsproxy.haproxy.launch import read_program
 from imdsproxy.host.account import find_account, find_closed, group_name, user_name
 from imdsproxy.host.servers import open_tcp_socket
 from imdsproxy.tools.checks import Finding, Subject, found, refused

@@ -19,9 +19,6 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 from imdsproxy.config import neutron_agents
-from imdsproxy.core.haproxy import namespace_proxy
-from imdsproxy.core.haproxy.runtime import parse_failure
-from imdsproxy.core.haproxy.text import UnquotableWord
 from imdsproxy.errors import (
     ConfigRejected,
     HaproxyMissing,
@@ -31,6 +28,9 @@ from imdsproxy.errors import (
     host_refused,
     refusing,
 )
+from imdsproxy.haproxy.rules import namespace_proxy
+from imdsproxy.haproxy.rules.runtime import parse_failure
+from imdsproxy.haproxy.rules.text import UnquotableWord
 from imdsproxy.host.account import group_name, user_name
 from imdsproxy.host.files import (
     is_file_at,

@@ -10,15 +10,15 @@ from typing import Literal
 
 import structlog
 
-from imdsproxy.core.haproxy.config import render_config
-from imdsproxy.core.haproxy.model import DataplaneSpec
-from imdsproxy.core.haproxy.nova import loopback_sockets
-from imdsproxy.core.haproxy.runtime import Processes, parse_failure
-from imdsproxy.dataplane.launch import Launcher
-from imdsproxy.dataplane.layout import Layout
-from imdsproxy.dataplane.master import MasterClient, exchange
-from imdsproxy.dataplane.records import RecordApplier
 from imdsproxy.errors import ConfigRejected, Problem, ReloadFailed, RuntimeUnavailable, refusing
+from imdsproxy.haproxy.launch import Launcher
+from imdsproxy.haproxy.layout import Layout
+from imdsproxy.haproxy.master import MasterClient, exchange
+from imdsproxy.haproxy.records import RecordApplier
+from imdsproxy.haproxy.rules.config import render_config
+from imdsproxy.haproxy.rules.model import DataplaneSpec
+from imdsproxy.haproxy.rules.nova import loopback_sockets
+from imdsproxy.haproxy.rules.runtime import Processes, parse_failure
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import ensure_directory, write_atomic
 from imdsproxy.host.process import Doubt, read_stat, run_program, wait_gone

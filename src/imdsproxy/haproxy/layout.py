@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from imdsproxy.config.schema import Settings
-from imdsproxy.core.haproxy.model import Paths
+from imdsproxy.haproxy.rules.model import Paths
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,11 @@ from typing import Final
 
 from imdsproxy.core import path_rules, policy, tokens, wire
 from imdsproxy.core import policy_word as layout
-from imdsproxy.core.haproxy import counting
-from imdsproxy.core.haproxy.text import (
+from imdsproxy.core.path_rules import WITHIN_OTHER_TREES
+from imdsproxy.core.policy_word import POLICY_WORD, Field, Letter
+from imdsproxy.core.wire import TEXT
+from imdsproxy.haproxy.rules import counting
+from imdsproxy.haproxy.rules.text import (
     Block,
     Text,
     Value,
@@ -18,9 +21,6 @@ from imdsproxy.core.haproxy.text import (
     name_values,
     read_template,
 )
-from imdsproxy.core.path_rules import WITHIN_OTHER_TREES
-from imdsproxy.core.policy_word import POLICY_WORD, Field, Letter
-from imdsproxy.core.wire import TEXT
 
 _METHODS: Final = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
 

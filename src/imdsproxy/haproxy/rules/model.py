@@ -43,7 +43,7 @@ class Paths:
     The worker opens the paths in its root directory after `chroot`, all others before it.
 
     Attributes:
-        named: Paths by their names in templates, which are the names in `dataplane.layout`.
+        named: Paths by their names in templates, which are the names in `haproxy.layout`.
         documents: Sockets of the document server's workers.
         chroot: Whether the worker's root directory is `jail`, which holds its sockets, including those from HAProxy to
             itself.

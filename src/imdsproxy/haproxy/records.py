@@ -9,11 +9,11 @@ from typing import Final
 
 import structlog
 
-from imdsproxy.core.haproxy import maps
-from imdsproxy.core.haproxy.runtime import Processes
-from imdsproxy.dataplane.layout import Layout
-from imdsproxy.dataplane.master import MasterClient, WorkerEnded
 from imdsproxy.errors import DataplaneError, HostRefused
+from imdsproxy.haproxy.layout import Layout
+from imdsproxy.haproxy.master import MasterClient, WorkerEnded
+from imdsproxy.haproxy.rules import maps
+from imdsproxy.haproxy.rules.runtime import Processes
 from imdsproxy.host.files import ensure_directory, write_atomic
 
 _STAMP: Final = "stamp"

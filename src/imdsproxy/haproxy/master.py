@@ -10,9 +10,9 @@ from collections.abc import AsyncIterator, Collection, Iterable
 from pathlib import Path
 from typing import Final
 
-from imdsproxy.core.haproxy import runtime
-from imdsproxy.core.haproxy.maps import split_payload
 from imdsproxy.errors import CommandRefused, RuntimeUnavailable
+from imdsproxy.haproxy.rules import runtime
+from imdsproxy.haproxy.rules.maps import split_payload
 
 _PAYLOAD_LIMIT: Final = 14_000
 """Maximum bytes of data in one command: HAProxy's buffer is 16 kB and holds the command line too."""

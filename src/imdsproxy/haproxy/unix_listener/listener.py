@@ -13,17 +13,22 @@ from typing import Final, TypeAlias
 import structlog
 
 from imdsproxy.config.unix_listener import UnixListenerSettings
-from imdsproxy.core.haproxy.frontends import AGENTS
-from imdsproxy.core.haproxy.model import UnixBind
 from imdsproxy.core.hoststate import SeenSocket, SocketState
-from imdsproxy.dataplane.haproxy import Haproxy
 from imdsproxy.errors import DataplaneError, HostRefused, Problem, RuntimeUnavailable, refusing
+from imdsproxy.haproxy.process import Haproxy
+from imdsproxy.haproxy.rules.frontends import AGENTS
+from imdsproxy.haproxy.rules.model import UnixBind
+from imdsproxy.haproxy.unix_listener.plan import (
+    Takeovers,
+    deduce_socket_mode,
+    judge_socket,
+    name_owners,
+)
 from imdsproxy.host.account import group_id, user_id
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import ensure_directory
 from imdsproxy.host.socket_file import FileIdentity, give_socket, identify_file, remove_file
 from imdsproxy.reconcile.progress import Backoff
-from imdsproxy.unix_listener.plan import Takeovers, deduce_socket_mode, judge_socket, name_owners
 
 _BIND: Final = re.compile(rf"^\s*bind unix@(\S+) name {AGENTS}\b", re.MULTILINE)
 _LARGEST_ID: Final = 2**32 - 2

@@ -8,15 +8,15 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Final
 
-from imdsproxy.core.haproxy.backends import names_of_backends
-from imdsproxy.core.haproxy.counting import read_counter
-from imdsproxy.core.haproxy.frontends import names_of_frontends
-from imdsproxy.core.haproxy.limits import names_of_limits
-from imdsproxy.core.haproxy.model import DataplaneSpec, count_namespaces
-from imdsproxy.core.haproxy.names import CONSTANTS
-from imdsproxy.core.haproxy.nova import names_of_nova, nova_backends
-from imdsproxy.core.haproxy.request_log import names_of_log
-from imdsproxy.core.haproxy.text import (
+from imdsproxy.haproxy.rules.backends import names_of_backends
+from imdsproxy.haproxy.rules.counting import read_counter
+from imdsproxy.haproxy.rules.frontends import names_of_frontends
+from imdsproxy.haproxy.rules.limits import names_of_limits
+from imdsproxy.haproxy.rules.model import DataplaneSpec, count_namespaces
+from imdsproxy.haproxy.rules.names import CONSTANTS
+from imdsproxy.haproxy.rules.nova import names_of_nova, nova_backends
+from imdsproxy.haproxy.rules.request_log import names_of_log
+from imdsproxy.haproxy.rules.text import (
     Text,
     Value,
     fill_sections,

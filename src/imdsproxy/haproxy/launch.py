@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Final, Literal
 
-from imdsproxy.core.haproxy.runtime import Processes, parse_failure, parse_features, parse_version
-from imdsproxy.dataplane.layout import Layout
-from imdsproxy.dataplane.master import MasterClient
 from imdsproxy.errors import ConfigRejected, HaproxyMissing, HostRefused, RuntimeUnavailable
+from imdsproxy.haproxy.layout import Layout
+from imdsproxy.haproxy.master import MasterClient
+from imdsproxy.haproxy.rules.runtime import Processes, parse_failure, parse_features, parse_version
 from imdsproxy.host import process
 from imdsproxy.host.files import write_atomic
 

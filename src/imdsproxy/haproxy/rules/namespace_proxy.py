@@ -9,9 +9,9 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Final
 
-from imdsproxy.core.haproxy.names import CONSTANTS
-from imdsproxy.core.haproxy.text import Value, fill_sections, name_values, read_template, render
 from imdsproxy.errors import RequestRefused
+from imdsproxy.haproxy.rules.names import CONSTANTS
+from imdsproxy.haproxy.rules.text import Value, fill_sections, name_values, read_template, render
 
 _UUID: Final = re.compile(r"[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}", re.IGNORECASE | re.ASCII)
 

@@ -1,1 +1,0 @@
-"""HAProxy's configuration as typed values, and as text."""

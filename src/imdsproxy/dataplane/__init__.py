@@ -1,1 +1,0 @@
-"""Control of HAProxy: its process, sockets and files."""
