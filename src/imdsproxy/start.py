@@ -20,8 +20,6 @@ import structlog
 
 from imdsproxy.admin.health import HealthServer
 from imdsproxy.admin.starting import StartingServer
-from imdsproxy.anti_spoofing.hop_limits import HopLimits
-from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.config.changes import SettingsHolder, refuse_dropped
 from imdsproxy.config.load import Loaded
 from imdsproxy.config.schema import Settings
@@ -47,11 +45,13 @@ from imdsproxy.host.process import (
 )
 from imdsproxy.host.servers import open_tcp_socket, open_unix_socket
 from imdsproxy.host.socket_file import SocketFiles, open_sole_socket
-from imdsproxy.listeners.apply import apply_links
-from imdsproxy.listeners.host import SystemHost
-from imdsproxy.neutron_namespaces.routers import Routers
+from imdsproxy.network.anti_spoofing.hop_limits import HopLimits
+from imdsproxy.network.anti_spoofing.mac_filters import MacFilters
+from imdsproxy.network.listeners.apply import apply_links
+from imdsproxy.network.listeners.host import SystemHost
+from imdsproxy.network.ovn.sweep import sweep_places
+from imdsproxy.network.routers.routers import Routers
 from imdsproxy.nova.upstream import NovaUpstream
-from imdsproxy.ovn.sweep import sweep_places
 
 if TYPE_CHECKING:
     from imdsproxy.admin.metrics import Metrics

@@ -8,8 +8,8 @@ from typing import Final
 
 from imdsproxy.config.describe import find_setting
 from imdsproxy.config.schema import Settings
-from imdsproxy.core.endpoints import LeftOutCode
 from imdsproxy.haproxy.layout import Layout
+from imdsproxy.network.endpoints import LeftOutCode
 from support.demonstration import REPOSITORY
 from support.pages import each_page, prose
 

@@ -19,10 +19,10 @@ from imdsproxy.admin.api import admin_app
 from imdsproxy.cli.main import build_program, iterate_commands, main
 from imdsproxy.config.schema import Settings
 from imdsproxy.config.strict_yaml import parse_yaml
-from imdsproxy.core.endpoints import LeftOutCode
 from imdsproxy.core.records import parse_records
 from imdsproxy.errors import KINDS
 from imdsproxy.hub.api import operators_app
+from imdsproxy.network.endpoints import LeftOutCode
 from imdsproxy.tools.namespace_proxy.command import run_parser
 from support.demonstration import REPOSITORY
 from support.pages import PAGES, code_blocks, each_page, inline_code

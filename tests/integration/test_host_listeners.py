@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.core.endpoints import Endpoint, LeftOutCode
-from imdsproxy.core.hoststate import Effect
 from imdsproxy.core.model import (
     METADATA_IPV4,
     BridgeListener,
@@ -24,11 +22,18 @@ from imdsproxy.core.model import (
     NetworkId,
 )
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
-from imdsproxy.listeners.apply import NftTable, apply_links, apply_ops, haproxy_name
-from imdsproxy.listeners.endpoints import plan_binds, plan_links
-from imdsproxy.listeners.host import SystemHost
-from imdsproxy.listeners.nft_scripts import render_arp_guard
-from imdsproxy.listeners.plan import DeleteLink, DeleteNamespace, ListenerPlan, plan_listeners
+from imdsproxy.host.state import Effect
+from imdsproxy.network.endpoints import Endpoint, LeftOutCode
+from imdsproxy.network.listeners.apply import NftTable, apply_links, apply_ops, haproxy_name
+from imdsproxy.network.listeners.endpoints import plan_binds, plan_links
+from imdsproxy.network.listeners.host import SystemHost
+from imdsproxy.network.listeners.nft_scripts import render_arp_guard
+from imdsproxy.network.listeners.plan import (
+    DeleteLink,
+    DeleteNamespace,
+    ListenerPlan,
+    plan_listeners,
+)
 from support.guest import inside
 from support.hostlab import HostLab
 from support.lab import NETNS, until, within

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.core.hoststate import NamespaceRef, ObservedHost
 from imdsproxy.core.model import (
     BridgeListener,
     InterfaceListener,
@@ -23,8 +22,9 @@ from imdsproxy.errors import HostRefused
 from imdsproxy.host.namespace_watch import NamespaceWatch
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
-from imdsproxy.listeners.host import SystemHost
-from imdsproxy.listeners.watch import HostWatch
+from imdsproxy.host.state import NamespaceRef, ObservedHost
+from imdsproxy.network.listeners.host import SystemHost
+from imdsproxy.network.listeners.watch import HostWatch
 from support.hostlab import HostLab, create_namespace
 from support.patience import patience
 
@@ -265,7 +265,7 @@ async def test_a_namespace_that_is_not_heard_is_looked_at_properly(
     def refuse(_channel: NetlinkSocket, _descriptor: int) -> int:
         raise NetlinkRefused(errno.ENOSPC)
 
-    monkeypatch.setattr("imdsproxy.listeners.watch.assign_nsid", refuse)
+    monkeypatch.setattr("imdsproxy.network.listeners.watch.assign_nsid", refuse)
     name = lab.namespace("blue")
     async with _watching(lab, {"blue": NamespaceListener(name)}, 20) as watched:
         await watched.quiet()

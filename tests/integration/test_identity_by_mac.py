@@ -12,11 +12,11 @@ from unittest import mock
 
 import pytest
 
-from imdsproxy.anti_spoofing.mac_filters import MacFilters
-from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.model import NetworkId
 from imdsproxy.errors import ImdsproxyError
 from imdsproxy.haproxy.records import RecordApplier
+from imdsproxy.network.anti_spoofing.mac_filters import MacFilters
+from imdsproxy.network.names import Naming
 from support.daemon import instance, user_data_of
 from support.guest import IPV4, IPV6, Connection, Guest, Lost, inside
 from support.impostor import Impostor

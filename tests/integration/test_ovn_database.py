@@ -26,9 +26,9 @@ from bench.southbound import (
     plan_cloud,
 )
 from imdsproxy.config.sources import OvnSourceSettings
-from imdsproxy.core.hostnames import Naming
 from imdsproxy.host.namespaces import DEFAULT_DIRECTORY, NamespaceDirectory, NamespaceThread
-from imdsproxy.ovn import places
+from imdsproxy.network.names import Naming
+from imdsproxy.network.ovn import places
 from imdsproxy.sources.ovn.source import OvnSource
 from support.certificates import make_authority
 from support.lab import until

@@ -13,14 +13,14 @@ from typing import Any, Final
 
 import pytest
 
-from imdsproxy.anti_spoofing.host_rules import (
+from imdsproxy.core.model import BridgeListener, Dialect, InterfaceListener, NamespaceListener
+from imdsproxy.host.namespaces import NamespaceDirectory
+from imdsproxy.network.anti_spoofing.host_rules import (
     GuestBridge,
     GuestBridges,
     observe_guests,
     read_rules,
 )
-from imdsproxy.core.model import BridgeListener, Dialect, InterfaceListener, NamespaceListener
-from imdsproxy.host.namespaces import NamespaceDirectory
 from imdsproxy.tools.snippets import Target
 from support.daemon import Daemon
 from support.dhcp_client import take_lease

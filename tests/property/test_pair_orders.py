@@ -11,16 +11,11 @@ from unittest.mock import MagicMock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imdsproxy.anti_spoofing.mac_filters import MacFilters
-from imdsproxy.anti_spoofing.plan import ANY_MAC, Pairs, plan_pair
 from imdsproxy.controller.compiler import RecordCompiler
 from imdsproxy.controller.record_loop import RecordLoop
 from imdsproxy.controller.record_plan import record_key
 from imdsproxy.controller.rule_sets import RuleSets
 from imdsproxy.controller.token_keys import TokenKeys
-from imdsproxy.core.endpoints import Endpoint
-from imdsproxy.core.hostnames import Naming
-from imdsproxy.core.hoststate import NamespaceRef, ObservedHost
 from imdsproxy.core.identity import Learned
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import (
@@ -37,6 +32,11 @@ from imdsproxy.core.model import (
 from imdsproxy.core.observation import AddressKey, Observation
 from imdsproxy.haproxy.rules.maps import MapState
 from imdsproxy.host.clock import Clock
+from imdsproxy.host.state import NamespaceRef, ObservedHost
+from imdsproxy.network.anti_spoofing.mac_filters import MacFilters
+from imdsproxy.network.anti_spoofing.plan import ANY_MAC, Pairs, plan_pair
+from imdsproxy.network.endpoints import Endpoint
+from imdsproxy.network.names import Naming
 from support.fake_mac_filters import FakeMacFilters, MemoryJournal, no_hop_limits
 
 _NET = NetworkId("n")

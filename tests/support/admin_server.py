@@ -21,7 +21,6 @@ from imdsproxy.admin import routes, status
 from imdsproxy.admin.api import admin_app
 from imdsproxy.admin.status import StatusReport, report_status
 from imdsproxy.admin_client import AdminClient
-from imdsproxy.anti_spoofing.claims import ForgedClaims
 from imdsproxy.config.changes import SettingChange, SettingsReload
 from imdsproxy.config.policy import LimitsSettings
 from imdsproxy.controller.compiler import CompiledIndex, RecordCompiler
@@ -33,8 +32,6 @@ from imdsproxy.controller.rule_sets import RuleSets
 from imdsproxy.controller.token_keys import TokenKeys
 from imdsproxy.controller.token_report import InstanceTokens, TokenReport, TokenVerdict
 from imdsproxy.controller.watching import Watching
-from imdsproxy.core.endpoints import Endpoint, LeftOut, LeftOutCode
-from imdsproxy.core.hoststate import NamespaceRef, ObservedHost
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import (
     METADATA_IPV4,
@@ -60,7 +57,10 @@ from imdsproxy.haproxy.process import Haproxy
 from imdsproxy.haproxy.records import RecordApplier, write_table
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.servers import open_unix_socket
-from imdsproxy.listeners.plan import ListenerPlan
+from imdsproxy.host.state import NamespaceRef, ObservedHost
+from imdsproxy.network.anti_spoofing.claims import ForgedClaims
+from imdsproxy.network.endpoints import Endpoint, LeftOut, LeftOutCode
+from imdsproxy.network.listeners.plan import ListenerPlan
 from imdsproxy.reconcile.tickets import Tickets
 from imdsproxy.sources.sqlite.source import SqliteSource
 from support.fake_controller import HEALTHY, fake_controller

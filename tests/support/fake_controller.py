@@ -10,14 +10,14 @@ from typing import Any
 
 from imdsproxy.admin.metrics import Metrics, count_traffic
 from imdsproxy.controller.controller import Controller
-from imdsproxy.core.endpoints import LeftOut, LeftOutCode
-from imdsproxy.core.hoststate import Effect
 from imdsproxy.core.identity import Denial
 from imdsproxy.core.inventory import Report
 from imdsproxy.core.model import NetworkId
 from imdsproxy.errors import Problem
 from imdsproxy.haproxy.process import ReloadReport
 from imdsproxy.haproxy.rules.runtime import Processes
+from imdsproxy.host.state import Effect
+from imdsproxy.network.endpoints import LeftOut, LeftOutCode
 from imdsproxy.nova.upstream import NovaEndpointReport
 from imdsproxy.reconcile.progress import Durations, Step
 

@@ -5,8 +5,12 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from imdsproxy.anti_spoofing.hop_limits import HopLimits
-from imdsproxy.anti_spoofing.kernel import (
+from imdsproxy.core.inventory import Inventory
+from imdsproxy.core.model import IpAddress, MacAddress, NetworkId
+from imdsproxy.errors import DataplaneError, HostRefused
+from imdsproxy.host.clock import Clock
+from imdsproxy.network.anti_spoofing.hop_limits import HopLimits
+from imdsproxy.network.anti_spoofing.kernel import (
     FilterChange,
     HopPlace,
     KernelHopLimits,
@@ -14,13 +18,9 @@ from imdsproxy.anti_spoofing.kernel import (
     TableGone,
     TableJournal,
 )
-from imdsproxy.anti_spoofing.mac_filters import MacFilters
-from imdsproxy.anti_spoofing.plan import MacFilter, PairMap
-from imdsproxy.core.hostnames import Naming
-from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.model import IpAddress, MacAddress, NetworkId
-from imdsproxy.errors import DataplaneError, HostRefused
-from imdsproxy.host.clock import Clock
+from imdsproxy.network.anti_spoofing.mac_filters import MacFilters
+from imdsproxy.network.anti_spoofing.plan import MacFilter, PairMap
+from imdsproxy.network.names import Naming
 
 
 @dataclass

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Final
 
 from imdsproxy.config.sources import OvnSourceSettings
-from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.model import NetworkId
 from imdsproxy.host import namespaces
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.nlmessages import NetlinkSocket
-from imdsproxy.ovn import places
-from imdsproxy.ovn.provision import Provisioner
+from imdsproxy.network.names import Naming
+from imdsproxy.network.ovn import places
+from imdsproxy.network.ovn.provision import Provisioner
 from imdsproxy.sources.ovn.source import OvnSource
 from support.lab import NETNS
 from support.ovn_lab import OvnLab, OvnNetwork

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Self
 
-from imdsproxy.core import endpoints
 from imdsproxy.core.model import NetworkId
+from imdsproxy.network import endpoints
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,6 @@ from typing import Final, assert_never
 
 from imdsproxy.admin.bodies import DocumentBody, DocumentView
 from imdsproxy.admin.records import no_such
-from imdsproxy.anti_spoofing.plan import ANY_MAC, plan_pair
 from imdsproxy.controller.controller import Controller
 from imdsproxy.controller.lookup import Lookup
 from imdsproxy.controller.record_plan import policy_place, record_key
@@ -23,8 +22,9 @@ from imdsproxy.core.wire import HEADER_LOGGED, MISMATCH_TEXT, NovaRecord, hide_s
 from imdsproxy.documents.resolver_app import CollectedAnswer, GuestRequest
 from imdsproxy.errors import NotFound, RuntimeUnavailable
 from imdsproxy.haproxy.master import WorkerEnded
-from imdsproxy.listeners.endpoints import networks_of
-from imdsproxy.listeners.loop import ListenerLoop
+from imdsproxy.network.anti_spoofing.plan import ANY_MAC, plan_pair
+from imdsproxy.network.listeners.endpoints import networks_of
+from imdsproxy.network.listeners.loop import ListenerLoop
 from imdsproxy.sources.api import LookUpUnavailable, PortAmbiguous, PortFound, PortMissing
 
 _UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")

@@ -26,8 +26,8 @@ from imdsproxy.errors import (
     RequestRefused,
     SourceRefused,
 )
-from imdsproxy.listeners.endpoints import networks_of
-from imdsproxy.listeners.plan import find_shared
+from imdsproxy.network.listeners.endpoints import networks_of
+from imdsproxy.network.listeners.plan import find_shared
 from imdsproxy.sources.sqlite.source import SqliteSource
 
 _AT_ONCE = 500

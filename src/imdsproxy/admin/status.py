@@ -9,8 +9,6 @@ from typing import Final
 from imdsproxy import __version__
 from imdsproxy.admin.answers import LeftOut, Readiness
 from imdsproxy.controller.controller import Controller
-from imdsproxy.core.endpoints import Foreign
-from imdsproxy.core.hoststate import Effect
 from imdsproxy.core.inventory import Report
 from imdsproxy.core.observation import Conflict, SourceName
 from imdsproxy.documents.dialects.ec2 import list_warnings
@@ -19,7 +17,9 @@ from imdsproxy.haproxy.master import WorkerEnded
 from imdsproxy.haproxy.process import ReloadReport
 from imdsproxy.haproxy.rules import limits
 from imdsproxy.haproxy.rules.runtime import Processes
-from imdsproxy.listeners.endpoints import owners_of
+from imdsproxy.host.state import Effect
+from imdsproxy.network.endpoints import Foreign
+from imdsproxy.network.listeners.endpoints import owners_of
 from imdsproxy.nova.upstream import NovaEndpointReport
 from imdsproxy.reconcile.progress import Step
 

@@ -8,12 +8,8 @@ from pathlib import Path
 from random import SystemRandom
 from typing import TYPE_CHECKING
 
-from imdsproxy.anti_spoofing.hop_limits import HopLimits
-from imdsproxy.anti_spoofing.kernel import KernelHopLimits, KernelMacFilters, table_journal
-from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.config.schema import DocumentsSettings, HaproxySettings, Settings
 from imdsproxy.controller.companion import Companion
-from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.wire import RETRY_AFTER_S
 from imdsproxy.haproxy.layout import Layout
@@ -24,8 +20,12 @@ from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import ensure_directory, write_atomic
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.sockets import SocketOwners
-from imdsproxy.listeners.host import SystemHost
-from imdsproxy.neutron_namespaces.routers import Routers
+from imdsproxy.network.anti_spoofing.hop_limits import HopLimits
+from imdsproxy.network.anti_spoofing.kernel import KernelHopLimits, KernelMacFilters, table_journal
+from imdsproxy.network.anti_spoofing.mac_filters import MacFilters
+from imdsproxy.network.listeners.host import SystemHost
+from imdsproxy.network.names import Naming
+from imdsproxy.network.routers.routers import Routers
 from imdsproxy.nova.upstream import NovaUpstream
 from imdsproxy.reconcile.progress import Backoff, Progress
 from imdsproxy.sources.api import Source

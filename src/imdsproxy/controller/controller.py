@@ -15,9 +15,6 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from imdsproxy.anti_spoofing.claims import ForgedClaims
-from imdsproxy.anti_spoofing.hop_limits import HopLimits
-from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.config.changes import SettingsHolder
 from imdsproxy.controller import build
 from imdsproxy.controller.audit import KEPT_WORKERS, Audit
@@ -50,11 +47,14 @@ from imdsproxy.host.clock import Clock
 from imdsproxy.host.events import NeighbourChange, watch_neighbours, watch_tables
 from imdsproxy.host.notify import ServiceNotifier, kept_sockets
 from imdsproxy.host.socket_file import SocketFiles
-from imdsproxy.listeners.host import KeptNetworks, SystemHost
-from imdsproxy.listeners.loop import ListenerLoop
-from imdsproxy.neutron_namespaces.routers import Routers
+from imdsproxy.network.anti_spoofing.claims import ForgedClaims
+from imdsproxy.network.anti_spoofing.hop_limits import HopLimits
+from imdsproxy.network.anti_spoofing.mac_filters import MacFilters
+from imdsproxy.network.listeners.host import KeptNetworks, SystemHost
+from imdsproxy.network.listeners.loop import ListenerLoop
+from imdsproxy.network.ovn.host import OvnHost
+from imdsproxy.network.routers.routers import Routers
 from imdsproxy.nova.upstream import NovaUpstream, NovaWatch
-from imdsproxy.ovn.host import OvnHost
 from imdsproxy.reconcile.progress import Progress
 
 if TYPE_CHECKING:

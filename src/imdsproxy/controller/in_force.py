@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Final
 
-from imdsproxy.core import endpoints
-from imdsproxy.core.endpoints import LeftOutCode
 from imdsproxy.core.model import NetworkId
-from imdsproxy.listeners.loop import ListenerLoop
+from imdsproxy.network import endpoints
+from imdsproxy.network.endpoints import LeftOutCode
+from imdsproxy.network.listeners.loop import ListenerLoop
 
 if TYPE_CHECKING:
     from imdsproxy.controller.controller import Controller

@@ -1,8 +1,8 @@
 """Lookup of an unknown address's owner: in the inventory, the neighbour table, then a source that can be queried.
 
 Where the network checks MACs, a request arrives here as `unverified` until its address has a MAC pair
-(`anti_spoofing.plan`). The lookup puts the owner in force, and the answer goes only to the MAC that identified the
-owner.
+(`network.anti_spoofing.plan`). The lookup puts the owner in force, and the answer goes only to the MAC that identified
+the owner.
 """
 
 import math
@@ -12,8 +12,6 @@ from typing import Final, assert_never
 
 import structlog
 
-from imdsproxy.anti_spoofing.mac_filters import MacFilters
-from imdsproxy.anti_spoofing.plan import ANY_MAC, excess_learned
 from imdsproxy.controller.record_loop import RecordLoop
 from imdsproxy.core.addresses import link_local_of, mac_of
 from imdsproxy.core.identity import (
@@ -35,6 +33,8 @@ from imdsproxy.core.wire import MapRecord
 from imdsproxy.documents.resolver import Outcome
 from imdsproxy.errors import DataplaneError
 from imdsproxy.host.clock import Clock
+from imdsproxy.network.anti_spoofing.mac_filters import MacFilters
+from imdsproxy.network.anti_spoofing.plan import ANY_MAC, excess_learned
 from imdsproxy.sources import api
 
 _REFUSED: Final = 1000

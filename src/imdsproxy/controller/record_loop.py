@@ -13,9 +13,6 @@ from typing import Final, TypeVar
 
 import structlog
 
-from imdsproxy.anti_spoofing.hop_limits import HopLimits
-from imdsproxy.anti_spoofing.mac_filters import MacFilters
-from imdsproxy.anti_spoofing.plan import plan_pairs
 from imdsproxy.controller.compiler import COMPILER, Compiling, RecordCompiler
 from imdsproxy.controller.record_plan import RecordPlanner, parse_record_key, record_key
 from imdsproxy.controller.rule_sets import RuleSets
@@ -33,6 +30,9 @@ from imdsproxy.haproxy.records import RecordApplier
 from imdsproxy.haproxy.rules.maps import PackedMap
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.process import release_memory
+from imdsproxy.network.anti_spoofing.hop_limits import HopLimits
+from imdsproxy.network.anti_spoofing.mac_filters import MacFilters
+from imdsproxy.network.anti_spoofing.plan import plan_pairs
 from imdsproxy.nova.routing import NovaRouting
 from imdsproxy.reconcile.progress import Backoff, Durations, Progress
 from imdsproxy.reconcile.tickets import Tickets, report_failure

@@ -32,9 +32,9 @@ ANSWER_DSCP: Final = 0x2F
 """Mark of answers to unverified requests that only the instance may read (RFC 2474's pool for local use)."""
 
 # The hop limit of an answer that holds a session token. HAProxy cannot set a packet's TTL. It can set a DSCP on a
-# connection without any privilege; a rule in the kernel (`anti_spoofing.rules`) turns the DSCP into the TTL or hop
-# limit. Without that rule the answer would travel as far as any other. If the rule is missing, the record therefore has
-# `WITHHELD` in place of the limit, and HAProxy gives no token.
+# connection without any privilege; a rule in the kernel (`network.anti_spoofing.rules`) turns the DSCP into the TTL or
+# hop limit. Without that rule the answer would travel as far as any other. If the rule is missing, the record therefore
+# has `WITHHELD` in place of the limit, and HAProxy gives no token.
 
 UNLIMITED: Final = 64
 """The kernel's own default; such an answer gets no DSCP."""

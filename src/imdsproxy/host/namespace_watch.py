@@ -9,10 +9,10 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Final, Self
 
-from imdsproxy.core.hoststate import NamespaceRef
 from imdsproxy.errors import host_refused, refusing
 from imdsproxy.host.inotify import ENTRIES, IN_DELETE, IN_MOVED_FROM, ITSELF, Inotify
 from imdsproxy.host.namespaces import MISSING, NamespaceDirectory
+from imdsproxy.host.state import NamespaceRef
 
 _SETTLE_S: Final = 0.01
 """Pause before a scan, in seconds: a namespace is created in several steps, each an event."""

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar
 
-from imdsproxy.core.hoststate import NamespaceRef
 from imdsproxy.errors import HostRefused, Ignoring, host_refused, refusing
 from imdsproxy.host.files import opened, remove_file
 from imdsproxy.host.process import call_libc
+from imdsproxy.host.state import NamespaceRef
 
 DEFAULT_DIRECTORY: Final = Path("/run/netns")
 

@@ -1,8 +1,8 @@
 """Devices, addresses, routes and neighbours of the calling thread's namespace.
 
 Every function takes a `NetlinkSocket`, which belongs to the namespace where it was created, and blocks for some µs. If
-the kernel refuses, it raises `NetlinkRefused` (an OSError). `listeners.apply` and `listeners.host`, which know the
-purpose, convert that to a `HostRefused`.
+the kernel refuses, it raises `NetlinkRefused` (an OSError). `network.listeners.apply` and `network.listeners.host`,
+which know the purpose, convert that to a `HostRefused`.
 """
 
 import errno
@@ -14,10 +14,10 @@ from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface, ip_interface
 from typing import Final
 
-from imdsproxy.core.hoststate import AddressState, Family, ObservedAddress, ObservedDevice
 from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6, IpAddress, MacAddress
 from imdsproxy.errors import Ignoring, refusing
 from imdsproxy.host import nlmessages as nl
+from imdsproxy.host.state import AddressState, Family, ObservedAddress, ObservedDevice
 
 # Types of messages and attributes, and flags, as in linux/{rtnetlink,if_link,if_addr,neighbour,net_namespace}.h.
 RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK = 16, 17, 18

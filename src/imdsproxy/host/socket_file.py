@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeAlias
 
-from imdsproxy.core.hoststate import SeenSocket, SocketOwner, SocketState
 from imdsproxy.errors import HostRefused, host_refused, refusing
 from imdsproxy.host.files import Owner, apply_owner_and_mode, opened
 from imdsproxy.host.nlmessages import NetlinkSocket, parse_attributes
 from imdsproxy.host.process import PROC, command_name, read_arguments
 from imdsproxy.host.servers import open_unix_socket
 from imdsproxy.host.sockets import SOCK_DIAG, SocketOwners
+from imdsproxy.host.state import SeenSocket, SocketOwner, SocketState
 
 _BY_FAMILY: Final = 20
 _QUESTION: Final = struct.Struct("=BBHIII8s")

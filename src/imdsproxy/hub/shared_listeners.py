@@ -12,18 +12,18 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
-from imdsproxy.core.hostnames import Naming
-from imdsproxy.core.hoststate import ObservedHost
 from imdsproxy.core.model import InstanceId, Network, NetworkId
 from imdsproxy.core.records import parse_network
 from imdsproxy.core.records.grant import EVERY_HOST
 from imdsproxy.errors import AlreadyExists, Problem, RecordConflict
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.layout import HostId
+from imdsproxy.host.state import ObservedHost
 from imdsproxy.hub.plan_writes import Transaction
 from imdsproxy.hub.scopes import read_grant, read_scope
 from imdsproxy.hub.state import FleetState, needs_of
-from imdsproxy.listeners.plan import find_shared, place_of
+from imdsproxy.network.listeners.plan import find_shared, place_of
+from imdsproxy.network.names import Naming
 
 _ITEM: Final = "network/"
 _NAMING: Final = Naming()

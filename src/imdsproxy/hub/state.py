@@ -39,7 +39,7 @@ from imdsproxy.fleet.values import (
     parse_value,
 )
 from imdsproxy.hub.etcd_messages import Deleted, KeyValue
-from imdsproxy.listeners.plan import place_of
+from imdsproxy.network.listeners.plan import place_of
 
 Item: TypeAlias = tuple[int, Json]
 """Revision and value of an item."""
@@ -742,7 +742,7 @@ class FleetState:
         return found.hosts, found.needs
 
     def networks_at(self, where: str) -> tuple[NetworkId, ...]:
-        """Return the networks whose listeners share a device or namespace (`listeners.plan.Place.where`)."""
+        """Return the networks whose listeners share a device or namespace (`network.listeners.plan.Place.where`)."""
         return tuple(self._sharing.get(where, ()))
 
     def hosts_with(self, item: ItemKey) -> frozenset[HostId]:

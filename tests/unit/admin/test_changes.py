@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 
 from imdsproxy.admin import tokens
-from imdsproxy.core.endpoints import LeftOutCode
-from imdsproxy.core.hoststate import NamespaceRef, ObservedHost, ObservedNamespace
 from imdsproxy.core.identity import Learned
 from imdsproxy.core.model import InstanceId, NamespaceListener, Network, NetworkId
 from imdsproxy.core.observation import Observation
@@ -22,6 +20,8 @@ from imdsproxy.core.policy import OperatorOverride
 from imdsproxy.core.tokens import TokenKey, instance_key
 from imdsproxy.errors import NotFound, Problem, SourceRefused
 from imdsproxy.fleet.policies import FleetPolicies
+from imdsproxy.host.state import NamespaceRef, ObservedHost, ObservedNamespace
+from imdsproxy.network.endpoints import LeftOutCode
 from imdsproxy.sources.sqlite.source import SqliteSource
 from support.admin_server import AdminServer
 from support.record_builders import instance, key, port

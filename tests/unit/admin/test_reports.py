@@ -22,12 +22,12 @@ from imdsproxy.admin.answers import Readiness
 from imdsproxy.admin.health import HealthServer
 from imdsproxy.admin.metrics import Metrics, count_traffic
 from imdsproxy.admin.status import report_readiness, report_status
-from imdsproxy.core.endpoints import LeftOut, LeftOutCode
 from imdsproxy.core.inventory import Report
 from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.core.observation import StrandedPort
 from imdsproxy.errors import Problem
 from imdsproxy.haproxy.rules.runtime import WorkerTotals
+from imdsproxy.network.endpoints import LeftOut, LeftOutCode
 from imdsproxy.reconcile.progress import Durations
 from support.fake_controller import HEALTHY, fake_controller, fake_metrics, row
 

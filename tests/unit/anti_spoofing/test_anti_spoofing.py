@@ -11,28 +11,6 @@ from typing import Self
 
 import pytest
 
-from imdsproxy.anti_spoofing.hop_limits import HopLimits
-from imdsproxy.anti_spoofing.kernel import HopPlace, table_journal
-from imdsproxy.anti_spoofing.mac_filters import MacFilters
-from imdsproxy.anti_spoofing.plan import (
-    ANY_MAC,
-    LEARNED_PER_MAC,
-    MacFilter,
-    MacFilterPlan,
-    excess_learned,
-    plan_mac_filters,
-    plan_pair,
-    plan_pairs,
-)
-from imdsproxy.core.endpoints import Endpoint
-from imdsproxy.core.hostnames import Naming
-from imdsproxy.core.hoststate import (
-    ListeningSocket,
-    NamespaceRef,
-    ObservedDevice,
-    ObservedHost,
-    ObservedNamespace,
-)
 from imdsproxy.core.identity import Learned
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import (
@@ -49,6 +27,28 @@ from imdsproxy.core.model import (
 from imdsproxy.core.observation import AddressKey
 from imdsproxy.core.wire import VERIFIED_PORT, hop_limit_of, withhold_token
 from imdsproxy.errors import HostRefused, Problem
+from imdsproxy.host.state import (
+    ListeningSocket,
+    NamespaceRef,
+    ObservedDevice,
+    ObservedHost,
+    ObservedNamespace,
+)
+from imdsproxy.network.anti_spoofing.hop_limits import HopLimits
+from imdsproxy.network.anti_spoofing.kernel import HopPlace, table_journal
+from imdsproxy.network.anti_spoofing.mac_filters import MacFilters
+from imdsproxy.network.anti_spoofing.plan import (
+    ANY_MAC,
+    LEARNED_PER_MAC,
+    MacFilter,
+    MacFilterPlan,
+    excess_learned,
+    plan_mac_filters,
+    plan_pair,
+    plan_pairs,
+)
+from imdsproxy.network.endpoints import Endpoint
+from imdsproxy.network.names import Naming
 from support.fake_mac_filters import FakeHopLimits, FakeMacFilters
 from support.hand_clock import HandClock
 from support.record_builders import full, instance, key, network

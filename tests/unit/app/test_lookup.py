@@ -12,10 +12,6 @@ from typing import Any, Final
 import pytest
 
 from imdsproxy.admin.guests import Explanation, explain
-from imdsproxy.anti_spoofing.claims import ForgedClaims
-from imdsproxy.anti_spoofing.kernel import Claims
-from imdsproxy.anti_spoofing.mac_filters import MacFilters
-from imdsproxy.anti_spoofing.plan import LEARNED_PER_MAC, plan_pair
 from imdsproxy.controller.lookup import Lookup
 from imdsproxy.controller.record_loop import RecordLoop
 from imdsproxy.core.identity import Denial, Learned
@@ -36,6 +32,10 @@ from imdsproxy.core.observation import AddressKey, Observation
 from imdsproxy.core.policy import OperatorOverride, PolicyBook, PolicyRules
 from imdsproxy.core.policy_report import DEFAULT_ORIGIN
 from imdsproxy.errors import HostRefused, Problem
+from imdsproxy.network.anti_spoofing.claims import ForgedClaims
+from imdsproxy.network.anti_spoofing.kernel import Claims
+from imdsproxy.network.anti_spoofing.mac_filters import MacFilters
+from imdsproxy.network.anti_spoofing.plan import LEARNED_PER_MAC, plan_pair
 from imdsproxy.nova.routing import EndpointSet, NovaRouting
 from imdsproxy.reconcile.tickets import Tickets
 from imdsproxy.sources import api

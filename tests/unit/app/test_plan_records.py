@@ -13,8 +13,6 @@ from hypothesis import strategies as st
 from imdsproxy.controller.record_plan import RecordPlanner, record_key
 from imdsproxy.core import wire
 from imdsproxy.core.addresses import link_local_of
-from imdsproxy.core.endpoints import Endpoint
-from imdsproxy.core.hoststate import NamespaceRef
 from imdsproxy.core.identity import Learned
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import (
@@ -31,7 +29,9 @@ from imdsproxy.core.path_rules import PathWord, set_id
 from imdsproxy.core.policy import PolicyBook, PolicyRules, rule_set_of
 from imdsproxy.errors import HostRefused
 from imdsproxy.haproxy.rules.model import Bind
-from imdsproxy.listeners.endpoints import (
+from imdsproxy.host.state import NamespaceRef
+from imdsproxy.network.endpoints import Endpoint
+from imdsproxy.network.listeners.endpoints import (
     compute_maxconn,
     link_name,
     networks_of,

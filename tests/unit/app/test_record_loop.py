@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from imdsproxy.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.controller.compiler import CompiledIndex, RecordCompiler
 from imdsproxy.controller.record_loop import RecordLoop
 from imdsproxy.controller.rule_sets import RuleSets
@@ -41,6 +40,7 @@ from imdsproxy.haproxy import records as records_on_disk
 from imdsproxy.haproxy.layout import Layout
 from imdsproxy.haproxy.records import RecordApplier
 from imdsproxy.haproxy.rules.maps import parse_map
+from imdsproxy.network.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.nova.routing import EndpointSet, NovaRouting
 from support.fake_haproxy import FakeHaproxy
 from support.fake_mac_filters import no_hop_limits, no_mac_filters

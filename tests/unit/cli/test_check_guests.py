@@ -8,15 +8,6 @@ from typing import Any
 
 import pytest
 
-from imdsproxy.anti_spoofing import host_rules
-from imdsproxy.anti_spoofing.host_rules import (
-    DroppingChain,
-    GuestBridge,
-    GuestBridges,
-    parse_dropping_chains,
-    passes_forward_chain,
-    rules_for,
-)
 from imdsproxy.core.model import (
     BridgeListener,
     InterfaceListener,
@@ -27,6 +18,15 @@ from imdsproxy.core.model import (
     Subnet,
 )
 from imdsproxy.core.tokens import TokenKey, render_token_keys
+from imdsproxy.network.anti_spoofing import host_rules
+from imdsproxy.network.anti_spoofing.host_rules import (
+    DroppingChain,
+    GuestBridge,
+    GuestBridges,
+    parse_dropping_chains,
+    passes_forward_chain,
+    rules_for,
+)
 from imdsproxy.tools.checks import Subject
 from imdsproxy.tools.checks.guests import (
     check_daemon,

@@ -15,12 +15,12 @@ from imdsproxy.admin import records
 from imdsproxy.admin.answers import Written
 from imdsproxy.admin_client import AdminClient, read_record
 from imdsproxy.cli import output
-from imdsproxy.core.endpoints import LeftOutCode
 from imdsproxy.core.model import BridgeListener, Dialect, InstanceId, NamespaceListener
 from imdsproxy.core.path_rules import PathWord
 from imdsproxy.core.policy import NO_RULES, RULES, PolicyRules, TokenMode
 from imdsproxy.core.records import parse_network
 from imdsproxy.errors import AdminError, Problem, RequestRefused, SourceUnavailable
+from imdsproxy.network.endpoints import LeftOutCode
 from imdsproxy.reconcile.progress import Step
 from imdsproxy.sources.libvirt.xml import METADATA_URI
 from support.cli import Cli, on_a_terminal

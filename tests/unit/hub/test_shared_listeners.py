@@ -4,7 +4,6 @@ from collections.abc import Mapping
 
 import pytest
 
-from imdsproxy.core import hostnames
 from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.errors import AlreadyExists, SourceRefused
 from imdsproxy.fleet import layout
@@ -12,6 +11,7 @@ from imdsproxy.fleet.layout import HostId, Json, StoredInstance, StoredNetwork
 from imdsproxy.hub.plan_writes import Transaction
 from imdsproxy.hub.shared_listeners import refuse_shared
 from imdsproxy.hub.state import Change, FleetState
+from imdsproxy.network import names
 
 _Listener = Mapping[str, str]
 _BRIDGE = {"bridge": "br0"}
@@ -154,8 +154,8 @@ def test_an_operator_of_one_project_makes_no_network_whose_names_on_hosts_anothe
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     state = fleet(network("red", project="p1"))
-    monkeypatch.setattr(hostnames, "_DIGITS", 1)
-    naming = hostnames.Naming()
+    monkeypatch.setattr(names, "_DIGITS", 1)
+    naming = names.Naming()
     alike = next(
         name
         for name in map("n{}".format, range(1000))

@@ -11,17 +11,6 @@ import pytest
 from structlog.testing import capture_logs
 
 from imdsproxy.config.unix_listener import UnixListenerSettings
-from imdsproxy.core.endpoints import LeftOutCode
-from imdsproxy.core.hostnames import Naming
-from imdsproxy.core.hoststate import (
-    NamespaceRef,
-    ObservedAddress,
-    ObservedDevice,
-    ObservedHost,
-    ObservedNamespace,
-    SeenSocket,
-    SocketState,
-)
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import (
     METADATA_IPV4,
@@ -39,10 +28,20 @@ from imdsproxy.haproxy.rules.model import DataplaneSpec, Limits
 from imdsproxy.haproxy.unix_listener.listener import UnixListener
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.namespaces import NamespaceDirectory
-from imdsproxy.listeners.apply import NftTable
-from imdsproxy.listeners.host import KeptNetworks, SystemHost
-from imdsproxy.listeners.loop import ListenerLoop
-from imdsproxy.listeners.plan import (
+from imdsproxy.host.state import (
+    NamespaceRef,
+    ObservedAddress,
+    ObservedDevice,
+    ObservedHost,
+    ObservedNamespace,
+    SeenSocket,
+    SocketState,
+)
+from imdsproxy.network.endpoints import LeftOutCode
+from imdsproxy.network.listeners.apply import NftTable
+from imdsproxy.network.listeners.host import KeptNetworks, SystemHost
+from imdsproxy.network.listeners.loop import ListenerLoop
+from imdsproxy.network.listeners.plan import (
     AddAddress,
     DeleteLink,
     DeleteNamespace,
@@ -50,7 +49,8 @@ from imdsproxy.listeners.plan import (
     Place,
     RemoveAddress,
 )
-from imdsproxy.neutron_namespaces.routers import Routers
+from imdsproxy.network.names import Naming
+from imdsproxy.network.routers.routers import Routers
 from support.fake_haproxy import FakeHaproxy, control_fake
 from support.fake_mac_filters import no_hop_limits, no_mac_filters
 from support.tasks import until
@@ -192,7 +192,7 @@ async def rig(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[R
             lambda: wanted, haproxy, lambda _path, _pids: SeenSocket(SocketState.MISSING), Clock()
         ),
     )
-    with patch("imdsproxy.listeners.loop.try_tcp_listen", lambda _host, _port: taken[0]):
+    with patch("imdsproxy.network.listeners.loop.try_tcp_listen", lambda _host, _port: taken[0]):
         await loop.first_round()
         task = asyncio.create_task(loop.run())
         try:
@@ -390,7 +390,7 @@ def _host(directory: Path) -> SystemHost:
 def applied(monkeypatch: pytest.MonkeyPatch) -> AsyncMock:
     """A kernel that refuses nothing."""
     apply = AsyncMock(return_value={})
-    monkeypatch.setattr("imdsproxy.listeners.host.apply_ops", apply)
+    monkeypatch.setattr("imdsproxy.network.listeners.host.apply_ops", apply)
     return apply
 
 

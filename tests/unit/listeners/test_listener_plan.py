@@ -8,21 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imdsproxy.core.endpoints import Endpoint, Foreign, LeftOut, LeftOutCode
-from imdsproxy.core.hostnames import Naming
-from imdsproxy.core.hoststate import (
-    AddressState,
-    Effect,
-    Family,
-    ListeningSocket,
-    NamespaceRef,
-    ObservedAddress,
-    ObservedDevice,
-    ObservedHost,
-    ObservedNamespace,
-    SocketOwner,
-    merge_observed,
-)
 from imdsproxy.core.model import (
     METADATA_IPV4,
     METADATA_IPV6,
@@ -35,9 +20,23 @@ from imdsproxy.core.model import (
     Subnet,
 )
 from imdsproxy.errors import Problem
-from imdsproxy.listeners.endpoints import find_degraded
-from imdsproxy.listeners.nft_scripts import render_diversions
-from imdsproxy.listeners.plan import (
+from imdsproxy.host.state import (
+    AddressState,
+    Effect,
+    Family,
+    ListeningSocket,
+    NamespaceRef,
+    ObservedAddress,
+    ObservedDevice,
+    ObservedHost,
+    ObservedNamespace,
+    SocketOwner,
+    merge_observed,
+)
+from imdsproxy.network.endpoints import Endpoint, Foreign, LeftOut, LeftOutCode
+from imdsproxy.network.listeners.endpoints import find_degraded
+from imdsproxy.network.listeners.nft_scripts import render_diversions
+from imdsproxy.network.listeners.plan import (
     AddAddress,
     AttachBridge,
     DeleteLink,
@@ -50,6 +49,7 @@ from imdsproxy.listeners.plan import (
     find_left_to_others,
     plan_listeners,
 )
+from imdsproxy.network.names import Naming
 
 NAMING = Naming()
 BLUE = NetworkId("blue")

@@ -466,7 +466,7 @@ def test_the_program_loads_nothing_of_the_daemon() -> None:
     heavy = ("asyncio", "pydantic", "typer", "rich", "yaml", "uvicorn", "fastapi", "structlog")
     assert [name for name in loaded if name.partition(".")[0] in heavy] == []
     ours = {name.split(".")[1] for name in loaded if name.startswith("imdsproxy.")}
-    assert ours == {"config", "core", "errors", "host", "tools"}
+    assert ours == {"config", "core", "errors", "haproxy", "host", "tools"}
 
 
 # The configuration's file

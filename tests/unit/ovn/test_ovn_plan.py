@@ -6,8 +6,8 @@ from typing import Final
 
 import pytest
 
-from imdsproxy.core.hoststate import ObservedDevice
-from imdsproxy.ovn.plan import (
+from imdsproxy.host.state import ObservedDevice
+from imdsproxy.network.ovn.plan import (
     MetadataPlace,
     SeenPlace,
     networks_without_port,

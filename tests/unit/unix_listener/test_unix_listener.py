@@ -12,7 +12,6 @@ import pytest
 from structlog.testing import capture_logs
 
 from imdsproxy.config.unix_listener import UnixListenerSettings
-from imdsproxy.core.hoststate import SeenSocket, SocketOwner, SocketState
 from imdsproxy.errors import DataplaneError, ReloadFailed, RuntimeUnavailable
 from imdsproxy.haproxy.layout import Layout
 from imdsproxy.haproxy.rules.config import render_config
@@ -20,6 +19,7 @@ from imdsproxy.haproxy.rules.model import DataplaneSpec, UnixBind
 from imdsproxy.haproxy.rules.runtime import Processes
 from imdsproxy.haproxy.unix_listener.listener import UnixListener, sweep_unix_socket
 from imdsproxy.haproxy.unix_listener.plan import Takeovers, deduce_socket_mode
+from imdsproxy.host.state import SeenSocket, SocketOwner, SocketState
 from support.hand_clock import HandClock
 
 _AGENT: Final = SeenSocket(SocketState.FOREIGN, (SocketOwner(77, "neutron-ovn-met"),))

@@ -13,7 +13,6 @@ from typing import Final, TypeAlias
 import structlog
 
 from imdsproxy.config.unix_listener import UnixListenerSettings
-from imdsproxy.core.hoststate import SeenSocket, SocketState
 from imdsproxy.errors import DataplaneError, HostRefused, Problem, RuntimeUnavailable, refusing
 from imdsproxy.haproxy.process import Haproxy
 from imdsproxy.haproxy.rules.frontends import AGENTS
@@ -28,6 +27,7 @@ from imdsproxy.host.account import group_id, user_id
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import ensure_directory
 from imdsproxy.host.socket_file import FileIdentity, give_socket, identify_file, remove_file
+from imdsproxy.host.state import SeenSocket, SocketState
 from imdsproxy.reconcile.progress import Backoff
 
 _BIND: Final = re.compile(rf"^\s*bind unix@(\S+) name {AGENTS}\b", re.MULTILINE)

@@ -13,8 +13,8 @@ supervisor, or fails to start: each takeover reloads HAProxy, and a fight helps 
 from dataclasses import dataclass
 from typing import Final
 
-from imdsproxy.core.hoststate import SeenSocket, SocketState
 from imdsproxy.errors import Problem
+from imdsproxy.host.state import SeenSocket, SocketState
 
 _WINDOW_S: Final = 60.0
 _AT_ONCE: Final = 3

@@ -248,7 +248,7 @@ class OvnKnown:
         networks = {
             network: Network(
                 network,
-                # `imdsproxy.ovn` adds the addresses before it plugs the device in.
+                # `imdsproxy.network.ovn` adds the addresses before it plugs the device in.
                 NamespaceListener(namespace_of(network), devices_of(network)[1]),
                 project=self._project_of(network),
             )

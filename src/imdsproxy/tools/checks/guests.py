@@ -8,12 +8,9 @@ from functools import cache
 from ipaddress import IPv4Address, IPv4Network
 from typing import Final
 
-from imdsproxy.anti_spoofing import host_rules
-from imdsproxy.anti_spoofing.host_rules import DroppingChain, GuestBridge
 from imdsproxy.controller.policy_store import read_overrides
 from imdsproxy.controller.token_keys import read_token_keys
 from imdsproxy.controller.token_report import USER_DATA, OpenUserData, open_trees, open_user_data
-from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import METADATA_IPV4, BridgeListener, InterfaceListener, Network
 from imdsproxy.core.observation import Observation, SourceName
@@ -23,6 +20,9 @@ from imdsproxy.core.wire import VERIFIED_PORT
 from imdsproxy.documents.dialects.respond import can_be_served
 from imdsproxy.errors import ImdsproxyError, SourceUnavailable, spell_count
 from imdsproxy.host.namespaces import NamespaceDirectory
+from imdsproxy.network.anti_spoofing import host_rules
+from imdsproxy.network.anti_spoofing.host_rules import DroppingChain, GuestBridge
+from imdsproxy.network.names import Naming
 from imdsproxy.tools.checks import Finding, Subject, found, refused
 
 _TREES: Final = {"/openstack": "openstack_tokens", "/nocloud": "nocloud_tokens"}
@@ -154,7 +154,7 @@ def _drops(
                 device=device,
                 chain=chain.name,
                 address=METADATA_IPV4,
-                # The MAC filter redirects accepted packets to a port of its own (`anti_spoofing.plan`).
+                # The MAC filter redirects accepted packets to a port of its own (`network.anti_spoofing.plan`).
                 verified=VERIFIED_PORT,
             )
 

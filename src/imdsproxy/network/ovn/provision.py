@@ -9,7 +9,6 @@ from typing import Final
 
 import structlog
 
-from imdsproxy.core.hostnames import Naming
 from imdsproxy.errors import (
     DataplaneError,
     ImdsproxyError,
@@ -18,9 +17,10 @@ from imdsproxy.errors import (
     refusing,
 )
 from imdsproxy.host.namespaces import NamespaceThread
-from imdsproxy.ovn.bridge_ports import write_ports
-from imdsproxy.ovn.places import look_at_places, make_place, remove_place
-from imdsproxy.ovn.plan import (
+from imdsproxy.network.names import Naming
+from imdsproxy.network.ovn.bridge_ports import write_ports
+from imdsproxy.network.ovn.places import look_at_places, make_place, remove_place
+from imdsproxy.network.ovn.plan import (
     MetadataPlace,
     OvnPlan,
     networks_without_port,
@@ -55,7 +55,7 @@ _log: Final = structlog.get_logger()
 
 @dataclass(slots=True)
 class Provisioner:
-    """Keeps this host equal to the plans of `ovn.plan`.
+    """Keeps this host equal to the plans of `network.ovn.plan`.
 
     Args:
         source: Source with the networks that have ports here, and Open vSwitch's database.

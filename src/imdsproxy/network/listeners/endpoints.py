@@ -6,8 +6,11 @@ from dataclasses import replace
 from ipaddress import IPv4Address
 from typing import Final
 
-from imdsproxy.core.endpoints import LOOPBACK, Endpoint, Foreign, LeftOut, LeftOutCode
-from imdsproxy.core.hoststate import (
+from imdsproxy.core.model import METADATA_PORT, IpAddress, Network, NetworkId
+from imdsproxy.core.wire import REDIRECTED_PORT
+from imdsproxy.errors import HostRefused
+from imdsproxy.haproxy.rules.model import Bind, count_namespaces
+from imdsproxy.host.state import (
     REDIRECTED,
     AddressState,
     Effect,
@@ -15,10 +18,7 @@ from imdsproxy.core.hoststate import (
     ListeningSocket,
     ObservedNamespace,
 )
-from imdsproxy.core.model import METADATA_PORT, IpAddress, Network, NetworkId
-from imdsproxy.core.wire import REDIRECTED_PORT
-from imdsproxy.errors import HostRefused
-from imdsproxy.haproxy.rules.model import Bind, count_namespaces
+from imdsproxy.network.endpoints import LOOPBACK, Endpoint, Foreign, LeftOut, LeftOutCode
 
 _NO_ADDRESS = frozenset({LeftOutCode.ADDRESS_MISSING, LeftOutCode.ADDRESS_ON_LOOPBACK})
 

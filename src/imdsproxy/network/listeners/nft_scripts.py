@@ -20,8 +20,6 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-from imdsproxy.core.hostnames import Naming
-from imdsproxy.core.hoststate import ObservedDevice, ObservedHost
 from imdsproxy.core.model import (
     METADATA_IPV4,
     METADATA_IPV6,
@@ -31,6 +29,8 @@ from imdsproxy.core.model import (
     Network,
     NetworkId,
 )
+from imdsproxy.host.state import ObservedDevice, ObservedHost
+from imdsproxy.network.names import Naming
 
 _GUEST_KINDS: Final = frozenset({"tun", "veth"})
 

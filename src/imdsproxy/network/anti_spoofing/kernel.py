@@ -10,9 +10,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final, TypeAlias, TypeVar
 
-from imdsproxy.anti_spoofing import rules
-from imdsproxy.anti_spoofing.plan import ANY_MAC, MacFilter, PairMap
-from imdsproxy.core.hoststate import Family, NamespaceRef
 from imdsproxy.core.model import METADATA_PORT, IpAddress, MacAddress, NetworkId
 from imdsproxy.core.wire import VERIFIED_PORT
 from imdsproxy.errors import DataplaneError, HostRefused, Ignoring, host_refused, refusing
@@ -30,6 +27,9 @@ from imdsproxy.host.nftables import (
 )
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
 from imdsproxy.host.sockets import SOCK_DIAG, end_connections, list_connections, try_bind
+from imdsproxy.host.state import Family, NamespaceRef
+from imdsproxy.network.anti_spoofing import rules
+from imdsproxy.network.anti_spoofing.plan import ANY_MAC, MacFilter, PairMap
 
 K = TypeVar("K")
 T = TypeVar("T")

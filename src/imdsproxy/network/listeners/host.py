@@ -1,7 +1,7 @@
 """This host, for loops and look-up: observe, plan, act.
 
 An observation has namespaces, devices, addresses, listening sockets and the results of trial binds. One namespace costs
-about 0.2 ms in the namespace thread. `core.hoststate.merge_observed` merges an observation of some networks into the
+about 0.2 ms in the namespace thread. `host.state.merge_observed` merges an observation of some networks into the
 last one.
 """
 
@@ -16,20 +16,6 @@ from typing import Final, TypeAlias
 
 import structlog
 
-from imdsproxy.core.endpoints import LOOPBACK
-from imdsproxy.core.hostnames import Naming
-from imdsproxy.core.hoststate import (
-    REDIRECTED,
-    AddressState,
-    Family,
-    ListeningSocket,
-    NamespaceRef,
-    ObservedAddress,
-    ObservedDevice,
-    ObservedHost,
-    ObservedNamespace,
-    merge_observed,
-)
 from imdsproxy.core.model import (
     METADATA_IPV4,
     METADATA_PORT,
@@ -52,9 +38,22 @@ from imdsproxy.host.sockets import (
     listening_sockets,
     try_bind,
 )
-from imdsproxy.listeners.apply import NftTable, apply_ops
-from imdsproxy.listeners.nft_scripts import render_arp_guard, render_diversions
-from imdsproxy.listeners.plan import (
+from imdsproxy.host.state import (
+    REDIRECTED,
+    AddressState,
+    Family,
+    ListeningSocket,
+    NamespaceRef,
+    ObservedAddress,
+    ObservedDevice,
+    ObservedHost,
+    ObservedNamespace,
+    merge_observed,
+)
+from imdsproxy.network.endpoints import LOOPBACK
+from imdsproxy.network.listeners.apply import NftTable, apply_ops
+from imdsproxy.network.listeners.nft_scripts import render_arp_guard, render_diversions
+from imdsproxy.network.listeners.plan import (
     AddAddress,
     HostOp,
     ListenerPlan,
@@ -68,6 +67,7 @@ from imdsproxy.listeners.plan import (
     place_of,
     plan_listeners,
 )
+from imdsproxy.network.names import Naming
 
 Peek: TypeAlias = tuple[int, frozenset[int]]
 """Inode of a namespace, and inodes of the sockets that listen there."""

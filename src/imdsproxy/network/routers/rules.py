@@ -14,18 +14,18 @@ Connections that another rule has already redirected stay there.
 
     chain redirect                                # nat, prerouting
       iifname "qr-*" ip daddr M tcp dport 80 redirect to :9254
-    chain output                                  # as in `anti_spoofing.rules`
+    chain output                                  # as in `network.anti_spoofing.rules`
       tcp sport 9254 jump limit4
 """
 
 import struct
 from typing import Final
 
-from imdsproxy.anti_spoofing.rules import LAYOUTS, fill_redirected_hop_limit
 from imdsproxy.core.model import METADATA_PORT
 from imdsproxy.core.wire import REDIRECTED_PORT
 from imdsproxy.host import nftables as nft
 from imdsproxy.host.nftables import NETWORK, TRANSPORT, Batch
+from imdsproxy.network.anti_spoofing.rules import LAYOUTS, fill_redirected_hop_limit
 
 FORMAT: Final = 1
 """Format number in each table's comment: a table with another number is replaced."""

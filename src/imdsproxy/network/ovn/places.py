@@ -16,15 +16,15 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Final
 
-from imdsproxy.core.endpoints import LOOPBACK
-from imdsproxy.core.hostnames import Naming
 from imdsproxy.core.model import NetworkId
 from imdsproxy.errors import Ignoring, host_refused
 from imdsproxy.host import netlink
 from imdsproxy.host.namespaces import MISSING, NamespaceMissing, NamespaceThread
 from imdsproxy.host.nlmessages import NetlinkSocket
 from imdsproxy.host.sockets import SOCK_DIAG, listening_sockets
-from imdsproxy.ovn.plan import (
+from imdsproxy.network.endpoints import LOOPBACK
+from imdsproxy.network.names import Naming
+from imdsproxy.network.ovn.plan import (
     NAMESPACE_PREFIX,
     MetadataPlace,
     SeenPlace,

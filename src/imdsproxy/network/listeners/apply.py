@@ -1,4 +1,4 @@
-"""Executor of the operations planned by `listeners.plan`, in idempotent steps. Also replaces tables and links."""
+"""Executor of the operations planned by `network.listeners.plan`, step by step. Also replaces tables and links."""
 
 import contextlib
 import errno
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, assert_never
 
-from imdsproxy.core.endpoints import LOOPBACK
-from imdsproxy.core.hoststate import Family, ObservedDevice
 from imdsproxy.core.model import IpAddress
 from imdsproxy.errors import DataplaneError, Ignoring, Problem, host_refused, refusing
 from imdsproxy.host import netlink
 from imdsproxy.host.namespaces import NamespaceThread
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
 from imdsproxy.host.process import run_program
-from imdsproxy.listeners import plan
+from imdsproxy.host.state import Family, ObservedDevice
+from imdsproxy.network.endpoints import LOOPBACK
+from imdsproxy.network.listeners import plan
 
 HAPROXY_NETNS: Final = Path("/var/run/netns")
 """Directory in which HAProxy opens namespaces (compiled in: `src/namespace.c`)."""
@@ -162,7 +162,7 @@ def _set_up(
 
 @dataclass(slots=True)
 class NftTable:
-    """One of our nftables tables, which nft(8) replaces and removes as a whole (`listeners.nft_scripts`).
+    """One of our nftables tables, which nft(8) replaces and removes as a whole (`network.listeners.nft_scripts`).
 
     Attributes:
         failing: Reason to report if nft(8) is missing or refuses.
@@ -210,7 +210,7 @@ def haproxy_name(directory: Path) -> str:
 
     HAProxy hands a listening socket over to its next worker by the names of its namespace and device. If a namespace
     or device was deleted and created again under its name, the worker would get the socket of the deleted one. A link
-    with another name (`listeners.endpoints.link_name`) makes HAProxy open a new socket. HAProxy opens
+    with another name (`network.listeners.endpoints.link_name`) makes HAProxy open a new socket. HAProxy opens
     `/var/run/netns/NAME` and accepts slashes in NAME, so the links are in a directory of ours, hidden from `ip netns`:
     `bind … namespace ../imdsproxy/netns/blue@4026532317`.
     """

@@ -4,11 +4,11 @@ from collections.abc import Coroutine
 from dataclasses import InitVar, dataclass, field
 from random import SystemRandom
 
-from imdsproxy.core.hostnames import Naming
 from imdsproxy.errors import Problem
 from imdsproxy.host.namespaces import NamespaceThread
-from imdsproxy.ovn.heartbeat import OvnHeartbeat
-from imdsproxy.ovn.provision import Provisioner
+from imdsproxy.network.names import Naming
+from imdsproxy.network.ovn.heartbeat import OvnHeartbeat
+from imdsproxy.network.ovn.provision import Provisioner
 from imdsproxy.sources.ovn.source import OvnSource
 
 

@@ -14,8 +14,8 @@ from ipaddress import IPv4Interface, ip_interface
 from typing import Final
 
 from imdsproxy.core.addresses import link_local_of
-from imdsproxy.core.hoststate import Family, ObservedDevice
 from imdsproxy.core.model import MacAddress, NetworkId
+from imdsproxy.host.state import Family, ObservedDevice
 from imdsproxy.sources.ovn.chassis import BridgePort, LocalChassis
 from imdsproxy.sources.ovn.ports import (
     IpInterface,

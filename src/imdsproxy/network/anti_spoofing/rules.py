@@ -82,12 +82,12 @@ from functools import cache
 from ipaddress import ip_address
 from typing import Final
 
-from imdsproxy.anti_spoofing.plan import ANY_MAC
-from imdsproxy.core.hoststate import Family
 from imdsproxy.core.model import METADATA_PORT, IpAddress, MacAddress
 from imdsproxy.core.wire import ANSWER_DSCP, REDIRECTED_PORT, VERIFIED_PORT
 from imdsproxy.host import nftables as nft
 from imdsproxy.host.nftables import LINK, NETWORK, TRANSPORT, Batch, Change, Element
+from imdsproxy.host.state import Family
+from imdsproxy.network.anti_spoofing.plan import ANY_MAC
 
 FORMAT: Final = 4
 """Format number in each table's comment: a table with another number is replaced."""

@@ -1,4 +1,4 @@
-"""Keeper of our tables in the namespaces of Neutron's routers (`neutron_namespaces.rules`)."""
+"""Keeper of our tables in the namespaces of Neutron's routers (`network.routers.rules`)."""
 
 import contextlib
 from collections.abc import Callable, Collection, Iterable
@@ -7,14 +7,14 @@ from typing import Final
 
 import structlog
 
-from imdsproxy.anti_spoofing.kernel import KernelTables, TableGone
-from imdsproxy.core.endpoints import Endpoint
-from imdsproxy.core.hoststate import NamespaceRef
 from imdsproxy.core.wire import REDIRECTED_PORT
 from imdsproxy.errors import DataplaneError, Problem
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.nftables import INET, Batch, NetfilterSocket, ensure_table
-from imdsproxy.neutron_namespaces import rules
+from imdsproxy.host.state import NamespaceRef
+from imdsproxy.network.anti_spoofing.kernel import KernelTables, TableGone
+from imdsproxy.network.endpoints import Endpoint
+from imdsproxy.network.routers import rules
 from imdsproxy.sources.neutron_namespaces.records import router_of
 
 _log: Final = structlog.get_logger()

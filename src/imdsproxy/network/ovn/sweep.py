@@ -7,12 +7,12 @@ from contextlib import aclosing
 from functools import partial
 from typing import Final
 
-from imdsproxy.core.hostnames import Naming
 from imdsproxy.errors import SourceUnavailable
 from imdsproxy.host.namespaces import NamespaceThread
 from imdsproxy.host.ovsdb import Ovsdb
-from imdsproxy.ovn.bridge_ports import sweep_ports
-from imdsproxy.ovn.places import look_at_places, remove_place
+from imdsproxy.network.names import Naming
+from imdsproxy.network.ovn.bridge_ports import sweep_ports
+from imdsproxy.network.ovn.places import look_at_places, remove_place
 from imdsproxy.sources.ovn.source import OPEN_VSWITCH, read_chassis
 
 _ANSWER_S: Final = 10.0

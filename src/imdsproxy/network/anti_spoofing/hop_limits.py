@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from imdsproxy.anti_spoofing.kernel import HopPlace, KernelHopLimits, TableJournal, name_of
-from imdsproxy.core.endpoints import Endpoint
 from imdsproxy.core.model import NetworkId
 from imdsproxy.core.wire import UNLIMITED, hop_limit_of, withhold_token
 from imdsproxy.errors import Problem
+from imdsproxy.network.anti_spoofing.kernel import HopPlace, KernelHopLimits, TableJournal, name_of
+from imdsproxy.network.endpoints import Endpoint
 
 _NONE: frozenset[NetworkId] = frozenset()
 

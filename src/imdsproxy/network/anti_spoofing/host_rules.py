@@ -12,9 +12,6 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Final
 
-from imdsproxy.anti_spoofing.rules import fill_mac_filter
-from imdsproxy.core.hostnames import Naming
-from imdsproxy.core.hoststate import ObservedDevice
 from imdsproxy.core.model import BridgeListener, Listener, NamespaceListener
 from imdsproxy.host.namespaces import (
     NamespaceDirectory,
@@ -32,6 +29,9 @@ from imdsproxy.host.netlink import (
 from imdsproxy.host.nftables import Batch, commit
 from imdsproxy.host.nlmessages import NetlinkSocket
 from imdsproxy.host.process import run_program
+from imdsproxy.host.state import ObservedDevice
+from imdsproxy.network.anti_spoofing.rules import fill_mac_filter
+from imdsproxy.network.names import Naming
 
 _GUEST_KINDS: Final = frozenset({"tun", "veth"})
 _RULE_READERS: Final = (
@@ -111,7 +111,7 @@ def _observe_guests(
             device = find_link(channel, name)
             if device is None:
                 return GuestBridges(missing=f"device {name}")
-            # No other guest gets packets for the metadata address (`listeners.nft_scripts`).
+            # No other guest gets packets for the metadata address (`network.listeners.nft_scripts`).
             seen = _observe_bridge(channel, device, naming, read, led=True)
             return GuestBridges(tuple(filter(None, [seen])))
     namespace, found = listener.namespace, list[GuestBridge | None]()

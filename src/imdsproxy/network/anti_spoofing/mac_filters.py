@@ -13,14 +13,21 @@ from typing import Final, TypeVar
 
 import structlog
 
-from imdsproxy.anti_spoofing.kernel import (
+from imdsproxy.core.inventory import Inventory
+from imdsproxy.core.model import IpAddress, MacAddress, Network, NetworkId
+from imdsproxy.core.observation import AddressKey
+from imdsproxy.core.packed import PackedPairs
+from imdsproxy.errors import DataplaneError, Problem
+from imdsproxy.host.clock import Clock
+from imdsproxy.host.state import NamespaceRef, ObservedHost
+from imdsproxy.network.anti_spoofing.kernel import (
     Claims,
     KernelMacFilters,
     TableGone,
     TableJournal,
     name_of,
 )
-from imdsproxy.anti_spoofing.plan import (
+from imdsproxy.network.anti_spoofing.plan import (
     ANY_MAC,
     MacFilter,
     MacFilterPlan,
@@ -28,15 +35,8 @@ from imdsproxy.anti_spoofing.plan import (
     Pairs,
     plan_mac_filters,
 )
-from imdsproxy.core.endpoints import Endpoint
-from imdsproxy.core.hostnames import Naming
-from imdsproxy.core.hoststate import NamespaceRef, ObservedHost
-from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.model import IpAddress, MacAddress, Network, NetworkId
-from imdsproxy.core.observation import AddressKey
-from imdsproxy.core.packed import PackedPairs
-from imdsproxy.errors import DataplaneError, Problem
-from imdsproxy.host.clock import Clock
+from imdsproxy.network.endpoints import Endpoint
+from imdsproxy.network.names import Naming
 
 T = TypeVar("T")
 _Mac = TypeVar("_Mac", MacAddress, MacAddress | None)

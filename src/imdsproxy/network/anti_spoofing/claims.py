@@ -1,6 +1,6 @@
 """Forged claims: guests that claim an address for their MAC by ARP or ND, although its pair has another MAC.
 
-They change nothing for the owner (`anti_spoofing.rules`). They are counted so that operators see them.
+They change nothing for the owner (`network.anti_spoofing.rules`). They are counted so that operators see them.
 """
 
 from collections.abc import Mapping
@@ -9,12 +9,12 @@ from typing import Final
 
 import structlog
 
-from imdsproxy.anti_spoofing.kernel import Claims
-from imdsproxy.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.core.model import MacAddress, NetworkId
 from imdsproxy.core.observation import AddressKey
 from imdsproxy.errors import DataplaneError
 from imdsproxy.host.clock import Clock
+from imdsproxy.network.anti_spoofing.kernel import Claims
+from imdsproxy.network.anti_spoofing.mac_filters import MacFilters
 
 _FRESH_S: Final = 1.0
 """Seconds for which counters are not read again: a thousand networks take a tenth of a second."""

@@ -10,10 +10,6 @@ from dataclasses import dataclass, field, replace
 
 import structlog
 
-from imdsproxy.anti_spoofing.hop_limits import HopLimits
-from imdsproxy.anti_spoofing.mac_filters import MacFilters
-from imdsproxy.anti_spoofing.plan import MacFilterPlan
-from imdsproxy.core.endpoints import Endpoint, LeftOut, LeftOutCode
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import Network, NetworkId
 from imdsproxy.errors import ConfigRejected, DataplaneError, Problem, ReloadFailed
@@ -24,18 +20,22 @@ from imdsproxy.haproxy.unix_listener.listener import UnixListener, bound_path
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.process import descriptor_limit
 from imdsproxy.host.servers import try_tcp_listen
-from imdsproxy.listeners.apply import apply_links, haproxy_name
-from imdsproxy.listeners.endpoints import (
+from imdsproxy.network.anti_spoofing.hop_limits import HopLimits
+from imdsproxy.network.anti_spoofing.mac_filters import MacFilters
+from imdsproxy.network.anti_spoofing.plan import MacFilterPlan
+from imdsproxy.network.endpoints import Endpoint, LeftOut, LeftOutCode
+from imdsproxy.network.listeners.apply import apply_links, haproxy_name
+from imdsproxy.network.listeners.endpoints import (
     compute_maxconn,
     find_degraded,
     networks_of,
     plan_binds,
     plan_links,
 )
-from imdsproxy.listeners.host import KeptNetworks, SystemHost
-from imdsproxy.listeners.plan import ListenerPlan
-from imdsproxy.listeners.watch import HostWatch
-from imdsproxy.neutron_namespaces.routers import Routers
+from imdsproxy.network.listeners.host import KeptNetworks, SystemHost
+from imdsproxy.network.listeners.plan import ListenerPlan
+from imdsproxy.network.listeners.watch import HostWatch
+from imdsproxy.network.routers.routers import Routers
 from imdsproxy.reconcile.progress import Backoff, Durations
 from imdsproxy.reconcile.tickets import Tickets, report_failure
 

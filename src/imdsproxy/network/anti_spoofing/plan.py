@@ -19,14 +19,14 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final, TypeAlias
 
-from imdsproxy.core.endpoints import ENSLAVING, LOOPBACK, Endpoint
-from imdsproxy.core.hostnames import Naming
-from imdsproxy.core.hoststate import NamespaceRef, ObservedHost
 from imdsproxy.core.identity import Learned, checks_macs, holds, port_at
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.model import IpAddress, MacAddress, Network, NetworkId
 from imdsproxy.core.observation import AddressKey, Conflict, Expired
 from imdsproxy.core.wire import VERIFIED_PORT
+from imdsproxy.host.state import NamespaceRef, ObservedHost
+from imdsproxy.network.endpoints import ENSLAVING, LOOPBACK, Endpoint
+from imdsproxy.network.names import Naming
 
 ANY_MAC: Final = MacAddress("*")
 """Value in place of a MAC if the owner's record has none."""

@@ -21,9 +21,6 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import ClassVar, NamedTuple, TypeAlias, assert_never
 
-from imdsproxy.core.endpoints import ENSLAVING, LOOPBACK, Endpoint, Foreign, LeftOut, LeftOutCode
-from imdsproxy.core.hostnames import Naming
-from imdsproxy.core.hoststate import Family, ObservedDevice, ObservedHost, ObservedNamespace
 from imdsproxy.core.model import (
     METADATA_IPV4,
     BridgeListener,
@@ -34,7 +31,10 @@ from imdsproxy.core.model import (
     NetworkId,
 )
 from imdsproxy.errors import Problem
-from imdsproxy.listeners.endpoints import listen, listen_redirected
+from imdsproxy.host.state import Family, ObservedDevice, ObservedHost, ObservedNamespace
+from imdsproxy.network.endpoints import ENSLAVING, LOOPBACK, Endpoint, Foreign, LeftOut, LeftOutCode
+from imdsproxy.network.listeners.endpoints import listen, listen_redirected
+from imdsproxy.network.names import Naming
 
 _NAMING = Naming()
 
@@ -101,7 +101,7 @@ class DeleteLink:
 Removal: TypeAlias = RemoveAddress | DeleteNamespace | DeleteLink
 
 HostOp: TypeAlias = AttachBridge | AddAddress | Removal
-"""Idempotent operation on the host, carried out by `listeners.apply`."""
+"""Idempotent operation on the host, carried out by `network.listeners.apply`."""
 
 
 @dataclass(frozen=True, slots=True)
