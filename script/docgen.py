@@ -20,9 +20,9 @@ from fastapi import FastAPI
 from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute
 
-from imdsproxy.admin.api import admin_app
-from imdsproxy.admin.exposition import Exposed
-from imdsproxy.admin.metrics import NETWORK_SUM, Metrics
+from imdsproxy.api.app import admin_app
+from imdsproxy.api.exposition import Exposed
+from imdsproxy.api.metrics import NETWORK_SUM, Metrics
 from imdsproxy.cli.main import SHELLS, build_program, iterate_commands, render_completion
 from imdsproxy.config.describe import Setting, iterate_settings
 from imdsproxy.config.neutron_options import NEUTRON_OPTIONS

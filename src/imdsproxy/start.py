@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import structlog
 
-from imdsproxy.admin.health import HealthServer
-from imdsproxy.admin.starting import StartingServer
+from imdsproxy.api.health import HealthServer
+from imdsproxy.api.starting import StartingServer
 from imdsproxy.config.changes import SettingsHolder, refuse_dropped
 from imdsproxy.config.load import Loaded
 from imdsproxy.config.schema import Settings
@@ -54,7 +54,7 @@ from imdsproxy.network.routers.routers import Routers
 from imdsproxy.nova.upstream import NovaUpstream
 
 if TYPE_CHECKING:
-    from imdsproxy.admin.metrics import Metrics
+    from imdsproxy.api.metrics import Metrics
     from imdsproxy.documents.http import AsgiApp
     from imdsproxy.reconcile.progress import Step
 
@@ -240,7 +240,7 @@ async def _load_http(controller: Controller) -> tuple[Metrics, AsgiApp]:
     """
 
     def make() -> tuple[Metrics, AsgiApp]:
-        from imdsproxy.admin.metrics import Metrics  # noqa: PLC0415 - see above
+        from imdsproxy.api.metrics import Metrics  # noqa: PLC0415 - see above
         from imdsproxy.documents.resolver_app import resolver_app  # noqa: PLC0415 - as above
 
         return Metrics(controller), resolver_app(controller.resolver, controller.forward)
@@ -251,7 +251,7 @@ async def _load_http(controller: Controller) -> tuple[Metrics, AsgiApp]:
 
 def _load_admin(controller: Controller) -> AsgiApp:
     """Import and build the admin API, the slowest import."""
-    from imdsproxy.admin.api import admin_app  # noqa: PLC0415 - the resolver does not wait for it
+    from imdsproxy.api.app import admin_app  # noqa: PLC0415 - the resolver does not wait for it
 
     return admin_app(controller)
 

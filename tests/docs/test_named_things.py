@@ -15,7 +15,7 @@ from typing import Any, Final
 import pytest
 
 from bench.__main__ import parse_options
-from imdsproxy.admin.api import admin_app
+from imdsproxy.api.app import admin_app
 from imdsproxy.cli.main import build_program, iterate_commands, main
 from imdsproxy.config.schema import Settings
 from imdsproxy.config.strict_yaml import parse_yaml

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import pytest
 
-from imdsproxy.admin_client import FleetClient
+from imdsproxy.api.client import FleetClient
 from imdsproxy.core.model import InstanceId
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.identity import Role, parse_invitation

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from imdsproxy.admin_client import FleetClient
+from imdsproxy.api.client import FleetClient
 from imdsproxy.sources.fleet.client import HostFiles
 from support.cli import Ran, run_main
 from support.fleet_world import FleetWorld, fleet_world

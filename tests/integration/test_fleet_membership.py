@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from imdsproxy.admin_client import FleetClient
+from imdsproxy.api.client import FleetClient
 from imdsproxy.errors import (
     AccessDenied,
     AdminUnavailable,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from imdsproxy.admin_client import FleetClient
+from imdsproxy.api.client import FleetClient
 from imdsproxy.core.model import InstanceId
 from imdsproxy.core.policy import OperatorOverride
 from imdsproxy.errors import AccessDenied, AlreadyExists, RestoreSuspected

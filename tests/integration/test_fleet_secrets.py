@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.admin_client import FleetClient
+from imdsproxy.api.client import FleetClient
 from imdsproxy.core.model import InstanceId
 from imdsproxy.errors import ImdsproxyError
 from imdsproxy.fleet.identity import Role, parse_invitation

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import pytest
 
-from imdsproxy.admin_client import FleetClient
+from imdsproxy.api.client import FleetClient
 from imdsproxy.fleet.identity import LEAVE_PATH, Role
 from imdsproxy.sources.fleet.client import HostFiles, HubClient
 from support.daemon import instance

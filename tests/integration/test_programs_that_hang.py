@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.admin_client import AdminClient
+from imdsproxy.api.client import AdminClient
 from imdsproxy.cli.main import main
 from imdsproxy.controller.companion import Companion
 from imdsproxy.errors import HaproxyMissing, HostRefused, RuntimeUnavailable

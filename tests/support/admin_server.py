@@ -17,10 +17,10 @@ from unittest.mock import patch
 from fastapi import FastAPI
 from structlog.testing import capture_logs
 
-from imdsproxy.admin import routes, status
-from imdsproxy.admin.api import admin_app
-from imdsproxy.admin.status import StatusReport, report_status
-from imdsproxy.admin_client import AdminClient
+from imdsproxy.api import routes, status
+from imdsproxy.api.app import admin_app
+from imdsproxy.api.client import AdminClient
+from imdsproxy.api.status import StatusReport, report_status
 from imdsproxy.config.changes import SettingChange, SettingsReload
 from imdsproxy.config.policy import LimitsSettings
 from imdsproxy.controller.compiler import CompiledIndex, RecordCompiler

@@ -23,9 +23,9 @@ _CONTEXT.set_forkserver_preload(
         "pytest.__main__",
         # What `main` imports late; the first comes before all that logs.
         "imdsproxy.host.logs",
-        "imdsproxy.admin_client",
+        "imdsproxy.api.client",
         "imdsproxy.start",
-        "imdsproxy.admin.api",
+        "imdsproxy.api.app",
         "ovs.db.idl",
         "support.ovn_steps",
         __name__,

@@ -20,7 +20,7 @@ from typing import Any, Final, cast
 
 import yaml
 
-from imdsproxy.admin_client import AdminClient
+from imdsproxy.api.client import AdminClient
 from imdsproxy.errors import AdminUnavailable, RuntimeUnavailable
 from imdsproxy.haproxy.master import MasterClient
 from imdsproxy.haproxy.rules.limits import COUNTERS, POLICY_COUNTERS

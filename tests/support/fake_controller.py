@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from imdsproxy.admin.metrics import Metrics, count_traffic
+from imdsproxy.api.metrics import Metrics, count_traffic
 from imdsproxy.controller.controller import Controller
 from imdsproxy.core.identity import Denial
 from imdsproxy.core.inventory import Report

@@ -22,7 +22,7 @@ from pathlib import Path
 from ssl import SSLContext
 from typing import Any, Final, TypeVar, cast
 
-from imdsproxy.admin.problems import answer_for
+from imdsproxy.api.problems import answer_for
 from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
 from imdsproxy.core.records import render_record
 from imdsproxy.core.tokens import TokenKey

@@ -13,7 +13,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
 
-from imdsproxy.admin_client import AdminClient
+from imdsproxy.api.client import AdminClient
 from imdsproxy.documents.http import serve
 from imdsproxy.fleet.layout import HostId
 from imdsproxy.fleet.members import (

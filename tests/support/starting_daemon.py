@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from socket import socket
 
-from imdsproxy.admin.starting import StartingServer
+from imdsproxy.api.starting import StartingServer
 from imdsproxy.documents.http import serve
 from imdsproxy.host.servers import open_unix_socket
 from imdsproxy.reconcile.progress import Step

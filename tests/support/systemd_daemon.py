@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal, cast
 
-from imdsproxy.admin_client import AdminClient
+from imdsproxy.api.client import AdminClient
 from support.demonstration import REPOSITORY
 from support.guest import Guest, Lost, Reply
 from support.lab import until

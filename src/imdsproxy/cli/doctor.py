@@ -16,7 +16,7 @@ from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 import typer
 
-from imdsproxy.admin_client import AdminClient
+from imdsproxy.api.client import AdminClient
 from imdsproxy.cli import options
 from imdsproxy.cli.output import Output, Shape, clean, decode_bytes
 from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from imdsproxy.admin_client import path_to
+from imdsproxy.api.client import path_to
 from imdsproxy.cli import options
 from imdsproxy.cli.options import NO, argument, complete_instances, flag
 from imdsproxy.cli.output import Output, Shape, clean_all, decode_bytes, spell_status, spell_time

@@ -19,7 +19,7 @@ from imdsproxy.errors import ImdsproxyError, RequestRefused
 if TYPE_CHECKING:
     from typer.models import ArgumentInfo, OptionInfo
 
-    from imdsproxy.admin_client import AdminClient, FleetClient
+    from imdsproxy.api.client import AdminClient, FleetClient
     from imdsproxy.config.load import Loaded
     from imdsproxy.config.schema import Settings
 
@@ -175,7 +175,7 @@ class Invocation:
 
     def hubs(self) -> FleetClient:
         """Return a client of the fleet; raise `RequestRefused` if neither options nor settings name a hub."""
-        from imdsproxy.admin_client import FleetClient  # noqa: PLC0415 - as below
+        from imdsproxy.api.client import FleetClient  # noqa: PLC0415 - as below
 
         urls = self.fleet or tuple(self.settings.operator.hubs)
         if not urls:
@@ -192,7 +192,7 @@ class Invocation:
 
     def daemon(self) -> AdminClient:
         """Return a client of the daemon, at the socket from the options or settings."""
-        from imdsproxy.admin_client import AdminClient  # noqa: PLC0415 - the daemon itself need not load it
+        from imdsproxy.api.client import AdminClient  # noqa: PLC0415 - the daemon itself need not load it
 
         socket = self.socket or self.settings.admin_socket
         return AdminClient(socket, waiting=self.output.starting)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from imdsproxy.admin_client import path_to
+from imdsproxy.api.client import path_to
 from imdsproxy.cli import record_io
 from imdsproxy.cli.options import Invocation, argument, flag, fleet_command
 from imdsproxy.cli.output import Shape, clean

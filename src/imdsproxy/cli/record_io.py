@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import typer
 
-from imdsproxy.admin_client import AdminClient
+from imdsproxy.api.client import AdminClient
 from imdsproxy.cli.options import NOT_IN_FORCE
 from imdsproxy.cli.output import Note, Output, Shape, clean, first_lines
 from imdsproxy.cli.record_flags import STDIN, read_bytes

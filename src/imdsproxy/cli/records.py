@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final, TypeAlias
 
 import typer
 
-from imdsproxy.admin_client import path_to
+from imdsproxy.api.client import path_to
 from imdsproxy.cli import options, record_io
 from imdsproxy.cli.options import Invocation, argument, command, flag, network_flag
 from imdsproxy.cli.output import Shape, decode_bytes

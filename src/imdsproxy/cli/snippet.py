@@ -5,7 +5,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import Annotated
 
-from imdsproxy.admin_client import path_to, read_record
+from imdsproxy.api.client import path_to, read_record
 from imdsproxy.cli import options
 from imdsproxy.core.model import Dialect, IpAddress
 from imdsproxy.core.records import parse_instance, parse_network

@@ -8,7 +8,7 @@ from typing import Annotated, Final
 
 import typer
 
-from imdsproxy.admin_client import AdminClient, read_problem
+from imdsproxy.api.client import AdminClient, read_problem
 from imdsproxy.cli import options
 from imdsproxy.cli.options import NO, NOT_IN_FORCE, flag
 from imdsproxy.cli.output import (

@@ -15,7 +15,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, RedirectRespons
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from imdsproxy.admin_client import AdminClient
+from imdsproxy.api.client import AdminClient
 from imdsproxy.console.access import COOKIE, TOKEN, Access
 from imdsproxy.console.forms import Sent
 from imdsproxy.console.pages import Console

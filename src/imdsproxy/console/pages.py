@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse
 
 from imdsproxy import __version__
-from imdsproxy.admin_client import AdminClient
+from imdsproxy.api.client import AdminClient
 from imdsproxy.console.access import TOKEN, Access
 from imdsproxy.console.rates import Rates
 

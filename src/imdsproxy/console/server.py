@@ -8,7 +8,7 @@ from typing import Final
 
 from uvicorn import Config, Server
 
-from imdsproxy.admin_client import AdminClient
+from imdsproxy.api.client import AdminClient
 from imdsproxy.console.access import Access
 from imdsproxy.console.app import console_app
 

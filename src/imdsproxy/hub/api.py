@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from fastapi import FastAPI
 
-from imdsproxy.admin.problems import ERRORS, new_app
+from imdsproxy.api.problems import ERRORS, new_app
 from imdsproxy.hub.enrolment import Enrolment
 from imdsproxy.hub.operations import Operations
 from imdsproxy.hub.peers import Peers

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import structlog
 
-from imdsproxy.admin.health import HealthServer
+from imdsproxy.api.health import HealthServer
 from imdsproxy.config.hub import EtcdSettings, HubSettings
 from imdsproxy.config.schema import Settings
 from imdsproxy.documents.http import serve

@@ -1,4 +1,4 @@
-"""Prometheus metrics of a hub, one method each (`admin.exposition`), and the hub's readiness.
+"""Prometheus metrics of a hub, one method each (`api.exposition`), and the hub's readiness.
 
 Each hub reports its own view: connected hosts add up over all hubs, while counts from etcd are the same on every hub.
 """
@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Final
 
 from imdsproxy import __version__
-from imdsproxy.admin.answers import Readiness
-from imdsproxy.admin.exposition import By, Count, Exposed, Gauge
+from imdsproxy.api.answers import Readiness
+from imdsproxy.api.exposition import By, Count, Exposed, Gauge
 from imdsproxy.errors import ConfigError
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.layout import HostId

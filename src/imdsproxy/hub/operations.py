@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote, urlencode
 
-from imdsproxy.admin.answers import Readiness, Written
+from imdsproxy.api.answers import Readiness, Written
 from imdsproxy.core.model import NetworkId
 from imdsproxy.errors import EtcdUnavailable, NotFound, SourceUnavailable
 from imdsproxy.fleet import layout

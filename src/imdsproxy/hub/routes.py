@@ -11,7 +11,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, StreamingResponse
 
-from imdsproxy.admin import bodies
+from imdsproxy.api import bodies
 from imdsproxy.core import matching
 from imdsproxy.core.model import Instance, InstanceId, Network
 from imdsproxy.core.records import (

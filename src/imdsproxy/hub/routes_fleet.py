@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, Response
 
-from imdsproxy.admin.answers import Written
+from imdsproxy.api.answers import Written
 from imdsproxy.core.model import InstanceId
 from imdsproxy.documents.dialects.respond import PASSWORD_LIMIT
 from imdsproxy.errors import NotFound, RequestRefused

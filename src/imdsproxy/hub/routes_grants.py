@@ -5,7 +5,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Path
 
-from imdsproxy.admin import bodies
+from imdsproxy.api import bodies
 from imdsproxy.core.model import ID_PATTERN
 from imdsproxy.core.records.grant import GRANT, NO_GRANT, Grant
 from imdsproxy.errors import NotFound

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Final
 from fastapi import APIRouter, Query
 from starlette.responses import JSONResponse
 
-from imdsproxy.admin import bodies
-from imdsproxy.admin.answers import Written
+from imdsproxy.api import bodies
+from imdsproxy.api.answers import Written
 from imdsproxy.core.addresses import normalise_address
 from imdsproxy.core.model import InstanceId
 from imdsproxy.core.records import Refused

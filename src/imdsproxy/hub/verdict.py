@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from imdsproxy.admin.answers import Readiness
+from imdsproxy.api.answers import Readiness
 from imdsproxy.hub.etcd import MemberSilent
 from imdsproxy.hub.etcd_messages import MemberStatus
 

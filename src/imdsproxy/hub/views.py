@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
-from imdsproxy.admin.answers import LeftOut
+from imdsproxy.api.answers import LeftOut
 from imdsproxy.core.matching import matcher
 from imdsproxy.core.model import Instance, InstanceId, NetworkId
 from imdsproxy.core.records import render_record

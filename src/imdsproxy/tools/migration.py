@@ -19,7 +19,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Final
 
-from imdsproxy.admin_client import FleetClient, path_to
+from imdsproxy.api.client import FleetClient, path_to
 from imdsproxy.config.schema import Settings
 from imdsproxy.core.records import Refused
 from imdsproxy.errors import (

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from imdsproxy.admin import bodies
-from imdsproxy.admin.api import admin_app
+from imdsproxy.api import bodies
+from imdsproxy.api.app import admin_app
 from imdsproxy.core.model import Instance, InstanceId
 from imdsproxy.core.records import INSTANCE as INSTANCE_TABLE
 from imdsproxy.core.records import NETWORK as NETWORK_TABLE

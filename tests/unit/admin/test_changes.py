@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from imdsproxy.admin import tokens
+from imdsproxy.api import tokens
 from imdsproxy.core.identity import Learned
 from imdsproxy.core.model import InstanceId, NamespaceListener, Network, NetworkId
 from imdsproxy.core.observation import Observation

@@ -18,10 +18,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from imdsproxy import __version__
-from imdsproxy.admin.answers import Readiness
-from imdsproxy.admin.health import HealthServer
-from imdsproxy.admin.metrics import Metrics, count_traffic
-from imdsproxy.admin.status import report_readiness, report_status
+from imdsproxy.api.answers import Readiness
+from imdsproxy.api.health import HealthServer
+from imdsproxy.api.metrics import Metrics, count_traffic
+from imdsproxy.api.status import report_readiness, report_status
 from imdsproxy.core.inventory import Report
 from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.core.observation import StrandedPort

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import pytest
 
-from imdsproxy.admin.guests import Explanation, explain
+from imdsproxy.api.guests import Explanation, explain
 from imdsproxy.controller.lookup import Lookup
 from imdsproxy.controller.record_loop import RecordLoop
 from imdsproxy.core.identity import Denial, Learned

@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 import typer
 
-from imdsproxy import __version__, admin_client
-from imdsproxy.admin.answers import Readiness
-from imdsproxy.admin.status import AuditReport, FleetReport, SourceReport, UnixListenerReport
-from imdsproxy.admin_client import AdminClient
+from imdsproxy import __version__
+from imdsproxy.api import client as admin_client
+from imdsproxy.api.answers import Readiness
+from imdsproxy.api.client import AdminClient
+from imdsproxy.api.status import AuditReport, FleetReport, SourceReport, UnixListenerReport
 from imdsproxy.cli.main import EXAMPLES, build_program, iterate_commands, main
 from imdsproxy.errors import (
     AdminError,

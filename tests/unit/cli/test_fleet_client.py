@@ -15,8 +15,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from imdsproxy import admin_client, errors
-from imdsproxy.admin_client import FleetClient
+from imdsproxy import errors
+from imdsproxy.api import client as admin_client
+from imdsproxy.api.client import FleetClient
 from imdsproxy.fleet.stream import ALIVE_PATH
 from support.patience import patience
 

@@ -264,7 +264,7 @@ def test_the_socket_is_the_one_of_the_settings(tmp_path: Path, run: Callable[...
             "fastapi starlette uvicorn prometheus_client httpcore keystoneauth1 openstack rich",
         ),
         (
-            "import imdsproxy.cli.main, imdsproxy.host.logs, imdsproxy.admin.metrics, imdsproxy.documents.resolver_app",
+            "import imdsproxy.cli.main, imdsproxy.host.logs, imdsproxy.api.metrics, imdsproxy.documents.resolver_app",
             "fastapi starlette keystoneauth1 openstack rich",
         ),
         (

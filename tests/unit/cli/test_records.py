@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from imdsproxy.admin import records
-from imdsproxy.admin.answers import Written
-from imdsproxy.admin_client import AdminClient, read_record
+from imdsproxy.api import records
+from imdsproxy.api.answers import Written
+from imdsproxy.api.client import AdminClient, read_record
 from imdsproxy.cli import output
 from imdsproxy.core.model import BridgeListener, Dialect, InstanceId, NamespaceListener
 from imdsproxy.core.path_rules import PathWord
@@ -449,7 +449,7 @@ def test_what_takes_long_is_shown_line_by_line_and_no_program_is_bothered(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(output, "_LINE_EVERY_S", 0.0)
-    monkeypatch.setattr("imdsproxy.admin_client._LOOK_EVERY_S", 0.05)
+    monkeypatch.setattr("imdsproxy.api.client._LOOK_EVERY_S", 0.05)
     _slow_down(monkeypatch, _STEPS)
     file = _write(tmp_path / "many.json", 2000)
     shown = cli("instance", "add", "--file", file)

@@ -8,9 +8,9 @@ from typing import Final
 
 import pytest
 
-from imdsproxy import admin_client
-from imdsproxy.admin.answers import Readiness
-from imdsproxy.admin_client import AdminClient
+from imdsproxy.api import client as admin_client
+from imdsproxy.api.answers import Readiness
+from imdsproxy.api.client import AdminClient
 from imdsproxy.cli import output
 from imdsproxy.cli import status as status_command
 from imdsproxy.errors import Starting

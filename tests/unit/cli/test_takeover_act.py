@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.admin_client import AdminClient
+from imdsproxy.api.client import AdminClient
 from imdsproxy.config.load import Loaded, load_settings
 from imdsproxy.errors import ConfigInvalid, HostRefused
 from imdsproxy.tools.takeover.act import Actor

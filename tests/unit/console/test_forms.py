@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imdsproxy.admin.bodies import merge_patch
+from imdsproxy.api.bodies import merge_patch
 from imdsproxy.console.forms import (
     Form,
     Input,

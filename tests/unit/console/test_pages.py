@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from imdsproxy.admin.guests import Explanation, PairReport
-from imdsproxy.admin.status import report_status
+from imdsproxy.api.guests import Explanation, PairReport
+from imdsproxy.api.status import report_status
 from imdsproxy.console.explained import Step, plan_path
 from imdsproxy.console.masking import is_secret, mask_secrets
 from imdsproxy.console.pages import make_environment

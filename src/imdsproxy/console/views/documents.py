@@ -6,7 +6,7 @@ from typing import Final
 from starlette.requests import Request
 from starlette.responses import Response
 
-from imdsproxy.admin_client import path_to
+from imdsproxy.api.client import path_to
 from imdsproxy.console.forms import Sent
 from imdsproxy.console.masking import is_secret, mask_secrets
 from imdsproxy.console.pages import Console, Shape

@@ -8,7 +8,7 @@ from typing import Any, Final
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
-from imdsproxy.admin_client import path_to
+from imdsproxy.api.client import path_to
 from imdsproxy.console.forms import (
     Sent,
     edited_keys,

@@ -5,7 +5,7 @@ from typing import Any, Final
 from starlette.requests import Request
 from starlette.responses import Response
 
-from imdsproxy.admin_client import path_to
+from imdsproxy.api.client import path_to
 from imdsproxy.console.explained import plan_path
 from imdsproxy.console.pages import Console
 from imdsproxy.console.rates import HEIGHT, WIDTH, draw_line

@@ -5,7 +5,7 @@ from typing import Final
 from starlette.requests import Request
 from starlette.responses import Response
 
-from imdsproxy.admin_client import path_to
+from imdsproxy.api.client import path_to
 from imdsproxy.console.pages import Console, Shape
 
 _SHOWN: Final = 200

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from imdsproxy.admin_client import AdminClient
+from imdsproxy.api.client import AdminClient
 from imdsproxy.core.wire import hide_signatures
 from imdsproxy.errors import ImdsproxyError, RuntimeUnavailable
 from imdsproxy.haproxy.master import MasterClient, WorkerEnded

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from imdsproxy import __version__
-from imdsproxy.admin_client import AdminClient
+from imdsproxy.api.client import AdminClient
 from imdsproxy.config.load import Loaded
 from imdsproxy.config.schema import Settings
 from imdsproxy.errors import ConfigError, RequestRefused, refusing

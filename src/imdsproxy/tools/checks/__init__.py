@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
 
-from imdsproxy.admin_client import AdminClient, read_networks
+from imdsproxy.api.client import AdminClient, read_networks
 from imdsproxy.config.load import Loaded
 from imdsproxy.config.schema import Settings
 from imdsproxy.core.model import Network

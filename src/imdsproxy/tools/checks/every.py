@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from imdsproxy.admin_client import AdminClient
+from imdsproxy.api.client import AdminClient
 from imdsproxy.config.load import Loaded
 from imdsproxy.config.schema import Settings
 from imdsproxy.errors import AdminUnavailable, ConfigError, HostRefused, ImdsproxyError

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, assert_never
 
-from imdsproxy.admin_client import AdminClient
+from imdsproxy.api.client import AdminClient
 from imdsproxy.config.load import Loaded
 from imdsproxy.core.model import METADATA_IPV4
 from imdsproxy.errors import AdminUnavailable, HostRefused, ImdsproxyError, refusing

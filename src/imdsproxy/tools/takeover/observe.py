@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from imdsproxy.admin_client import AdminClient
+from imdsproxy.api.client import AdminClient
 from imdsproxy.config.load import Loaded
 from imdsproxy.config.neutron_agents import DEFAULT_STATE_PATH
 from imdsproxy.config.neutron_ini import decode_ini, parse_ini

@@ -6,8 +6,8 @@ The API is served on a unix socket only, whose mode and owner decide who may use
 
 from fastapi import FastAPI
 
-from imdsproxy.admin.problems import ERRORS, new_app
-from imdsproxy.admin.routes import router
+from imdsproxy.api.problems import ERRORS, new_app
+from imdsproxy.api.routes import router
 from imdsproxy.controller.controller import Controller
 
 

@@ -1,6 +1,6 @@
 """Prometheus metrics of the controller.
 
-Every metric is a method of `Metrics` (`admin.exposition`). No label has values that guests or operators choose freely,
+Every metric is a method of `Metrics` (`api.exposition`). No label has values that guests or operators choose freely,
 except `network`, whose number of series is bounded (see `NETWORK_SUM`). HAProxy's own exporter has connections, queues
 and bytes.
 """
@@ -14,9 +14,9 @@ from shutil import disk_usage
 from typing import Annotated, Final, Literal, TypeAlias, TypeVar, get_args
 
 from imdsproxy import __version__
-from imdsproxy.admin import status
-from imdsproxy.admin.answers import Readiness
-from imdsproxy.admin.exposition import By, Count, Exposed, Gauge, Times
+from imdsproxy.api import status
+from imdsproxy.api.answers import Readiness
+from imdsproxy.api.exposition import By, Count, Exposed, Gauge, Times
 from imdsproxy.controller.controller import Controller
 from imdsproxy.core.identity import Denial
 from imdsproxy.documents.resolver import FOUND

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, create_model
 from starlette.requests import Request
 from starlette.responses import JSONResponse, StreamingResponse
 
-from imdsproxy.admin.answers import LeftOut
+from imdsproxy.api.answers import LeftOut
 from imdsproxy.core import matching, records
 from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
 from imdsproxy.core.observation import Conflict

@@ -10,8 +10,8 @@ from fastapi import APIRouter, Depends, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
 
-from imdsproxy.admin import bodies, guests, records, search, status, tokens, usage
-from imdsproxy.admin.answers import Written
+from imdsproxy.api import bodies, guests, records, search, status, tokens, usage
+from imdsproxy.api.answers import Written
 from imdsproxy.config.changes import SettingsReload
 from imdsproxy.controller.controller import Controller
 from imdsproxy.controller.reload import reload_settings

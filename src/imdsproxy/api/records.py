@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mappi
 from dataclasses import replace
 from typing import Any, Final, TypeAlias, TypeVar
 
-from imdsproxy.admin.answers import LeftOut, Written
+from imdsproxy.api.answers import LeftOut, Written
 from imdsproxy.controller.controller import UNCONFIRMED, Controller
 from imdsproxy.controller.in_force import find_unserved, wait_confirmed
 from imdsproxy.core.inventory import Inventory

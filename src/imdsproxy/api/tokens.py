@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
-from imdsproxy.admin.records import no_such
+from imdsproxy.api.records import no_such
 from imdsproxy.controller.controller import UNCONFIRMED, Controller
 from imdsproxy.controller.record_loop import RecordLoop
 from imdsproxy.controller.record_plan import record_key

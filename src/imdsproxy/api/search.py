@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from imdsproxy.admin.records import find_record, list_ids
+from imdsproxy.api.records import find_record, list_ids
 from imdsproxy.core.inventory import Inventory
 from imdsproxy.core.matching import matcher
 from imdsproxy.core.model import InstanceId, NetworkId

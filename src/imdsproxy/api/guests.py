@@ -8,8 +8,8 @@ from functools import partial
 from http import HTTPStatus
 from typing import Final, assert_never
 
-from imdsproxy.admin.bodies import DocumentBody, DocumentView
-from imdsproxy.admin.records import no_such
+from imdsproxy.api.bodies import DocumentBody, DocumentView
+from imdsproxy.api.records import no_such
 from imdsproxy.controller.controller import Controller
 from imdsproxy.controller.lookup import Lookup
 from imdsproxy.controller.record_plan import policy_place, record_key

@@ -80,7 +80,7 @@ class StartingServer:
 
 
 def _render(steps: Sequence[Step]) -> bytes:
-    """Render the answer, as `admin.problems.ProblemBody`, with the steps in progress."""
+    """Render the answer, as `api.problems.ProblemBody`, with the steps in progress."""
     error = Starting.at([asdict(step) for step in steps])
     body = {
         "status": error.http_status,

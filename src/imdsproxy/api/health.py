@@ -21,7 +21,7 @@ from imdsproxy.core.wire import RETRY_AFTER_S
 if TYPE_CHECKING:
     import socket
 
-    from imdsproxy.admin.exposition import Exposed
+    from imdsproxy.api.exposition import Exposed
 
 _ROUTES: Final = ("/livez", "/readyz", "/metrics")
 _END: Final = b"\r\n\r\n"

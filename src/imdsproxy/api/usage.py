@@ -1,6 +1,6 @@
 """Requests of an instance, and its limits."""
 
-from imdsproxy.admin.records import find_record, no_such
+from imdsproxy.api.records import find_record, no_such
 from imdsproxy.controller.controller import Controller
 from imdsproxy.controller.record_plan import policy_place
 from imdsproxy.core.model import InstanceId

@@ -17,7 +17,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector, CollectorRegistry
 
-from imdsproxy.admin.answers import Readiness
+from imdsproxy.api.answers import Readiness
 from imdsproxy.reconcile.progress import Durations
 
 _Kind: TypeAlias = Literal["gauge", "counter", "histogram"]

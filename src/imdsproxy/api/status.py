@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from imdsproxy import __version__
-from imdsproxy.admin.answers import LeftOut, Readiness
+from imdsproxy.api.answers import LeftOut, Readiness
 from imdsproxy.controller.controller import Controller
 from imdsproxy.core.inventory import Report
 from imdsproxy.core.observation import Conflict, SourceName

@@ -1,1 +1,0 @@
-"""Interfaces for operators and monitoring: admin API, health, metrics."""
