@@ -15,10 +15,10 @@ from ipaddress import IPv4Address, IPv4Interface, IPv6Address
 from pathlib import Path
 from typing import Final
 
-from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6
 from imdsproxy.host.namespaces import DEFAULT_DIRECTORY, NamespaceDirectory, NamespaceThread
 from imdsproxy.host.netlink import add_address, find_link, set_link
 from imdsproxy.host.nlmessages import CREATE, REPLACE, NetlinkSocket, pack_attributes
+from imdsproxy.model.entities import METADATA_IPV4, METADATA_IPV6
 
 __all__ = ["DEVICE", "GUESTS", "OVN_IDS", "PLUGGED", "PREFIX", "Lab", "guest", "network_name"]
 

@@ -29,12 +29,12 @@ from imdsproxy.config.neutron_options import NEUTRON_OPTIONS
 from imdsproxy.config.render import render_records_schema, render_schema
 from imdsproxy.config.schema import Settings
 from imdsproxy.config.strict_yaml import render_value
-from imdsproxy.core.records.json_schema import schema_of_records
 from imdsproxy.errors import KINDS, ImdsproxyError
 from imdsproxy.fleet.identity import Role
 from imdsproxy.hub.api import ROUTERS, operators_app
 from imdsproxy.hub.callers import Admits
 from imdsproxy.hub.metrics import HubMetrics
+from imdsproxy.model.records.json_schema import schema_of_records
 from imdsproxy.network.endpoints import LeftOutCode
 from imdsproxy.tools.namespace_proxy.command import run_parser
 

@@ -22,8 +22,8 @@ from bench.lab import guest, network_name
 from bench.place import BenchError
 from bench.procs import cpu_seconds, memory, wait_until
 from bench.records import instance, network
-from imdsproxy.core.model import METADATA_IPV4, METADATA_PORT, Instance, Network
-from imdsproxy.core.records import parse_instance, parse_network
+from imdsproxy.model.entities import METADATA_IPV4, METADATA_PORT, Instance, Network
+from imdsproxy.model.records import parse_instance, parse_network
 from imdsproxy.sources.sqlite.store import Store
 
 __all__ = ["ROWS", "measure_many"]

@@ -26,7 +26,6 @@ from imdsproxy.config.schema import Settings
 from imdsproxy.controller import build
 from imdsproxy.controller.controller import Controller
 from imdsproxy.controller.reload import hang_up
-from imdsproxy.core.inventory import Inventory
 from imdsproxy.errors import DataplaneError, HostRefused, first_expected
 from imdsproxy.haproxy.launch import Launcher, read_program
 from imdsproxy.haproxy.layout import Layout
@@ -45,6 +44,7 @@ from imdsproxy.host.process import (
 )
 from imdsproxy.host.servers import open_tcp_socket, open_unix_socket
 from imdsproxy.host.socket_file import SocketFiles, open_sole_socket
+from imdsproxy.model.inventory import Inventory
 from imdsproxy.network.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.network.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.network.listeners.apply import apply_links

@@ -13,8 +13,6 @@ from typing import Final, TypeAlias
 
 import pytest
 
-from imdsproxy.core.model import Instance, Network
-from imdsproxy.core.records import render_record
 from imdsproxy.errors import SourceRefused, SourceUnavailable
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.layout import HostId, StoredInstance
@@ -22,6 +20,8 @@ from imdsproxy.host.clock import Clock
 from imdsproxy.hub.envelope import make_envelope, parse_envelope
 from imdsproxy.hub.etcd import Committed, Etcd
 from imdsproxy.hub.etcd_messages import prefix_end
+from imdsproxy.model.entities import Instance, Network
+from imdsproxy.model.records import render_record
 from imdsproxy.sources.fleet import source as source_module
 from imdsproxy.sources.fleet.client import HubClient
 from support.etcd_lab import etcd_lab

@@ -9,8 +9,8 @@ from typing import Final
 import pytest
 
 from imdsproxy.config.sources import NeutronSourceSettings
-from imdsproxy.core.model import MacAddress, NetworkId
 from imdsproxy.errors import SourceUnavailable
+from imdsproxy.model.entities import MacAddress, NetworkId
 from imdsproxy.sources.neutron.client import NeutronClient
 from imdsproxy.sources.neutron.ports import ROUTER_OWNERS, NeutronPort, PortQuery, parse_ports
 from support.fake_neutron import FakeNeutron

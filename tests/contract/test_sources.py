@@ -21,9 +21,9 @@ from typing import Final, TypeAlias
 
 import pytest
 
-from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
-from imdsproxy.core.records import render_record
 from imdsproxy.errors import Problem, SourceRefused
+from imdsproxy.model.entities import Instance, InstanceId, Network, NetworkId
+from imdsproxy.model.records import render_record
 from imdsproxy.sources.api import Source
 from imdsproxy.sources.file.source import FileSource
 from imdsproxy.sources.sqlite.source import SqliteSource

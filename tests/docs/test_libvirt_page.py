@@ -10,7 +10,7 @@ import pytest
 
 from imdsproxy.config.schema import Settings
 from imdsproxy.config.strict_yaml import parse_yaml
-from imdsproxy.core.model import Instance
+from imdsproxy.model.entities import Instance
 from imdsproxy.sources.libvirt.records import LibvirtKnown
 from imdsproxy.sources.libvirt.xml import parse_domain
 from support.demonstration import REPOSITORY

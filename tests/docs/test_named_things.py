@@ -19,9 +19,9 @@ from imdsproxy.api.app import admin_app
 from imdsproxy.cli.main import build_program, iterate_commands, main
 from imdsproxy.config.schema import Settings
 from imdsproxy.config.strict_yaml import parse_yaml
-from imdsproxy.core.records import parse_records
 from imdsproxy.errors import KINDS
 from imdsproxy.hub.api import operators_app
+from imdsproxy.model.records import parse_records
 from imdsproxy.network.endpoints import LeftOutCode
 from imdsproxy.tools.namespace_proxy.command import run_parser
 from support.demonstration import REPOSITORY

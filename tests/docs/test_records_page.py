@@ -7,9 +7,9 @@ import pytest
 from jsonschema import Draft7Validator
 
 from imdsproxy.config.strict_yaml import parse_yaml
-from imdsproxy.core.model import BridgeListener, InterfaceListener, NamespaceListener, Scope
-from imdsproxy.core.records import parse_records
-from imdsproxy.core.records.json_schema import schema_of_records
+from imdsproxy.model.entities import BridgeListener, InterfaceListener, NamespaceListener, Scope
+from imdsproxy.model.records import parse_records
+from imdsproxy.model.records.json_schema import schema_of_records
 from support.demonstration import REPOSITORY
 
 _PAGE: Final = (REPOSITORY / "docs/reference/records.md").read_text()

@@ -7,7 +7,7 @@ from typing import Final
 
 from imdsproxy.config.schema import Settings
 from imdsproxy.config.strict_yaml import parse_yaml
-from imdsproxy.core.tokens import parse_token_keys
+from imdsproxy.model.tokens import parse_token_keys
 from support.demonstration import REPOSITORY
 from support.document_blocks import blocks_of
 

@@ -1,7 +1,7 @@
 """What HAProxy lets guests read, by its real rules and no daemon: policy x request -> answer, by every way in.
 
 In front of our documents, and of Nova. What stands behind HAProxy answers 200 to everything, so that another status is
-a rule's. Reads are those of `support.access_table`; `explain` decides the same (tests/unit/policy/test_policy.py).
+a rule's. Reads are those of `support.access_table`; `explain` decides the same (tests/unit/model/test_policy.py).
 """
 
 import itertools
@@ -15,12 +15,12 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from imdsproxy.core.path_rules import PathRules, PathWord
-from imdsproxy.core.policy import Policy, TokenMode, render_policy_word
-from imdsproxy.core.policy_report import decide_read
-from imdsproxy.core.policy_word import ONLY_TOKENS_OFF
-from imdsproxy.core.tokens import TOKEN_PATTERN, TTL_LIMIT_S, TokenKey
-from imdsproxy.core.wire import HEADER_FORWARDED
+from imdsproxy.model.path_rules import PathRules, PathWord
+from imdsproxy.model.policy import Policy, TokenMode, render_policy_word
+from imdsproxy.model.policy_report import decide_read
+from imdsproxy.model.policy_word import ONLY_TOKENS_OFF
+from imdsproxy.model.tokens import TOKEN_PATTERN, TTL_LIMIT_S, TokenKey
+from imdsproxy.model.wire import HEADER_FORWARDED
 from support.access_table import CLOCKS, META, READS, TOKEN, USER_DATA, Clock, Read, path_sets
 from support.guest import IPV4, Connection, Reply, with_token
 from support.haproxy_alone import KEY, WAYS, Alone, open_alone

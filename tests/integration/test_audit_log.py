@@ -1,6 +1,6 @@
 """The audit log of a daemon whose guests ask: over reloads and deaths, and where it cannot be written.
 
-What is in a line is in test_request_lines.py, how lines are written in tests/unit/app.
+What is in a line is in test_request_lines.py, how lines are written in tests/unit/controller.
 """
 
 import os

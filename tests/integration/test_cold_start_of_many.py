@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.core.model import METADATA_IPV4, NetworkId
 from imdsproxy.errors import HostRefused
 from imdsproxy.haproxy.launch import Launcher
 from imdsproxy.haproxy.layout import Layout
@@ -16,6 +15,7 @@ from imdsproxy.haproxy.rules.model import Bind, DataplaneSpec, Limits
 from imdsproxy.host.namespaces import DEFAULT_DIRECTORY, NamespaceDirectory, NamespaceThread
 from imdsproxy.host.netlink import add_address, set_link
 from imdsproxy.host.nlmessages import NetlinkSocket
+from imdsproxy.model.entities import METADATA_IPV4, NetworkId
 from imdsproxy.network.listeners.endpoints import compute_maxconn
 from support.haproxy_alone import paths_below
 from support.patience import patience

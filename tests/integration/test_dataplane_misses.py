@@ -1,6 +1,6 @@
 """The miss path: addresses that nobody knows, or not yet.
 
-How many are held, and for how long, is in tests/unit/serving/test_resolver.py.
+How many are held, and for how long, is in tests/unit/documents/test_resolver.py.
 """
 
 import contextlib

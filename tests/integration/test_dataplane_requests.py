@@ -15,8 +15,8 @@ from typing import Final
 
 import pytest
 
-from imdsproxy.core.policy import Policy, TokenMode
-from imdsproxy.core.wire import ONE_IN
+from imdsproxy.model.policy import Policy, TokenMode
+from imdsproxy.model.wire import ONE_IN
 from support.access_table import META, USER_DATA
 from support.guest import IPV6, with_token
 from support.haproxy_alone import Alone, Document, open_alone

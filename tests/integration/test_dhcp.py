@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.core.model import Scope
 from imdsproxy.host.namespaces import NamespaceDirectory
 from imdsproxy.host.process import command_name
+from imdsproxy.model.entities import Scope
 from imdsproxy.sources.neutron_namespaces.proxies import DhcpProxies
 from imdsproxy.tools.takeover.plan import Action, EditSettings, StartAgent
 from support.daemon import Daemon

@@ -12,7 +12,7 @@ from typing import Final
 import pytest
 
 from imdsproxy.cli.doctor import parse_url
-from imdsproxy.core.model import Dialect
+from imdsproxy.model.entities import Dialect
 from imdsproxy.tools.doctor import Severity, Surroundings
 from imdsproxy.tools.doctor.checks_documents import asked_by, examine
 from imdsproxy.tools.doctor.crawl import crawl

@@ -16,12 +16,12 @@ from typing import Any, Final
 import pytest
 
 from imdsproxy.api.client import FleetClient
-from imdsproxy.core.model import InstanceId
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.identity import Role, parse_invitation
 from imdsproxy.fleet.layout import HostId
 from imdsproxy.fleet.members import HostState, StoredHost, host_key, render_host
 from imdsproxy.fleet.stream import STREAM_PATH, UPGRADE, Hello, render_line
+from imdsproxy.model.entities import InstanceId
 from imdsproxy.sources.fleet.client import HostFiles, HubClient
 from imdsproxy.sources.fleet.membership import join, renew_if_due
 from support.cli import Ran, run_main

@@ -12,11 +12,11 @@ from http.client import HTTPConnection
 
 import pytest
 
-from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.layout import HostId
 from imdsproxy.fleet.members import host_key, operator_key
 from imdsproxy.fleet.stream import STREAM_PATH, UPGRADE
+from imdsproxy.model.entities import InstanceId, NetworkId
 from support.cli import Ran, run_main
 from support.fleet_world import METRICS_PORT, FleetHost, FleetWorld, HubProcess, fleet_world
 from support.guest import Guest, take_token, with_token

@@ -13,9 +13,6 @@ from typing import Any, Final
 
 import pytest
 
-from imdsproxy.core.model import Instance, Network
-from imdsproxy.core.records import parse_instance, parse_network
-from imdsproxy.core.tokens import TokenKey, instance_key
 from imdsproxy.fleet import layout
 from imdsproxy.host.certificates import (
     make_key,
@@ -25,6 +22,9 @@ from imdsproxy.host.certificates import (
 )
 from imdsproxy.hub.authority import Authority, make_authority, parse_request
 from imdsproxy.hub.enrolment import Certified
+from imdsproxy.model.entities import Instance, Network
+from imdsproxy.model.records import parse_instance, parse_network
+from imdsproxy.model.tokens import TokenKey, instance_key
 from imdsproxy.sources.fleet.client import HostFiles
 from imdsproxy.sources.fleet.kept import KeptItems
 from support.daemon import Daemon, instance, user_data_of

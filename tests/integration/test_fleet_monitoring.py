@@ -12,7 +12,6 @@ from typing import Final
 
 import pytest
 
-from imdsproxy.core.model import InstanceId
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.identity import Role, spell_serial
 from imdsproxy.fleet.layout import HostId
@@ -21,6 +20,7 @@ from imdsproxy.fleet.suspicion import Claim, Suspicion, render_suspicion
 from imdsproxy.host.certificates import make_key, render_certificate, render_key
 from imdsproxy.hub import authority
 from imdsproxy.hub.token_keys import PLACE
+from imdsproxy.model.entities import InstanceId
 from imdsproxy.sources.fleet.client import HostFiles
 from support.daemon import instance
 from support.dashboards import filled_in, layout_faults, queries_of

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.core.model import InstanceId
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.identity import Role
 from imdsproxy.fleet.values import parse_password
@@ -18,6 +17,7 @@ from imdsproxy.hub.envelope import name_of
 from imdsproxy.hub.etcd_messages import prefix_end
 from imdsproxy.hub.files import FleetFiles
 from imdsproxy.hub.token_keys import PLACE, sealed_keys
+from imdsproxy.model.entities import InstanceId
 from support.cli import Ran, run_main
 from support.fleet_world import FleetWorld, HubProcess, fleet_world
 from support.guest import Guest, take_token, with_token

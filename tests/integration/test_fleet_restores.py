@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from imdsproxy.api.client import FleetClient
-from imdsproxy.core.model import InstanceId
-from imdsproxy.core.policy import OperatorOverride
 from imdsproxy.errors import AccessDenied, AlreadyExists, RestoreSuspected
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.identity import parse_invitation
 from imdsproxy.fleet.stream import Batch, Bye, ByeCode, FromHub, Hello
+from imdsproxy.model.entities import InstanceId
+from imdsproxy.model.policy import OperatorOverride
 from support.fleet_member import Member
 from support.fleet_world import FleetWorld, fleet_world
 from support.lab import until

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from imdsproxy.api.client import FleetClient
-from imdsproxy.core.model import InstanceId
 from imdsproxy.errors import ImdsproxyError
 from imdsproxy.fleet.identity import Role, parse_invitation
 from imdsproxy.hub.token_keys import PLACE, open_keys
+from imdsproxy.model.entities import InstanceId
 from support.cli import Ran, run_main
 from support.daemon import instance
 from support.fleet_world import FleetWorld, fleet_world

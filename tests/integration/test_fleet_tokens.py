@@ -9,8 +9,8 @@ from typing import Final
 
 import pytest
 
-from imdsproxy.core.policy import Policy, TokenMode
-from imdsproxy.core.tokens import TokenKey, instance_key
+from imdsproxy.model.policy import Policy, TokenMode
+from imdsproxy.model.tokens import TokenKey, instance_key
 from support.access_table import META, TOKEN, USER_DATA
 from support.guest import Reply, with_token
 from support.haproxy_alone import KEY, WAYS, Alone, open_alone

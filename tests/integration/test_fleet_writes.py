@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from imdsproxy.core.model import InstanceId
 from imdsproxy.errors import (
     AccessDenied,
     AlreadyExists,
@@ -32,6 +31,7 @@ from imdsproxy.fleet.suspicion import Claim, Suspicion, render_suspicion
 from imdsproxy.hub import in_force
 from imdsproxy.hub.etcd_messages import prefix_end
 from imdsproxy.hub.sweep import REMOVED_S, UNUSED_S, Sweep
+from imdsproxy.model.entities import InstanceId
 from support.etcd_lab import EtcdLab, etcd_lab
 from support.hand_clock import HandClock
 from support.hub_api import Hub, open_hub

@@ -9,8 +9,8 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from imdsproxy.core.model import NetworkId
 from imdsproxy.haproxy.rules.model import Bind, DataplaneSpec
+from imdsproxy.model.entities import NetworkId
 from support.haproxy_alone import paths_below, run_haproxy
 from support.lab import until
 

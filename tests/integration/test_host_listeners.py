@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.core.model import (
+from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
+from imdsproxy.host.state import Effect
+from imdsproxy.model.entities import (
     METADATA_IPV4,
     BridgeListener,
     InterfaceListener,
@@ -21,8 +23,6 @@ from imdsproxy.core.model import (
     Network,
     NetworkId,
 )
-from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
-from imdsproxy.host.state import Effect
 from imdsproxy.network.endpoints import Endpoint, LeftOutCode
 from imdsproxy.network.listeners.apply import NftTable, apply_links, apply_ops, haproxy_name
 from imdsproxy.network.listeners.endpoints import plan_binds, plan_links

@@ -10,7 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.core.model import (
+from imdsproxy.errors import HostRefused
+from imdsproxy.host.namespace_watch import NamespaceWatch
+from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
+from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
+from imdsproxy.host.state import NamespaceRef, ObservedHost
+from imdsproxy.model.entities import (
     BridgeListener,
     InterfaceListener,
     Listener,
@@ -18,11 +23,6 @@ from imdsproxy.core.model import (
     Network,
     NetworkId,
 )
-from imdsproxy.errors import HostRefused
-from imdsproxy.host.namespace_watch import NamespaceWatch
-from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
-from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
-from imdsproxy.host.state import NamespaceRef, ObservedHost
 from imdsproxy.network.listeners.host import SystemHost
 from imdsproxy.network.listeners.watch import HostWatch
 from support.hostlab import HostLab, create_namespace

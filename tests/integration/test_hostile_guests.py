@@ -17,8 +17,8 @@ from typing import Final
 import pytest
 from hypothesis import given, settings
 
-from imdsproxy.core.tokens import parse_token_keys
-from imdsproxy.core.wire import HEADER_TURN
+from imdsproxy.model.tokens import parse_token_keys
+from imdsproxy.model.wire import HEADER_TURN
 from support.forgeries import OTHER_ADDRESS, OTHER_INSTANCE, OTHER_PROJECT
 from support.guest import Connection, Lost, take_token, with_token
 from support.haproxy_alone import Alone, Document, open_alone

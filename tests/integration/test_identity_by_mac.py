@@ -12,9 +12,9 @@ from unittest import mock
 
 import pytest
 
-from imdsproxy.core.model import NetworkId
 from imdsproxy.errors import ImdsproxyError
 from imdsproxy.haproxy.records import RecordApplier
+from imdsproxy.model.entities import NetworkId
 from imdsproxy.network.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.network.names import Naming
 from support.daemon import instance, user_data_of

@@ -14,10 +14,10 @@ from typing import Final
 
 import pytest
 
-from imdsproxy.core.model import METADATA_IPV4, IpAddress, MacAddress, NetworkId
-from imdsproxy.core.wire import ANSWER_DSCP, NEXT_TO_MARK, VERIFIED_PORT
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.state import NamespaceRef
+from imdsproxy.model.entities import METADATA_IPV4, IpAddress, MacAddress, NetworkId
+from imdsproxy.model.wire import ANSWER_DSCP, NEXT_TO_MARK, VERIFIED_PORT
 from imdsproxy.network.anti_spoofing.kernel import KernelHopLimits, KernelMacFilters, TableGone
 from imdsproxy.network.anti_spoofing.plan import ANY_MAC, MacFilter
 from support.guest import inside

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from imdsproxy.core.model import BridgeListener, InstanceId, MacAddress, Network, NetworkId
 from imdsproxy.errors import NotFound, SourceUnavailable
+from imdsproxy.model.entities import BridgeListener, InstanceId, MacAddress, Network, NetworkId
 from imdsproxy.sources.libvirt.source import LibvirtClient, LibvirtEvents, read_domain
 from imdsproxy.sources.libvirt.xml import METADATA_URI
 from support.libvirt_backing import define_domain, domain_xml, libvirt_source, uuid_of

@@ -15,9 +15,9 @@ from typing import Final
 import pytest
 
 from imdsproxy.config.policy import LimitsSettings
-from imdsproxy.core.policy import Policy, TokenMode
 from imdsproxy.haproxy.rules.limits import COUNTERS, POLICY_COUNTERS
 from imdsproxy.haproxy.rules.model import Limits
+from imdsproxy.model.policy import Policy, TokenMode
 from support.access_table import META, USER_DATA
 from support.daemon import instance
 from support.guest import IPV4, IPV6, Connection, Guest, Lost

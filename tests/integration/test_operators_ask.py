@@ -14,8 +14,8 @@ from typing import Final
 
 import pytest
 
-from imdsproxy.core.wire import PROBE_INSTANCE, PROBE_PATH
 from imdsproxy.documents.compiled import compiled_path
+from imdsproxy.model.wire import PROBE_INSTANCE, PROBE_PATH
 from support.audit_log import AuditLog, order_audit
 from support.daemon import Daemon, instance
 from support.guest import Load

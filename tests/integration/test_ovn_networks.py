@@ -12,8 +12,8 @@ from typing import Final, Self
 
 import pytest
 
-from imdsproxy.core.addresses import link_local_of
-from imdsproxy.core.model import MacAddress
+from imdsproxy.model.addresses import link_local_of
+from imdsproxy.model.entities import MacAddress
 from support.daemon import Daemon
 from support.guest import IPV4, IPV6, Background, Guest, Load, Reply
 from support.lab import NETNS, ip, run, serve, until, within

@@ -13,8 +13,8 @@ from typing import Any, Final
 
 import pytest
 
-from imdsproxy.core.model import BridgeListener, Dialect, InterfaceListener, NamespaceListener
 from imdsproxy.host.namespaces import NamespaceDirectory
+from imdsproxy.model.entities import BridgeListener, Dialect, InterfaceListener, NamespaceListener
 from imdsproxy.network.anti_spoofing.host_rules import (
     GuestBridge,
     GuestBridges,

@@ -15,8 +15,6 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from imdsproxy.core.policy import Policy, TokenMode
-from imdsproxy.core.wire import HEADER_LOGGED, HEADER_OPERATOR, ONE_IN
 from imdsproxy.haproxy.rules.counting import (
     GUESTS_TABLE,
     READERS_TABLE,
@@ -31,6 +29,8 @@ from imdsproxy.haproxy.rules.request_log import (
     parse_events,
     read_audit,
 )
+from imdsproxy.model.policy import Policy, TokenMode
+from imdsproxy.model.wire import HEADER_LOGGED, HEADER_OPERATOR, ONE_IN
 from support.access_table import META, TOKEN, USER_DATA
 from support.guest import Lost, with_token
 from support.haproxy_alone import KEY, WAYS, Alone, open_alone

@@ -11,7 +11,7 @@ from functools import partial
 
 import pytest
 
-from imdsproxy.core.wire import REDIRECTED_PORT
+from imdsproxy.model.wire import REDIRECTED_PORT
 from support.daemon import Daemon
 from support.guest import IPV4, IPV6, Guest, Load, Lost, Reply
 from support.lab import run, serve, until, within

@@ -15,7 +15,7 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from demo.cloudinit import download
-from imdsproxy.core.model import Dialect, InterfaceListener, NamespaceListener
+from imdsproxy.model.entities import Dialect, InterfaceListener, NamespaceListener
 from imdsproxy.tools.snippets import HINTS, Target
 from support.demonstration import REPOSITORY
 from support.ds_identify import Machine, identify, write_dmi

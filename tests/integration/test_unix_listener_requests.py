@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imdsproxy.core.addresses import normalise_address
-from imdsproxy.core.model import InstanceId, IpAddress
-from imdsproxy.core.wire import NovaRecord, render_map_value
+from imdsproxy.model.addresses import normalise_address
+from imdsproxy.model.entities import InstanceId, IpAddress
+from imdsproxy.model.wire import NovaRecord, render_map_value
 from support.agent_socket import NETWORK, OVN, ROUTER
 from support.guest import Reply
 from support.haproxy_alone import Alone, open_alone

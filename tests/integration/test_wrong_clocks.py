@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.core.policy import Policy, TokenMode
+from imdsproxy.model.policy import Policy, TokenMode
 from support.access_table import META, TOKEN
 from support.daemon import instance
 from support.fleet_world import fleet_world

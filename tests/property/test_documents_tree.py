@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imdsproxy.core.model import Dialect, Instance, MacAddress, Port
 from imdsproxy.documents.dialects import ec2, openstack
+from imdsproxy.model.entities import Dialect, Instance, MacAddress, Port
 from support.guest_records import BARE, BLUE, Guest
 from support.record_strategies import embedded_instances, texts
 

@@ -12,9 +12,6 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from imdsproxy.core.model import InstanceId, NetworkId
-from imdsproxy.core.policy import OperatorOverride
-from imdsproxy.core.records.grant import NO_GRANT
 from imdsproxy.errors import ImdsproxyError
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.layout import (
@@ -67,6 +64,9 @@ from imdsproxy.hub.streams import Streams
 from imdsproxy.hub.sweep import Sweep
 from imdsproxy.hub.token_keys import TokenKeyRing
 from imdsproxy.hub.views import Views, Wanted
+from imdsproxy.model.entities import InstanceId, NetworkId
+from imdsproxy.model.policy import OperatorOverride
+from imdsproxy.model.records.grant import NO_GRANT
 from imdsproxy.sources.fleet.known import FleetKnown
 from support.restores import restores_of
 

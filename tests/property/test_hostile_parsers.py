@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from imdsproxy.config.load import load_settings
 from imdsproxy.config.strict_yaml import Decoded, decode_yaml
 from imdsproxy.controller.policy_store import read_overrides
-from imdsproxy.core.policy import OperatorOverride
-from imdsproxy.core.records import (
+from imdsproxy.errors import ConfigError, HostRefused
+from imdsproxy.model.policy import OperatorOverride
+from imdsproxy.model.records import (
     Findings,
     Refused,
     parse_instance,
@@ -23,8 +24,7 @@ from imdsproxy.core.records import (
     parse_records,
     render_record,
 )
-from imdsproxy.core.tokens import TokenKeysUnreadable, parse_token_keys
-from imdsproxy.errors import ConfigError, HostRefused
+from imdsproxy.model.tokens import TokenKeysUnreadable, parse_token_keys
 from imdsproxy.sources.file.record_file import decode_json
 
 _FIXED: Final = settings(max_examples=300, derandomize=True, deadline=None, database=None)

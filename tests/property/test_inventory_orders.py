@@ -8,8 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.model import (
+from imdsproxy.model.entities import (
     BridgeListener,
     Instance,
     InstanceId,
@@ -18,7 +17,8 @@ from imdsproxy.core.model import (
     NetworkId,
     Port,
 )
-from imdsproxy.core.observation import AddressKey, Affected, Observation
+from imdsproxy.model.inventory import Inventory
+from imdsproxy.model.observation import AddressKey, Affected, Observation
 
 SOURCES = ("file", "sqlite")
 _K = TypeVar("_K")

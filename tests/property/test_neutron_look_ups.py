@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imdsproxy.config.sources import NeutronSourceSettings
-from imdsproxy.core.addresses import link_local_of
-from imdsproxy.core.model import IpAddress, MacAddress, NetworkId, Scope
-from imdsproxy.core.observation import Conflict
+from imdsproxy.model.addresses import link_local_of
+from imdsproxy.model.entities import IpAddress, MacAddress, NetworkId, Scope
+from imdsproxy.model.observation import Conflict
 from imdsproxy.sources.api import LookUp, PortAmbiguous, PortFound, PortMissing
 from imdsproxy.sources.neutron.ports import ROUTER_OWNERS, NeutronPort
 from support.fake_neutron import DOWN, Rig, neutron_rig, router_port

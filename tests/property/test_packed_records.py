@@ -8,11 +8,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from imdsproxy.core.addresses import link_local_of, text_of
-from imdsproxy.core.model import Instance, InstanceId, IpAddress, MacAddress, Network, NetworkId
-from imdsproxy.core.packed import PackedInstances, PackedPairs
-from imdsproxy.core.records import parse_instance, parse_records, render_record
 from imdsproxy.haproxy.rules.maps import PackedMap
+from imdsproxy.model.addresses import link_local_of, text_of
+from imdsproxy.model.entities import Instance, InstanceId, IpAddress, MacAddress, Network, NetworkId
+from imdsproxy.model.packed import PackedInstances, PackedPairs
+from imdsproxy.model.records import parse_instance, parse_records, render_record
 from support.record_strategies import ids, instances, ipv4, macs, networks
 
 

@@ -16,9 +16,10 @@ from imdsproxy.controller.record_loop import RecordLoop
 from imdsproxy.controller.record_plan import record_key
 from imdsproxy.controller.rule_sets import RuleSets
 from imdsproxy.controller.token_keys import TokenKeys
-from imdsproxy.core.identity import Learned
-from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.model import (
+from imdsproxy.haproxy.rules.maps import MapState
+from imdsproxy.host.clock import Clock
+from imdsproxy.host.state import NamespaceRef, ObservedHost
+from imdsproxy.model.entities import (
     METADATA_IPV4,
     Instance,
     InstanceId,
@@ -29,10 +30,9 @@ from imdsproxy.core.model import (
     NetworkId,
     Port,
 )
-from imdsproxy.core.observation import AddressKey, Observation
-from imdsproxy.haproxy.rules.maps import MapState
-from imdsproxy.host.clock import Clock
-from imdsproxy.host.state import NamespaceRef, ObservedHost
+from imdsproxy.model.identity import Learned
+from imdsproxy.model.inventory import Inventory
+from imdsproxy.model.observation import AddressKey, Observation
 from imdsproxy.network.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.network.anti_spoofing.plan import ANY_MAC, Pairs, plan_pair
 from imdsproxy.network.endpoints import Endpoint

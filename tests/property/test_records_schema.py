@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft7Validator
 
-from imdsproxy.core.records import TABLES, render_record
-from imdsproxy.core.records.json_schema import schema_of_records
-from imdsproxy.core.records.schema import Kind, Table
+from imdsproxy.model.records import TABLES, render_record
+from imdsproxy.model.records.json_schema import schema_of_records
+from imdsproxy.model.records.schema import Kind, Table
 from imdsproxy.sources.file.record_file import decode_records
 from support.record_strategies import instances, networks
 

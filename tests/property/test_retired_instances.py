@@ -6,9 +6,9 @@ from unittest import mock
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imdsproxy.core import retired
-from imdsproxy.core.policy import UNTOUCHED
-from imdsproxy.core.retired import Overrides, parse_retired
+from imdsproxy.model import retired
+from imdsproxy.model.policy import UNTOUCHED
+from imdsproxy.model.retired import Overrides, parse_retired
 
 _NAMES = [f"i-{number}" for number in range(12)]
 _steps = st.lists(

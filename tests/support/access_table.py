@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Final, TypeAlias
 
-from imdsproxy.core.path_rules import PathRules, PathWord
-from imdsproxy.core.policy import (
+from imdsproxy.model.path_rules import PathRules, PathWord
+from imdsproxy.model.policy import (
     BOOT_GRACE_S,
     LONGEST_BOOT_S,
     OperatorOverride,

@@ -32,19 +32,6 @@ from imdsproxy.controller.rule_sets import RuleSets
 from imdsproxy.controller.token_keys import TokenKeys
 from imdsproxy.controller.token_report import InstanceTokens, TokenReport, TokenVerdict
 from imdsproxy.controller.watching import Watching
-from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.model import (
-    METADATA_IPV4,
-    Instance,
-    InstanceId,
-    IpAddress,
-    MacAddress,
-    Network,
-    NetworkId,
-)
-from imdsproxy.core.observation import Observation
-from imdsproxy.core.tokens import render_key_map
-from imdsproxy.core.wire import MapRecord
 from imdsproxy.documents.dialects.respond import Answer
 from imdsproxy.documents.http import Send, send_answer, serve
 from imdsproxy.documents.resolver_app import GuestRequest
@@ -58,6 +45,19 @@ from imdsproxy.haproxy.records import RecordApplier, write_table
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.servers import open_unix_socket
 from imdsproxy.host.state import NamespaceRef, ObservedHost
+from imdsproxy.model.entities import (
+    METADATA_IPV4,
+    Instance,
+    InstanceId,
+    IpAddress,
+    MacAddress,
+    Network,
+    NetworkId,
+)
+from imdsproxy.model.inventory import Inventory
+from imdsproxy.model.observation import Observation
+from imdsproxy.model.tokens import render_key_map
+from imdsproxy.model.wire import MapRecord
 from imdsproxy.network.anti_spoofing.claims import ForgedClaims
 from imdsproxy.network.endpoints import Endpoint, LeftOut, LeftOutCode
 from imdsproxy.network.listeners.plan import ListenerPlan

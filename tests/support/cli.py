@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 
 from imdsproxy.cli.main import main
-from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
+from imdsproxy.model.entities import Instance, InstanceId, Network, NetworkId
 from support.admin_server import AdminServer
 from support.record_builders import instance, port
 

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from imdsproxy.core.model import InstanceId
 from imdsproxy.documents.pidfile import DocumentProcesses, read_pids
+from imdsproxy.model.entities import InstanceId
 from support.daemon import alive
 from support.guest import Connection, Lost, Reply
 from support.guest_records import GUEST

@@ -10,13 +10,13 @@ from typing import Any
 
 from imdsproxy.api.metrics import Metrics, count_traffic
 from imdsproxy.controller.controller import Controller
-from imdsproxy.core.identity import Denial
-from imdsproxy.core.inventory import Report
-from imdsproxy.core.model import NetworkId
 from imdsproxy.errors import Problem
 from imdsproxy.haproxy.process import ReloadReport
 from imdsproxy.haproxy.rules.runtime import Processes
 from imdsproxy.host.state import Effect
+from imdsproxy.model.entities import NetworkId
+from imdsproxy.model.identity import Denial
+from imdsproxy.model.inventory import Report
 from imdsproxy.network.endpoints import LeftOut, LeftOutCode
 from imdsproxy.nova.upstream import NovaEndpointReport
 from imdsproxy.reconcile.progress import Durations, Step

@@ -5,10 +5,10 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.model import IpAddress, MacAddress, NetworkId
 from imdsproxy.errors import DataplaneError, HostRefused
 from imdsproxy.host.clock import Clock
+from imdsproxy.model.entities import IpAddress, MacAddress, NetworkId
+from imdsproxy.model.inventory import Inventory
 from imdsproxy.network.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.network.anti_spoofing.kernel import (
     FilterChange,

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Final
 
 from imdsproxy.config.sources import NeutronSourceSettings
-from imdsproxy.core.model import MacAddress, NetworkId, Scope
 from imdsproxy.errors import SourceUnavailable
+from imdsproxy.model.entities import MacAddress, NetworkId, Scope
 from imdsproxy.sources.api import LookUp
 from imdsproxy.sources.neutron.client import NeutronClient, QueryTimedOut
 from imdsproxy.sources.neutron.ports import NeutronPort, PortQuery

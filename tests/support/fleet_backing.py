@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from imdsproxy.core.model import Instance, InstanceId, Network
 from imdsproxy.errors import Problem, SourceUnavailable
 from imdsproxy.fleet import layout
+from imdsproxy.model.entities import Instance, InstanceId, Network
 from imdsproxy.reconcile.progress import Backoff
 from imdsproxy.sources.fleet.client import HubClient
 from imdsproxy.sources.fleet.leaving import LeavingNetworks

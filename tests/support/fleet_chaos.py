@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, Final, TextIO
 
 from imdsproxy.api.client import FleetClient
-from imdsproxy.core.model import InstanceId
 from imdsproxy.errors import (
     AdminError,
     AdminUnavailable,
@@ -31,6 +30,7 @@ from imdsproxy.errors import (
 )
 from imdsproxy.fleet.identity import parse_invitation
 from imdsproxy.fleet.layout import guard_key, parse_guard
+from imdsproxy.model.entities import InstanceId
 from support.fleet_faults import FAULTS
 from support.fleet_history import Answer, History, Outcome, Write
 from support.fleet_member import Member

@@ -15,7 +15,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeAlias
 
-from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.errors import EtcdFull, ImdsproxyError
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.layout import HostId, StoredInstance, instance_key, render_instance
@@ -23,6 +22,7 @@ from imdsproxy.fleet.members import host_key, operator_key
 from imdsproxy.fleet.stream import Bye, Hello
 from imdsproxy.hub.etcd import Committed, Etcd
 from imdsproxy.hub.etcd_messages import KeyValue, unchanged
+from imdsproxy.model.entities import InstanceId, NetworkId
 from support.daemon import alive
 from support.etcd_lab import EtcdLab
 from support.fleet_history import Outcome

@@ -23,10 +23,6 @@ from ssl import SSLContext
 from typing import Any, Final, TypeVar, cast
 
 from imdsproxy.api.problems import answer_for
-from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
-from imdsproxy.core.records import render_record
-from imdsproxy.core.tokens import TokenKey
-from imdsproxy.core.tokens import instance_key as token_key_of
 from imdsproxy.errors import EtcdUnavailable, ImdsproxyError
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.identity import AUTHORITY_PATH, RENEW_PATH, Identity, Role
@@ -46,6 +42,10 @@ from imdsproxy.hub.routes_fleet import show_blob
 from imdsproxy.hub.state import Change, FleetState, Item
 from imdsproxy.hub.streams import Streams
 from imdsproxy.hub.writes import Writes
+from imdsproxy.model.entities import Instance, InstanceId, Network, NetworkId
+from imdsproxy.model.records import render_record
+from imdsproxy.model.tokens import TokenKey
+from imdsproxy.model.tokens import instance_key as token_key_of
 from support.host_front import pass_on
 from support.patience import patience
 from support.restores import restores_of

@@ -19,7 +19,6 @@ from typing import Any, Final, TypeVar
 
 import yaml
 
-from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.identity import Role, spell_serial
 from imdsproxy.fleet.layout import HostId, StoredInstance, StoredNetwork
@@ -34,6 +33,7 @@ from imdsproxy.hub.files import (
     make_operator_pem,
     write_secret,
 )
+from imdsproxy.model.entities import InstanceId, NetworkId
 from support.daemon import Daemon
 from support.etcd_lab import EtcdLab
 from support.lab import Lab, RecordMapping, until, within

@@ -16,9 +16,9 @@ from ipaddress import IPv6Address, ip_address
 from pathlib import Path
 from typing import Final, Self, TypeVar
 
-from imdsproxy.core.addresses import link_local_of
-from imdsproxy.core.model import MacAddress
 from imdsproxy.host.namespaces import DEFAULT_DIRECTORY, NamespaceDirectory, NamespaceThread
+from imdsproxy.model.addresses import link_local_of
+from imdsproxy.model.entities import MacAddress
 from support.patience import patience
 
 T = TypeVar("T")

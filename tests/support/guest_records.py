@@ -7,7 +7,9 @@ from hashlib import blake2b
 from ipaddress import ip_address, ip_network
 from typing import cast
 
-from imdsproxy.core.model import (
+from imdsproxy.documents.compiled import Blob, CompiledRecord, compile_instance, parse_compiled
+from imdsproxy.documents.dialects.respond import Answer, DocumentTree, respond
+from imdsproxy.model.entities import (
     Instance,
     InstanceId,
     MacAddress,
@@ -18,8 +20,6 @@ from imdsproxy.core.model import (
     SshKey,
     Subnet,
 )
-from imdsproxy.documents.compiled import Blob, CompiledRecord, compile_instance, parse_compiled
-from imdsproxy.documents.dialects.respond import Answer, DocumentTree, respond
 
 BLUE = Network(
     NetworkId("blue"),

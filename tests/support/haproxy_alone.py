@@ -17,18 +17,6 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from imdsproxy.core.model import InstanceId, NetworkId
-from imdsproxy.core.path_rules import PathRules, render_set
-from imdsproxy.core.policy import OperatorOverride, Policy, render_policy_word
-from imdsproxy.core.tokens import TokenKey, render_key_map
-from imdsproxy.core.wire import (
-    HEADER_ADDRESS,
-    HEADER_NETWORK,
-    HEADER_RECORD,
-    EmbeddedRecord,
-    NovaRecord,
-    render_map_value,
-)
 from imdsproxy.haproxy.layout import Layout
 from imdsproxy.haproxy.rules.config import render_config
 from imdsproxy.haproxy.rules.model import (
@@ -40,6 +28,18 @@ from imdsproxy.haproxy.rules.model import (
     NovaTimes,
     Paths,
     UnixBind,
+)
+from imdsproxy.model.entities import InstanceId, NetworkId
+from imdsproxy.model.path_rules import PathRules, render_set
+from imdsproxy.model.policy import OperatorOverride, Policy, render_policy_word
+from imdsproxy.model.tokens import TokenKey, render_key_map
+from imdsproxy.model.wire import (
+    HEADER_ADDRESS,
+    HEADER_NETWORK,
+    HEADER_RECORD,
+    EmbeddedRecord,
+    NovaRecord,
+    render_map_value,
 )
 from support.guest import IPV4, Asker, Connection, Lost, Reply
 from support.lab import until

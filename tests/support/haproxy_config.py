@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from imdsproxy.core.model import METADATA_IPV4, NetworkId
 from imdsproxy.haproxy.layout import Layout
 from imdsproxy.haproxy.rules.model import Bind, DataplaneSpec
+from imdsproxy.model.entities import METADATA_IPV4, NetworkId
 
 SPEC = DataplaneSpec(
     (Bind(NetworkId("blue"), METADATA_IPV4, 80),),

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Final, Self
 
-from imdsproxy.core.addresses import link_local_of
-from imdsproxy.core.model import MacAddress
+from imdsproxy.model.addresses import link_local_of
+from imdsproxy.model.entities import MacAddress
 from support.guest import Background, Guest, Lost, inside
 from support.lab import batch, ip
 

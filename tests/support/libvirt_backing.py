@@ -8,9 +8,9 @@ from typing import Any
 from xml.sax.saxutils import escape, quoteattr
 
 from imdsproxy.config.sources import LibvirtSourceSettings
-from imdsproxy.core.model import BridgeListener, Instance, InstanceId, MacAddress, Network
-from imdsproxy.core.records import Refused
 from imdsproxy.errors import Problem, SourceUnavailable
+from imdsproxy.model.entities import BridgeListener, Instance, InstanceId, MacAddress, Network
+from imdsproxy.model.records import Refused
 from imdsproxy.reconcile.progress import Backoff
 from imdsproxy.sources.libvirt.source import LibvirtClient, LibvirtEvents, LibvirtSource
 from imdsproxy.sources.libvirt.xml import (

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Final
 
 from imdsproxy.config.sources import NeutronSourceSettings
-from imdsproxy.core.model import Instance, Network, Upstream
 from imdsproxy.errors import Problem
 from imdsproxy.host.clock import Clock
+from imdsproxy.model.entities import Instance, Network, Upstream
 from imdsproxy.sources.neutron.source import NeutronSource
 from support.fake_neutron import FakeNeutron, neutron_port
 from support.source_runs import WholeRecords

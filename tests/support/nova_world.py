@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from imdsproxy.core.model import InstanceId
-from imdsproxy.core.wire import NovaRecord, render_map_value
 from imdsproxy.haproxy.rules.model import NovaTimes
+from imdsproxy.model.entities import InstanceId
+from imdsproxy.model.wire import NovaRecord, render_map_value
 from support.daemon import Daemon, instance
 from support.forgeries import OTHER_INSTANCE, OTHER_PROJECT
 from support.guest import IPV4, Connection, Guest

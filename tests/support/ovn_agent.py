@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from imdsproxy.core.model import METADATA_IPV4
+from imdsproxy.model.entities import METADATA_IPV4
 from support.guest import Guest, Lost, Reply
 from support.lab import Lab, ip, run, until
 from support.nova_world import SECRET

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Final
 
-from imdsproxy.core.model import NetworkId
+from imdsproxy.model.entities import NetworkId
 from imdsproxy.sources.ovn.ports import OvnKnown, PortBinding, SouthboundView
 
 HERE: Final = "c1"

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Final
 
 from imdsproxy.config.sources import OvnSourceSettings
-from imdsproxy.core.model import NetworkId
 from imdsproxy.host import namespaces
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.nlmessages import NetlinkSocket
+from imdsproxy.model.entities import NetworkId
 from imdsproxy.network.names import Naming
 from imdsproxy.network.ovn import places
 from imdsproxy.network.ovn.provision import Provisioner

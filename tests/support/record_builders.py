@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from ipaddress import ip_address
 
-from imdsproxy.core.model import (
+from imdsproxy.model.entities import (
     BridgeListener,
     Instance,
     InstanceId,
@@ -13,7 +13,7 @@ from imdsproxy.core.model import (
     NetworkId,
     Port,
 )
-from imdsproxy.core.observation import AddressKey, Observation
+from imdsproxy.model.observation import AddressKey, Observation
 
 
 def network(

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from imdsproxy.core.model import Instance, InstanceId
 from imdsproxy.documents.compiled import CompiledRecord, compiled_path
 from imdsproxy.documents.store import DiskFiles, PasswordStore
 from imdsproxy.errors import HostRefused
+from imdsproxy.model.entities import Instance, InstanceId
 from support.guest_records import compiled
 
 

@@ -4,7 +4,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 
 from hypothesis import strategies as st
 
-from imdsproxy.core.model import (
+from imdsproxy.model.entities import (
     METADATA_IPV6,
     BridgeListener,
     Dialect,
@@ -21,8 +21,8 @@ from imdsproxy.core.model import (
     Subnet,
     Upstream,
 )
-from imdsproxy.core.path_rules import PathRules, PathWord, find_path_fault
-from imdsproxy.core.policy import RULES, PolicyRules, TokenMode
+from imdsproxy.model.path_rules import PathRules, PathWord, find_path_fault
+from imdsproxy.model.policy import RULES, PolicyRules, TokenMode
 
 ids = st.from_regex(r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
 devices = st.from_regex(r"\A[A-Za-z0-9_][A-Za-z0-9._@+=-]{0,14}\Z")

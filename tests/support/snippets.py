@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from ipaddress import ip_address, ip_network
 from xml.etree import ElementTree as ET
 
-from imdsproxy.core.model import (
+from imdsproxy.model.entities import (
     BridgeListener,
     Dialect,
     Instance,

@@ -7,9 +7,9 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 from typing import Final
 
-from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.model import Instance
-from imdsproxy.core.observation import Observation
+from imdsproxy.model.entities import Instance
+from imdsproxy.model.inventory import Inventory
+from imdsproxy.model.observation import Observation
 from imdsproxy.sources.api import Source
 from support.patience import patience
 

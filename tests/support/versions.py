@@ -6,9 +6,9 @@ import copy
 from dataclasses import replace
 from typing import Any, Final
 
-from imdsproxy.core.records.levels import SCHEMA, Schema
-from imdsproxy.core.records.network import POLICY
-from imdsproxy.core.records.schema import Key, Table
+from imdsproxy.model.records.levels import SCHEMA, Schema
+from imdsproxy.model.records.network import POLICY
+from imdsproxy.model.records.schema import Key, Table
 
 LATER: Final = "hop_limit"
 """A rule that came with the second level."""

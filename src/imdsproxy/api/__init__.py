@@ -1,1 +1,1 @@
-"""APIs for operators and monitoring, on a host and on a hub: routes, bodies, health, metrics, and the client."""
+"""APIs for operators and monitoring, of a host and of a hub, and their client; no work of their own."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Self
 
-from imdsproxy.core.model import NetworkId
+from imdsproxy.model.entities import NetworkId
 from imdsproxy.network import endpoints
 
 

@@ -1,6 +1,6 @@
 """Bodies of the admin API: readers, and models for OpenAPI.
 
-`imdsproxy.core.records` reads the records and reports every problem with its field. The models of records are made of
+`imdsproxy.model.records` reads the records and reports every problem with its field. The models of records are made of
 its tables, and only describe records to clients.
 """
 
@@ -18,14 +18,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, StreamingResponse
 
 from imdsproxy.api.answers import LeftOut
-from imdsproxy.core import matching, records
-from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
-from imdsproxy.core.observation import Conflict
-from imdsproxy.core.packed import PackedInstances
-from imdsproxy.core.records.grant import GRANT
-from imdsproxy.core.records.network import POLICY
-from imdsproxy.core.records.schema import Key, Kind, Table
 from imdsproxy.errors import Problem, RequestRefused
+from imdsproxy.model import matching, records
+from imdsproxy.model.entities import Instance, InstanceId, Network, NetworkId
+from imdsproxy.model.observation import Conflict
+from imdsproxy.model.packed import PackedInstances
+from imdsproxy.model.records.grant import GRANT
+from imdsproxy.model.records.network import POLICY
+from imdsproxy.model.records.schema import Key, Kind, Table
 
 MAX_BODY: Final = 64 * 1024 * 1024
 """Maximum size of a request in bytes: 16 MiB of user-data in base64, twice, or some 100,000 plain instances."""

@@ -22,8 +22,8 @@ from imdsproxy import errors
 from imdsproxy.fleet.stream import ALIVE_PATH, CONNECT_S
 
 if TYPE_CHECKING:
-    from imdsproxy.core.model import Network
-    from imdsproxy.core.records import Refused
+    from imdsproxy.model.entities import Network
+    from imdsproxy.model.records import Refused
 
 _T = TypeVar("_T")
 
@@ -339,7 +339,7 @@ def read_record(
     kind: str, parse: Callable[[object], _T | Refused], record: Mapping[str, Any]
 ) -> _T:
     """Parse a record from the daemon; raise `AdminError` if the record is invalid in this version."""
-    from imdsproxy.core.records import Refused  # noqa: PLC0415 - most commands need not load it
+    from imdsproxy.model.records import Refused  # noqa: PLC0415 - most commands need not load it
 
     read = parse(record)
     if isinstance(read, Refused):
@@ -352,7 +352,7 @@ def read_record(
 
 def read_networks(daemon: AdminClient) -> list[Network]:
     """Return all networks of the daemon; raise as `read_record`."""
-    from imdsproxy.core.records import parse_network  # noqa: PLC0415 - as above
+    from imdsproxy.model.records import parse_network  # noqa: PLC0415 - as above
 
     return [
         read_record("network", parse_network, shape["record"])

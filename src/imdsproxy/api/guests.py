@@ -13,15 +13,15 @@ from imdsproxy.api.records import no_such
 from imdsproxy.controller.controller import Controller
 from imdsproxy.controller.lookup import Lookup
 from imdsproxy.controller.record_plan import policy_place, record_key
-from imdsproxy.core import identity, model
-from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.observation import AddressKey, Claimant, Expired, SourceName
-from imdsproxy.core.path_rules import PathRules
-from imdsproxy.core.policy_report import Decided, PolicyInForce, decide_read, report_policy
-from imdsproxy.core.wire import HEADER_LOGGED, MISMATCH_TEXT, NovaRecord, hide_signatures
 from imdsproxy.documents.resolver_app import CollectedAnswer, GuestRequest
 from imdsproxy.errors import NotFound, RuntimeUnavailable
 from imdsproxy.haproxy.master import WorkerEnded
+from imdsproxy.model import entities, identity
+from imdsproxy.model.inventory import Inventory
+from imdsproxy.model.observation import AddressKey, Claimant, Expired, SourceName
+from imdsproxy.model.path_rules import PathRules
+from imdsproxy.model.policy_report import Decided, PolicyInForce, decide_read, report_policy
+from imdsproxy.model.wire import HEADER_LOGGED, MISMATCH_TEXT, NovaRecord, hide_signatures
 from imdsproxy.network.anti_spoofing.plan import ANY_MAC, plan_pair
 from imdsproxy.network.listeners.endpoints import networks_of
 from imdsproxy.network.listeners.loop import ListenerLoop
@@ -30,10 +30,10 @@ from imdsproxy.sources.api import LookUpUnavailable, PortAmbiguous, PortFound, P
 _UUID: Final = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 """Form of the ids that Neutron generates."""
 
-_COMMON: Final[Mapping[model.Dialect, str]] = {
-    model.Dialect.EC2: "/latest/meta-data/",
-    model.Dialect.OPENSTACK: "/openstack/latest/meta_data.json",
-    model.Dialect.NOCLOUD: "/nocloud/meta-data",
+_COMMON: Final[Mapping[entities.Dialect, str]] = {
+    entities.Dialect.EC2: "/latest/meta-data/",
+    entities.Dialect.OPENSTACK: "/openstack/latest/meta_data.json",
+    entities.Dialect.NOCLOUD: "/nocloud/meta-data",
 }
 
 
@@ -48,9 +48,9 @@ class PairReport:
         gate: True if the network has a MAC filter; without a filter, guests with a MAC in their records get no answer.
     """
 
-    seen: model.MacAddress | None
-    expected: model.MacAddress | None
-    granted: model.MacAddress | None
+    seen: entities.MacAddress | None
+    expected: entities.MacAddress | None
+    granted: entities.MacAddress | None
     gate: bool
 
 
@@ -62,9 +62,9 @@ class CardReport:
         seen: The MACs in the neighbour table for the NIC's addresses: the MACs of the guest's real NICs.
     """
 
-    network: model.NetworkId
-    mac: model.MacAddress
-    seen: tuple[model.MacAddress, ...] = ()
+    network: entities.NetworkId
+    mac: entities.MacAddress
+    seen: tuple[entities.MacAddress, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,13 +111,13 @@ class Explanation:
         probe: The result of the GET, if a probe was requested.
     """
 
-    network: model.NetworkId
-    address: model.IpAddress
+    network: entities.NetworkId
+    address: entities.IpAddress
     verdict: str
     answer: int | None
     token_paths: tuple[str, ...] = ()
     why: tuple[str, ...] = ()
-    instance: model.InstanceId | None = None
+    instance: entities.InstanceId | None = None
     instance_name: str | None = None
     source: SourceName | None = None
     how: str | None = None
@@ -152,7 +152,7 @@ class _Owner:
     denial: identity.Denial | None = None
 
 
-async def read_password(controller: Controller, instance: model.InstanceId) -> bytes | None:
+async def read_password(controller: Controller, instance: entities.InstanceId) -> bytes | None:
     """Return the password as the instance's guest posted it; `None` if the guest has posted none.
 
     Raises:
@@ -162,7 +162,7 @@ async def read_password(controller: Controller, instance: model.InstanceId) -> b
     return await asyncio.to_thread(controller.passwords.read, instance)
 
 
-async def clear_password(controller: Controller, instance: model.InstanceId) -> bool:
+async def clear_password(controller: Controller, instance: entities.InstanceId) -> bool:
     """Remove the password, so that the guest can post another; return `False` if there is none.
 
     Raises:
@@ -175,13 +175,13 @@ async def clear_password(controller: Controller, instance: model.InstanceId) -> 
     return await asyncio.to_thread(controller.passwords.remove, instance)
 
 
-def _refuse_unknown(inventory: Inventory, instance: model.InstanceId) -> None:
+def _refuse_unknown(inventory: Inventory, instance: entities.InstanceId) -> None:
     if not inventory.sources_of_instance(instance):
         raise no_such("instance", instance)
 
 
 async def get_document(
-    controller: Controller, key: AddressKey, path: str, instance: model.InstanceId | None = None
+    controller: Controller, key: AddressKey, path: str, instance: entities.InstanceId | None = None
 ) -> DocumentView:
     """Return the answer that the guest at an address gets to `GET path` (with its query).
 
@@ -219,11 +219,11 @@ async def get_document(
     return DocumentView(status=answer.status, headers=headers, body=body)
 
 
-def _may_know(lookup: Lookup, network: model.NetworkId) -> bool:
+def _may_know(lookup: Lookup, network: entities.NetworkId) -> bool:
     return lookup.inventory.knows(network) or lookup.source is not None
 
 
-def list_addresses(controller: Controller, instance: model.InstanceId) -> list[AddressKey]:
+def list_addresses(controller: Controller, instance: entities.InstanceId) -> list[AddressKey]:
     """Return the addresses of the instance for `explain`; raise `NotFound` if the instance does not exist."""
     _refuse_unknown(controller.inventory, instance)
     keys = controller.records.addresses_of(instance)
@@ -275,14 +275,14 @@ async def explain(
     return found
 
 
-def _common_path(inventory: Inventory, instance: model.InstanceId | None) -> str:
+def _common_path(inventory: Inventory, instance: entities.InstanceId | None) -> str:
     """Return a document that each instance with documents has."""
     record = instance and inventory.instances.get(instance)
-    dialects = record.dialects if record else frozenset(model.Dialect)
+    dialects = record.dialects if record else frozenset(entities.Dialect)
     return next((path for dialect, path in _COMMON.items() if dialect in dialects), "/")
 
 
-def _origin(inventory: Inventory, listeners: ListenerLoop, network: model.NetworkId) -> str:
+def _origin(inventory: Inventory, listeners: ListenerLoop, network: entities.NetworkId) -> str:
     if sources := inventory.sources_of_network(network):
         return f"network {network} comes from {', '.join(sources)}"
     why = "its guests come through the unix listener"
@@ -300,13 +300,15 @@ async def _owner(lookup: Lookup, key: AddressKey) -> _Owner:
         return _Owner(found, key)
     declared = lookup.inventory.networks.get(key[0])
     # Only a request shows whether an id without a record is a router's.
-    scopes = (model.Scope.NETWORK, model.Scope.ROUTER) if declared is None else (declared.scope,)
+    scopes = (
+        (entities.Scope.NETWORK, entities.Scope.ROUTER) if declared is None else (declared.scope,)
+    )
     for scope in scopes:
         match await lookup.ask(key, scope):
             case PortFound(network=network):
                 # The look-up puts the guest in force, as a request would.
                 await lookup.look(key, scope)
-                if scope is model.Scope.NETWORK:
+                if scope is entities.Scope.NETWORK:
                     return _Owner(await lookup.identify(key), key)
                 at = (network, key[1])
                 return _Owner(identity.identify(lookup.inventory, *at), at)
@@ -377,7 +379,7 @@ def _explain_found(
     if path is not None:
         decide = partial(decide_read, found.rules.word, now, path, paths=paths)
         found.decision = PathDecision(path, decide(token=False), decide(token=True))
-    if instance.upstream is model.Upstream.EMBEDDED:
+    if instance.upstream is entities.Upstream.EMBEDDED:
         found.policy = {"dialects": ", ".join(sorted(instance.dialects)) or "none"}
         found.answer = 200 if instance.dialects else 404
         problem = controller.documents_problem()
@@ -399,7 +401,7 @@ def _explain_found(
     found.token_paths = tuple(
         one
         for dialect, one in _COMMON.items()
-        if dialect in instance.dialects or instance.upstream is model.Upstream.NOVA
+        if dialect in instance.dialects or instance.upstream is entities.Upstream.NOVA
         if _needs_token(found.rules.word, now, one, paths)
     )
     found.instance, found.instance_name = instance.id, instance.name
@@ -436,7 +438,7 @@ async def _explain_pair(lookup: Lookup, key: AddressKey, found: Explanation) -> 
     return PairReport(seen, wanted, granted, filtered)
 
 
-async def _cards(lookup: Lookup, instance: model.InstanceId | None) -> tuple[CardReport, ...]:
+async def _cards(lookup: Lookup, instance: entities.InstanceId | None) -> tuple[CardReport, ...]:
     known, cards = instance and lookup.inventory.instances.get(instance), []
     for port in known.ports if known else ():
         if port.mac is not None:

@@ -16,7 +16,7 @@ from contextlib import suppress
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Final, Self
 
-from imdsproxy.core.wire import RETRY_AFTER_S
+from imdsproxy.model.wire import RETRY_AFTER_S
 
 if TYPE_CHECKING:
     import socket

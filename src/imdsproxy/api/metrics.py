@@ -18,13 +18,13 @@ from imdsproxy.api import status
 from imdsproxy.api.answers import Readiness
 from imdsproxy.api.exposition import By, Count, Exposed, Gauge, Times
 from imdsproxy.controller.controller import Controller
-from imdsproxy.core.identity import Denial
 from imdsproxy.documents.resolver import FOUND
 from imdsproxy.errors import DataplaneError
 from imdsproxy.haproxy.master import WorkerEnded
 from imdsproxy.haproxy.rules.frontends import AGENTS
 from imdsproxy.haproxy.rules.runtime import WorkerTotals, parse_count
 from imdsproxy.host.state import Effect
+from imdsproxy.model.identity import Denial
 from imdsproxy.reconcile.progress import Durations
 from imdsproxy.sources.neutron.queries import QueryResult
 from imdsproxy.sources.neutron.source import LookUpResult, NeutronSource

@@ -10,8 +10,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from imdsproxy import __version__
-from imdsproxy.core.wire import RETRY_AFTER_S
 from imdsproxy.errors import ImdsproxyError, Problem
+from imdsproxy.model.wire import RETRY_AFTER_S
 
 _PROBLEM_JSON: Final = "application/problem+json"
 _UNAVAILABLE: Final = 503

@@ -14,9 +14,6 @@ from typing import Any, Final, TypeAlias, TypeVar
 from imdsproxy.api.answers import LeftOut, Written
 from imdsproxy.controller.controller import UNCONFIRMED, Controller
 from imdsproxy.controller.in_force import find_unserved, wait_confirmed
-from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId, Upstream
-from imdsproxy.core.observation import Conflict
 from imdsproxy.documents.dialects.ec2 import list_warnings, warn_of_names
 from imdsproxy.errors import (
     AlreadyExists,
@@ -26,6 +23,9 @@ from imdsproxy.errors import (
     RequestRefused,
     SourceRefused,
 )
+from imdsproxy.model.entities import Instance, InstanceId, Network, NetworkId, Upstream
+from imdsproxy.model.inventory import Inventory
+from imdsproxy.model.observation import Conflict
 from imdsproxy.network.listeners.endpoints import networks_of
 from imdsproxy.network.listeners.plan import find_shared
 from imdsproxy.sources.sqlite.source import SqliteSource

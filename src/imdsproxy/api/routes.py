@@ -16,14 +16,14 @@ from imdsproxy.config.changes import SettingsReload
 from imdsproxy.controller.controller import Controller
 from imdsproxy.controller.reload import reload_settings
 from imdsproxy.controller.token_report import InstanceTokens, TokenReport
-from imdsproxy.core import matching
-from imdsproxy.core.addresses import normalise_address
-from imdsproxy.core.model import Instance, InstanceId, IpAddress, NetworkId
-from imdsproxy.core.records import INSTANCE, NETWORK, parse_instance, parse_network, render_record
 from imdsproxy.errors import NotFound, Problem, RequestRefused
 from imdsproxy.haproxy.rules.limits import Usage
 from imdsproxy.haproxy.rules.request_log import WatchReport
 from imdsproxy.host.turns import in_turns
+from imdsproxy.model import matching
+from imdsproxy.model.addresses import normalise_address
+from imdsproxy.model.entities import Instance, InstanceId, IpAddress, NetworkId
+from imdsproxy.model.records import INSTANCE, NETWORK, parse_instance, parse_network, render_record
 from imdsproxy.reconcile.progress import Step
 
 router = APIRouter()

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 from imdsproxy.api.records import find_record, list_ids
-from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.matching import matcher
-from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.host.turns import in_turns
+from imdsproxy.model.entities import InstanceId, NetworkId
+from imdsproxy.model.inventory import Inventory
+from imdsproxy.model.matching import matcher
 
 
 async def find_instances(

@@ -13,8 +13,8 @@ from http import HTTPStatus
 from types import TracebackType
 from typing import Final, Self
 
-from imdsproxy.core.wire import RETRY_AFTER_S
 from imdsproxy.errors import Starting
+from imdsproxy.model.wire import RETRY_AFTER_S
 from imdsproxy.reconcile.progress import Step
 
 _HEAD_BYTES: Final = 64 * 1024

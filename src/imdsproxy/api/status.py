@@ -9,8 +9,6 @@ from typing import Final
 from imdsproxy import __version__
 from imdsproxy.api.answers import LeftOut, Readiness
 from imdsproxy.controller.controller import Controller
-from imdsproxy.core.inventory import Report
-from imdsproxy.core.observation import Conflict, SourceName
 from imdsproxy.documents.dialects.ec2 import list_warnings
 from imdsproxy.errors import DataplaneError, Problem
 from imdsproxy.haproxy.master import WorkerEnded
@@ -18,6 +16,8 @@ from imdsproxy.haproxy.process import ReloadReport
 from imdsproxy.haproxy.rules import limits
 from imdsproxy.haproxy.rules.runtime import Processes
 from imdsproxy.host.state import Effect
+from imdsproxy.model.inventory import Report
+from imdsproxy.model.observation import Conflict, SourceName
 from imdsproxy.network.endpoints import Foreign
 from imdsproxy.network.listeners.endpoints import owners_of
 from imdsproxy.nova.upstream import NovaEndpointReport

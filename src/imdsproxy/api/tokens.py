@@ -10,11 +10,11 @@ from imdsproxy.api.records import no_such
 from imdsproxy.controller.controller import UNCONFIRMED, Controller
 from imdsproxy.controller.record_loop import RecordLoop
 from imdsproxy.controller.record_plan import record_key
-from imdsproxy.core.model import InstanceId
-from imdsproxy.core.observation import AddressKey
-from imdsproxy.core.policy import OperatorOverride
-from imdsproxy.core.wire import parse_map_value
 from imdsproxy.errors import SourceRefused
+from imdsproxy.model.entities import InstanceId
+from imdsproxy.model.observation import AddressKey
+from imdsproxy.model.policy import OperatorOverride
+from imdsproxy.model.wire import parse_map_value
 
 _APPLY_DEADLINE_S: Final = 10.0
 

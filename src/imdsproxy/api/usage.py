@@ -3,11 +3,11 @@
 from imdsproxy.api.records import find_record, no_such
 from imdsproxy.controller.controller import Controller
 from imdsproxy.controller.record_plan import policy_place
-from imdsproxy.core.model import InstanceId
-from imdsproxy.core.policy import DEFAULT
 from imdsproxy.errors import DataplaneError
 from imdsproxy.haproxy.master import WorkerEnded
 from imdsproxy.haproxy.rules.limits import COUNTERS, POLICY_COUNTERS, Usage, read_usage
+from imdsproxy.model.entities import InstanceId
+from imdsproxy.model.policy import DEFAULT
 
 
 async def report_usage(controller: Controller, instance: InstanceId) -> Usage | None:

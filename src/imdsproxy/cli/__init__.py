@@ -1,1 +1,1 @@
-"""Command line: one module per command."""
+"""Command line: one module per command; what a command does is in the daemon or in tools."""

@@ -19,8 +19,8 @@ import typer
 from imdsproxy.api.client import AdminClient
 from imdsproxy.cli import options
 from imdsproxy.cli.output import Output, Shape, clean, decode_bytes
-from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6
 from imdsproxy.errors import RequestRefused, spell_count
+from imdsproxy.model.entities import METADATA_IPV4, METADATA_IPV6
 from imdsproxy.tools.doctor import Card, Severity, Surroundings
 from imdsproxy.tools.doctor.checks_documents import examine
 from imdsproxy.tools.doctor.crawl import Answer, Ask, crawl

@@ -12,8 +12,8 @@ from imdsproxy.cli import record_io
 from imdsproxy.cli.options import Invocation, argument, flag, fleet_command
 from imdsproxy.cli.output import Shape, clean
 from imdsproxy.cli.record_flags import flags_of, keys_of
-from imdsproxy.core.records.network import POLICY
 from imdsproxy.errors import RequestRefused
+from imdsproxy.model.records.network import POLICY
 
 policy_app = typer.Typer(
     help="Policies of a fleet: list, show, set, clear. Networks and instances have theirs in their records.",

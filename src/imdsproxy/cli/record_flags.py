@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Annotated, Any, Final, TypeAlias, cast
 
 from imdsproxy.cli.options import flag, network_flag
-from imdsproxy.core.path_rules import PathWord
-from imdsproxy.core.records import Json
-from imdsproxy.core.records.schema import Key, Table
-from imdsproxy.core.records.values import render_payload
 from imdsproxy.errors import Problem, RequestRefused
+from imdsproxy.model.path_rules import PathWord
+from imdsproxy.model.records import Json
+from imdsproxy.model.records.schema import Key, Table
+from imdsproxy.model.records.values import render_payload
 
 _Split: TypeAlias = Callable[[str, str], tuple[str, str, str]]
 

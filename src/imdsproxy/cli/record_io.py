@@ -13,8 +13,9 @@ from imdsproxy.api.client import AdminClient
 from imdsproxy.cli.options import NOT_IN_FORCE
 from imdsproxy.cli.output import Note, Output, Shape, clean, first_lines
 from imdsproxy.cli.record_flags import STDIN, read_bytes
-from imdsproxy.core.model import Instance, Network
-from imdsproxy.core.records import (
+from imdsproxy.errors import RequestRefused, spell_count
+from imdsproxy.model.entities import Instance, Network
+from imdsproxy.model.records import (
     PLACED,
     TABLES,
     PlacedInstance,
@@ -22,7 +23,6 @@ from imdsproxy.core.records import (
     Tables,
     render_record,
 )
-from imdsproxy.errors import RequestRefused, spell_count
 
 _ADDRESSES_SHOWN: Final = 3
 _LINES: Final = 100

@@ -14,10 +14,10 @@ from imdsproxy.cli import options, record_io
 from imdsproxy.cli.options import Invocation, argument, command, flag, network_flag
 from imdsproxy.cli.output import Shape, decode_bytes
 from imdsproxy.cli.record_flags import flags_of, keys_of, wrong_flag
-from imdsproxy.core.records import INSTANCE, NETWORK, PLACED_TABLES, TABLES, Json
-from imdsproxy.core.records.network import LISTENER_KEYS
-from imdsproxy.core.records.schema import Table
 from imdsproxy.errors import RequestRefused, spell_count
+from imdsproxy.model.records import INSTANCE, NETWORK, PLACED_TABLES, TABLES, Json
+from imdsproxy.model.records.network import LISTENER_KEYS
+from imdsproxy.model.records.schema import Table
 
 _NAMED: Final = 5
 _NOT_IN_ID: Final = re.compile(r"[^A-Za-z0-9._-]+")

@@ -7,9 +7,9 @@ from typing import Annotated
 
 from imdsproxy.api.client import path_to, read_record
 from imdsproxy.cli import options
-from imdsproxy.core.model import Dialect, IpAddress
-from imdsproxy.core.records import parse_instance, parse_network
 from imdsproxy.errors import RequestRefused
+from imdsproxy.model.entities import Dialect, IpAddress
+from imdsproxy.model.records import parse_instance, parse_network
 from imdsproxy.tools import snippets
 
 

@@ -1,1 +1,1 @@
-"""Settings: one YAML file and the environment, one strict schema."""
+"""Settings: one YAML file and the environment, one strict schema for all rooms; no use of the settings."""

@@ -17,9 +17,9 @@ from imdsproxy.config.section import (
     section,
     setting,
 )
-from imdsproxy.core.path_rules import MOST_PATH_RULES, PathWord, find_path_fault
-from imdsproxy.core.policy import NO_RULES, RULES, PolicyBook, PolicyRules, Rule, TokenMode
-from imdsproxy.core.wire import ONE_IN
+from imdsproxy.model.path_rules import MOST_PATH_RULES, PathWord, find_path_fault
+from imdsproxy.model.policy import NO_RULES, RULES, PolicyBook, PolicyRules, Rule, TokenMode
+from imdsproxy.model.wire import ONE_IN
 
 _Mode = Annotated[Literal["off", "optional", "required"], OffIsFalse]
 _Share = Annotated[Literal["off", "sampled", "all"], OffIsFalse]

@@ -10,7 +10,7 @@ from imdsproxy.config.load import Loaded
 from imdsproxy.config.schema import Settings
 from imdsproxy.config.section import Change
 from imdsproxy.config.strict_yaml import render_value
-from imdsproxy.core.records.json_schema import DIALECT, schema_of_records
+from imdsproxy.model.records.json_schema import DIALECT, schema_of_records
 
 _WIDTH: Final = 96
 _ORIGIN_COLUMN: Final = 48

@@ -21,7 +21,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from imdsproxy.core.model import ID_PATTERN
+from imdsproxy.model.entities import ID_PATTERN
 
 _MAX_PORT: Final = 65535
 

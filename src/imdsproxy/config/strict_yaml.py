@@ -19,8 +19,8 @@ from yaml.composer import Composer
 from yaml.cyaml import CParser  # type: ignore[attr-defined] # the stubs do not export it
 from yaml.resolver import BaseResolver
 
-from imdsproxy.core.records.schema import Fault, Path, render_path
 from imdsproxy.errors import ConfigInvalid, ConfigUnreadable, Problem
+from imdsproxy.model.records.schema import Fault, Path, render_path
 
 _DEEPEST: Final = 100
 _TOO_DEEP: Final = f"is nested deeper than {_DEEPEST} levels"

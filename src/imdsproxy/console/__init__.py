@@ -1,1 +1,1 @@
-"""Console: web pages on 127.0.0.1 about networks and guests, for an operator of this host."""
+"""Console: web pages on 127.0.0.1 about networks and guests, a client of the API; no access to the daemon itself."""

@@ -74,7 +74,7 @@ def _record_of(installed: str | None) -> str:
         return "nothing"
     if installed == "!":
         return "no instance: 503"
-    # See `core.wire`: a policy word may come first, and the third word of Nova's records is the instance.
+    # See `model.wire`: a policy word may come first, and the third word of Nova's records is the instance.
     words = installed.split("|")[1 if installed.startswith("+") else 0 :]
     return words[2] if words[0].startswith("@") else words[0]
 

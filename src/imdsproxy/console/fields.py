@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
-from imdsproxy.core.model import Dialect, Upstream
-from imdsproxy.core.path_rules import PathWord
-from imdsproxy.core.policy import RULES, TokenMode
-from imdsproxy.core.records import INSTANCE, NETWORK
-from imdsproxy.core.records.schema import Table
+from imdsproxy.model.entities import Dialect, Upstream
+from imdsproxy.model.path_rules import PathWord
+from imdsproxy.model.policy import RULES, TokenMode
+from imdsproxy.model.records import INSTANCE, NETWORK
+from imdsproxy.model.records.schema import Table
 
 _NOT_SET: Final = ("", "not set")
 _ON_OFF: Final = (("true", "on"), ("false", "off"))

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
 from imdsproxy.console.fields import SECTIONS, TABLES, PlainField, TableField
-from imdsproxy.core.policy import RULES
 from imdsproxy.errors import Problem
+from imdsproxy.model.policy import RULES
 
 Sent: TypeAlias = Mapping[str, str]
 """Form data from a browser: the text of each input, by name."""

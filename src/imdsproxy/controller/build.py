@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING
 
 from imdsproxy.config.schema import DocumentsSettings, HaproxySettings, Settings
 from imdsproxy.controller.companion import Companion
-from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.wire import RETRY_AFTER_S
 from imdsproxy.haproxy.layout import Layout
 from imdsproxy.haproxy.process import link_jail_to_itself
 from imdsproxy.haproxy.rules.model import DataplaneSpec, Limits
@@ -20,6 +18,8 @@ from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import ensure_directory, write_atomic
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.sockets import SocketOwners
+from imdsproxy.model.inventory import Inventory
+from imdsproxy.model.wire import RETRY_AFTER_S
 from imdsproxy.network.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.network.anti_spoofing.kernel import KernelHopLimits, KernelMacFilters, table_journal
 from imdsproxy.network.anti_spoofing.mac_filters import MacFilters

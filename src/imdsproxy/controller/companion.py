@@ -12,8 +12,6 @@ from typing import Final, Literal
 
 import structlog
 
-from imdsproxy.core.model import Instance
-from imdsproxy.core.wire import PROBE_INSTANCE, PROBE_PATH
 from imdsproxy.documents.compiled import compile_instance, compiled_path
 from imdsproxy.documents.pidfile import DocumentProcesses, read_pids, signal_all
 from imdsproxy.documents.store import DiskFiles
@@ -22,6 +20,8 @@ from imdsproxy.haproxy.launch import control_unit, kill_process
 from imdsproxy.haproxy.process import Haproxy
 from imdsproxy.host import process
 from imdsproxy.host.account import Account, find_closed
+from imdsproxy.model.entities import Instance
+from imdsproxy.model.wire import PROBE_INSTANCE, PROBE_PATH
 from imdsproxy.reconcile.progress import Backoff
 from imdsproxy.reconcile.tickets import report_failure
 

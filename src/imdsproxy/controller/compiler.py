@@ -11,15 +11,15 @@ from typing import Final, TypeAlias, TypeVar
 import structlog
 
 from imdsproxy import __version__
-from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId, Upstream
-from imdsproxy.core.observation import AddressKey
-from imdsproxy.core.packed import FORMAT as PACKED_FORMAT
 from imdsproxy.documents.compiled import FORMAT as COMPILED_FORMAT
 from imdsproxy.documents.compiled import compile_instance, compiled_path, network_mark
 from imdsproxy.documents.dialects.ec2 import list_warnings, warn_of_names
 from imdsproxy.documents.store import DiskFiles, read_signature
 from imdsproxy.errors import ImdsproxyError, Problem, SourceError
+from imdsproxy.model.entities import Instance, InstanceId, Network, NetworkId, Upstream
+from imdsproxy.model.inventory import Inventory
+from imdsproxy.model.observation import AddressKey
+from imdsproxy.model.packed import FORMAT as PACKED_FORMAT
 from imdsproxy.sources.sqlite_file import open_store, store_failures, transaction
 
 COMPILER: Final = f"{__version__} {COMPILED_FORMAT} {PACKED_FORMAT} ".encode()

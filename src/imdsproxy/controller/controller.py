@@ -28,10 +28,6 @@ from imdsproxy.controller.token_counting import TokenCounting
 from imdsproxy.controller.token_keys import TokenKeys
 from imdsproxy.controller.watchdog import HaproxyWatchdog
 from imdsproxy.controller.watching import Watching
-from imdsproxy.core.addresses import normalise_address
-from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.model import NetworkId
-from imdsproxy.core.observation import AddressKey
 from imdsproxy.documents.resolver import Resolver
 from imdsproxy.documents.store import DiskFiles, PasswordStore
 from imdsproxy.errors import HostRefused, Problem
@@ -47,6 +43,10 @@ from imdsproxy.host.clock import Clock
 from imdsproxy.host.events import NeighbourChange, watch_neighbours, watch_tables
 from imdsproxy.host.notify import ServiceNotifier, kept_sockets
 from imdsproxy.host.socket_file import SocketFiles
+from imdsproxy.model.addresses import normalise_address
+from imdsproxy.model.entities import NetworkId
+from imdsproxy.model.inventory import Inventory
+from imdsproxy.model.observation import AddressKey
 from imdsproxy.network.anti_spoofing.claims import ForgedClaims
 from imdsproxy.network.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.network.anti_spoofing.mac_filters import MacFilters

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Final
 import httpcore
 
 from imdsproxy.controller.in_force import find_unserved, wait_confirmed
-from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.model import InstanceId, NetworkId
-from imdsproxy.core.observation import Conflict
 from imdsproxy.fleet.stream import Ask, ItemKey
+from imdsproxy.model.entities import InstanceId, NetworkId
+from imdsproxy.model.inventory import Inventory
+from imdsproxy.model.observation import Conflict
 
 if TYPE_CHECKING:
     from imdsproxy.controller.controller import Controller

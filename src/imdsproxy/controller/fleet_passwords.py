@@ -9,10 +9,10 @@ from typing import Final
 
 import structlog
 
-from imdsproxy.core.model import InstanceId
 from imdsproxy.documents.store import PasswordStore
 from imdsproxy.errors import ImdsproxyError, SourceRefused
 from imdsproxy.fleet.passwords import Forget, Keep, Send, plan_password
+from imdsproxy.model.entities import InstanceId
 from imdsproxy.reconcile.progress import Backoff
 
 _LOOK_EVERY_S: Final = 1.0

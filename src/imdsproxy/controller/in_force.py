@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Final
 
-from imdsproxy.core.model import NetworkId
+from imdsproxy.model.entities import NetworkId
 from imdsproxy.network import endpoints
 from imdsproxy.network.endpoints import LeftOutCode
 from imdsproxy.network.listeners.loop import ListenerLoop

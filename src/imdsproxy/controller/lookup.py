@@ -13,8 +13,12 @@ from typing import Final, assert_never
 import structlog
 
 from imdsproxy.controller.record_loop import RecordLoop
-from imdsproxy.core.addresses import link_local_of, mac_of
-from imdsproxy.core.identity import (
+from imdsproxy.documents.resolver import Outcome
+from imdsproxy.errors import DataplaneError
+from imdsproxy.host.clock import Clock
+from imdsproxy.model.addresses import link_local_of, mac_of
+from imdsproxy.model.entities import Instance, IpAddress, MacAddress, Network, Scope
+from imdsproxy.model.identity import (
     Denial,
     Found,
     How,
@@ -26,13 +30,9 @@ from imdsproxy.core.identity import (
     deny,
     identify,
 )
-from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.model import Instance, IpAddress, MacAddress, Network, Scope
-from imdsproxy.core.observation import AddressKey, Conflict, Expired
-from imdsproxy.core.wire import MapRecord
-from imdsproxy.documents.resolver import Outcome
-from imdsproxy.errors import DataplaneError
-from imdsproxy.host.clock import Clock
+from imdsproxy.model.inventory import Inventory
+from imdsproxy.model.observation import AddressKey, Conflict, Expired
+from imdsproxy.model.wire import MapRecord
 from imdsproxy.network.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.network.anti_spoofing.plan import ANY_MAC, excess_learned
 from imdsproxy.sources import api

@@ -12,15 +12,15 @@ from typing import Final, cast
 
 from imdsproxy.config.schema import Settings
 from imdsproxy.controller.token_keys import TokenKeys
-from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.model import InstanceId, NetworkId
-from imdsproxy.core.policy import OperatorOverride, PolicyBook
-from imdsproxy.core.retired import Overrides, parse_retired
-from imdsproxy.core.tokens import TTL_LIMIT_S
 from imdsproxy.errors import HostRefused
 from imdsproxy.fleet.policies import FleetPolicies, join_guards
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import write_atomic
+from imdsproxy.model.entities import InstanceId, NetworkId
+from imdsproxy.model.inventory import Inventory
+from imdsproxy.model.policy import OperatorOverride, PolicyBook
+from imdsproxy.model.retired import Overrides, parse_retired
+from imdsproxy.model.tokens import TTL_LIMIT_S
 
 _FORMAT: Final = 3
 _write: Final = partial(write_atomic, mode=0o600, durable=True)

@@ -17,19 +17,19 @@ from imdsproxy.controller.compiler import COMPILER, Compiling, RecordCompiler
 from imdsproxy.controller.record_plan import RecordPlanner, parse_record_key, record_key
 from imdsproxy.controller.rule_sets import RuleSets
 from imdsproxy.controller.token_keys import TokenKeys
-from imdsproxy.core.identity import Learned
-from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.model import InstanceId, MacAddress, NetworkId
-from imdsproxy.core.observation import AddressKey, Affected, Conflict, Expired, Observation
-from imdsproxy.core.path_rules import PathRules
-from imdsproxy.core.policy import PolicyBook
-from imdsproxy.core.wire import MAP_CONFLICT, MapRecord, parse_map_value
 from imdsproxy.errors import DataplaneError, Problem
 from imdsproxy.fleet.policies import FLEET
 from imdsproxy.haproxy.records import RecordApplier
 from imdsproxy.haproxy.rules.maps import PackedMap
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.process import release_memory
+from imdsproxy.model.entities import InstanceId, MacAddress, NetworkId
+from imdsproxy.model.identity import Learned
+from imdsproxy.model.inventory import Inventory
+from imdsproxy.model.observation import AddressKey, Affected, Conflict, Expired, Observation
+from imdsproxy.model.path_rules import PathRules
+from imdsproxy.model.policy import PolicyBook
+from imdsproxy.model.wire import MAP_CONFLICT, MapRecord, parse_map_value
 from imdsproxy.network.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.network.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.network.anti_spoofing.plan import plan_pairs

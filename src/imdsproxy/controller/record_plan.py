@@ -4,14 +4,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 
-from imdsproxy.core.addresses import link_local_of, text_of
-from imdsproxy.core.identity import Learned, holds, port_at
-from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.model import Instance, InstanceId, NetworkId, Upstream
-from imdsproxy.core.observation import AddressKey, Conflict, Expired
-from imdsproxy.core.path_rules import PathRules, set_id
-from imdsproxy.core.policy import NO_RULES, PolicyBook, PolicyPlace
-from imdsproxy.core.wire import MAP_CONFLICT, EmbeddedRecord, MapRecord, render_map_value
+from imdsproxy.model.addresses import link_local_of, text_of
+from imdsproxy.model.entities import Instance, InstanceId, NetworkId, Upstream
+from imdsproxy.model.identity import Learned, holds, port_at
+from imdsproxy.model.inventory import Inventory
+from imdsproxy.model.observation import AddressKey, Conflict, Expired
+from imdsproxy.model.path_rules import PathRules, set_id
+from imdsproxy.model.policy import NO_RULES, PolicyBook, PolicyPlace
+from imdsproxy.model.wire import MAP_CONFLICT, EmbeddedRecord, MapRecord, render_map_value
 from imdsproxy.nova.routing import NovaRouting
 
 
@@ -21,7 +21,7 @@ class PlannedRecords:
 
     Attributes:
         values: Records by map key; `None` for a key without a record.
-        sets: Path rules to which the records refer, by id (`core.path_rules.set_id`).
+        sets: Path rules to which the records refer, by id (`model.path_rules.set_id`).
     """
 
     values: dict[str, str | None]

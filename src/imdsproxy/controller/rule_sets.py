@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, TypeAlias
 
-from imdsproxy.core.path_rules import PathRules, group_sets, render_set
-from imdsproxy.core.policy import rule_set_of
 from imdsproxy.errors import HostRefused
 from imdsproxy.haproxy.records import RecordApplier, write_table
 from imdsproxy.haproxy.rules.maps import parse_map
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import write_atomic
+from imdsproxy.model.path_rules import PathRules, group_sets, render_set
+from imdsproxy.model.policy import rule_set_of
 
 _KEPT_S: Final = 60.0
 """Time for which unused sets stay, in seconds: longer than any request takes from its look-up to its answer."""

@@ -19,9 +19,6 @@ from imdsproxy.controller.token_report import (
     open_trees,
 )
 from imdsproxy.controller.token_verdict import Counted, judge_instance, judge_tokens, projects_of
-from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.model import InstanceId
-from imdsproxy.core.policy import PolicyBook
 from imdsproxy.errors import NotFound, Problem, RuntimeUnavailable
 from imdsproxy.haproxy.process import Haproxy
 from imdsproxy.haproxy.rules.counting import (
@@ -33,6 +30,9 @@ from imdsproxy.haproxy.rules.counting import (
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.process import read_stat
 from imdsproxy.host.turns import in_turns
+from imdsproxy.model.entities import InstanceId
+from imdsproxy.model.inventory import Inventory
+from imdsproxy.model.policy import PolicyBook
 from imdsproxy.sources.sqlite_file import SideCache
 
 _Key: TypeAlias = tuple[str, ...]

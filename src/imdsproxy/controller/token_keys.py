@@ -8,13 +8,13 @@ from pathlib import Path
 from random import SystemRandom
 from typing import Final
 
-from imdsproxy.core import tokens
-from imdsproxy.core.model import InstanceId
 from imdsproxy.errors import DataplaneError, Problem, SecretUnreadable
 from imdsproxy.haproxy.layout import Layout
 from imdsproxy.haproxy.records import RecordApplier, write_table
 from imdsproxy.haproxy.rules.maps import parse_map
 from imdsproxy.host.files import read_secret, write_atomic
+from imdsproxy.model import tokens
+from imdsproxy.model.entities import InstanceId
 from imdsproxy.reconcile.progress import Backoff
 from imdsproxy.reconcile.tickets import report_failure
 

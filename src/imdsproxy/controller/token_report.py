@@ -8,12 +8,12 @@ from http import HTTPStatus
 from typing import Final, Literal, TypeAlias
 
 from imdsproxy.controller.record_plan import policy_place
-from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.model import Dialect, InstanceId, NetworkId, Upstream
-from imdsproxy.core.path_rules import PathWord
-from imdsproxy.core.policy import OperatorOverride, Policy, PolicyBook, render_policy_word
-from imdsproxy.core.policy_report import decide_read
 from imdsproxy.haproxy.rules.counting import READS_KEPT_S, CountedRow
+from imdsproxy.model.entities import Dialect, InstanceId, NetworkId, Upstream
+from imdsproxy.model.inventory import Inventory
+from imdsproxy.model.path_rules import PathWord
+from imdsproxy.model.policy import OperatorOverride, Policy, PolicyBook, render_policy_word
+from imdsproxy.model.policy_report import decide_read
 
 _GUESTS_KEPT: Final = 50_000
 _READERS_KEPT: Final = 10_000

@@ -6,9 +6,9 @@ from typing import Final, Literal
 
 from imdsproxy.controller.record_plan import policy_place
 from imdsproxy.controller.token_report import GuestWithoutToken, TokenVerdict
-from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.model import Instance, InstanceId, NetworkId
-from imdsproxy.core.policy import PolicyBook, PolicyScope, TokenMode
+from imdsproxy.model.entities import Instance, InstanceId, NetworkId
+from imdsproxy.model.inventory import Inventory
+from imdsproxy.model.policy import PolicyBook, PolicyScope, TokenMode
 
 _DAY_S: Final = 86_400
 _NAMED: Final = 3

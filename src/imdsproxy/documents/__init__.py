@@ -1,1 +1,1 @@
-"""Documents for guests: dialects, document server, resolver; nothing that knows HAProxy or sources."""
+"""Documents for guests: dialects, document server and resolver; nothing that knows sources or HAProxy's rules."""

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any, Final, TypedDict, cast
 
-from imdsproxy.core.model import Instance, InstanceId, IpAddress, Network, NetworkId, Port
 from imdsproxy.errors import RecordCorrupt
+from imdsproxy.model.entities import Instance, InstanceId, IpAddress, Network, NetworkId, Port
 
 FORMAT: Final = 2
 """Raise it when a document's text changes for the same instance: revisions then differ from the older version's, and

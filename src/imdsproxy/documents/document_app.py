@@ -12,13 +12,13 @@ from typing import BinaryIO, Final, TypeAlias, cast
 
 import structlog
 
-from imdsproxy.core.model import ID_PATTERN, InstanceId
-from imdsproxy.core.wire import HEADER_INSTANCE, HEADER_REVISION, PROBE_INSTANCE
 from imdsproxy.documents.compiled import Blob
 from imdsproxy.documents.dialects import respond
 from imdsproxy.documents.http import LIVENESS_PATH, Receive, Scope, Send, read_body, send_answer
 from imdsproxy.documents.store import PasswordStore, RecordReader
 from imdsproxy.errors import HostRefused, PrivilegeMissing, RecordCorrupt
+from imdsproxy.model.entities import ID_PATTERN, InstanceId
+from imdsproxy.model.wire import HEADER_INSTANCE, HEADER_REVISION, PROBE_INSTANCE
 
 _LIFETIME: Final = (b"cache-control", b"max-age=3600")
 """Header for HAProxy's cache, whose key contains the revision; HAProxy removes the header."""

@@ -16,10 +16,10 @@ from itertools import islice
 from typing import Final, TypeAlias
 
 from imdsproxy.config.schema import ResolverSettings
-from imdsproxy.core.identity import Denial
-from imdsproxy.core.model import NetworkId, Scope
-from imdsproxy.core.observation import AddressKey
-from imdsproxy.core.wire import MapRecord
+from imdsproxy.model.entities import NetworkId, Scope
+from imdsproxy.model.identity import Denial
+from imdsproxy.model.observation import AddressKey
+from imdsproxy.model.wire import MapRecord
 from imdsproxy.reconcile.progress import Durations
 
 _QUIET_S: Final = 60.0

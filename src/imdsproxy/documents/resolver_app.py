@@ -15,14 +15,14 @@ from weakref import WeakValueDictionary
 import httpcore
 import structlog
 
-from imdsproxy.core import wire
-from imdsproxy.core.identity import Denial
-from imdsproxy.core.model import NetworkId, Scope
-from imdsproxy.core.observation import AddressKey
-from imdsproxy.core.wire import MISMATCH_TEXT, UNKNOWN_TEXT, MapRecord, render_map_value
 from imdsproxy.documents import http
 from imdsproxy.documents.dialects.respond import Answer, Header, refusal, retry_later
 from imdsproxy.documents.resolver import Resolver
+from imdsproxy.model import wire
+from imdsproxy.model.entities import NetworkId, Scope
+from imdsproxy.model.identity import Denial
+from imdsproxy.model.observation import AddressKey
+from imdsproxy.model.wire import MISMATCH_TEXT, UNKNOWN_TEXT, MapRecord, render_map_value
 
 _OURS: Final = "x-imdsproxy-"
 _REFUSED: Final = wire.HEADER_REFUSED.encode("ascii"), b"1"

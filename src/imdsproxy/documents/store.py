@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Final, TypeAlias
 
-from imdsproxy.core.model import InstanceId
 from imdsproxy.documents.compiled import CompiledRecord, compiled_path, parse_compiled
 from imdsproxy.documents.dialects.respond import DocumentTree
 from imdsproxy.errors import refusing
 from imdsproxy.host import files
+from imdsproxy.model.entities import InstanceId
 
 _SUFFIX: Final = ".rec"
 _FILE_MODE: Final = 0o640

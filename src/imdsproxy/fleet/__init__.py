@@ -1,1 +1,1 @@
-"""Formats that hubs, hosts and etcd exchange: keys and values of the store, and lines of a host's stream."""
+"""Formats that hubs, hosts and etcd exchange: keys, values and lines of streams. Pure; hub and sources/fleet act."""

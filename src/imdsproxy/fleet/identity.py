@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-from imdsproxy.core.model import ID_PATTERN
 from imdsproxy.fleet.layout import HostId
+from imdsproxy.model.entities import ID_PATTERN
 
 ENROL_PATH: Final = "/fleet/enrol"
 RENEW_PATH: Final = "/fleet/renew"

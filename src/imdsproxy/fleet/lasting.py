@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import Final
 
-from imdsproxy.core.policy import OperatorOverride
 from imdsproxy.fleet.layout import CERTIFICATES, GUARDS, HOSTS, parse_guard, render_guard
 from imdsproxy.fleet.members import HostState, StoredHost, parse_host, parse_operator
+from imdsproxy.model.policy import OperatorOverride
 
 LASTING: Final = (HOSTS, CERTIFICATES, GUARDS)
 """Prefixes of keys whose values must survive a restore."""

@@ -12,8 +12,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Final, NewType, TypeAlias, cast
 
-from imdsproxy.core.model import ID_PATTERN, InstanceId, IpAddress, NetworkId
-from imdsproxy.core.policy import OperatorOverride
+from imdsproxy.model.entities import ID_PATTERN, InstanceId, IpAddress, NetworkId
+from imdsproxy.model.policy import OperatorOverride
 
 HostId = NewType("HostId", str)
 """Name of a host in the fleet, as `model.ID_PATTERN`; the common name of its certificate."""
@@ -35,10 +35,10 @@ ENVELOPE: Final = f"{PREFIX}envelope"
 NETWORKS: Final = f"{PREFIX}net/"
 INSTANCES: Final = f"{PREFIX}inst/"
 POLICIES: Final = f"{PREFIX}pol/"
-"""Prefix of `fleet`, `host/ID` or `project/ID`; rules as `core.records.network.POLICY` encodes them."""
+"""Prefix of `fleet`, `host/ID` or `project/ID`; rules as `model.records.network.POLICY` encodes them."""
 
 GRANTS: Final = f"{PREFIX}grant/"
-"""Prefix of a project: resources that its operators may use, as `core.records.grant.GRANT` encodes them."""
+"""Prefix of a project: resources that its operators may use, as `model.records.grant.GRANT` encodes them."""
 
 GUARDS: Final = f"{PREFIX}guard/"
 PASSWORDS: Final = f"{PREFIX}pass/"
@@ -123,7 +123,7 @@ class StoredInstance:
 
     Attributes:
         hosts: Hosts that serve the instance: two during a move, none after a removal.
-        record: Output of `core.records.render_record`, without `user_data`; after a removal only the `project`.
+        record: Output of `model.records.render_record`, without `user_data`; after a removal only the `project`.
         request: Id of the write; a hub recognises by it a write whose answer was lost.
         removed_at: Unix time of the removal.
         left: Hosts that had the instance before, the last `MOST_LEFT`. Only these hosts may learn that the instance was
@@ -148,7 +148,7 @@ class StoredNetwork:
     """Network as etcd stores it.
 
     Attributes:
-        record: Output of `core.records.render_record`; after a removal only the `project`.
+        record: Output of `model.records.render_record`; after a removal only the `project`.
         request: As `StoredInstance.request`.
         removed_at: Unix time of the removal.
     """

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from imdsproxy.core.observation import SourceName
-from imdsproxy.core.policy import UNTOUCHED, FleetRules, OperatorOverride
-from imdsproxy.core.retired import Overrides
-from imdsproxy.core.tokens import InstanceKeys
+from imdsproxy.model.observation import SourceName
+from imdsproxy.model.policy import UNTOUCHED, FleetRules, OperatorOverride
+from imdsproxy.model.retired import Overrides
+from imdsproxy.model.tokens import InstanceKeys
 
 FLEET: Final[SourceName] = "fleet"
 """Source of the records that a fleet places on this host."""
@@ -21,7 +21,7 @@ class FleetPolicies:
 
     Attributes:
         guards: Overrides of the fleet's operators by instance.
-        keys: Token keys of each fleet instance on this host (`core.tokens.instance_key`), the key in force first.
+        keys: Token keys of each fleet instance on this host (`model.tokens.instance_key`), the key in force first.
     """
 
     rules: FleetRules = field(default_factory=FleetRules)

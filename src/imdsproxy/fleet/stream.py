@@ -15,9 +15,9 @@ from enum import StrEnum
 from hashlib import blake2b
 from typing import Any, Final, TypeAlias, cast
 
-from imdsproxy.core.model import InstanceId
-from imdsproxy.core.policy import OperatorOverride
 from imdsproxy.fleet.layout import ID_SHAPE, MOST_NUMBER, Json, is_number, plain
+from imdsproxy.model.entities import InstanceId
+from imdsproxy.model.policy import OperatorOverride
 
 STREAM_PATH: Final = "/fleet/stream"
 BLOB_PATH: Final = "/fleet/blob/"
@@ -90,7 +90,7 @@ class Hello:
         incarnation: Highest incarnation that the host has seen.
         revision: Highest revision that the host has applied; 0 for none.
         items: Revision of each of the host's items.
-        level: Level of records that the host reads (`core.records.levels`).
+        level: Level of records that the host reads (`model.records.levels`).
         guards: Operator overrides in force on the host: a restored etcd may have lost them.
     """
 

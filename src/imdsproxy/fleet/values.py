@@ -12,9 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
-from imdsproxy.core.policy import OperatorOverride
-from imdsproxy.core.records import Refused
-from imdsproxy.core.records.grant import GRANT, Grant
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.layout import (
     SHA256,
@@ -31,6 +28,9 @@ from imdsproxy.fleet.layout import (
 )
 from imdsproxy.fleet.members import StoredHost, StoredOperator, parse_host, parse_operator
 from imdsproxy.fleet.suspicion import Suspicion, parse_suspicion
+from imdsproxy.model.policy import OperatorOverride
+from imdsproxy.model.records import Refused
+from imdsproxy.model.records.grant import GRANT, Grant
 
 _URL: Final = re.compile(r"https?://(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}")
 _MOST_URL: Final = 300

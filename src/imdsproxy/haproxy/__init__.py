@@ -1,1 +1,1 @@
-"""HAProxy: its configuration and maps (rules), process, sockets and files; nothing that knows sources or networks."""
+"""HAProxy: its rules and maps, process, sockets and files; nothing that knows sources or the host's networks."""

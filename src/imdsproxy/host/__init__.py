@@ -1,1 +1,1 @@
-"""Access to the operating system, except clients of sources and of HAProxy."""
+"""Access to the operating system: files, processes, namespaces, netlink, logs; no decision."""

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import Final, Generic, Self, TypeVar
 
-from imdsproxy.core.model import IpAddress, MacAddress
 from imdsproxy.errors import host_refused, refusing
 from imdsproxy.host import netlink
 from imdsproxy.host.nftables import DELTABLE, NETFILTER, table_of
 from imdsproxy.host.nlmessages import SOL_NETLINK, iter_messages
 from imdsproxy.host.process import readable
+from imdsproxy.model.entities import IpAddress, MacAddress
 
 _LINKS: Final = (1, 5, 9)
 """RTNLGRP_LINK, RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV6_IFADDR."""

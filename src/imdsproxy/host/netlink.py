@@ -14,10 +14,10 @@ from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface, ip_interface
 from typing import Final
 
-from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6, IpAddress, MacAddress
 from imdsproxy.errors import Ignoring, refusing
 from imdsproxy.host import nlmessages as nl
 from imdsproxy.host.state import AddressState, Family, ObservedAddress, ObservedDevice
+from imdsproxy.model.entities import METADATA_IPV4, METADATA_IPV6, IpAddress, MacAddress
 
 # Types of messages and attributes, and flags, as in linux/{rtnetlink,if_link,if_addr,neighbour,net_namespace}.h.
 RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK = 16, 17, 18

@@ -16,12 +16,12 @@ from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
 from typing import Final
 
-from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6, METADATA_PORT, IpAddress
 from imdsproxy.errors import Ignoring
 from imdsproxy.host import process
 from imdsproxy.host.netlink import device_name
 from imdsproxy.host.nlmessages import NetlinkSocket, number, parse_attributes
 from imdsproxy.host.state import Family, ListeningSocket, SocketOwner
+from imdsproxy.model.entities import METADATA_IPV4, METADATA_IPV6, METADATA_PORT, IpAddress
 
 SOCK_DIAG: Final = 4
 """Netlink protocol of the channel for `listening_sockets`."""

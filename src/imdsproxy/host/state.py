@@ -6,7 +6,7 @@ from enum import IntEnum, StrEnum
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final
 
-from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6, IpAddress
+from imdsproxy.model.entities import METADATA_IPV4, METADATA_IPV6, IpAddress
 
 REDIRECTED: Final = "*"
 """Stands in place of a device: the port of redirected requests, at every address."""

@@ -1,1 +1,1 @@
-"""Hub of a fleet, between etcd and the hosts; each host gets only the records of its own instances."""
+"""Hub of a fleet, between etcd and the hosts; the host's side is in sources/fleet."""

@@ -20,7 +20,6 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from imdsproxy.core.model import ID_PATTERN
 from imdsproxy.errors import ConfigInvalid, RequestRefused
 from imdsproxy.fleet.identity import Role
 from imdsproxy.host.certificates import (
@@ -32,6 +31,7 @@ from imdsproxy.host.certificates import (
     parse_certificates,
     render_certificate,
 )
+from imdsproxy.model.entities import ID_PATTERN
 
 HOST_LIFE: Final = timedelta(days=30)
 HUB_LIFE: Final = timedelta(days=90)

@@ -9,7 +9,6 @@ from typing import Annotated, Final, TypeAlias, cast
 from fastapi import Depends, Header, Query, Request
 from pydantic import Field
 
-from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.errors import AccessDenied, SourceUnavailable
 from imdsproxy.fleet.identity import OPERATOR_ROLES, Identity, Role, read_identity
 from imdsproxy.fleet.layout import HostId
@@ -18,6 +17,7 @@ from imdsproxy.hub.in_force import Reported
 from imdsproxy.hub.operations import WITHHELD, Operations
 from imdsproxy.hub.plan_writes import Terms
 from imdsproxy.hub.views import Views
+from imdsproxy.model.entities import InstanceId, NetworkId
 
 _COMPLETE_S: Final = 5.0
 

@@ -17,8 +17,6 @@ from typing import Final
 
 import structlog
 
-from imdsproxy.core.model import ID_PATTERN
-from imdsproxy.core.wire import RETRY_AFTER_S
 from imdsproxy.errors import ConfigRejected, HaproxyMissing, HostRefused, RuntimeUnavailable
 from imdsproxy.fleet import identity, stream
 from imdsproxy.haproxy.master import exchange
@@ -28,6 +26,8 @@ from imdsproxy.host import process
 from imdsproxy.host.files import remove_file, write_atomic
 from imdsproxy.hub.accounts import Accounts
 from imdsproxy.hub.front_process import FrontProcess
+from imdsproxy.model.entities import ID_PATTERN
+from imdsproxy.model.wire import RETRY_AFTER_S
 
 MAX_CONNECTIONS: Final = 40_000
 """Maximum number of connections: two for each of 10,000 hosts fit in `SHARE_OF_HOSTS`."""

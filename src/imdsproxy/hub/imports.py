@@ -14,8 +14,6 @@ from typing import Final
 
 import structlog
 
-from imdsproxy.core.model import Network
-from imdsproxy.core.records import NETWORK, PLACED, PlacedInstance
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.layout import HostId
 from imdsproxy.fleet.values import Journal, render_journal
@@ -24,6 +22,8 @@ from imdsproxy.hub.etcd_messages import prefix_end
 from imdsproxy.hub.plan_writes import InstancePut, Terms, Transaction
 from imdsproxy.hub.shared_listeners import refuse_shared
 from imdsproxy.hub.writes import Done, Fresh, Writes
+from imdsproxy.model.entities import Network
+from imdsproxy.model.records import NETWORK, PLACED, PlacedInstance
 from imdsproxy.reconcile.progress import Progress
 
 _CHECKING: Final = "checking records against the fleet"

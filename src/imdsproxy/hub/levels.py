@@ -6,13 +6,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from imdsproxy.core.records.levels import Schema
 from imdsproxy.errors import Problem, SourceRefused
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.layout import HostId, Json
 from imdsproxy.fleet.stream import ItemKey
 from imdsproxy.hub.plan_writes import Transaction
 from imdsproxy.hub.state import FleetState, needs_of
+from imdsproxy.model.records.levels import Schema
 
 _KINDS: Final = {
     layout.NETWORKS: "network",

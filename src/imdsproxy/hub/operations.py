@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote, urlencode
 
 from imdsproxy.api.answers import Readiness, Written
-from imdsproxy.core.model import NetworkId
 from imdsproxy.errors import EtcdUnavailable, NotFound, SourceUnavailable
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.layout import HostId
@@ -33,6 +32,7 @@ from imdsproxy.hub.state import FleetState
 from imdsproxy.hub.streams import Streams
 from imdsproxy.hub.verdict import judge_fleet
 from imdsproxy.hub.writes import Done, Writes
+from imdsproxy.model.entities import NetworkId
 from imdsproxy.reconcile.progress import Step
 
 if TYPE_CHECKING:

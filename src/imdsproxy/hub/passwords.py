@@ -10,7 +10,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from imdsproxy.core.model import InstanceId
 from imdsproxy.errors import AlreadyExists, NotFound, SourceCorrupt
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.layout import HostId, View
@@ -19,6 +18,7 @@ from imdsproxy.hub.envelope import Envelope, name_of
 from imdsproxy.hub.etcd_messages import unchanged
 from imdsproxy.hub.plan_writes import Terms, Transaction, no_such, read_instance, refuse_suspect
 from imdsproxy.hub.writes import Done, Writes
+from imdsproxy.model.entities import InstanceId
 
 
 def plan_password(

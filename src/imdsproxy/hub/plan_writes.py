@@ -12,19 +12,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeVar
 
-from imdsproxy.core.claims import claim_places
-from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
-from imdsproxy.core.observation import AddressKey
-from imdsproxy.core.policy import OperatorOverride
-from imdsproxy.core.records import (
-    PlacedInstance,
-    Refused,
-    parse_instance,
-    parse_network,
-    render_record,
-)
-from imdsproxy.core.records.grant import EVERY_HOST, GRANT, NO_GRANT, Grant
-from imdsproxy.core.records.schema import Path, render_path
 from imdsproxy.errors import (
     AccessDenied,
     AlreadyExists,
@@ -51,6 +38,19 @@ from imdsproxy.fleet.values import (
 )
 from imdsproxy.hub.etcd_messages import Compare, absent, none_below, unchanged
 from imdsproxy.hub.scopes import Scope, new_ports, read_grant, read_scope
+from imdsproxy.model.claims import claim_places
+from imdsproxy.model.entities import Instance, InstanceId, Network, NetworkId
+from imdsproxy.model.observation import AddressKey
+from imdsproxy.model.policy import OperatorOverride
+from imdsproxy.model.records import (
+    PlacedInstance,
+    Refused,
+    parse_instance,
+    parse_network,
+    render_record,
+)
+from imdsproxy.model.records.grant import EVERY_HOST, GRANT, NO_GRANT, Grant
+from imdsproxy.model.records.schema import Path, render_path
 from imdsproxy.sources.in_force import taken_address, taken_id
 
 MOST_OPERATIONS: Final = 128

@@ -14,8 +14,6 @@ from typing import Final, TypeAlias
 
 import structlog
 
-from imdsproxy.core.model import InstanceId
-from imdsproxy.core.policy import OperatorOverride
 from imdsproxy.errors import EtcdUnavailable, SourceRefused
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.lasting import describe_regained, is_lasting
@@ -35,6 +33,8 @@ from imdsproxy.hub.etcd import Committed, Compacted, Etcd
 from imdsproxy.hub.etcd_messages import Compare, unchanged
 from imdsproxy.hub.journal import Journal, Position
 from imdsproxy.hub.state import Change, FleetState, change_of
+from imdsproxy.model.entities import InstanceId
+from imdsproxy.model.policy import OperatorOverride
 
 _AGAIN_S: Final = 1.0
 _MOST_PENDING: Final = 1000

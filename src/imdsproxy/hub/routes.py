@@ -12,16 +12,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, StreamingResponse
 
 from imdsproxy.api import bodies
-from imdsproxy.core import matching
-from imdsproxy.core.model import Instance, InstanceId, Network
-from imdsproxy.core.records import (
-    INSTANCE,
-    NETWORK,
-    PLACED_TABLES,
-    PlacedInstance,
-    parse_network,
-    parse_placed,
-)
 from imdsproxy.errors import RequestRefused, SourceUnavailable
 from imdsproxy.fleet.layout import HostId, StoredInstance, View
 from imdsproxy.fleet.stream import ItemKey
@@ -32,6 +22,16 @@ from imdsproxy.hub.operations import FleetWritten, Importing, Moved, Operations
 from imdsproxy.hub.plan_writes import Terms, choose_move
 from imdsproxy.hub.views import Wanted
 from imdsproxy.hub.writes import TooMuch
+from imdsproxy.model import matching
+from imdsproxy.model.entities import Instance, InstanceId, Network
+from imdsproxy.model.records import (
+    INSTANCE,
+    NETWORK,
+    PLACED_TABLES,
+    PlacedInstance,
+    parse_network,
+    parse_placed,
+)
 from imdsproxy.reconcile.progress import Step
 
 records = APIRouter()

@@ -5,7 +5,6 @@ from typing import Annotated, TypeAlias, cast
 from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, ConfigDict, Field
 
-from imdsproxy.core.model import ID_PATTERN
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.identity import (
     LONGEST_INVITATION_S,
@@ -17,6 +16,7 @@ from imdsproxy.fleet.values import parse_hub
 from imdsproxy.hub.authority import MAX_REQUEST
 from imdsproxy.hub.callers import FleetOperator, OfHost, Uses
 from imdsproxy.hub.enrolment import INVITATION_S, Certified, Enrolment
+from imdsproxy.model.entities import ID_PATTERN
 
 enrolment = APIRouter()
 

@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, Response
 
 from imdsproxy.api.answers import Written
-from imdsproxy.core.model import InstanceId
 from imdsproxy.documents.dialects.respond import PASSWORD_LIMIT
 from imdsproxy.errors import NotFound, RequestRefused
 from imdsproxy.fleet import layout
@@ -31,6 +30,7 @@ from imdsproxy.hub.operations import FleetHost, FleetStatus, FleetWritten, no_su
 from imdsproxy.hub.plan_writes import choose_departure, no_such, plan_hosts
 from imdsproxy.hub.reseal import Resealed, reseal
 from imdsproxy.hub.writes import Done
+from imdsproxy.model.entities import InstanceId
 
 fleet = APIRouter()
 

@@ -6,8 +6,6 @@ from typing import Annotated
 from fastapi import APIRouter, Path
 
 from imdsproxy.api import bodies
-from imdsproxy.core.model import ID_PATTERN
-from imdsproxy.core.records.grant import GRANT, NO_GRANT, Grant
 from imdsproxy.errors import NotFound
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.layout import Json
@@ -15,6 +13,8 @@ from imdsproxy.hub.callers import FleetOperator, Reader, TermsOf, Uses
 from imdsproxy.hub.operations import FleetWritten, Operations
 from imdsproxy.hub.plan_writes import Terms
 from imdsproxy.hub.scopes import read_grant
+from imdsproxy.model.entities import ID_PATTERN
+from imdsproxy.model.records.grant import GRANT, NO_GRANT, Grant
 
 grants = APIRouter()
 

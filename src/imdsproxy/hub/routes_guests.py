@@ -11,10 +11,6 @@ from starlette.responses import JSONResponse
 
 from imdsproxy.api import bodies
 from imdsproxy.api.answers import Written
-from imdsproxy.core.addresses import normalise_address
-from imdsproxy.core.model import InstanceId
-from imdsproxy.core.records import Refused
-from imdsproxy.core.records.network import POLICY
 from imdsproxy.errors import (
     NotFound,
     Problem,
@@ -32,6 +28,10 @@ from imdsproxy.hub.operations import WITHHELD, FleetWritten, Operations, path_on
 from imdsproxy.hub.plan_writes import Terms
 from imdsproxy.hub.token_keys import FleetKeyRotation, rotate_keys
 from imdsproxy.hub.writes import Done
+from imdsproxy.model.addresses import normalise_address
+from imdsproxy.model.entities import InstanceId
+from imdsproxy.model.records import Refused
+from imdsproxy.model.records.network import POLICY
 
 guests = APIRouter()
 

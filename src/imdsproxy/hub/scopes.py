@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from imdsproxy.core.claims import claim_places
-from imdsproxy.core.model import Instance, Network, Port
-from imdsproxy.core.records.grant import NO_GRANT, Grant, spell_listener
-from imdsproxy.core.records.schema import Path, render_path
 from imdsproxy.errors import AccessDenied, Problem, SourceCorrupt
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.values import parse_grant
+from imdsproxy.model.claims import claim_places
+from imdsproxy.model.entities import Instance, Network, Port
+from imdsproxy.model.records.grant import NO_GRANT, Grant, spell_listener
+from imdsproxy.model.records.schema import Path, render_path
 
 _View: TypeAlias = Callable[[str], tuple[bytes, int] | None]
 

@@ -12,9 +12,6 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
-from imdsproxy.core.model import InstanceId, Network, NetworkId
-from imdsproxy.core.records import parse_network
-from imdsproxy.core.records.grant import EVERY_HOST
 from imdsproxy.errors import AlreadyExists, Problem, RecordConflict
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.layout import HostId
@@ -22,6 +19,9 @@ from imdsproxy.host.state import ObservedHost
 from imdsproxy.hub.plan_writes import Transaction
 from imdsproxy.hub.scopes import read_grant, read_scope
 from imdsproxy.hub.state import FleetState, needs_of
+from imdsproxy.model.entities import InstanceId, Network, NetworkId
+from imdsproxy.model.records import parse_network
+from imdsproxy.model.records.grant import EVERY_HOST
 from imdsproxy.network.listeners.plan import find_shared, place_of
 from imdsproxy.network.names import Naming
 

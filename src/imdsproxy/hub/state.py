@@ -11,9 +11,6 @@ from dataclasses import dataclass, field, fields, replace
 from sys import intern
 from typing import Any, Final, TypeAlias
 
-from imdsproxy.core.model import InstanceId, Network, NetworkId
-from imdsproxy.core.policy import OperatorOverride
-from imdsproxy.core.records import parse_network
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.lasting import EPOCHS, LASTING, is_lasting, join_overrides, join_values
 from imdsproxy.fleet.layout import (
@@ -39,6 +36,9 @@ from imdsproxy.fleet.values import (
     parse_value,
 )
 from imdsproxy.hub.etcd_messages import Deleted, KeyValue
+from imdsproxy.model.entities import InstanceId, Network, NetworkId
+from imdsproxy.model.policy import OperatorOverride
+from imdsproxy.model.records import parse_network
 from imdsproxy.network.listeners.plan import place_of
 
 Item: TypeAlias = tuple[int, Json]

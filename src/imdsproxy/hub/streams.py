@@ -15,9 +15,6 @@ from typing import Any, Final, cast
 
 import structlog
 
-from imdsproxy.core.model import InstanceId
-from imdsproxy.core.policy import OperatorOverride
-from imdsproxy.core.records.levels import SCHEMA, Schema
 from imdsproxy.errors import SourceUnavailable
 from imdsproxy.fleet.identity import Role, read_identity
 from imdsproxy.fleet.layout import HostId
@@ -46,6 +43,9 @@ from imdsproxy.fleet.suspicion import Evidence
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub.levels import fit_item
 from imdsproxy.hub.state import FleetState
+from imdsproxy.model.entities import InstanceId
+from imdsproxy.model.policy import OperatorOverride
+from imdsproxy.model.records.levels import SCHEMA, Schema
 
 _BACKLOG: Final = 4096
 """Backlog of the listener: when another hub fails, thousands of hosts connect at once."""

@@ -15,8 +15,6 @@ from typing import Final
 
 import structlog
 
-from imdsproxy.core.model import InstanceId
-from imdsproxy.core.tokens import KEPT_KEYS, KEY_BYTES, TokenKey, instance_key
 from imdsproxy.errors import ImdsproxyError, SourceCorrupt
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.layout import HostId, Json, View
@@ -34,6 +32,8 @@ from imdsproxy.hub.operations import Operations
 from imdsproxy.hub.plan_writes import Transaction, refuse_suspect
 from imdsproxy.hub.state import FleetState, Item
 from imdsproxy.hub.writes import Writes
+from imdsproxy.model.entities import InstanceId
+from imdsproxy.model.tokens import KEPT_KEYS, KEY_BYTES, TokenKey, instance_key
 
 PLACE: Final = layout.TOKEN_KEYS
 _ANEW: Final = "`imdsproxy token rotate` writes keys anew"

@@ -8,9 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from imdsproxy.api.answers import LeftOut
-from imdsproxy.core.matching import matcher
-from imdsproxy.core.model import Instance, InstanceId, NetworkId
-from imdsproxy.core.records import render_record
 from imdsproxy.errors import RequestRefused, SourceCorrupt
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.layout import HostId, Json, StoredInstance, StoredNetwork
@@ -25,6 +22,9 @@ from imdsproxy.hub.plan_writes import (
 )
 from imdsproxy.hub.scopes import read_scope
 from imdsproxy.hub.state import FleetState
+from imdsproxy.model.entities import Instance, InstanceId, NetworkId
+from imdsproxy.model.matching import matcher
+from imdsproxy.model.records import render_record
 
 _SHOWN: Final = 5
 _SOURCE: Final = "fleet"
@@ -32,7 +32,7 @@ _SOURCE: Final = "fleet"
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Filter for a list of instances; see `core.matching.matcher`."""
+    """Filter for a list of instances; see `model.matching.matcher`."""
 
     text: str = ""
     network: NetworkId | None = None

@@ -14,11 +14,6 @@ from typing import Any, Final
 
 import structlog
 
-from imdsproxy.core.model import InstanceId, Network, NetworkId
-from imdsproxy.core.policy import OperatorOverride
-from imdsproxy.core.records import PlacedInstance
-from imdsproxy.core.records.grant import Grant
-from imdsproxy.core.records.levels import SCHEMA, Schema
 from imdsproxy.errors import (
     AdminError,
     NotFound,
@@ -45,6 +40,11 @@ from imdsproxy.hub.levels import plan_levels, refuse_older
 from imdsproxy.hub.plan_writes import InstancePut, Terms, Transaction
 from imdsproxy.hub.shared_listeners import refuse_shared
 from imdsproxy.hub.state import FleetState
+from imdsproxy.model.entities import InstanceId, Network, NetworkId
+from imdsproxy.model.policy import OperatorOverride
+from imdsproxy.model.records import PlacedInstance
+from imdsproxy.model.records.grant import Grant
+from imdsproxy.model.records.levels import SCHEMA, Schema
 
 _ATTEMPTS: Final = 5
 _READS_AT_ONCE: Final = 16
@@ -404,7 +404,7 @@ class Writes:
 
         Args:
             place: `fleet`, `host/ID` or `project/ID`.
-            change: Function from the old rules to the new rules, in the form of `core.records.network.POLICY`; empty
+            change: Function from the old rules to the new rules, in the form of `model.records.network.POLICY`; empty
                 rules clear the policy.
             terms: Conditions of the write.
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-from imdsproxy.core.model import IpAddress, NetworkId
 from imdsproxy.host.state import Effect, Family, ListeningSocket, NamespaceRef
+from imdsproxy.model.entities import IpAddress, NetworkId
 
 LOOPBACK = "lo"
 

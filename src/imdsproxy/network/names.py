@@ -4,7 +4,7 @@ import hashlib
 import re
 from dataclasses import dataclass
 
-from imdsproxy.core.model import NetworkId
+from imdsproxy.model.entities import NetworkId
 
 DEFAULT_PREFIX = "imds"
 

@@ -1,1 +1,1 @@
-"""Upstream `nova`: choice of the metadata API for an instance, endpoints, secrets and signatures; no HAProxy rules."""
+"""Upstream `nova`: choice of the API for an instance, endpoints, secrets, signatures; no HAProxy rules."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Final
 
-from imdsproxy.core.model import InstanceId, NetworkId
-from imdsproxy.core.wire import NovaRecord
+from imdsproxy.model.entities import InstanceId, NetworkId
+from imdsproxy.model.wire import NovaRecord
 
 _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 _OPTION: Final = re.compile(rb"metadata_proxy_shared_secret\s*=")

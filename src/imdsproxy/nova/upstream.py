@@ -13,7 +13,6 @@ from typing import Final
 import structlog
 
 from imdsproxy.config.nova import EndpointSetSettings, NovaSettings, NovaUrl
-from imdsproxy.core.model import IpAddress
 from imdsproxy.errors import ConfigUnreadable, DataplaneError, Problem, SecretUnreadable
 from imdsproxy.haproxy.master import WorkerEnded
 from imdsproxy.haproxy.process import Haproxy
@@ -21,6 +20,7 @@ from imdsproxy.haproxy.rules.model import NovaBackend, NovaServer, NovaTimes, No
 from imdsproxy.haproxy.rules.nova import refused_counter, set_of_server
 from imdsproxy.haproxy.rules.runtime import WorkerTotals, parse_count
 from imdsproxy.host.files import read_secret, write_atomic
+from imdsproxy.model.entities import IpAddress
 from imdsproxy.nova.routing import EndpointSet, NovaRouting, find_secret_fault
 
 RESOLVE_EVERY_S: Final = 30.0

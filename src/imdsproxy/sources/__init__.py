@@ -1,1 +1,1 @@
-"""Sources of networks and instances: one module per source, one interface for all."""
+"""Sources of networks and instances: one folder per source, one interface; what the records mean is in model."""

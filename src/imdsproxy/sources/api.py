@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Final, Protocol, TypeAlias
 
-from imdsproxy.core.model import InstanceId, IpAddress, NetworkId, Scope
-from imdsproxy.core.observation import AddressKey, Observation, SourceName, StrandedPort
-from imdsproxy.core.packed import PackedInstances
 from imdsproxy.errors import Problem
+from imdsproxy.model.entities import InstanceId, IpAddress, NetworkId, Scope
+from imdsproxy.model.observation import AddressKey, Observation, SourceName, StrandedPort
+from imdsproxy.model.packed import PackedInstances
 
 Publish: TypeAlias = Callable[[Observation], object]
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import Any, Generic, TypeAlias, TypeVar
 
-from imdsproxy.core.claims import Claims, claim_places
-from imdsproxy.core.model import Instance, InstanceId, Network
-from imdsproxy.core.observation import AddressKey
-from imdsproxy.core.packed import PackedInstance
-from imdsproxy.core.records.schema import Path, render_path
 from imdsproxy.errors import Problem
+from imdsproxy.model.claims import Claims, claim_places
+from imdsproxy.model.entities import Instance, InstanceId, Network
+from imdsproxy.model.observation import AddressKey
+from imdsproxy.model.packed import PackedInstance
+from imdsproxy.model.records.schema import Path, render_path
 
 Record = TypeVar("Record", bound=Network | Instance | PackedInstance)
 

@@ -1,1 +1,1 @@
-"""Programs that an operator or another program runs once; nothing that the daemon runs."""
+"""Programs that run once, for an operator or another program; nothing that the daemon runs."""

@@ -21,7 +21,6 @@ from typing import Final
 
 from imdsproxy.api.client import FleetClient, path_to
 from imdsproxy.config.schema import Settings
-from imdsproxy.core.records import Refused
 from imdsproxy.errors import (
     AdminError,
     NotFound,
@@ -30,6 +29,7 @@ from imdsproxy.errors import (
     optional_library,
 )
 from imdsproxy.fleet.identity import LEAVE_PATH, LIBRARY_HINT
+from imdsproxy.model.records import Refused
 from imdsproxy.sources.fleet.client import HostFiles, HubClient
 from imdsproxy.sources.libvirt.xml import parse_domain
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from imdsproxy.core.addresses import link_local_of
-from imdsproxy.core.model import MacAddress
+from imdsproxy.model.addresses import link_local_of
+from imdsproxy.model.entities import MacAddress
 
 HOSTS: Final = ("lab", "lab-2")
 """Whose ports bind: nodes of Neutron's."""

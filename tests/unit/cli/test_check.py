@@ -19,11 +19,11 @@ import pytest
 
 from imdsproxy.cli.main import main
 from imdsproxy.controller.token_report import OpenTree, TokenReport
-from imdsproxy.core.model import InstanceId, NetworkId, Port
-from imdsproxy.core.policy import PolicyRules, TokenMode
-from imdsproxy.core.records import render_record
 from imdsproxy.errors import SourceUnavailable
 from imdsproxy.host.socket_file import SocketHolder
+from imdsproxy.model.entities import InstanceId, NetworkId, Port
+from imdsproxy.model.policy import PolicyRules, TokenMode
+from imdsproxy.model.records import render_record
 from imdsproxy.sources.sqlite.store import Store
 from imdsproxy.tools import checks
 from imdsproxy.tools.checks import Subject, host, openstack

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from imdsproxy.core.model import (
+from imdsproxy.model.entities import (
     BridgeListener,
     InterfaceListener,
     Listener,
@@ -17,7 +17,7 @@ from imdsproxy.core.model import (
     NetworkId,
     Subnet,
 )
-from imdsproxy.core.tokens import TokenKey, render_token_keys
+from imdsproxy.model.tokens import TokenKey, render_token_keys
 from imdsproxy.network.anti_spoofing import host_rules
 from imdsproxy.network.anti_spoofing.host_rules import (
     DroppingChain,

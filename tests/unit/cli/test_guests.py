@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from imdsproxy.cli import snippet
-from imdsproxy.core.model import InstanceId
-from imdsproxy.core.policy import FleetRules, OperatorOverride, PolicyBook, PolicyRules, TokenMode
-from imdsproxy.core.tokens import TokenKey
-from imdsproxy.core.wire import HEADER_LOGGED
 from imdsproxy.fleet.policies import FleetPolicies
+from imdsproxy.model.entities import InstanceId
+from imdsproxy.model.policy import FleetRules, OperatorOverride, PolicyBook, PolicyRules, TokenMode
+from imdsproxy.model.tokens import TokenKey
+from imdsproxy.model.wire import HEADER_LOGGED
 from imdsproxy.nova.routing import EndpointSet, NovaRouting
 from support.admin_server import NOW
 from support.cli import Cli, Ran

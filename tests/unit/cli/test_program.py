@@ -20,8 +20,8 @@ from imdsproxy.controller.token_report import (
     ReaderWithoutToken,
     TokenReport,
 )
-from imdsproxy.core.model import InstanceId, NetworkId
-from imdsproxy.core.records.json_schema import schema_of_records
+from imdsproxy.model.entities import InstanceId, NetworkId
+from imdsproxy.model.records.json_schema import schema_of_records
 from support.cli import Cli, Ran, on_a_terminal, run_main
 from support.demonstration import REPOSITORY
 from support.umask import umask
@@ -269,7 +269,7 @@ def test_the_socket_is_the_one_of_the_settings(tmp_path: Path, run: Callable[...
         ),
         (
             "import imdsproxy.documents.server",
-            "imdsproxy.core.records pydantic fastapi yaml pyroute2 sqlite3 prometheus_client",
+            "imdsproxy.model.records pydantic fastapi yaml pyroute2 sqlite3 prometheus_client",
         ),
     ],
 )

@@ -15,11 +15,11 @@ from imdsproxy.api import records
 from imdsproxy.api.answers import Written
 from imdsproxy.api.client import AdminClient, read_record
 from imdsproxy.cli import output
-from imdsproxy.core.model import BridgeListener, Dialect, InstanceId, NamespaceListener
-from imdsproxy.core.path_rules import PathWord
-from imdsproxy.core.policy import NO_RULES, RULES, PolicyRules, TokenMode
-from imdsproxy.core.records import parse_network
 from imdsproxy.errors import AdminError, Problem, RequestRefused, SourceUnavailable
+from imdsproxy.model.entities import BridgeListener, Dialect, InstanceId, NamespaceListener
+from imdsproxy.model.path_rules import PathWord
+from imdsproxy.model.policy import NO_RULES, RULES, PolicyRules, TokenMode
+from imdsproxy.model.records import parse_network
 from imdsproxy.network.endpoints import LeftOutCode
 from imdsproxy.reconcile.progress import Step
 from imdsproxy.sources.libvirt.xml import METADATA_URI

@@ -23,8 +23,8 @@ from imdsproxy.config.render import (
 from imdsproxy.config.schema import Settings
 from imdsproxy.config.section import Change, Endpoint, parse_endpoint
 from imdsproxy.config.strict_yaml import parse_yaml, render_value
-from imdsproxy.core.wire import ONE_IN
 from imdsproxy.errors import ConfigInvalid, ConfigUnreadable, Problem, SettingsDropped
+from imdsproxy.model.wire import ONE_IN
 
 _REFUSED = Path(__file__).with_name("refused_settings.txt").read_text(encoding="utf-8")
 """Settings, after variables if there are some, each with the problems that they have, by their lines."""

@@ -17,8 +17,8 @@ from imdsproxy.console.forms import (
     read_form,
     show_record,
 )
-from imdsproxy.core.records import INSTANCE, NETWORK, parse_instance, parse_network, render_record
 from imdsproxy.errors import Problem
+from imdsproxy.model.records import INSTANCE, NETWORK, parse_instance, parse_network, render_record
 
 _KEY: Final = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIGnJ a@b"
 _INSTANCE: Final[dict[str, Any]] = {

@@ -14,9 +14,9 @@ from imdsproxy.console.masking import is_secret, mask_secrets
 from imdsproxy.console.pages import make_environment
 from imdsproxy.console.rates import HEIGHT, WIDTH, Rates, draw_line
 from imdsproxy.console.troubles import list_troubles
-from imdsproxy.core.model import InstanceId, MacAddress
-from imdsproxy.core.observation import Claimant, Conflict, ConflictKind
-from imdsproxy.core.policy_report import PolicyInForce, RuleInForce
+from imdsproxy.model.entities import InstanceId, MacAddress
+from imdsproxy.model.observation import Claimant, Conflict, ConflictKind
+from imdsproxy.model.policy_report import PolicyInForce, RuleInForce
 from support.fake_controller import HEALTHY, fake_controller
 from support.record_builders import key
 

@@ -12,7 +12,7 @@ from demo.place import prepare, unfit
 from demo.processes import CommandError
 from demo.reading import PATHS, Dialect, judge_documents
 from demo.roster import Guest, guests, records
-from imdsproxy.core.records import parse_records
+from imdsproxy.model.records import parse_records
 from support import guest_records
 
 OWN, _, OTHER, STRANGER = guests("word")[:4]

@@ -10,16 +10,6 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from imdsproxy.core.model import (
-    Dialect,
-    Instance,
-    InstanceId,
-    Network,
-    NetworkId,
-    Port,
-    SshKey,
-    Upstream,
-)
 from imdsproxy.documents.compiled import (
     DocumentRecord,
     compile_instance,
@@ -30,6 +20,16 @@ from imdsproxy.documents.dialects import ec2, openstack
 from imdsproxy.documents.dialects.ec2 import list_warnings, warn_of_names
 from imdsproxy.documents.dialects.nocloud import render_yaml
 from imdsproxy.errors import Problem, RecordCorrupt, quoted
+from imdsproxy.model.entities import (
+    Dialect,
+    Instance,
+    InstanceId,
+    Network,
+    NetworkId,
+    Port,
+    SshKey,
+    Upstream,
+)
 from support.guest_records import (
     BARE,
     BLUE,

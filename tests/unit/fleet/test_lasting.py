@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imdsproxy.core.policy import OperatorOverride
 from imdsproxy.fleet.lasting import describe_regained, join_values
 from imdsproxy.fleet.layout import GUARDS, HostId, Unreadable, parse_guard, render_guard
 from imdsproxy.fleet.members import (
@@ -23,6 +22,7 @@ from imdsproxy.fleet.members import (
     render_host,
     render_operator,
 )
+from imdsproxy.model.policy import OperatorOverride
 
 HOST, GUARD = host_key(HostId("a")), f"{GUARDS}web"
 _SMALL = st.integers(0, 3)

@@ -15,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imdsproxy.config.neutron_agents import FACILITIES, parse_facility, parse_port
-from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6, NetworkId
 from imdsproxy.errors import RequestRefused
 from imdsproxy.haproxy import rules
 from imdsproxy.haproxy.layout import Layout
@@ -36,6 +35,7 @@ from imdsproxy.haproxy.rules.namespace_proxy import (
     render_namespace_proxy,
 )
 from imdsproxy.haproxy.rules.text import UnquotableWord, fill, quote, read_template
+from imdsproxy.model.entities import METADATA_IPV4, METADATA_IPV6, NetworkId
 
 _GOLDEN = Path(__file__).parents[2] / "golden" / "haproxy"
 

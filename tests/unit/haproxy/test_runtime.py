@@ -9,10 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imdsproxy.core.model import InstanceId, NetworkId
-from imdsproxy.core.policy import Policy
-from imdsproxy.core.tokens import TokenKey
-from imdsproxy.core.wire import ONE_IN
 from imdsproxy.haproxy.rules.counting import CountedRow, parse_guests, parse_readers
 from imdsproxy.haproxy.rules.limits import (
     MOST_SHOWN,
@@ -34,6 +30,10 @@ from imdsproxy.haproxy.rules.runtime import (
     parse_stat,
     parse_version,
 )
+from imdsproxy.model.entities import InstanceId, NetworkId
+from imdsproxy.model.policy import Policy
+from imdsproxy.model.tokens import TokenKey
+from imdsproxy.model.wire import ONE_IN
 from support.haproxy_alone import mint_token
 
 # As HAProxy 3.0.11 prints it, with an old worker that still drains.

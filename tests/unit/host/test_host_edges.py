@@ -15,7 +15,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imdsproxy.core.model import METADATA_IPV4, METADATA_IPV6
 from imdsproxy.errors import DataplaneError, HostRefused, PrivilegeMissing, refusing
 from imdsproxy.host.account import (
     Account,
@@ -29,6 +28,7 @@ from imdsproxy.host.netlink import parse_address
 from imdsproxy.host.nlmessages import attribute, iter_messages, pack_attributes, parse_attributes
 from imdsproxy.host.notify import ServiceNotifier, is_journal, kept_sockets
 from imdsproxy.host.state import AddressState, ObservedAddress
+from imdsproxy.model.entities import METADATA_IPV4, METADATA_IPV6
 from imdsproxy.network.listeners.apply import apply_links
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from imdsproxy.core.model import METADATA_IPV4
 from imdsproxy.errors import HostRefused, SecretUnreadable
 from imdsproxy.host import socket_file
 from imdsproxy.host.files import (
@@ -38,6 +37,7 @@ from imdsproxy.host.socket_file import (
 )
 from imdsproxy.host.sockets import SocketOwners
 from imdsproxy.host.state import ListeningSocket, SeenSocket, SocketState
+from imdsproxy.model.entities import METADATA_IPV4
 from support.umask import umask
 
 

@@ -1,13 +1,13 @@
 """What a hub's copy makes of an etcd that has lost memberships, revocations and guards."""
 
-from imdsproxy.core.model import InstanceId
-from imdsproxy.core.policy import OperatorOverride
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.lasting import EPOCHS
 from imdsproxy.fleet.layout import HostId, Meta, StoredInstance
 from imdsproxy.fleet.members import HostState, StoredHost, host_key, render_host
 from imdsproxy.fleet.stream import Batch, Hello
 from imdsproxy.hub.state import Change, Difference, FleetState
+from imdsproxy.model.entities import InstanceId
+from imdsproxy.model.policy import OperatorOverride
 
 A, B = HostId("a"), HostId("b")
 WEB = InstanceId("web")

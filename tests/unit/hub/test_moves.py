@@ -2,10 +2,10 @@
 
 import pytest
 
-from imdsproxy.core.model import InstanceId
 from imdsproxy.errors import NotFound, RecordConflict, RequestRefused
 from imdsproxy.fleet.layout import HostId
 from imdsproxy.hub.plan_writes import choose_departure, choose_move, no_such
+from imdsproxy.model.entities import InstanceId
 
 _A, _B, _C = (HostId(one) for one in "abc")
 _WEB = InstanceId("web")

@@ -11,9 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imdsproxy.core.model import InstanceId, Network, NetworkId
-from imdsproxy.core.policy import OperatorOverride
-from imdsproxy.core.records import PlacedInstance, parse_network, parse_placed
 from imdsproxy.errors import (
     ImdsproxyError,
     NotFound,
@@ -42,6 +39,9 @@ from imdsproxy.hub.plan_writes import (
     read_instance,
     record_of,
 )
+from imdsproxy.model.entities import InstanceId, Network, NetworkId
+from imdsproxy.model.policy import OperatorOverride
+from imdsproxy.model.records import PlacedInstance, parse_network, parse_placed
 
 NETWORKS = ("blue", "red")
 ADDRESSES = ("10.0.0.1", "10.0.0.2", "fe80::5054:ff:fe00:1")

@@ -8,8 +8,6 @@ from typing import Any, cast
 
 import pytest
 
-from imdsproxy.core.model import InstanceId
-from imdsproxy.core.policy import OperatorOverride
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.layout import HostId, Meta, StoredInstance
 from imdsproxy.host.clock import Clock
@@ -19,6 +17,8 @@ from imdsproxy.hub.etcd_messages import KeyValue
 from imdsproxy.hub.replica import Replica
 from imdsproxy.hub.state import Change, FleetState
 from imdsproxy.hub.streams import HostStream, Streams
+from imdsproxy.model.entities import InstanceId
+from imdsproxy.model.policy import OperatorOverride
 from support.restores import restores_of
 from support.tasks import background, until
 

@@ -9,10 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imdsproxy.core.model import InstanceId, Network, NetworkId
-from imdsproxy.core.policy import OperatorOverride
-from imdsproxy.core.records import PlacedInstance, Refused, parse_network, parse_placed
-from imdsproxy.core.records.grant import GRANT, Grant
 from imdsproxy.errors import ImdsproxyError, NotFound, SourceCorrupt
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.layout import HostId, Unreadable
@@ -34,6 +30,10 @@ from imdsproxy.hub.plan_writes import (
 from imdsproxy.hub.scopes import read_grant
 from imdsproxy.hub.state import Change, FleetState
 from imdsproxy.hub.views import Views
+from imdsproxy.model.entities import InstanceId, Network, NetworkId
+from imdsproxy.model.policy import OperatorOverride
+from imdsproxy.model.records import PlacedInstance, Refused, parse_network, parse_placed
+from imdsproxy.model.records.grant import GRANT, Grant
 
 _Keys: TypeAlias = dict[str, tuple[bytes, int]]
 

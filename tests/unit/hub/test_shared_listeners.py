@@ -4,13 +4,13 @@ from collections.abc import Mapping
 
 import pytest
 
-from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.errors import AlreadyExists, SourceRefused
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.layout import HostId, Json, StoredInstance, StoredNetwork
 from imdsproxy.hub.plan_writes import Transaction
 from imdsproxy.hub.shared_listeners import refuse_shared
 from imdsproxy.hub.state import Change, FleetState
+from imdsproxy.model.entities import InstanceId, NetworkId
 from imdsproxy.network import names
 
 _Listener = Mapping[str, str]

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.layout import HostId, Json, Meta, StoredInstance, StoredNetwork
 from imdsproxy.fleet.stream import Batch, Bye, ByeCode, Hello, ItemKey, digest_items
 from imdsproxy.fleet.values import StoredPassword, render_password
 from imdsproxy.hub.state import Change, Difference, FleetState
+from imdsproxy.model.entities import InstanceId, NetworkId
 
 A, B = HostId("a"), HostId("b")
 HOSTS = (A, B, HostId("c"))

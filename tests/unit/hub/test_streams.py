@@ -12,7 +12,6 @@ from typing import TypeVar
 
 import pytest
 
-from imdsproxy.core.model import InstanceId
 from imdsproxy.errors import SourceUnavailable
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.layout import HostId, Meta, StoredInstance
@@ -40,6 +39,7 @@ from imdsproxy.host.servers import open_unix_socket
 from imdsproxy.hub import streams as module
 from imdsproxy.hub.state import Change, FleetState
 from imdsproxy.hub.streams import AT_A_TIME_S, SHARE, WAITING, HostStream, Streams
+from imdsproxy.model.entities import InstanceId
 from support.hand_clock import HandClock
 from support.patience import patience
 from support.tasks import until

@@ -6,7 +6,6 @@ from typing import cast
 
 import pytest
 
-from imdsproxy.core.model import InstanceId
 from imdsproxy.errors import EtcdUnavailable, SourceRefused
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.layout import StoredInstance
@@ -14,6 +13,7 @@ from imdsproxy.hub import sweep as module
 from imdsproxy.hub.etcd import Committed, Compacted, Etcd, Snapshot
 from imdsproxy.hub.state import Change, FleetState
 from imdsproxy.hub.sweep import Sweep
+from imdsproxy.model.entities import InstanceId
 from support.hand_clock import HandClock
 from support.tasks import background, until
 

@@ -4,8 +4,6 @@ import itertools
 
 import pytest
 
-from imdsproxy.core.model import InstanceId
-from imdsproxy.core.tokens import KEPT_KEYS, TokenKey, instance_key
 from imdsproxy.errors import SourceCorrupt
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.layout import Json
@@ -13,6 +11,8 @@ from imdsproxy.fleet.stream import Batch
 from imdsproxy.hub.envelope import Envelope, make_envelope, parse_envelope
 from imdsproxy.hub.state import Change, FleetState
 from imdsproxy.hub.token_keys import PLACE, FleetKeys, TokenKeyRing, open_keys, seal_keys
+from imdsproxy.model.entities import InstanceId
+from imdsproxy.model.tokens import KEPT_KEYS, TokenKey, instance_key
 from imdsproxy.sources.fleet.known import FleetKnown
 
 _WEB = InstanceId("web")

@@ -5,12 +5,12 @@ from collections import Counter
 
 import pytest
 
-from imdsproxy.core.model import InstanceId, NetworkId
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.layout import HostId, Json, StoredInstance
 from imdsproxy.host.turns import AT_ONCE
 from imdsproxy.hub.state import Change, FleetState
 from imdsproxy.hub.views import Views, Wanted
+from imdsproxy.model.entities import InstanceId, NetworkId
 from support.tasks import background
 
 

@@ -10,10 +10,10 @@ import pytest
 from structlog.testing import capture_logs
 
 from imdsproxy.config.nova import NovaSettings, NovaUrl, parse_nova_url
-from imdsproxy.core.model import InstanceId, IpAddress, NetworkId
 from imdsproxy.errors import ConfigUnreadable, SecretUnreadable
 from imdsproxy.haproxy.process import Haproxy
 from imdsproxy.haproxy.rules.model import NovaServer, NovaTls
+from imdsproxy.model.entities import InstanceId, IpAddress, NetworkId
 from imdsproxy.nova.routing import sign_instance
 from imdsproxy.nova.upstream import NovaEndpointReport, NovaUpstream, NovaWatch
 

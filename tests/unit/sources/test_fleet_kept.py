@@ -12,11 +12,11 @@ from typing import Final
 
 import pytest
 
-from imdsproxy.core.tokens import TokenKey
-from imdsproxy.core.tokens import instance_key as token_key_of
 from imdsproxy.errors import SourceCorrupt
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.values import StoredPassword, render_password
+from imdsproxy.model.tokens import TokenKey
+from imdsproxy.model.tokens import instance_key as token_key_of
 from imdsproxy.sources.fleet import source as source_module
 from support.fleet_backing import fleet_source
 from support.fleet_hub import ENVELOPE, HOST, FleetHub

@@ -20,15 +20,15 @@ from typing import Any, Final, NoReturn
 
 import pytest
 
-from imdsproxy.core.model import Instance, InstanceId, StoredBytes
-from imdsproxy.core.observation import Expired
-from imdsproxy.core.policy import OperatorOverride
 from imdsproxy.errors import AccessDenied, SourceUnavailable
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.layout import Meta
 from imdsproxy.fleet.policies import FleetPolicies
 from imdsproxy.fleet.stream import Ask, Batch, ItemKey
 from imdsproxy.host.clock import Clock, Moment
+from imdsproxy.model.entities import Instance, InstanceId, StoredBytes
+from imdsproxy.model.observation import Expired
+from imdsproxy.model.policy import OperatorOverride
 from imdsproxy.sources.fleet import source as source_module
 from imdsproxy.sources.fleet.client import HubClient
 from imdsproxy.sources.fleet.kept import KeptItems

@@ -9,9 +9,9 @@ from typing import Final
 
 import pytest
 
-from imdsproxy.core.records.levels import Schema
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.policies import FleetPolicies
+from imdsproxy.model.records.levels import Schema
 from imdsproxy.sources.fleet import source as source_module
 from imdsproxy.sources.fleet.source import FleetSource
 from support.fleet_backing import fleet_source

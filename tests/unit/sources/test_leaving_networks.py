@@ -1,7 +1,7 @@
 """A network stays for a while when its last instance has left the host."""
 
-from imdsproxy.core.model import BridgeListener, InstanceId, Network, NetworkId
-from imdsproxy.core.observation import Observation
+from imdsproxy.model.entities import BridgeListener, InstanceId, Network, NetworkId
+from imdsproxy.model.observation import Observation
 from imdsproxy.sources.fleet.leaving import LeavingNetworks
 
 _BLUE, _RED, _GREEN = (NetworkId(one) for one in ("blue", "red", "green"))

@@ -10,7 +10,8 @@ from unittest.mock import MagicMock
 import pytest
 
 from imdsproxy.config.sources import LibvirtSourceSettings
-from imdsproxy.core.model import (
+from imdsproxy.errors import SourceUnavailable
+from imdsproxy.model.entities import (
     BridgeListener,
     Dialect,
     Instance,
@@ -20,8 +21,7 @@ from imdsproxy.core.model import (
     SshKey,
     Subnet,
 )
-from imdsproxy.core.observation import Observation
-from imdsproxy.errors import SourceUnavailable
+from imdsproxy.model.observation import Observation
 from imdsproxy.reconcile.progress import Backoff
 from imdsproxy.sources.libvirt.records import LibvirtKnown
 from imdsproxy.sources.libvirt.source import LibvirtClient, LibvirtEvents, LibvirtSource

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from imdsproxy.config.sources import NeutronSourceSettings
-from imdsproxy.core.addresses import link_local_of
-from imdsproxy.core.model import InstanceId, MacAddress, NetworkId, Upstream
-from imdsproxy.core.observation import StrandedPort
+from imdsproxy.model.addresses import link_local_of
+from imdsproxy.model.entities import InstanceId, MacAddress, NetworkId, Upstream
+from imdsproxy.model.observation import StrandedPort
 from imdsproxy.sources.api import LookUpUnavailable, PortAmbiguous, PortFound, PortMissing
 from imdsproxy.sources.neutron.cache import open_cache
 from imdsproxy.sources.neutron.known import KnownPorts

@@ -13,9 +13,9 @@ from typing import Final
 import pytest
 
 from imdsproxy.config.sources import NeutronNamespacesSettings
-from imdsproxy.core.model import NamespaceListener, Network, NetworkId, Scope
 from imdsproxy.host.namespaces import NamespaceDirectory
 from imdsproxy.host.state import NamespaceRef
+from imdsproxy.model.entities import NamespaceListener, Network, NetworkId, Scope
 from imdsproxy.sources.neutron_namespaces.proxies import DhcpProxies
 from imdsproxy.sources.neutron_namespaces.records import parse_proxy, router_network
 from imdsproxy.sources.neutron_namespaces.source import NeutronNamespacesSource

@@ -13,11 +13,11 @@ from typing import Final, TypeAlias
 import pytest
 
 from imdsproxy.config.strict_yaml import Decoded, Undecodable, decode_yaml
-from imdsproxy.core.model import Instance, Network
-from imdsproxy.core.records import Path as PathInFile
-from imdsproxy.core.records import Records, parse_records
-from imdsproxy.core.records.schema import Findings, LineOf, Refused, render_path
 from imdsproxy.errors import Problem
+from imdsproxy.model.entities import Instance, Network
+from imdsproxy.model.records import Path as PathInFile
+from imdsproxy.model.records import Records, parse_records
+from imdsproxy.model.records.schema import Findings, LineOf, Refused, render_path
 from imdsproxy.reconcile.progress import Progress
 from imdsproxy.sources.file import contents as file_contents
 from imdsproxy.sources.file.contents import read_contents

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.core.model import Instance, InstanceId, NetworkId
-from imdsproxy.core.observation import StrandedPort
-from imdsproxy.core.records import parse_instance
-from imdsproxy.core.records.schema import MAX_PAYLOAD, Findings, Refused
 from imdsproxy.host.inotify import Place, Watch
+from imdsproxy.model.entities import Instance, InstanceId, NetworkId
+from imdsproxy.model.observation import StrandedPort
+from imdsproxy.model.records import parse_instance
+from imdsproxy.model.records.schema import MAX_PAYLOAD, Findings, Refused
 from imdsproxy.sources.file import source as file_source
 from imdsproxy.sources.file.record_file import payload_reader
 from imdsproxy.sources.file.source import FileSource

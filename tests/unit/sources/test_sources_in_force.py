@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imdsproxy.core.claims import address_keys
-from imdsproxy.core.model import Instance, InstanceId, NetworkId, Port
-from imdsproxy.core.observation import AddressKey
 from imdsproxy.errors import Problem
+from imdsproxy.model.claims import address_keys
+from imdsproxy.model.entities import Instance, InstanceId, NetworkId, Port
+from imdsproxy.model.observation import AddressKey
 from imdsproxy.sources.in_force import Entry, InForce
 
 _BAD: Final = Problem("name", "is bad")

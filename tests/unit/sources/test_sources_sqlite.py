@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.core.model import Instance, InstanceId, NetworkId, StoredBytes
-from imdsproxy.core.observation import Observation
-from imdsproxy.core.policy import PolicyRules
 from imdsproxy.documents.compiled import compile_instance
 from imdsproxy.errors import SourceCorrupt, SourceRefused, SourceUnavailable
+from imdsproxy.model.entities import Instance, InstanceId, NetworkId, StoredBytes
+from imdsproxy.model.observation import Observation
+from imdsproxy.model.policy import PolicyRules
 from imdsproxy.reconcile.progress import Progress
 from imdsproxy.sources.sqlite import store as sqlite_store
 from imdsproxy.sources.sqlite.source import SqliteSource

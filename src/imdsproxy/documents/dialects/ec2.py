@@ -14,11 +14,11 @@ import uuid
 from collections.abc import Iterable
 from typing import Final
 
-from imdsproxy.core.model import Dialect, Instance, Upstream
 from imdsproxy.documents.compiled import DocumentPort, DocumentRecord
 from imdsproxy.documents.dialects import tree
 from imdsproxy.documents.dialects.tree import Node, directory, listing
 from imdsproxy.errors import Problem, quoted
+from imdsproxy.model.entities import Dialect, Instance, Upstream
 
 VERSIONS: Final = (
     "1.0",

@@ -5,10 +5,10 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Final, TypeAlias, cast
 
-from imdsproxy.core.model import Dialect
-from imdsproxy.core.wire import RETRY_AFTER_S, TEXT
 from imdsproxy.documents.compiled import Blob, DocumentRecord
 from imdsproxy.documents.dialects import ec2, nocloud, openstack, tree
+from imdsproxy.model.entities import Dialect
+from imdsproxy.model.wire import RETRY_AFTER_S, TEXT
 
 SEED_LENGTH: Final = 512
 """Bytes of `random_seed`, as in Nova."""
@@ -184,6 +184,6 @@ _SERVED: Final = (
 
 
 def can_be_served(path: str) -> bool:
-    """Return whether a document may exist at a plain path (`core.path_rules`), or below it."""
+    """Return whether a document may exist at a plain path (`model.path_rules`), or below it."""
     plain = "".join(f"{name}/" for name in filter(None, path.split("/")))
     return plain.startswith(_WITH_MORE_BENEATH) or any(one.startswith(plain) for one in _SERVED)

@@ -18,9 +18,9 @@ from functools import lru_cache
 from typing import Final, TypeAlias, cast
 from urllib.parse import unquote_to_bytes
 
-from imdsproxy.core.model import free_name
-from imdsproxy.core.wire import LONGEST_PATH, TEXT
 from imdsproxy.documents.compiled import Blob, DocumentAddress, DocumentPort, DocumentRecord
+from imdsproxy.model.entities import free_name
+from imdsproxy.model.wire import LONGEST_PATH, TEXT
 
 JSON: Final = b"application/json"
 BINARY: Final = b"application/octet-stream"

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
-from imdsproxy.core.wire import LONGEST_PATH
 from imdsproxy.haproxy.rules.model import DataplaneSpec
 from imdsproxy.haproxy.rules.nova import AGAIN_SERVERS, RETRIES, longest_s, loopback_names
 from imdsproxy.haproxy.rules.text import Block, Text, Value, blocks_of, read_template
+from imdsproxy.model.wire import LONGEST_PATH
 
 _BLOCKS: Final = blocks_of(read_template("backends"))
 

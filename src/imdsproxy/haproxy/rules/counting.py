@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import Final
 from urllib.parse import unquote_to_bytes
 
-from imdsproxy.core.wire import ONE_IN
 from imdsproxy.haproxy.rules.runtime import parse_table
+from imdsproxy.model.wire import ONE_IN
 
 GUESTS_TABLE: Final = "without-token"
 READERS_TABLE: Final = "without-token-readers"

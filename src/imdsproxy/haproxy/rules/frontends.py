@@ -6,9 +6,9 @@ from functools import lru_cache
 from ipaddress import IPv6Address
 from typing import Final
 
-from imdsproxy.core.model import ID_PATTERN, IpAddress
 from imdsproxy.haproxy.rules.model import Bind, DataplaneSpec, UnixBind
 from imdsproxy.haproxy.rules.text import Text, Value, name_values, option, quote
+from imdsproxy.model.entities import ID_PATTERN, IpAddress
 
 AGENTS: Final = "agents"
 """Name of the frontend and of its bind."""

@@ -16,10 +16,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from imdsproxy.core.policy import Policy
 from imdsproxy.haproxy.rules.model import Limits
 from imdsproxy.haproxy.rules.runtime import parse_table
 from imdsproxy.haproxy.rules.text import Value
+from imdsproxy.model.policy import Policy
 
 COUNTERS: Final = "fairness"
 """Name of the table, and of the peers section that carries it over a reload."""

@@ -15,7 +15,7 @@ from io import StringIO
 from itertools import islice
 from typing import Final
 
-from imdsproxy.core.wire import MAP_TOMBSTONE
+from imdsproxy.model.wire import MAP_TOMBSTONE
 
 COMPACT_ABOVE: Final = 1024
 """Entries of the overlay above which it is merged into the base."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from imdsproxy.core.model import IpAddress, NetworkId
+from imdsproxy.model.entities import IpAddress, NetworkId
 
 CHECKED: Final = ".checked"
 """Suffix of a backend that checks a request (`access_rules.cfg`) and otherwise equals the backend without it."""

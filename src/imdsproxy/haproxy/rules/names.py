@@ -6,11 +6,6 @@ Templates use these names; they do not contain the places of fields in records a
 from types import ModuleType
 from typing import Final
 
-from imdsproxy.core import path_rules, policy, tokens, wire
-from imdsproxy.core import policy_word as layout
-from imdsproxy.core.path_rules import WITHIN_OTHER_TREES
-from imdsproxy.core.policy_word import POLICY_WORD, Field, Letter
-from imdsproxy.core.wire import TEXT
 from imdsproxy.haproxy.rules import counting
 from imdsproxy.haproxy.rules.text import (
     Block,
@@ -21,6 +16,11 @@ from imdsproxy.haproxy.rules.text import (
     name_values,
     read_template,
 )
+from imdsproxy.model import path_rules, policy, tokens, wire
+from imdsproxy.model import policy_word as layout
+from imdsproxy.model.path_rules import WITHIN_OTHER_TREES
+from imdsproxy.model.policy_word import POLICY_WORD, Field, Letter
+from imdsproxy.model.wire import TEXT
 
 _METHODS: Final = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
 
@@ -58,7 +58,7 @@ _VALUES: Final[dict[str, Value]] = {
     "below_ec2": Block("{ <spelled_out> -m beg /ec2/ }"),
     # Everything on which a token's validity depends, beside the token, its expiry and its key.
     "token_context": Text("var(txn.record),concat(|,txn.policy),concat(|,sess.network)"),
-    # MAC of `KID.EXPIRY` and the token's owner (`core.tokens`).
+    # MAC of `KID.EXPIRY` and the token's owner (`model.tokens`).
     "mac": Text(
         "concat(|,sess.network),concat(|,txn.instance),concat(|,txn.epoch),hmac(sha256,txn.key),ub64enc"
     ),

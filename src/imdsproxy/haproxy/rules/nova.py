@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Final
 
-from imdsproxy.core.wire import MAP_NOVA
 from imdsproxy.haproxy.rules import model, text
+from imdsproxy.model.wire import MAP_NOVA
 
 _LOOPBACK_SOCKET: Final = re.compile(r"\bhop-[0-9a-f]{16}\.sock\b")
 _BLOCKS: Final = text.blocks_of(text.read_template("nova"))

@@ -26,9 +26,9 @@ from enum import StrEnum
 from http import HTTPStatus
 from typing import Any, Final
 
-from imdsproxy.core.tokens import TTL_LIMIT_S
 from imdsproxy.haproxy.rules.model import CHECKED, SAMPLED, DataplaneSpec
 from imdsproxy.haproxy.rules.text import Text, Value
+from imdsproxy.model.tokens import TTL_LIMIT_S
 
 AUDIT_LONGEST: Final = 4096
 """Maximum bytes of a line, so that no line is cut. HAProxy's copy of a request line has 1,024, which escapes at most

@@ -9,10 +9,10 @@ from typing import Final
 
 import structlog
 
-from imdsproxy.core.model import MacAddress, NetworkId
-from imdsproxy.core.observation import AddressKey
 from imdsproxy.errors import DataplaneError
 from imdsproxy.host.clock import Clock
+from imdsproxy.model.entities import MacAddress, NetworkId
+from imdsproxy.model.observation import AddressKey
 from imdsproxy.network.anti_spoofing.kernel import Claims
 from imdsproxy.network.anti_spoofing.mac_filters import MacFilters
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from imdsproxy.core.model import NetworkId
-from imdsproxy.core.wire import UNLIMITED, hop_limit_of, withhold_token
 from imdsproxy.errors import Problem
+from imdsproxy.model.entities import NetworkId
+from imdsproxy.model.wire import UNLIMITED, hop_limit_of, withhold_token
 from imdsproxy.network.anti_spoofing.kernel import HopPlace, KernelHopLimits, TableJournal, name_of
 from imdsproxy.network.endpoints import Endpoint
 

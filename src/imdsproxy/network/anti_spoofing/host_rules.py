@@ -12,7 +12,6 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Final
 
-from imdsproxy.core.model import BridgeListener, Listener, NamespaceListener
 from imdsproxy.host.namespaces import (
     NamespaceDirectory,
     NamespaceMissing,
@@ -30,6 +29,7 @@ from imdsproxy.host.nftables import Batch, commit
 from imdsproxy.host.nlmessages import NetlinkSocket
 from imdsproxy.host.process import run_program
 from imdsproxy.host.state import ObservedDevice
+from imdsproxy.model.entities import BridgeListener, Listener, NamespaceListener
 from imdsproxy.network.anti_spoofing.rules import fill_mac_filter
 from imdsproxy.network.names import Naming
 

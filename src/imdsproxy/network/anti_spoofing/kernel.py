@@ -10,8 +10,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final, TypeAlias, TypeVar
 
-from imdsproxy.core.model import METADATA_PORT, IpAddress, MacAddress, NetworkId
-from imdsproxy.core.wire import VERIFIED_PORT
 from imdsproxy.errors import DataplaneError, HostRefused, Ignoring, host_refused, refusing
 from imdsproxy.host.files import Journal
 from imdsproxy.host.namespaces import NamespaceMissing, NamespaceThread
@@ -28,6 +26,8 @@ from imdsproxy.host.nftables import (
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
 from imdsproxy.host.sockets import SOCK_DIAG, end_connections, list_connections, try_bind
 from imdsproxy.host.state import Family, NamespaceRef
+from imdsproxy.model.entities import METADATA_PORT, IpAddress, MacAddress, NetworkId
+from imdsproxy.model.wire import VERIFIED_PORT
 from imdsproxy.network.anti_spoofing import rules
 from imdsproxy.network.anti_spoofing.plan import ANY_MAC, MacFilter, PairMap
 

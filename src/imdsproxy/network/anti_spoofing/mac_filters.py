@@ -13,13 +13,13 @@ from typing import Final, TypeVar
 
 import structlog
 
-from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.model import IpAddress, MacAddress, Network, NetworkId
-from imdsproxy.core.observation import AddressKey
-from imdsproxy.core.packed import PackedPairs
 from imdsproxy.errors import DataplaneError, Problem
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.state import NamespaceRef, ObservedHost
+from imdsproxy.model.entities import IpAddress, MacAddress, Network, NetworkId
+from imdsproxy.model.inventory import Inventory
+from imdsproxy.model.observation import AddressKey
+from imdsproxy.model.packed import PackedPairs
 from imdsproxy.network.anti_spoofing.kernel import (
     Claims,
     KernelMacFilters,

@@ -19,12 +19,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final, TypeAlias
 
-from imdsproxy.core.identity import Learned, checks_macs, holds, port_at
-from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.model import IpAddress, MacAddress, Network, NetworkId
-from imdsproxy.core.observation import AddressKey, Conflict, Expired
-from imdsproxy.core.wire import VERIFIED_PORT
 from imdsproxy.host.state import NamespaceRef, ObservedHost
+from imdsproxy.model.entities import IpAddress, MacAddress, Network, NetworkId
+from imdsproxy.model.identity import Learned, checks_macs, holds, port_at
+from imdsproxy.model.inventory import Inventory
+from imdsproxy.model.observation import AddressKey, Conflict, Expired
+from imdsproxy.model.wire import VERIFIED_PORT
 from imdsproxy.network.endpoints import ENSLAVING, LOOPBACK, Endpoint
 from imdsproxy.network.names import Naming
 

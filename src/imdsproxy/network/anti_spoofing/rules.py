@@ -64,7 +64,7 @@ table may also still have the address's previous guest, and the kernel learns th
 **A connection belongs to the MAC of its SYN.** Verified connections have their pair. For the others, `from` has the
 MAC, and `open` has connection and MAC; packets from other MACs are dropped. `from` outlives `open` by a second.
 
-The rule that converts DSCPs into hop limits (`core.wire`), or into IPv6's hop limit:
+The rule that converts DSCPs into hop limits (`model.wire`), or into IPv6's hop limit:
 
     chain output                                  # hook output, before all other programs' chains
       ip saddr M tcp sport 80 jump limit4         # and 254, behind a MAC filter
@@ -82,11 +82,11 @@ from functools import cache
 from ipaddress import ip_address
 from typing import Final
 
-from imdsproxy.core.model import METADATA_PORT, IpAddress, MacAddress
-from imdsproxy.core.wire import ANSWER_DSCP, REDIRECTED_PORT, VERIFIED_PORT
 from imdsproxy.host import nftables as nft
 from imdsproxy.host.nftables import LINK, NETWORK, TRANSPORT, Batch, Change, Element
 from imdsproxy.host.state import Family
+from imdsproxy.model.entities import METADATA_PORT, IpAddress, MacAddress
+from imdsproxy.model.wire import ANSWER_DSCP, REDIRECTED_PORT, VERIFIED_PORT
 from imdsproxy.network.anti_spoofing.plan import ANY_MAC
 
 FORMAT: Final = 4

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, assert_never
 
-from imdsproxy.core.model import IpAddress
 from imdsproxy.errors import DataplaneError, Ignoring, Problem, host_refused, refusing
 from imdsproxy.host import netlink
 from imdsproxy.host.namespaces import NamespaceThread
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
 from imdsproxy.host.process import run_program
 from imdsproxy.host.state import Family, ObservedDevice
+from imdsproxy.model.entities import IpAddress
 from imdsproxy.network.endpoints import LOOPBACK
 from imdsproxy.network.listeners import plan
 

@@ -6,8 +6,6 @@ from dataclasses import replace
 from ipaddress import IPv4Address
 from typing import Final
 
-from imdsproxy.core.model import METADATA_PORT, IpAddress, Network, NetworkId
-from imdsproxy.core.wire import REDIRECTED_PORT
 from imdsproxy.errors import HostRefused
 from imdsproxy.haproxy.rules.model import Bind, count_namespaces
 from imdsproxy.host.state import (
@@ -18,6 +16,8 @@ from imdsproxy.host.state import (
     ListeningSocket,
     ObservedNamespace,
 )
+from imdsproxy.model.entities import METADATA_PORT, IpAddress, Network, NetworkId
+from imdsproxy.model.wire import REDIRECTED_PORT
 from imdsproxy.network.endpoints import LOOPBACK, Endpoint, Foreign, LeftOut, LeftOutCode
 
 _NO_ADDRESS = frozenset({LeftOutCode.ADDRESS_MISSING, LeftOutCode.ADDRESS_ON_LOOPBACK})

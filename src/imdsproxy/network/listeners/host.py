@@ -16,16 +16,6 @@ from typing import Final, TypeAlias
 
 import structlog
 
-from imdsproxy.core.model import (
-    METADATA_IPV4,
-    METADATA_PORT,
-    IpAddress,
-    MacAddress,
-    Network,
-    NetworkId,
-)
-from imdsproxy.core.records import Refused, parse_network, render_record
-from imdsproxy.core.wire import REDIRECTED_PORT
 from imdsproxy.errors import DataplaneError, HostRefused, Problem, refusing
 from imdsproxy.host import netlink
 from imdsproxy.host.files import Journal, write_atomic
@@ -50,6 +40,16 @@ from imdsproxy.host.state import (
     ObservedNamespace,
     merge_observed,
 )
+from imdsproxy.model.entities import (
+    METADATA_IPV4,
+    METADATA_PORT,
+    IpAddress,
+    MacAddress,
+    Network,
+    NetworkId,
+)
+from imdsproxy.model.records import Refused, parse_network, render_record
+from imdsproxy.model.wire import REDIRECTED_PORT
 from imdsproxy.network.endpoints import LOOPBACK
 from imdsproxy.network.listeners.apply import NftTable, apply_ops
 from imdsproxy.network.listeners.nft_scripts import render_arp_guard, render_diversions

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field, replace
 
 import structlog
 
-from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.model import Network, NetworkId
 from imdsproxy.errors import ConfigRejected, DataplaneError, Problem, ReloadFailed
 from imdsproxy.haproxy.process import Haproxy
 from imdsproxy.haproxy.rules.config import render_config
@@ -20,6 +18,8 @@ from imdsproxy.haproxy.unix_listener.listener import UnixListener, bound_path
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.process import descriptor_limit
 from imdsproxy.host.servers import try_tcp_listen
+from imdsproxy.model.entities import Network, NetworkId
+from imdsproxy.model.inventory import Inventory
 from imdsproxy.network.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.network.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.network.anti_spoofing.plan import MacFilterPlan

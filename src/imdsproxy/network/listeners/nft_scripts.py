@@ -20,7 +20,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Final
 
-from imdsproxy.core.model import (
+from imdsproxy.host.state import ObservedDevice, ObservedHost
+from imdsproxy.model.entities import (
     METADATA_IPV4,
     METADATA_IPV6,
     METADATA_PORT,
@@ -29,7 +30,6 @@ from imdsproxy.core.model import (
     Network,
     NetworkId,
 )
-from imdsproxy.host.state import ObservedDevice, ObservedHost
 from imdsproxy.network.names import Naming
 
 _GUEST_KINDS: Final = frozenset({"tun", "veth"})

@@ -21,7 +21,9 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import ClassVar, NamedTuple, TypeAlias, assert_never
 
-from imdsproxy.core.model import (
+from imdsproxy.errors import Problem
+from imdsproxy.host.state import Family, ObservedDevice, ObservedHost, ObservedNamespace
+from imdsproxy.model.entities import (
     METADATA_IPV4,
     BridgeListener,
     InterfaceListener,
@@ -30,8 +32,6 @@ from imdsproxy.core.model import (
     Network,
     NetworkId,
 )
-from imdsproxy.errors import Problem
-from imdsproxy.host.state import Family, ObservedDevice, ObservedHost, ObservedNamespace
 from imdsproxy.network.endpoints import ENSLAVING, LOOPBACK, Endpoint, Foreign, LeftOut, LeftOutCode
 from imdsproxy.network.listeners.endpoints import listen, listen_redirected
 from imdsproxy.network.names import Naming

@@ -15,7 +15,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Self, TypeVar
 
-from imdsproxy.core.model import Network, NetworkId
 from imdsproxy.errors import DataplaneError
 from imdsproxy.host.events import KernelEvents, LinkChange, watch_links
 from imdsproxy.host.namespace_watch import NamespaceWatch
@@ -23,6 +22,7 @@ from imdsproxy.host.namespaces import NamespaceMissing
 from imdsproxy.host.netlink import assign_nsid
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
 from imdsproxy.host.state import NamespaceRef, ObservedHost, ObservedNamespace, merge_observed
+from imdsproxy.model.entities import Network, NetworkId
 from imdsproxy.network.listeners.host import Peek, SystemHost
 from imdsproxy.network.listeners.plan import place_of, plan_network
 

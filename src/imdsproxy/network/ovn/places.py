@@ -16,12 +16,12 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Final
 
-from imdsproxy.core.model import NetworkId
 from imdsproxy.errors import Ignoring, host_refused
 from imdsproxy.host import netlink
 from imdsproxy.host.namespaces import MISSING, NamespaceMissing, NamespaceThread
 from imdsproxy.host.nlmessages import NetlinkSocket
 from imdsproxy.host.sockets import SOCK_DIAG, listening_sockets
+from imdsproxy.model.entities import NetworkId
 from imdsproxy.network.endpoints import LOOPBACK
 from imdsproxy.network.names import Naming
 from imdsproxy.network.ovn.plan import (

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from ipaddress import IPv4Interface, ip_interface
 from typing import Final
 
-from imdsproxy.core.addresses import link_local_of
-from imdsproxy.core.model import MacAddress, NetworkId
 from imdsproxy.host.state import Family, ObservedDevice
+from imdsproxy.model.addresses import link_local_of
+from imdsproxy.model.entities import MacAddress, NetworkId
 from imdsproxy.sources.ovn.chassis import BridgePort, LocalChassis
 from imdsproxy.sources.ovn.ports import (
     IpInterface,

@@ -7,11 +7,11 @@ from typing import Final
 
 import structlog
 
-from imdsproxy.core.wire import REDIRECTED_PORT
 from imdsproxy.errors import DataplaneError, Problem
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.nftables import INET, Batch, NetfilterSocket, ensure_table
 from imdsproxy.host.state import NamespaceRef
+from imdsproxy.model.wire import REDIRECTED_PORT
 from imdsproxy.network.anti_spoofing.kernel import KernelTables, TableGone
 from imdsproxy.network.endpoints import Endpoint
 from imdsproxy.network.routers import rules

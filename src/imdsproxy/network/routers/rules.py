@@ -21,10 +21,10 @@ Connections that another rule has already redirected stay there.
 import struct
 from typing import Final
 
-from imdsproxy.core.model import METADATA_PORT
-from imdsproxy.core.wire import REDIRECTED_PORT
 from imdsproxy.host import nftables as nft
 from imdsproxy.host.nftables import NETWORK, TRANSPORT, Batch
+from imdsproxy.model.entities import METADATA_PORT
+from imdsproxy.model.wire import REDIRECTED_PORT
 from imdsproxy.network.anti_spoofing.rules import LAYOUTS, fill_redirected_hop_limit
 
 FORMAT: Final = 1

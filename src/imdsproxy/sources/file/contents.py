@@ -17,13 +17,13 @@ from typing import IO, Any, Final, TypeAlias, cast
 
 import structlog
 
-from imdsproxy.core.claims import claim_places
-from imdsproxy.core.model import Instance, Network
-from imdsproxy.core.packed import PackedInstance
-from imdsproxy.core.records import LISTS
-from imdsproxy.core.records import Path as PathInFile
-from imdsproxy.core.records.schema import Field, LineOf, Refused
 from imdsproxy.errors import Problem
+from imdsproxy.model.claims import claim_places
+from imdsproxy.model.entities import Instance, Network
+from imdsproxy.model.packed import PackedInstance
+from imdsproxy.model.records import LISTS
+from imdsproxy.model.records import Path as PathInFile
+from imdsproxy.model.records.schema import Field, LineOf, Refused
 from imdsproxy.reconcile.progress import Progress
 from imdsproxy.sources.file.record_file import payload_reader, read_records
 from imdsproxy.sources.in_force import Entry

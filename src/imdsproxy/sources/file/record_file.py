@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterable
 from typing import Final, TypeAlias, TypeVar
 
 from imdsproxy.config.strict_yaml import Decoded, Tree, Undecodable, decode_yaml, find_part
-from imdsproxy.core.model import Instance, Network
-from imdsproxy.core.records import LISTS, TABLES, Records, Tables, parse_each, parse_listed
-from imdsproxy.core.records.schema import (
+from imdsproxy.errors import Problem
+from imdsproxy.model.entities import Instance, Network
+from imdsproxy.model.records import LISTS, TABLES, Records, Tables, parse_each, parse_listed
+from imdsproxy.model.records.schema import (
     MAX_PAYLOAD,
     Fault,
     Field,
@@ -25,7 +26,6 @@ from imdsproxy.core.records.schema import (
     ReadFile,
     Refused,
 )
-from imdsproxy.errors import Problem
 
 _T = TypeVar("_T")
 _NOTED: Final = 500

@@ -11,14 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Final, TypeAlias
 
-from imdsproxy.core.claims import claim_places
-from imdsproxy.core.model import Instance
-from imdsproxy.core.observation import AddressKey, Observation, StrandedPort
-from imdsproxy.core.packed import PackedInstance
-from imdsproxy.core.records import Path as PathInFile
-from imdsproxy.core.records import Refused, parse_listed, render_record
 from imdsproxy.errors import Problem
 from imdsproxy.host.inotify import Place, Watch, place_of
+from imdsproxy.model.claims import claim_places
+from imdsproxy.model.entities import Instance
+from imdsproxy.model.observation import AddressKey, Observation, StrandedPort
+from imdsproxy.model.packed import PackedInstance
+from imdsproxy.model.records import Path as PathInFile
+from imdsproxy.model.records import Refused, parse_listed, render_record
 from imdsproxy.reconcile.progress import Progress
 from imdsproxy.sources.api import Publish, Reports, publish_in_pieces
 from imdsproxy.sources.file.contents import FileContents, Signature, read_contents, signature_of

@@ -17,7 +17,6 @@ from urllib.parse import urlsplit
 import httpcore
 
 from imdsproxy.config.sources import FleetSourceSettings
-from imdsproxy.core.model import InstanceId
 from imdsproxy.errors import (
     AccessDenied,
     AlreadyExists,
@@ -40,6 +39,7 @@ from imdsproxy.fleet.stream import (
     parse_from_hub,
     render_line,
 )
+from imdsproxy.model.entities import InstanceId
 
 _HTTPS_PORT: Final = 443
 _JOIN: Final = "join the fleet: `imdsproxy fleet join`, with what `imdsproxy fleet enrol` printed"

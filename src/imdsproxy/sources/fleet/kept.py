@@ -16,11 +16,11 @@ from pathlib import Path
 from threading import Lock
 from typing import Final
 
-from imdsproxy.core.model import InstanceId, StoredBytes, digest_of
 from imdsproxy.errors import SourceCorrupt, SourceUnavailable
 from imdsproxy.fleet.layout import UserData
 from imdsproxy.fleet.stream import ItemKey
 from imdsproxy.host.clock import Moment
+from imdsproxy.model.entities import InstanceId, StoredBytes, digest_of
 from imdsproxy.sources.fleet.known import Item, Position
 from imdsproxy.sources.sqlite_file import open_store, store_failures, transaction
 

@@ -13,19 +13,19 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeAlias, cast
 
-from imdsproxy.core.claims import claim_places
-from imdsproxy.core.model import Instance, InstanceId, StoredBytes
-from imdsproxy.core.observation import Observation
-from imdsproxy.core.packed import PackedInstance
-from imdsproxy.core.policy import NO_RULES, FleetRules, OperatorOverride
-from imdsproxy.core.records import Path, Refused
-from imdsproxy.core.records.levels import SCHEMA, Schema
-from imdsproxy.core.tokens import KEY_BYTES, TokenKey
 from imdsproxy.errors import Problem
 from imdsproxy.fleet.layout import Json, UserData
 from imdsproxy.fleet.passwords import CLEARED
 from imdsproxy.fleet.policies import FleetPolicies
 from imdsproxy.fleet.stream import Batch, Hello, ItemKey, digest_items
+from imdsproxy.model.claims import claim_places
+from imdsproxy.model.entities import Instance, InstanceId, StoredBytes
+from imdsproxy.model.observation import Observation
+from imdsproxy.model.packed import PackedInstance
+from imdsproxy.model.policy import NO_RULES, FleetRules, OperatorOverride
+from imdsproxy.model.records import Path, Refused
+from imdsproxy.model.records.levels import SCHEMA, Schema
+from imdsproxy.model.tokens import KEY_BYTES, TokenKey
 from imdsproxy.sources.in_force import Entry, InForce
 
 Item: TypeAlias = tuple[int, Json]

@@ -5,8 +5,8 @@ Without the delay, the listener is removed at once, and open connections get no 
 
 from dataclasses import dataclass, field, replace
 
-from imdsproxy.core.model import NetworkId
-from imdsproxy.core.observation import Observation
+from imdsproxy.model.entities import NetworkId
+from imdsproxy.model.observation import Observation
 
 
 @dataclass(slots=True)

@@ -19,8 +19,6 @@ from typing import Any, ClassVar, Final, TypeAlias, TypeVar
 
 import structlog
 
-from imdsproxy.core.model import InstanceId
-from imdsproxy.core.observation import Observation, StrandedPort
 from imdsproxy.errors import ImdsproxyError, Problem, SourceError, SourceUnavailable
 from imdsproxy.fleet.layout import UserData
 from imdsproxy.fleet.policies import FleetPolicies
@@ -38,6 +36,8 @@ from imdsproxy.fleet.stream import (
     Ping,
 )
 from imdsproxy.host.clock import Clock, Moment
+from imdsproxy.model.entities import InstanceId
+from imdsproxy.model.observation import Observation, StrandedPort
 from imdsproxy.reconcile.progress import Backoff
 from imdsproxy.sources.api import Publish, Reports, publish_in_pieces
 from imdsproxy.sources.fleet.client import HubClient, HubStream

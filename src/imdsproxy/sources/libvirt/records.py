@@ -5,11 +5,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from imdsproxy.core.claims import address_keys
-from imdsproxy.core.model import ID_PATTERN, Instance, InstanceId, Network, NetworkId
-from imdsproxy.core.observation import Observation
-from imdsproxy.core.records import Findings, Json, Path, Refused, parse_instance, parse_network
 from imdsproxy.errors import Problem
+from imdsproxy.model.claims import address_keys
+from imdsproxy.model.entities import ID_PATTERN, Instance, InstanceId, Network, NetworkId
+from imdsproxy.model.observation import Observation
+from imdsproxy.model.records import Findings, Json, Path, Refused, parse_instance, parse_network
 from imdsproxy.sources.in_force import Entry, InForce
 from imdsproxy.sources.libvirt.xml import ROUTING, Domain, DomainInterface, LibvirtNetwork
 

@@ -14,10 +14,10 @@ from functools import cache, partial
 from typing import Any, ClassVar, Final, TypeAlias, TypeVar
 
 from imdsproxy.config.sources import LibvirtSourceSettings
-from imdsproxy.core.observation import Observation, StrandedPort
-from imdsproxy.core.records import Refused
 from imdsproxy.errors import NotFound, Problem, SourceUnavailable, optional_library
 from imdsproxy.host.process import start_thread
+from imdsproxy.model.observation import Observation, StrandedPort
+from imdsproxy.model.records import Refused
 from imdsproxy.reconcile.progress import Backoff
 from imdsproxy.sources.api import Publish, Reports
 from imdsproxy.sources.libvirt.records import LibvirtKnown

@@ -26,9 +26,9 @@ from ipaddress import IPv4Interface, IPv6Interface, ip_interface
 from typing import Any, Final, TypeAlias
 from xml.etree.ElementTree import Element, ParseError, fromstring
 
-from imdsproxy.core.records import Json, Refused
-from imdsproxy.core.records.schema import nearest
 from imdsproxy.errors import Problem
+from imdsproxy.model.records import Json, Refused
+from imdsproxy.model.records.schema import nearest
 
 Interface: TypeAlias = IPv4Interface | IPv6Interface
 

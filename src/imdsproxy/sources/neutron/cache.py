@@ -7,7 +7,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Final, TypeAlias
 
-from imdsproxy.core.model import NetworkId
+from imdsproxy.model.entities import NetworkId
 from imdsproxy.sources.neutron.known import EntryKey, Route
 from imdsproxy.sources.neutron.ports import NeutronPort, parse_ports, render_port
 from imdsproxy.sources.sqlite_file import SideCache

@@ -5,10 +5,10 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final, TypeAlias
 
-from imdsproxy.core.addresses import mac_of
-from imdsproxy.core.model import Instance, InstanceId, IpAddress, NetworkId
-from imdsproxy.core.observation import AddressKey, Observation
 from imdsproxy.errors import Problem
+from imdsproxy.model.addresses import mac_of
+from imdsproxy.model.entities import Instance, InstanceId, IpAddress, NetworkId
+from imdsproxy.model.observation import AddressKey, Observation
 from imdsproxy.sources.neutron.ports import NeutronPort, plan_instance
 
 _MAX_REFUSED: Final = 100

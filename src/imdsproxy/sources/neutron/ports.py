@@ -14,8 +14,9 @@ from ipaddress import ip_address
 from typing import Final
 from urllib.parse import urlencode
 
-from imdsproxy.core.addresses import link_local_of, normalise_address
-from imdsproxy.core.model import (
+from imdsproxy.errors import Problem
+from imdsproxy.model.addresses import link_local_of, normalise_address
+from imdsproxy.model.entities import (
     ID_PATTERN,
     Instance,
     InstanceId,
@@ -25,9 +26,8 @@ from imdsproxy.core.model import (
     Port,
     Upstream,
 )
-from imdsproxy.core.observation import AddressKey
-from imdsproxy.core.records.values import unix_time_of
-from imdsproxy.errors import Problem
+from imdsproxy.model.observation import AddressKey
+from imdsproxy.model.records.values import unix_time_of
 
 ROUTER_OWNERS: Final = (
     "network:router_interface",

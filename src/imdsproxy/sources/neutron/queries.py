@@ -14,10 +14,10 @@ from typing import Final, Literal, TypeAlias, TypeVar
 from weakref import WeakValueDictionary
 
 from imdsproxy.config.sources import NeutronSourceSettings
-from imdsproxy.core.addresses import mac_of
-from imdsproxy.core.model import IpAddress, NetworkId
 from imdsproxy.errors import SourceUnavailable
 from imdsproxy.host.clock import Clock
+from imdsproxy.model.addresses import mac_of
+from imdsproxy.model.entities import IpAddress, NetworkId
 from imdsproxy.reconcile.progress import Backoff, Durations
 from imdsproxy.sources.neutron.client import NeutronClient, QueryTimedOut
 from imdsproxy.sources.neutron.ports import MAX_VALUES, ROUTER_OWNERS, NeutronPort, PortQuery

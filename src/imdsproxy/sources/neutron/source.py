@@ -15,11 +15,11 @@ from typing import ClassVar, Final, Literal, TypeAlias
 import structlog
 
 from imdsproxy.config.sources import NeutronSourceSettings
-from imdsproxy.core.addresses import normalise_address
-from imdsproxy.core.model import IpAddress, NetworkId, Scope
-from imdsproxy.core.observation import AddressKey, Observation, StrandedPort
 from imdsproxy.errors import Problem, SourceUnavailable
 from imdsproxy.host.clock import Clock
+from imdsproxy.model.addresses import normalise_address
+from imdsproxy.model.entities import IpAddress, NetworkId, Scope
+from imdsproxy.model.observation import AddressKey, Observation, StrandedPort
 from imdsproxy.sources import api
 from imdsproxy.sources.neutron.cache import open_cache
 from imdsproxy.sources.neutron.client import NeutronClient

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from imdsproxy.core.model import Network
 from imdsproxy.errors import refusing
 from imdsproxy.host.inotify import Watch, place_of
 from imdsproxy.host.namespaces import NamespaceDirectory
 from imdsproxy.host.process import PROC
+from imdsproxy.model.entities import Network
 from imdsproxy.sources.neutron_namespaces.records import DhcpProxy, parse_proxy
 
 _AUDIT_S: Final = 60.0

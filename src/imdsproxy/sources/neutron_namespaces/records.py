@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-from imdsproxy.core.model import (
+from imdsproxy.model.entities import (
     METADATA_IPV4,
     METADATA_PORT,
     NamespaceListener,

@@ -10,12 +10,12 @@ from functools import partial
 from typing import ClassVar, Final
 
 from imdsproxy.config.sources import NeutronNamespacesSettings
-from imdsproxy.core.model import Network, NetworkId
-from imdsproxy.core.observation import Observation, StrandedPort
 from imdsproxy.errors import HostRefused, Problem
 from imdsproxy.host.namespace_watch import NamespaceWatch
 from imdsproxy.host.namespaces import NamespaceDirectory
 from imdsproxy.host.state import NamespaceRef
+from imdsproxy.model.entities import Network, NetworkId
+from imdsproxy.model.observation import Observation, StrandedPort
 from imdsproxy.sources.api import Publish, Reports
 from imdsproxy.sources.neutron_namespaces.proxies import DhcpProxies
 from imdsproxy.sources.neutron_namespaces.records import router_network, router_of

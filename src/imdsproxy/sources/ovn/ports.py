@@ -14,8 +14,9 @@ from functools import cached_property
 from ipaddress import IPv4Interface, IPv6Interface, ip_interface
 from typing import Final, TypeAlias, TypeVar
 
-from imdsproxy.core.addresses import normalise_address
-from imdsproxy.core.model import (
+from imdsproxy.errors import Problem
+from imdsproxy.model.addresses import normalise_address
+from imdsproxy.model.entities import (
     Instance,
     InstanceId,
     IpAddress,
@@ -24,8 +25,7 @@ from imdsproxy.core.model import (
     Network,
     NetworkId,
 )
-from imdsproxy.core.observation import Observation
-from imdsproxy.errors import Problem
+from imdsproxy.model.observation import Observation
 from imdsproxy.sources.neutron.ports import NeutronPort, plan_instance
 
 _K = TypeVar("_K")

@@ -9,9 +9,9 @@ from functools import partial
 from typing import ClassVar, Final
 
 from imdsproxy.config.sources import OvnSourceSettings
-from imdsproxy.core.observation import Observation, StrandedPort
 from imdsproxy.errors import Problem, SourceUnavailable
 from imdsproxy.host.ovsdb import Change, Conditions, Ovsdb, Row, Rows, Schema, Tls
+from imdsproxy.model.observation import Observation, StrandedPort
 from imdsproxy.sources.api import Publish, Reports
 from imdsproxy.sources.ovn.chassis import NETWORK_KEY, BridgePort, LocalChassis
 from imdsproxy.sources.ovn.ports import OvnKnown, PortBinding, SouthboundView

@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
-from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId
-from imdsproxy.core.observation import Observation, StrandedPort
 from imdsproxy.errors import Problem, SourceError, SourceUnavailable
+from imdsproxy.model.entities import Instance, InstanceId, Network, NetworkId
+from imdsproxy.model.observation import Observation, StrandedPort
 from imdsproxy.reconcile.progress import Progress
 from imdsproxy.sources.api import Publish, Reports, publish_in_pieces
 from imdsproxy.sources.sqlite.store import Store

@@ -16,11 +16,20 @@ from threading import Lock
 from typing import Final
 from urllib.parse import quote
 
-from imdsproxy.core.claims import address_keys, claim_places
-from imdsproxy.core.model import Instance, InstanceId, Network, NetworkId, StoredBytes, digest_of
-from imdsproxy.core.observation import Observation
-from imdsproxy.core.packed import FORMAT, PackedInstances
-from imdsproxy.core.records import (
+from imdsproxy.errors import Problem, RecordConflict, SourceUnavailable
+from imdsproxy.host.files import open_locked
+from imdsproxy.model.claims import address_keys, claim_places
+from imdsproxy.model.entities import (
+    Instance,
+    InstanceId,
+    Network,
+    NetworkId,
+    StoredBytes,
+    digest_of,
+)
+from imdsproxy.model.observation import Observation
+from imdsproxy.model.packed import FORMAT, PackedInstances
+from imdsproxy.model.records import (
     Findings,
     Records,
     Refused,
@@ -28,9 +37,7 @@ from imdsproxy.core.records import (
     parse_records,
     render_record,
 )
-from imdsproxy.core.records import Path as RecordPath
-from imdsproxy.errors import Problem, RecordConflict, SourceUnavailable
-from imdsproxy.host.files import open_locked
+from imdsproxy.model.records import Path as RecordPath
 from imdsproxy.reconcile.progress import Progress
 from imdsproxy.sources.in_force import taken_address, taken_id
 from imdsproxy.sources.sqlite_file import open_store, store_failures, transaction
@@ -52,7 +59,7 @@ CREATE TABLE addresses (
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX addresses_by_instance ON addresses (instance)
 """
-# Columns contain the search keys; the rest is the record as JSON, in the form of `core.records`.
+# Columns contain the search keys; the rest is the record as JSON, in the form of `model.records`.
 # User data has its own column: up to 16 MiB of arbitrary bytes. The primary key of `addresses`
 # keeps addresses unique, whatever program writes.
 
@@ -63,7 +70,7 @@ CREATE TABLE IF NOT EXISTS packed (
     data BLOB NOT NULL
 ) STRICT, WITHOUT ROWID
 """
-"""Records in the packed form of `core.packed`, so that a start need not parse each record. A row that is missing, or
+"""Records in the packed form of `model.packed`, so that a start need not parse each record. A row that is missing, or
 whose stamp does not match the other tables, is created again: the table is no part of the store's versioned schema."""
 
 MIGRATIONS: Final[tuple[str, ...]] = (_VERSION_1,)

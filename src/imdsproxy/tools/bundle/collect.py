@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, Final
 
 from imdsproxy.api.client import AdminClient
-from imdsproxy.core.wire import hide_signatures
 from imdsproxy.errors import ImdsproxyError, RuntimeUnavailable
 from imdsproxy.haproxy.master import MasterClient, WorkerEnded
 from imdsproxy.host.process import run_program
+from imdsproxy.model.wire import hide_signatures
 from imdsproxy.tools.bundle.plan import (
     MOST_BYTES,
     Admin,

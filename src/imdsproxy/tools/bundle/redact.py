@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Final, Self
 from urllib.parse import quote, quote_plus
 
-from imdsproxy.core.tokens import TOKEN_PATTERN
+from imdsproxy.model.tokens import TOKEN_PATTERN
 
 REMOVED: Final = "[removed]"
 LEAST_SECRET: Final = 4

@@ -11,10 +11,10 @@ from typing import Any, Final
 from imdsproxy.api.client import AdminClient, read_networks
 from imdsproxy.config.load import Loaded
 from imdsproxy.config.schema import Settings
-from imdsproxy.core.model import Network
-from imdsproxy.core.records import Records
 from imdsproxy.errors import KINDS, ConfigError, ImdsproxyError, SourceUnavailable
 from imdsproxy.haproxy.layout import Layout
+from imdsproxy.model.entities import Network
+from imdsproxy.model.records import Records
 from imdsproxy.sources.file.record_file import SUFFIXES, decode_records, payload_reader
 from imdsproxy.sources.sqlite.store import read_store
 

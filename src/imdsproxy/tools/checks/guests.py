@@ -11,15 +11,15 @@ from typing import Final
 from imdsproxy.controller.policy_store import read_overrides
 from imdsproxy.controller.token_keys import read_token_keys
 from imdsproxy.controller.token_report import USER_DATA, OpenUserData, open_trees, open_user_data
-from imdsproxy.core.inventory import Inventory
-from imdsproxy.core.model import METADATA_IPV4, BridgeListener, InterfaceListener, Network
-from imdsproxy.core.observation import Observation, SourceName
-from imdsproxy.core.policy import DEFAULT, NO_RULES, PolicyRules, PolicyScope, fold_policy
-from imdsproxy.core.records import Records
-from imdsproxy.core.wire import VERIFIED_PORT
 from imdsproxy.documents.dialects.respond import can_be_served
 from imdsproxy.errors import ImdsproxyError, SourceUnavailable, spell_count
 from imdsproxy.host.namespaces import NamespaceDirectory
+from imdsproxy.model.entities import METADATA_IPV4, BridgeListener, InterfaceListener, Network
+from imdsproxy.model.inventory import Inventory
+from imdsproxy.model.observation import Observation, SourceName
+from imdsproxy.model.policy import DEFAULT, NO_RULES, PolicyRules, PolicyScope, fold_policy
+from imdsproxy.model.records import Records
+from imdsproxy.model.wire import VERIFIED_PORT
 from imdsproxy.network.anti_spoofing import host_rules
 from imdsproxy.network.anti_spoofing.host_rules import DroppingChain, GuestBridge
 from imdsproxy.network.names import Naming

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from http import HTTPStatus
 from typing import Any, Final, TypeAlias
 
-from imdsproxy.core.model import Dialect
+from imdsproxy.model.entities import Dialect
 from imdsproxy.tools.doctor import TEXTS, Finding, Severity, Surroundings, checks_http, found, seen
 from imdsproxy.tools.doctor.crawl import CLOUD_INIT_OPENSTACK, NOCLOUD_FILES, REFUSED, Crawl
 from imdsproxy.tools.snippets import looks_like_amazon

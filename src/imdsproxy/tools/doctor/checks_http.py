@@ -4,9 +4,9 @@ import re
 from collections.abc import Iterator
 from typing import Final
 
-from imdsproxy.core.model import Dialect
-from imdsproxy.core.tokens import TTL_HEADER
 from imdsproxy.documents.dialects.ec2 import TAG_KEY
+from imdsproxy.model.entities import Dialect
+from imdsproxy.model.tokens import TTL_HEADER
 from imdsproxy.tools.doctor import TEXTS, Finding, Severity, found, seen
 from imdsproxy.tools.doctor.crawl import GOOGLE, ODD_LEAF, REFUSED, TOKEN, Answer, Crawl
 

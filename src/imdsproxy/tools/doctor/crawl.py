@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Final
 
-from imdsproxy.core.model import Dialect
-from imdsproxy.core.path_rules import TOKEN_PATH
-from imdsproxy.core.tokens import TOKEN_HEADER, TTL_HEADER
+from imdsproxy.model.entities import Dialect
+from imdsproxy.model.path_rules import TOKEN_PATH
+from imdsproxy.model.tokens import TOKEN_HEADER, TTL_HEADER
 
 CLOUD_INIT_OPENSTACK: Final = (
     "2012-08-10", "2013-04-04", "2013-10-17", "2015-10-15",

@@ -17,8 +17,8 @@ from enum import StrEnum
 from importlib.resources import files
 from typing import Final, TypeAlias
 
-from imdsproxy.core import model
-from imdsproxy.core.model import METADATA_IPV4, Dialect, Instance, Network, NetworkId
+from imdsproxy.model import entities
+from imdsproxy.model.entities import METADATA_IPV4, Dialect, Instance, Network, NetworkId
 
 
 class Target(StrEnum):
@@ -101,7 +101,7 @@ class Route:
     announced: str = ""
 
 
-def plan_route(network: Network, host_has: Callable[[model.IpAddress], bool]) -> Route:
+def plan_route(network: Network, host_has: Callable[[entities.IpAddress], bool]) -> Route:
     """Plan the route of a network's guests to 169.254.169.254.
 
     Args:
@@ -113,16 +113,16 @@ def plan_route(network: Network, host_has: Callable[[model.IpAddress], bool]) ->
     )
     via = None if subnet is None else subnet.gateway
     match network.listener:
-        case model.NamespaceListener(namespace):
+        case entities.NamespaceListener(namespace):
             advice = (
                 f"the owner of the namespace {namespace} leads guests to {METADATA_IPV4} (Neutron's DHCP server "
                 "announces the route)."
             )
             return Route(None, advice)
-        case model.BridgeListener(device):
+        case entities.BridgeListener(device):
             # `network.listeners.nft_scripts` redirects guests' packets to the gateway, whichever host has it.
             answered, unless = via is not None, "guests have a gateway"
-        case model.InterfaceListener(device):
+        case entities.InterfaceListener(device):
             answered, unless = via is not None and host_has(via), "the guests' gateway is this host"
     if answered:
         advice = f"no route is needed; what guests send to their gateway for {METADATA_IPV4} is answered on {device}."
@@ -180,7 +180,7 @@ def _missing_uuid(instance: Instance) -> Iterator[Part]:
         yield Part("note", f"{note} Amazon's.")
 
 
-def _card(place: str, port: model.Port, text: str) -> Part:
+def _card(place: str, port: entities.Port, text: str) -> Part:
     known = "the guest is known by this MAC."
     if port.mac is None:
         known = "the record has no MAC, so any will do."
@@ -310,7 +310,7 @@ def render_snippet(
     networks: Mapping[NetworkId, Network],
     target: Target,
     dialect: Dialect,
-    host_has: Callable[[model.IpAddress], bool],
+    host_has: Callable[[entities.IpAddress], bool],
 ) -> list[Part]:
     """Return all parts that make the guest ask for the documents of `dialect`.
 

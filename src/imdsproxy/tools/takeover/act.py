@@ -13,13 +13,13 @@ from typing import Final, assert_never
 
 from imdsproxy.api.client import AdminClient
 from imdsproxy.config.load import Loaded
-from imdsproxy.core.model import METADATA_IPV4
 from imdsproxy.errors import AdminUnavailable, HostRefused, ImdsproxyError, refusing
 from imdsproxy.host.files import write_atomic
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.nlmessages import NetlinkSocket
 from imdsproxy.host.process import ProcessHandle, open_process, read_stat
 from imdsproxy.host.sockets import SOCK_DIAG, listening_sockets
+from imdsproxy.model.entities import METADATA_IPV4
 from imdsproxy.sources.neutron_namespaces.records import ROUTER_PREFIX
 from imdsproxy.tools.takeover import plan
 from imdsproxy.tools.takeover.agents import edit_file, read_options

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from imdsproxy.config.neutron_ini import IniOption
-from imdsproxy.core.model import METADATA_PORT
 from imdsproxy.errors import Problem
+from imdsproxy.model.entities import METADATA_PORT
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,1 +1,0 @@
-"""Pure core: values in, values out; no I/O, no clock, no randomness."""

@@ -1,0 +1,110 @@
+"""Claims of instances on the addresses of networks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, KeysView
+from typing import TypeAlias
+
+from imdsproxy.model.addresses import from_number, link_local_of, to_number
+from imdsproxy.model.entities import Instance, InstanceId, NetworkId
+from imdsproxy.model.observation import AddressKey
+from imdsproxy.model.packed import ClaimingPort
+
+_Claimants: TypeAlias = "InstanceId | frozenset[InstanceId]"
+"""A single claimant is stored without a set, because sets cost memory and most addresses have one claimant."""
+
+
+class Claims:
+    """Claimants by address; addresses are stored as numbers (`to_number`).
+
+    Attributes:
+        contested: Addresses with more than one claimant.
+    """
+
+    __slots__ = ("_networks", "contested")
+
+    def __init__(self) -> None:
+        self._networks: dict[NetworkId, dict[int, _Claimants]] = {}
+        self.contested: set[AddressKey] = set()
+
+    def items(self) -> Iterator[tuple[AddressKey, _Claimants]]:
+        """Yield every claimed address with its claimants; changes during the iteration are allowed."""
+        # Networks come in the order of map keys (`controller.record_plan.record_key`).
+        for network in sorted(self._networks, key=lambda one: f"{one}/"):
+            for number in tuple(self._networks.get(network, ())):
+                found = self._networks.get(network, {}).get(number)
+                if found is not None:
+                    yield (network, from_number(number)), found
+
+    def __len__(self) -> int:
+        return sum(map(len, self._networks.values()))
+
+    def of(self, key: AddressKey) -> frozenset[InstanceId]:
+        """Return all claimants of an address."""
+        return _as_set(self.owner(key))
+
+    def owner(self, key: AddressKey) -> _Claimants | None:
+        """Return the only claimant of an address, or all claimants if it is contested."""
+        claims = self._networks.get(key[0])
+        return None if claims is None else claims.get(to_number(key[1]))
+
+    def networks(self) -> KeysView[NetworkId]:
+        """Return the networks with a claimed address."""
+        return self._networks.keys()
+
+    def within(self, network: NetworkId) -> Iterator[InstanceId]:
+        """Yield the claimants of a network's addresses, each at least once."""
+        for found in self._networks.get(network, {}).values():
+            yield from _as_set(found)
+
+    def add(self, instance: InstanceId, key: AddressKey) -> None:
+        """Add an instance's claim on an address."""
+        claims, number = self._networks.setdefault(key[0], {}), to_number(key[1])
+        if number not in claims:
+            claims[number] = instance
+        else:
+            claims[number] = self.of(key) | {instance}
+            self.contested.add(key)
+
+    def remove(self, instance: InstanceId, key: AddressKey) -> None:
+        """Remove an instance's claim on an address."""
+        claims, number = self._networks[key[0]], to_number(key[1])
+        left = self.of(key) - {instance}
+        if len(left) > 1:
+            claims[number] = left
+            return
+        self.contested.discard(key)
+        del claims[number]
+        for one in left:
+            claims[number] = one
+        if not claims:
+            del self._networks[key[0]]
+
+
+def _as_set(claimants: _Claimants | None) -> frozenset[InstanceId]:
+    if isinstance(claimants, frozenset):
+        return claimants
+    return frozenset() if claimants is None else frozenset((claimants,))
+
+
+def claim_places(instance: Instance) -> Iterator[tuple[AddressKey, tuple[str | int, ...]]]:
+    """Yield each address that the record claims, its MACs' link-local ones included, with its place in the record."""
+    for number, port in enumerate(instance.ports):
+        for index, address in enumerate(port.addresses):
+            yield (port.network, address), ("ports", number, "addresses", index)
+        if port.mac is not None:
+            yield (port.network, link_local_of(port.mac)), ("ports", number, "mac")
+
+
+def address_keys(instance: Instance) -> frozenset[AddressKey]:
+    """Return every (network, address) by which the instance is known."""
+    return frozenset(key for key, _ in claim_places(instance))
+
+
+def claimed_keys(ports: Iterable[ClaimingPort]) -> set[AddressKey]:
+    """Return every (network, address) that the ports claim."""
+    keys: set[AddressKey] = set()
+    for network, mac, addresses in ports:
+        for address in addresses if mac is None else (*addresses, link_local_of(mac)):
+            keys.add((network, address))
+    return keys

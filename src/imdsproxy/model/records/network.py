@@ -1,0 +1,216 @@
+"""Schema of a network's record, and of the policy in records of networks and instances."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from imdsproxy.model import entities, path_rules
+from imdsproxy.model.policy import NO_RULES, RULES, PolicyRules, Rule, TokenMode
+from imdsproxy.model.records import values
+from imdsproxy.model.records.schema import Field, Key, Kind, Table, list_of
+
+MTU_BOUNDS: Final = (68, 65535)
+_MODE: Final = values.choice_of(TokenMode)
+_WORD: Final = values.choice_of(path_rules.PathWord)
+
+
+def _parse_mode(field: Field) -> TokenMode:
+    if field.value is False:
+        # `off` without quotes is false in YAML 1.1.
+        return TokenMode.OFF
+    if not isinstance(field.value, str):
+        raise field.error("is no mode of tokens", f"one of {', '.join(TokenMode)}")
+    return TokenMode(_MODE.parse(field))
+
+
+def _parse_paths(field: Field) -> path_rules.PathRules | None:
+    entries = field.mapping()
+    if len(field.value) > path_rules.MOST_PATH_RULES:
+        raise field.error(f"has {len(field.value)} paths", f"at most {path_rules.MOST_PATH_RULES}")
+    words = ((path, entry.read(_parse_word)) for path, entry in entries.items())
+    return tuple(sorted((path, word) for path, word in words if word is not None)) or None
+
+
+def _parse_word(field: Field) -> path_rules.PathWord:
+    """Parse the word of a path rule, and check the rule's path."""
+    fault = path_rules.find_path_fault(str(field.path[-1]))
+    if fault is not None:
+        raise field.error(*fault)
+    return path_rules.PathWord(_WORD.parse(field))
+
+
+_RULE_KINDS: Final[dict[type[object], Kind]] = {
+    bool: values.SWITCH,
+    TokenMode: Kind(_parse_mode, {"enum": [*TokenMode, False]}, _MODE.render),
+    tuple: Kind(
+        _parse_paths,
+        {
+            **values.entries(path_rules.PATH_PATTERN, {"enum": [*path_rules.PathWord, None]}),
+            "maxProperties": path_rules.MOST_PATH_RULES,
+        },
+        lambda rules: {path: word.value for path, word in rules},
+    ),
+}
+
+
+def _key(rule: Rule) -> Key:
+    kind = _RULE_KINDS[rule.kind] if rule.bounds is None else values.number_between(*rule.bounds)
+    return Key(rule.name, kind, rule.help, since=rule.since, limits=rule.limits)
+
+
+POLICY: Final = Table(
+    "PolicyRecord",
+    lambda **rules: PolicyRules(**rules) if rules else NO_RULES,
+    "What guests may read and how; what is missing is left to less specific scopes. Settings have the same fields for "
+    "the host, networks, projects and instances, and win over a record of the same scope.",
+    *map(_key, RULES.values()),
+)
+
+
+def _check_namespace(entries: Mapping[str, Field], found: dict[str, Any]) -> None:
+    if found.get("manage_addresses") and "device" not in entries:
+        entries["manage_addresses"].refuse(
+            "needs device", "name the device that is to carry the metadata addresses"
+        )
+    if found.get("redirected") and "device" in entries:
+        entries["redirected"].refuse("does not go with device", "leave device out: all are meant")
+
+
+_LISTENERS: Final[dict[type[entities.Listener], Table[Any]]] = {
+    entities.NamespaceListener: Table(
+        "NamespaceListenerRecord",
+        entities.NamespaceListener,
+        "An existing network namespace.",
+        Key(
+            "namespace", values.NAMESPACE, "Reached through this network namespace.", required=True
+        ),
+        Key("device", values.DEVICE, "The namespace's device that guests are behind."),
+        Key(
+            "manage_addresses",
+            values.SWITCH,
+            "Put the metadata addresses on the device, or leave that to others.",
+        ),
+        Key(
+            "redirected",
+            values.SWITCH,
+            "Rules of imdsproxy's in the namespace redirect requests from its `qr-` devices: a router's namespace of "
+            "Neutron's.",
+        ),
+        check=_check_namespace,
+    ),
+    entities.InterfaceListener: Table(
+        "InterfaceListenerRecord",
+        entities.InterfaceListener,
+        "A host interface.",
+        Key(
+            "interface",
+            values.DEVICE,
+            "Reached through this interface of the host.",
+            "device",
+            required=True,
+        ),
+    ),
+    entities.BridgeListener: Table(
+        "BridgeListenerRecord",
+        entities.BridgeListener,
+        "A bridge of the host.",
+        Key("bridge", values.DEVICE, "Reached through this bridge of the host.", required=True),
+    ),
+}
+_KINDS: Final = {table.names[0]: table for table in _LISTENERS.values()}
+LISTENER_KEYS: Final = tuple(name for table in _LISTENERS.values() for name in table.names)
+
+
+def _parse_listener(field: Field) -> entities.Listener | None:
+    entries = field.mapping(LISTENER_KEYS)
+    kinds = [kind for kind in _KINDS if kind in entries]
+    if len(kinds) != 1:
+        found = " and ".join(kinds) or "none of them"
+        raise field.error(f"has {found}", f"exactly one of {', '.join(_KINDS)}")
+    table = _KINDS[kinds[0]]
+    for key in entries.keys() - set(table.names):
+        entries[key].refuse(f"does not go with {kinds[0]}", "only with namespace")
+    listener: entities.Listener | None = table.build(entries)
+    return listener
+
+
+LISTENER: Final = Kind(
+    _parse_listener,
+    render=lambda listener: _LISTENERS[type(listener)].render(listener),
+    tables=tuple(_LISTENERS.values()),
+)
+
+
+def _check_subnet(entries: Mapping[str, Field], found: dict[str, Any]) -> None:
+    gateway, cidr = found.get("gateway"), found.get("cidr")
+    if gateway is not None and cidr is not None and gateway.version != cidr.version:
+        entries["gateway"].refuse(
+            f"{gateway} is IPv{gateway.version}", f"IPv{cidr.version}, as {cidr}"
+        )
+
+
+_SUBNET: Final = Table(
+    "SubnetRecord",
+    entities.Subnet,
+    "An address range of a network.",
+    Key("cidr", values.CIDR, "Its addresses, as `10.0.0.0/24`.", required=True),
+    Key("gateway", values.ADDRESS, "The default route that guests read."),
+    Key("dns", list_of(values.ADDRESS), "Name servers that guests read."),
+    check=_check_subnet,
+)
+
+
+def _refuse_repeated(subnets: Sequence[tuple[Field, entities.Subnet]]) -> None:
+    seen: set[object] = set()
+    for field, subnet in subnets:
+        if subnet.cidr in seen:
+            field.refuse(f"{subnet.cidr} is there twice")
+        seen.add(subnet.cidr)
+
+
+def _check_network(entries: Mapping[str, Field], found: dict[str, Any]) -> None:
+    if found.get("mac_check") and found.get("scope") is entities.Scope.ROUTER:
+        entries["mac_check"].refuse(
+            "does not go with scope router", "a router hides the MACs of the guests behind it"
+        )
+
+
+NETWORK: Final = Table(
+    "NetworkRecord",
+    entities.Network,
+    "A network.",
+    Key(
+        "id",
+        values.NETWORK_ID,
+        "What ports and settings name it by: 1 to 64 of `A-Z a-z 0-9 . _ -`, a letter or digit first.",
+        required=True,
+    ),
+    Key("name", values.TEXT, "A name for people."),
+    Key(
+        "project",
+        values.TEXT,
+        "The project that owns it. The policy of a project is for its instances, not for its networks.",
+    ),
+    Key("listener", LISTENER, "How guests are reached.", required=True),
+    Key(
+        "subnets",
+        list_of(_SUBNET.kind, _refuse_repeated),
+        "Address ranges of guests. They read them in `network_data.json` and `network-config`.",
+    ),
+    Key("mtu", values.number_between(*MTU_BOUNDS), "MTU shown to guests, in bytes."),
+    Key(
+        "scope",
+        values.choice_of(entities.Scope),
+        "What the id stands for: a network, or a router with several networks behind it.",
+    ),
+    Key(
+        "mac_check",
+        values.SWITCH,
+        "Believe an address only together with its MAC. Off where `scope` is `router`, which hides the MACs of guests.",
+    ),
+    Key(
+        "policy",
+        POLICY.kind,
+        "For the guests that are reached through it. Settings for the same network win.",
+    ),
+    check=_check_network,
+)
