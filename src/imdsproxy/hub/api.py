@@ -22,7 +22,7 @@ from imdsproxy.hub.routes_guests import guests
 from imdsproxy.hub.writes import Writes
 
 if TYPE_CHECKING:
-    from imdsproxy.hub.hub import Hub
+    from imdsproxy.hub.parts import Hub
 
 
 ROUTERS: Final = (

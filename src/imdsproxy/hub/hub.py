@@ -9,16 +9,14 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
-from random import SystemRandom
 from typing import Any, Final
 
 import structlog
 
 from imdsproxy.api.health import HealthServer
-from imdsproxy.config.hub import EtcdSettings, HubSettings
 from imdsproxy.config.schema import Settings
 from imdsproxy.documents.http import serve
 from imdsproxy.errors import (
@@ -30,11 +28,8 @@ from imdsproxy.errors import (
     refusing,
 )
 from imdsproxy.fleet import layout
-from imdsproxy.fleet.layout import HostId
-from imdsproxy.fleet.members import admits_host
 from imdsproxy.haproxy.launch import locate_program, read_program
 from imdsproxy.host.clock import Clock
-from imdsproxy.host.files import read_secret
 from imdsproxy.host.logs import open_logging
 from imdsproxy.host.notify import Heartbeat, ServiceNotifier, is_journal
 from imdsproxy.host.process import freeze_garbage, leave_no_dumps, raise_descriptor_limit
@@ -42,28 +37,17 @@ from imdsproxy.host.servers import open_tcp_socket, open_unix_socket
 from imdsproxy.hub.accounts import Accounts, Places, fill_places, find_accounts, give_places
 from imdsproxy.hub.api import build_api, peers_of
 from imdsproxy.hub.authority import Authority
-from imdsproxy.hub.background import Background
-from imdsproxy.hub.envelope import COPY_KEY, Envelope
-from imdsproxy.hub.etcd import Etcd
 from imdsproxy.hub.files import (
     FleetFiles,
-    HubNames,
     make_renewed_hub,
-    read_hub_names,
-    refuse_shared_authority,
     write_hub,
 )
 from imdsproxy.hub.front import Front, FrontSpec, fitting_maxconn
-from imdsproxy.hub.gateway import open_tls
-from imdsproxy.hub.journal import FILE, Journal
+from imdsproxy.hub.journal import Journal
 from imdsproxy.hub.metrics import HubMetrics
-from imdsproxy.hub.passwords import password_item
-from imdsproxy.hub.replica import Replica
-from imdsproxy.hub.restores import Restores
-from imdsproxy.hub.state import FleetState
-from imdsproxy.hub.streams import Streams
+from imdsproxy.hub.parts import Hub, build_hub
 from imdsproxy.hub.sweep import Sweep
-from imdsproxy.hub.token_keys import TokenKeyRing, make_first_key
+from imdsproxy.hub.token_keys import make_first_key
 from imdsproxy.hub.writes import Writes
 
 _FIRST_READ_S: Final = 60.0
@@ -74,122 +58,6 @@ _LOOK_EVERY_S: Final = 1.0
 _THREADS: Final = 4
 
 _log = structlog.get_logger()
-
-
-@dataclass(frozen=True, slots=True)
-class Hub:
-    """Parts of a hub, which its routes use.
-
-    Attributes:
-        names: Name and addresses of the hub.
-        url: URL at which others reach the hub.
-    """
-
-    settings: HubSettings
-    files: FleetFiles
-    names: HubNames
-    url: str
-    authority: Authority
-    envelope: Envelope
-    token_keys: TokenKeyRing
-    etcd: Etcd
-    state: FleetState
-    streams: Streams
-    replica: Replica
-    clock: Clock
-    background: Background
-
-    def unready(self) -> str | None:
-        """Return the reason why this hub may not serve hosts, though it has read etcd; `None` if it may.
-
-        A hub could neither send unreadable values nor distinguish them from absent values.
-        """
-        if not self.state.meta.fleet:
-            why = self.state.problems.get(layout.META, "it is not there")
-            return f"{layout.META} names no fleet: {why}; put back an older revision of this key"
-        missing = self.envelope.missing()
-        return None if missing is None else f"{missing}: {COPY_KEY}"
-
-
-def open_etcd(settings: EtcdSettings, clock: Clock) -> Etcd:
-    """Create the client of etcd.
-
-    Raises:
-        SecretUnreadable: The password cannot be read, or other accounts may read it.
-        SourceUnavailable: A file for TLS cannot be used.
-    """
-    tls = None
-    if settings.ca_file is not None:
-        try:
-            tls = open_tls(settings.ca_file, settings.certificate_file, settings.key_file)
-        except OSError as error:
-            raise SourceUnavailable(
-                f"the files for TLS to etcd cannot be used: {error}",
-                hint="hub.etcd.ca_file, certificate_file, key_file: PEM files that this account can read",
-            ) from error
-    password = ""
-    if settings.password_file is not None:
-        password = read_secret(settings.password_file).decode().strip()
-    return Etcd(
-        settings.endpoints,
-        tls=tls,
-        user=settings.user,
-        password=password,
-        random=SystemRandom(),
-        clock=clock,
-    )
-
-
-def build_hub(settings: HubSettings, clock: Clock) -> Hub:
-    """Read the files of the fleet, and create the parts of the hub.
-
-    Raises:
-        ConfigError: A file is missing or invalid.
-        SourceUnavailable: See `open_etcd`.
-    """
-    files = FleetFiles(settings.directory)
-    authority, envelope = files.load_authority(), files.load_envelope()
-    names = read_hub_names(files.load_hub())
-    if settings.etcd.ca_file is not None:
-        refuse_shared_authority(authority, settings.etcd.ca_file)
-    port = settings.listen[0].rpartition(":")[2]
-    address = names.addresses[0]
-    url = settings.url or f"https://{f'[{address}]' if ':' in address else address}:{port}"
-    state = FleetState()
-    envelope = replace(envelope, chosen=state.sealing)
-    token_keys = TokenKeyRing(state, envelope)
-    state.open_password = partial(password_item, envelope)
-    state.keys_of, state.keys_problem = token_keys.item_of, lambda: token_keys.problem
-
-    def is_admitted(host: HostId, serial: str) -> bool:
-        return admits_host(state.host(host), serial)
-
-    streams = Streams(state, clock, is_admitted)
-    etcd = open_etcd(settings.etcd, clock)
-    name = settings.name or names.name
-    journal = Journal(settings.state_dir / FILE)
-    restores = Restores(etcd, state, name, journal, clock)
-    replica = Replica(etcd, state, streams, name, url, clock, SystemRandom(), restores)
-    streams.suspect, streams.age_s = restores.suspect, replica.age_s
-    streams.raise_guards = restores.raise_guards
-    streams.expect = replica.expect
-    hub = Hub(
-        settings=settings,
-        files=files,
-        names=names,
-        url=url,
-        authority=authority,
-        envelope=envelope,
-        token_keys=token_keys,
-        etcd=etcd,
-        state=state,
-        streams=streams,
-        replica=replica,
-        clock=clock,
-        background=Background(clock, SystemRandom()),
-    )
-    streams.unready = hub.unready
-    return hub
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ from imdsproxy.hub.replica import SILENT_S
 
 if TYPE_CHECKING:
     from imdsproxy.hub.etcd import MemberSilent
-    from imdsproxy.hub.hub import Hub
+    from imdsproxy.hub.parts import Hub
     from imdsproxy.hub.peers import Peers
 
 _LOOK_EVERY_S: Final = 10.0

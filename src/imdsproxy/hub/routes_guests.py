@@ -26,7 +26,7 @@ from imdsproxy.hub.callers import Caller, FleetOperator, InstanceOf, Operator, R
 from imdsproxy.hub.etcd_messages import KeyValue
 from imdsproxy.hub.operations import WITHHELD, FleetWritten, Operations, path_on_host
 from imdsproxy.hub.plan_writes import Terms
-from imdsproxy.hub.token_keys import FleetKeyRotation, rotate_keys
+from imdsproxy.hub.rotate_keys import FleetKeyRotation, rotate_keys
 from imdsproxy.hub.writes import Done
 from imdsproxy.model.addresses import normalise_address
 from imdsproxy.model.entities import InstanceId

@@ -9,7 +9,6 @@ import asyncio
 import base64
 import json
 import os
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -17,7 +16,7 @@ import structlog
 
 from imdsproxy.errors import ImdsproxyError, SourceCorrupt
 from imdsproxy.fleet import layout
-from imdsproxy.fleet.layout import HostId, Json, View
+from imdsproxy.fleet.layout import Json, View
 from imdsproxy.fleet.values import (
     SealedKeys,
     Sealing,
@@ -25,10 +24,8 @@ from imdsproxy.fleet.values import (
     render_sealed_keys,
     render_sealing,
 )
-from imdsproxy.hub.envelope import Envelope, name_of
+from imdsproxy.hub.envelope import Envelope
 from imdsproxy.hub.etcd_messages import unchanged
-from imdsproxy.hub.in_force import NOT_CONNECTED
-from imdsproxy.hub.operations import Operations
 from imdsproxy.hub.plan_writes import Transaction, refuse_suspect
 from imdsproxy.hub.state import FleetState, Item
 from imdsproxy.hub.writes import Writes
@@ -162,7 +159,7 @@ class TokenKeyRing:
         return None if keys is None else (self._revision, keys.item_of(instance))
 
 
-def _fresh() -> TokenKey:
+def fresh_key() -> TokenKey:
     return TokenKey(os.urandom(KEY_BYTES))
 
 
@@ -174,7 +171,7 @@ async def make_first_key(writes: Writes) -> None:
         unsuspected, chosen = refuse_suspect(view), view(layout.ENVELOPE)
         if view(PLACE) is not None:
             return Transaction()
-        puts = {PLACE: seal_keys(FleetKeys(_fresh()), envelope)}
+        puts = {PLACE: seal_keys(FleetKeys(fresh_key()), envelope)}
         if chosen is None:
             first = next(iter(envelope.keys))
             sealing = Sealing(first, envelope.fingerprint(first) or "")
@@ -190,91 +187,3 @@ async def make_first_key(writes: Writes) -> None:
             await asyncio.sleep(_AGAIN_S)
             continue
         return
-
-
-@dataclass(frozen=True, slots=True)
-class FleetKeyRotation:
-    """Result of a key rotation: hubs derive a key of each instance from the fleet's new key.
-
-    Attributes:
-        kid: Name of the new key. Tokens begin with the names of instances' keys.
-        keys: Number of keys that verify tokens, including the new key.
-        file: Place of the keys.
-        applied: Whether the new key signs on every connected host.
-        pending: Hosts that lack the new key, with reasons. While a connected host lacks the key, the old key signs;
-            repeat the request to continue.
-    """
-
-    kid: str
-    keys: int
-    file: str
-    applied: bool = True
-    pending: tuple[str, ...] = ()
-
-
-async def rotate_keys(operations: Operations) -> FleetKeyRotation:
-    """Send a fresh key to every connected host, then make it sign.
-
-    If another program damaged the keys in etcd, the hub writes its last known keys again, or fresh keys.
-
-    Raises:
-        ImdsproxyError: Errors of `Writes.write`; `SourceCorrupt` if this hub lacks the envelope key.
-    """
-    fresh = _fresh()
-    keys, waiting = await _change(operations, lambda keys: keys.begin_rotation(fresh))
-    key = keys.pending or fresh
-    if not all(why == NOT_CONNECTED for why in waiting.values()):
-        return _rotation(key, keys, waiting, applied=False)
-    keys, waiting = await _change(operations, lambda keys: keys.end_rotation(key))
-    # A host that is not connected gets the key with its next stream, and signs with an old key until then.
-    applied = all(one == NOT_CONNECTED for one in waiting.values())
-    return _rotation(key, keys, waiting, applied=applied)
-
-
-def _rotation(
-    key: TokenKey, keys: FleetKeys, waiting: Mapping[HostId, str], *, applied: bool
-) -> FleetKeyRotation:
-    pending = tuple(f"host {host}: {why}" for host, why in waiting.items())
-    count = 1 + len(keys.old) + (keys.pending is not None)
-    return FleetKeyRotation(key.kid, count, "the fleet's etcd", applied, pending)
-
-
-async def _change(
-    operations: Operations, change: Callable[[FleetKeys], FleetKeys]
-) -> tuple[FleetKeys, Mapping[HostId, str]]:
-    """Change the keys; return the new keys, and the hosts that lack them, with reasons."""
-    writes, first = operations.writes, FleetKeys(_fresh())
-    ring = operations.token_keys
-    last = None if ring is None else ring.keys()
-    after = first
-
-    def plan(view: View) -> Transaction:
-        nonlocal after
-        unsuspected = refuse_suspect(view)
-        found, before = view(PLACE), first
-        revision = 0 if found is None else found[1]
-        if found is not None:
-            try:
-                before = open_keys(found[0], writes.envelope)
-            except SourceCorrupt:
-                if _may_open_elsewhere(found[0], writes.envelope):
-                    raise
-                before, found = last or first, None
-        after = change(before)
-        if after == before and found is not None:
-            return Transaction(revision=revision)
-        compares = unsuspected, unchanged(PLACE, revision)
-        return Transaction(compares, {PLACE: seal_keys(after, writes.envelope)})
-
-    done = await writes.write(plan)
-    hosts, state = operations.state.enrolled(), operations.state
-    items = {f"keys/{one}" for host in hosts for one in state.instances_on(host)}
-    return after, await operations.in_force.wait(hosts, done.revision, items)
-
-
-def _may_open_elsewhere(value: bytes, envelope: Envelope) -> bool:
-    """Return whether another hub may have the key for a value, which this hub must not replace then."""
-    try:
-        return name_of(parse_sealed_keys(value).sealed) not in envelope.keys
-    except layout.Unreadable:
-        return False

@@ -1,0 +1,149 @@
+"""Parts of a hub, made in one order."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from random import SystemRandom
+
+from imdsproxy.config.hub import EtcdSettings, HubSettings
+from imdsproxy.errors import (
+    SourceUnavailable,
+)
+from imdsproxy.fleet import layout
+from imdsproxy.fleet.layout import HostId
+from imdsproxy.fleet.members import admits_host
+from imdsproxy.host.clock import Clock
+from imdsproxy.host.files import read_secret
+from imdsproxy.hub.authority import Authority
+from imdsproxy.hub.background import Background
+from imdsproxy.hub.envelope import COPY_KEY, Envelope
+from imdsproxy.hub.etcd import Etcd
+from imdsproxy.hub.files import (
+    FleetFiles,
+    HubNames,
+    read_hub_names,
+    refuse_shared_authority,
+)
+from imdsproxy.hub.gateway import open_tls
+from imdsproxy.hub.journal import FILE, Journal
+from imdsproxy.hub.passwords import password_item
+from imdsproxy.hub.replica import Replica
+from imdsproxy.hub.restores import Restores
+from imdsproxy.hub.state import FleetState
+from imdsproxy.hub.streams import Streams
+from imdsproxy.hub.token_keys import TokenKeyRing
+
+
+@dataclass(frozen=True, slots=True)
+class Hub:
+    """Parts of a hub, which its routes use.
+
+    Attributes:
+        names: Name and addresses of the hub.
+        url: URL at which others reach the hub.
+    """
+
+    settings: HubSettings
+    files: FleetFiles
+    names: HubNames
+    url: str
+    authority: Authority
+    envelope: Envelope
+    token_keys: TokenKeyRing
+    etcd: Etcd
+    state: FleetState
+    streams: Streams
+    replica: Replica
+    clock: Clock
+    background: Background
+
+    def unready(self) -> str | None:
+        """Return the reason why this hub may not serve hosts, though it has read etcd; `None` if it may.
+
+        A hub could neither send unreadable values nor distinguish them from absent values.
+        """
+        if not self.state.meta.fleet:
+            why = self.state.problems.get(layout.META, "it is not there")
+            return f"{layout.META} names no fleet: {why}; put back an older revision of this key"
+        missing = self.envelope.missing()
+        return None if missing is None else f"{missing}: {COPY_KEY}"
+
+
+def open_etcd(settings: EtcdSettings, clock: Clock) -> Etcd:
+    """Create the client of etcd.
+
+    Raises:
+        SecretUnreadable: The password cannot be read, or other accounts may read it.
+        SourceUnavailable: A file for TLS cannot be used.
+    """
+    tls = None
+    if settings.ca_file is not None:
+        try:
+            tls = open_tls(settings.ca_file, settings.certificate_file, settings.key_file)
+        except OSError as error:
+            raise SourceUnavailable(
+                f"the files for TLS to etcd cannot be used: {error}",
+                hint="hub.etcd.ca_file, certificate_file, key_file: PEM files that this account can read",
+            ) from error
+    password = ""
+    if settings.password_file is not None:
+        password = read_secret(settings.password_file).decode().strip()
+    return Etcd(
+        settings.endpoints,
+        tls=tls,
+        user=settings.user,
+        password=password,
+        random=SystemRandom(),
+        clock=clock,
+    )
+
+
+def build_hub(settings: HubSettings, clock: Clock) -> Hub:
+    """Read the files of the fleet, and create the parts of the hub.
+
+    Raises:
+        ConfigError: A file is missing or invalid.
+        SourceUnavailable: See `open_etcd`.
+    """
+    files = FleetFiles(settings.directory)
+    authority, envelope = files.load_authority(), files.load_envelope()
+    names = read_hub_names(files.load_hub())
+    if settings.etcd.ca_file is not None:
+        refuse_shared_authority(authority, settings.etcd.ca_file)
+    port = settings.listen[0].rpartition(":")[2]
+    address = names.addresses[0]
+    url = settings.url or f"https://{f'[{address}]' if ':' in address else address}:{port}"
+    state = FleetState()
+    envelope = replace(envelope, chosen=state.sealing)
+    token_keys = TokenKeyRing(state, envelope)
+    state.open_password = partial(password_item, envelope)
+    state.keys_of, state.keys_problem = token_keys.item_of, lambda: token_keys.problem
+
+    def is_admitted(host: HostId, serial: str) -> bool:
+        return admits_host(state.host(host), serial)
+
+    streams = Streams(state, clock, is_admitted)
+    etcd = open_etcd(settings.etcd, clock)
+    name = settings.name or names.name
+    journal = Journal(settings.state_dir / FILE)
+    restores = Restores(etcd, state, name, journal, clock)
+    replica = Replica(etcd, state, streams, name, url, clock, SystemRandom(), restores)
+    streams.suspect, streams.age_s = restores.suspect, replica.age_s
+    streams.raise_guards = restores.raise_guards
+    streams.expect = replica.expect
+    hub = Hub(
+        settings=settings,
+        files=files,
+        names=names,
+        url=url,
+        authority=authority,
+        envelope=envelope,
+        token_keys=token_keys,
+        etcd=etcd,
+        state=state,
+        streams=streams,
+        replica=replica,
+        clock=clock,
+        background=Background(clock, SystemRandom()),
+    )
+    streams.unready = hub.unready
+    return hub
