@@ -15,7 +15,7 @@ from typing import Final
 from bench.place import BenchError
 from bench.procs import end_all, wait_until
 from imdsproxy.host.clock import Clock
-from imdsproxy.hub.etcd import Committed, Etcd
+from imdsproxy.hub.store.etcd import Committed, Etcd
 
 __all__ = ["EtcdMembers", "free_port"]
 

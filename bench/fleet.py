@@ -30,7 +30,7 @@ from imdsproxy.fleet.identity import spell_serial
 from imdsproxy.fleet.layout import HostId, Meta, StoredInstance, StoredNetwork
 from imdsproxy.fleet.members import HostState, StoredHost, host_key, render_host
 from imdsproxy.host.certificates import make_key, render_certificate, render_key
-from imdsproxy.hub.files import FleetFiles, HubNames, add_hub, init_fleet
+from imdsproxy.hub.pki.files import FleetFiles, HubNames, add_hub, init_fleet
 from imdsproxy.model.entities import InstanceId, NetworkId
 
 __all__ = ["GUESTS", "Cost", "Crowd", "Fleet", "guest_name", "guest_record", "open_fleet"]

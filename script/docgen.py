@@ -31,9 +31,9 @@ from imdsproxy.config.schema import Settings
 from imdsproxy.config.strict_yaml import render_value
 from imdsproxy.errors import KINDS, ImdsproxyError
 from imdsproxy.fleet.identity import Role
-from imdsproxy.hub.api import ROUTERS, operators_app
-from imdsproxy.hub.callers import Admits
-from imdsproxy.hub.metrics import HubMetrics
+from imdsproxy.hub.api.app import ROUTERS, operators_app
+from imdsproxy.hub.api.callers import Admits
+from imdsproxy.hub.api.metrics import HubMetrics
 from imdsproxy.model.records.json_schema import schema_of_records
 from imdsproxy.network.endpoints import LeftOutCode
 from imdsproxy.tools.namespace_proxy.command import run_parser

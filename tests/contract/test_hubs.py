@@ -17,9 +17,9 @@ from imdsproxy.errors import SourceRefused, SourceUnavailable
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.layout import HostId, StoredInstance
 from imdsproxy.host.clock import Clock
-from imdsproxy.hub.envelope import make_envelope, parse_envelope
-from imdsproxy.hub.etcd import Committed, Etcd
-from imdsproxy.hub.etcd_messages import prefix_end
+from imdsproxy.hub.store.envelope import make_envelope, parse_envelope
+from imdsproxy.hub.store.etcd import Committed, Etcd
+from imdsproxy.hub.store.etcd_messages import prefix_end
 from imdsproxy.model.entities import Instance, Network
 from imdsproxy.model.records import render_record
 from imdsproxy.sources.fleet import source as source_module

@@ -20,7 +20,7 @@ from imdsproxy.cli.main import build_program, iterate_commands, main
 from imdsproxy.config.schema import Settings
 from imdsproxy.config.strict_yaml import parse_yaml
 from imdsproxy.errors import KINDS
-from imdsproxy.hub.api import operators_app
+from imdsproxy.hub.api.app import operators_app
 from imdsproxy.model.records import parse_records
 from imdsproxy.network.endpoints import LeftOutCode
 from imdsproxy.tools.namespace_proxy.command import run_parser

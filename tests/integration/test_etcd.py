@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 import pytest
 
 from imdsproxy.errors import EtcdFull, EtcdUnavailable, SourceRefused, WriteUnknown
-from imdsproxy.hub.etcd import (
+from imdsproxy.hub.store.etcd import (
     Behind,
     Changes,
     Committed,
@@ -20,7 +20,7 @@ from imdsproxy.hub.etcd import (
     MemberSilent,
     Snapshot,
 )
-from imdsproxy.hub.etcd_messages import (
+from imdsproxy.hub.store.etcd_messages import (
     Deleted,
     KeyValue,
     MemberStatus,
@@ -30,7 +30,7 @@ from imdsproxy.hub.etcd_messages import (
     prefix_end,
     unchanged,
 )
-from imdsproxy.hub.gateway import open_tls
+from imdsproxy.hub.store.gateway import open_tls
 from support.etcd_lab import EtcdLab, etcd_lab
 from support.patience import patience
 

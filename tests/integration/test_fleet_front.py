@@ -11,7 +11,7 @@ import pytest
 
 from imdsproxy.fleet.identity import Identity, Role, read_identity
 from imdsproxy.fleet.stream import UPGRADE
-from imdsproxy.hub.front import ENROLMENTS_A_MINUTE, STRANGERS
+from imdsproxy.hub.front.haproxy import ENROLMENTS_A_MINUTE, STRANGERS
 from support.fleet_front import (
     ADDRESS,
     Client,

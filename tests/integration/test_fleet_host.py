@@ -20,8 +20,8 @@ from imdsproxy.host.certificates import (
     render_certificate,
     render_key,
 )
-from imdsproxy.hub.authority import Authority, make_authority, parse_request
-from imdsproxy.hub.enrolment import Certified
+from imdsproxy.hub.pki.authority import Authority, make_authority, parse_request
+from imdsproxy.hub.pki.enrolment import Certified
 from imdsproxy.model.entities import Instance, Network
 from imdsproxy.model.records import parse_instance, parse_network
 from imdsproxy.model.tokens import TokenKey, instance_key

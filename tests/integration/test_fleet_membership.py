@@ -28,9 +28,9 @@ from imdsproxy.errors import (
 from imdsproxy.fleet.identity import Invitation, read_identity, render_invitation
 from imdsproxy.fleet.layout import HostId
 from imdsproxy.host.certificates import parse_certificate, render_certificate
-from imdsproxy.hub.authority import parse_request
-from imdsproxy.hub.enrolment import Certified
-from imdsproxy.hub.files import (
+from imdsproxy.hub.pki.authority import parse_request
+from imdsproxy.hub.pki.enrolment import Certified
+from imdsproxy.hub.pki.files import (
     FleetFiles,
     HubNames,
     begin_rotation,

@@ -18,8 +18,8 @@ from imdsproxy.fleet.layout import HostId
 from imdsproxy.fleet.members import HostState, StoredHost, host_key, render_host
 from imdsproxy.fleet.suspicion import Claim, Suspicion, render_suspicion
 from imdsproxy.host.certificates import make_key, render_certificate, render_key
-from imdsproxy.hub import authority
-from imdsproxy.hub.token_keys import PLACE
+from imdsproxy.hub.hosts.token_keys import PLACE
+from imdsproxy.hub.pki import authority
 from imdsproxy.model.entities import InstanceId
 from imdsproxy.sources.fleet.client import HostFiles
 from support.daemon import instance

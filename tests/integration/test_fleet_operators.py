@@ -13,10 +13,10 @@ import pytest
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.identity import Role
 from imdsproxy.fleet.values import parse_password
-from imdsproxy.hub.envelope import name_of
-from imdsproxy.hub.etcd_messages import prefix_end
-from imdsproxy.hub.files import FleetFiles
-from imdsproxy.hub.token_keys import PLACE, sealed_keys
+from imdsproxy.hub.hosts.token_keys import PLACE, sealed_keys
+from imdsproxy.hub.pki.files import FleetFiles
+from imdsproxy.hub.store.envelope import name_of
+from imdsproxy.hub.store.etcd_messages import prefix_end
 from imdsproxy.model.entities import InstanceId
 from support.cli import Ran, run_main
 from support.fleet_world import FleetWorld, HubProcess, fleet_world

@@ -13,7 +13,7 @@ import pytest
 from imdsproxy.api.client import FleetClient
 from imdsproxy.errors import ImdsproxyError
 from imdsproxy.fleet.identity import Role, parse_invitation
-from imdsproxy.hub.token_keys import PLACE, open_keys
+from imdsproxy.hub.hosts.token_keys import PLACE, open_keys
 from imdsproxy.model.entities import InstanceId
 from support.cli import Ran, run_main
 from support.daemon import instance

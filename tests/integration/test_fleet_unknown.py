@@ -15,8 +15,8 @@ from fastapi.routing import APIRoute
 
 from imdsproxy.errors import AlreadyExists, NotFound, SourceRefused
 from imdsproxy.fleet.identity import OPERATOR_ROLES
-from imdsproxy.hub import routes
-from imdsproxy.hub.api import ROUTERS
+from imdsproxy.hub.api import routes
+from imdsproxy.hub.api.app import ROUTERS
 from support.scoped_fleet import ScopedFleet, instance, network, open_scoped_fleet, port
 
 pytestmark = pytest.mark.root

@@ -13,8 +13,9 @@ import pytest
 from imdsproxy.config.hub import HubSettings
 from imdsproxy.host.account import Account, account_of
 from imdsproxy.host.files import read_secret
-from imdsproxy.hub.accounts import Accounts, fill_places, give_places
-from imdsproxy.hub.files import (
+from imdsproxy.hub.front.accounts import Accounts, fill_places, give_places
+from imdsproxy.hub.front.process import FrontProcess
+from imdsproxy.hub.pki.files import (
     FleetFiles,
     HubNames,
     add_envelope_key,
@@ -22,7 +23,6 @@ from imdsproxy.hub.files import (
     init_fleet,
     switch_rotation,
 )
-from imdsproxy.hub.front_process import FrontProcess
 from support.patience import patience
 
 pytestmark = pytest.mark.root

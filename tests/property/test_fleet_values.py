@@ -53,17 +53,17 @@ from imdsproxy.fleet.values import (
     render_sealing,
 )
 from imdsproxy.host.clock import Clock
-from imdsproxy.hub import plan_writes
-from imdsproxy.hub.envelope import make_envelope, parse_envelope
-from imdsproxy.hub.metrics import HubMetrics
-from imdsproxy.hub.operations import Operations
-from imdsproxy.hub.peers import Peers
-from imdsproxy.hub.scopes import read_scope
-from imdsproxy.hub.state import Change, FleetState
-from imdsproxy.hub.streams import Streams
-from imdsproxy.hub.sweep import Sweep
-from imdsproxy.hub.token_keys import TokenKeyRing
-from imdsproxy.hub.views import Views, Wanted
+from imdsproxy.hub.api.metrics import HubMetrics
+from imdsproxy.hub.api.operations import Operations
+from imdsproxy.hub.api.views import Views, Wanted
+from imdsproxy.hub.hosts.peers import Peers
+from imdsproxy.hub.hosts.streams import Streams
+from imdsproxy.hub.hosts.token_keys import TokenKeyRing
+from imdsproxy.hub.store import plan_writes
+from imdsproxy.hub.store.envelope import make_envelope, parse_envelope
+from imdsproxy.hub.store.scopes import read_scope
+from imdsproxy.hub.store.state import Change, FleetState
+from imdsproxy.hub.store.sweep import Sweep
 from imdsproxy.model.entities import InstanceId, NetworkId
 from imdsproxy.model.policy import OperatorOverride
 from imdsproxy.model.records.grant import NO_GRANT

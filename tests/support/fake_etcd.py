@@ -12,7 +12,7 @@ from random import Random
 from typing import Any, TypeAlias
 
 from imdsproxy.host.clock import Clock
-from imdsproxy.hub.etcd import Etcd
+from imdsproxy.hub.store.etcd import Etcd
 
 Json: TypeAlias = dict[str, Any]
 

@@ -20,8 +20,8 @@ from imdsproxy.fleet import layout
 from imdsproxy.fleet.layout import HostId, StoredInstance, instance_key, render_instance
 from imdsproxy.fleet.members import host_key, operator_key
 from imdsproxy.fleet.stream import Bye, Hello
-from imdsproxy.hub.etcd import Committed, Etcd
-from imdsproxy.hub.etcd_messages import KeyValue, unchanged
+from imdsproxy.hub.store.etcd import Committed, Etcd
+from imdsproxy.hub.store.etcd_messages import KeyValue, unchanged
 from imdsproxy.model.entities import InstanceId, NetworkId
 from support.daemon import alive
 from support.etcd_lab import EtcdLab

@@ -30,18 +30,18 @@ from imdsproxy.fleet.layout import HostId, Meta, StoredInstance, StoredNetwork, 
 from imdsproxy.fleet.stream import BLOB_PATH, STREAM_PATH
 from imdsproxy.fleet.values import SealedKeys, render_sealed_keys
 from imdsproxy.host.clock import Clock
-from imdsproxy.hub.callers import Caller
-from imdsproxy.hub.enrolment import Certified
-from imdsproxy.hub.envelope import make_envelope, parse_envelope
-from imdsproxy.hub.etcd import Etcd, Snapshot
-from imdsproxy.hub.etcd_messages import KeyValue
-from imdsproxy.hub.operations import Operations
-from imdsproxy.hub.passwords import password_item
-from imdsproxy.hub.peers import Peers
-from imdsproxy.hub.routes_fleet import show_blob
-from imdsproxy.hub.state import Change, FleetState, Item
-from imdsproxy.hub.streams import Streams
-from imdsproxy.hub.writes import Writes
+from imdsproxy.hub.api.callers import Caller
+from imdsproxy.hub.api.operations import Operations
+from imdsproxy.hub.api.routes_fleet import show_blob
+from imdsproxy.hub.hosts.passwords import password_item
+from imdsproxy.hub.hosts.peers import Peers
+from imdsproxy.hub.hosts.streams import Streams
+from imdsproxy.hub.pki.enrolment import Certified
+from imdsproxy.hub.store.envelope import make_envelope, parse_envelope
+from imdsproxy.hub.store.etcd import Etcd, Snapshot
+from imdsproxy.hub.store.etcd_messages import KeyValue
+from imdsproxy.hub.store.state import Change, FleetState, Item
+from imdsproxy.hub.store.writes import Writes
 from imdsproxy.model.entities import Instance, InstanceId, Network, NetworkId
 from imdsproxy.model.records import render_record
 from imdsproxy.model.tokens import TokenKey
@@ -109,7 +109,7 @@ class FleetStore:
         return layout.instance_key(instance.id), value
 
     async def read(self, key: str, range_end: str) -> Snapshot:
-        """As `hub.etcd.Etcd.read`, of user data."""
+        """As `hub.store.etcd.Etcd.read`, of user data."""
         if self.away:
             raise EtcdUnavailable("etcd does not answer")
         found = sorted(one for one in self.blobs.items() if key <= one[0] < range_end)

@@ -24,8 +24,7 @@ from imdsproxy.fleet.identity import Role, spell_serial
 from imdsproxy.fleet.layout import HostId, StoredInstance, StoredNetwork
 from imdsproxy.fleet.members import HostState, StoredHost, host_key, render_host
 from imdsproxy.host.certificates import make_key, render_certificate, render_key
-from imdsproxy.hub.etcd import Committed, Etcd
-from imdsproxy.hub.files import (
+from imdsproxy.hub.pki.files import (
     FleetFiles,
     HubNames,
     add_hub,
@@ -33,6 +32,7 @@ from imdsproxy.hub.files import (
     make_operator_pem,
     write_secret,
 )
+from imdsproxy.hub.store.etcd import Committed, Etcd
 from imdsproxy.model.entities import InstanceId, NetworkId
 from support.daemon import Daemon
 from support.etcd_lab import EtcdLab

@@ -36,18 +36,18 @@ from imdsproxy.fleet.stream import (
 )
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.servers import open_unix_socket
-from imdsproxy.hub.api import operators_app
-from imdsproxy.hub.envelope import make_envelope, parse_envelope
-from imdsproxy.hub.etcd import Etcd
-from imdsproxy.hub.journal import FILE, Journal
-from imdsproxy.hub.operations import Operations
-from imdsproxy.hub.passwords import password_item
-from imdsproxy.hub.peers import Peers
+from imdsproxy.hub.api.app import operators_app
+from imdsproxy.hub.api.operations import Operations
+from imdsproxy.hub.hosts.passwords import password_item
+from imdsproxy.hub.hosts.peers import Peers
+from imdsproxy.hub.hosts.streams import Streams
 from imdsproxy.hub.replica import Replica
-from imdsproxy.hub.restores import Restores
-from imdsproxy.hub.state import FleetState
-from imdsproxy.hub.streams import Streams
-from imdsproxy.hub.writes import Writes
+from imdsproxy.hub.store.envelope import make_envelope, parse_envelope
+from imdsproxy.hub.store.etcd import Etcd
+from imdsproxy.hub.store.journal import FILE, Journal
+from imdsproxy.hub.store.restores import Restores
+from imdsproxy.hub.store.state import FleetState
+from imdsproxy.hub.store.writes import Writes
 from support.etcd_lab import EtcdLab
 
 ENVELOPE = parse_envelope(make_envelope(), "test")

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from imdsproxy.host.clock import Clock
-from imdsproxy.hub.etcd import Etcd
-from imdsproxy.hub.journal import Journal
-from imdsproxy.hub.restores import Restores
-from imdsproxy.hub.state import FleetState
+from imdsproxy.hub.store.etcd import Etcd
+from imdsproxy.hub.store.journal import Journal
+from imdsproxy.hub.store.restores import Restores
+from imdsproxy.hub.store.state import FleetState
 
 
 def restores_of(etcd: Etcd, state: FleetState, clock: Clock, name: str = "hub-1") -> Restores:

@@ -13,7 +13,7 @@ from typing import Any, Final
 import pytest
 
 from imdsproxy.errors import ImdsproxyError
-from imdsproxy.hub import in_force
+from imdsproxy.hub.hosts import in_force
 from support.etcd_lab import etcd_lab
 from support.hub_api import Hub, HubClient, open_hub
 

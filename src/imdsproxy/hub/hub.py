@@ -34,21 +34,21 @@ from imdsproxy.host.logs import open_logging
 from imdsproxy.host.notify import Heartbeat, ServiceNotifier, is_journal
 from imdsproxy.host.process import freeze_garbage, leave_no_dumps, raise_descriptor_limit
 from imdsproxy.host.servers import open_tcp_socket, open_unix_socket
-from imdsproxy.hub.accounts import Accounts, Places, fill_places, find_accounts, give_places
-from imdsproxy.hub.api import build_api, peers_of
-from imdsproxy.hub.authority import Authority
-from imdsproxy.hub.files import (
+from imdsproxy.hub.api.app import build_api, peers_of
+from imdsproxy.hub.api.metrics import HubMetrics
+from imdsproxy.hub.front.accounts import Accounts, Places, fill_places, find_accounts, give_places
+from imdsproxy.hub.front.haproxy import Front, FrontSpec, fitting_maxconn
+from imdsproxy.hub.hosts.token_keys import make_first_key
+from imdsproxy.hub.parts import Hub, build_hub
+from imdsproxy.hub.pki.authority import Authority
+from imdsproxy.hub.pki.files import (
     FleetFiles,
     make_renewed_hub,
     write_hub,
 )
-from imdsproxy.hub.front import Front, FrontSpec, fitting_maxconn
-from imdsproxy.hub.journal import Journal
-from imdsproxy.hub.metrics import HubMetrics
-from imdsproxy.hub.parts import Hub, build_hub
-from imdsproxy.hub.sweep import Sweep
-from imdsproxy.hub.token_keys import make_first_key
-from imdsproxy.hub.writes import Writes
+from imdsproxy.hub.store.journal import Journal
+from imdsproxy.hub.store.sweep import Sweep
+from imdsproxy.hub.store.writes import Writes
 
 _FIRST_READ_S: Final = 60.0
 _RENEW_EVERY_S: Final = 60.0

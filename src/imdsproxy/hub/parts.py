@@ -13,24 +13,24 @@ from imdsproxy.fleet.layout import HostId
 from imdsproxy.fleet.members import admits_host
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import read_secret
-from imdsproxy.hub.authority import Authority
 from imdsproxy.hub.background import Background
-from imdsproxy.hub.envelope import COPY_KEY, Envelope
-from imdsproxy.hub.etcd import Etcd
-from imdsproxy.hub.files import (
+from imdsproxy.hub.hosts.passwords import password_item
+from imdsproxy.hub.hosts.streams import Streams
+from imdsproxy.hub.hosts.token_keys import TokenKeyRing
+from imdsproxy.hub.pki.authority import Authority
+from imdsproxy.hub.pki.files import (
     FleetFiles,
     HubNames,
     read_hub_names,
     refuse_shared_authority,
 )
-from imdsproxy.hub.gateway import open_tls
-from imdsproxy.hub.journal import FILE, Journal
-from imdsproxy.hub.passwords import password_item
 from imdsproxy.hub.replica import Replica
-from imdsproxy.hub.restores import Restores
-from imdsproxy.hub.state import FleetState
-from imdsproxy.hub.streams import Streams
-from imdsproxy.hub.token_keys import TokenKeyRing
+from imdsproxy.hub.store.envelope import COPY_KEY, Envelope
+from imdsproxy.hub.store.etcd import Etcd
+from imdsproxy.hub.store.gateway import open_tls
+from imdsproxy.hub.store.journal import FILE, Journal
+from imdsproxy.hub.store.restores import Restores
+from imdsproxy.hub.store.state import FleetState
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,13 +33,13 @@ from imdsproxy.fleet.values import (
 )
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.process import garbage_left
-from imdsproxy.hub.etcd import Behind, Committed, Compacted, Conflict, Etcd, Snapshot
-from imdsproxy.hub.etcd_messages import Deleted, KeyValue, absent, prefix_end, unchanged
-from imdsproxy.hub.journal import Position
-from imdsproxy.hub.known_hubs import keep_hub_records
-from imdsproxy.hub.restores import Restores
-from imdsproxy.hub.state import Change, FleetState, change_of
-from imdsproxy.hub.streams import Streams
+from imdsproxy.hub.hosts.streams import Streams
+from imdsproxy.hub.store.etcd import Behind, Committed, Compacted, Conflict, Etcd, Snapshot
+from imdsproxy.hub.store.etcd_messages import Deleted, KeyValue, absent, prefix_end, unchanged
+from imdsproxy.hub.store.journal import Position
+from imdsproxy.hub.store.known_hubs import keep_hub_records
+from imdsproxy.hub.store.restores import Restores
+from imdsproxy.hub.store.state import Change, FleetState, change_of
 from imdsproxy.reconcile.progress import Backoff
 
 BEAT_S: Final = 5.0

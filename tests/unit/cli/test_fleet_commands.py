@@ -15,14 +15,14 @@ from imdsproxy.fleet.identity import Role
 from imdsproxy.fleet.layout import HostId
 from imdsproxy.fleet.members import host_key
 from imdsproxy.host.certificates import fingerprint, parse_certificate, render_certificate
-from imdsproxy.hub.authority import HUB_LIFE, make_authority
-from imdsproxy.hub.files import (
+from imdsproxy.hub.pki.authority import HUB_LIFE, make_authority
+from imdsproxy.hub.pki.files import (
     FleetFiles,
     make_renewed_hub,
     read_hub_names,
     refuse_shared_authority,
 )
-from imdsproxy.hub.journal import FILE, Journal
+from imdsproxy.hub.store.journal import FILE, Journal
 from support.cli import Ran, run_main
 
 

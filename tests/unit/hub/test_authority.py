@@ -19,7 +19,7 @@ from imdsproxy.host.certificates import (
     render_request,
     renewal_due,
 )
-from imdsproxy.hub.authority import (
+from imdsproxy.hub.pki.authority import (
     HOST_LIFE,
     MAX_REQUEST,
     Authority,

@@ -23,10 +23,10 @@ from imdsproxy.fleet.members import (
     render_host,
 )
 from imdsproxy.host.certificates import make_key, parse_certificate, render_request
-from imdsproxy.hub.authority import make_authority
-from imdsproxy.hub.enrolment import INVITATION_S, Certified, Enrolment
-from imdsproxy.hub.etcd import Committed, Conflict, Etcd, Snapshot
-from imdsproxy.hub.etcd_messages import Compare, KeyValue
+from imdsproxy.hub.pki.authority import make_authority
+from imdsproxy.hub.pki.enrolment import INVITATION_S, Certified, Enrolment
+from imdsproxy.hub.store.etcd import Committed, Conflict, Etcd, Snapshot
+from imdsproxy.hub.store.etcd_messages import Compare, KeyValue
 from support.hand_clock import HandClock
 
 _HOST = HostId("host-1")

@@ -5,7 +5,7 @@ import pytest
 from imdsproxy.errors import SecretUnreadable, SourceCorrupt
 from imdsproxy.fleet.layout import Unreadable
 from imdsproxy.fleet.values import Sealing
-from imdsproxy.hub.envelope import Envelope, add_key, make_envelope, name_of, parse_envelope
+from imdsproxy.hub.store.envelope import Envelope, add_key, make_envelope, name_of, parse_envelope
 
 _KEY = b"c2Vj" + b"A" * 39 + b"="
 _PLACE, _SECRET = "/imds/1/key/1", b"the key of all tokens"

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from imdsproxy.errors import EtcdFull, EtcdUnavailable, ImdsproxyError, WriteUnknown
-from imdsproxy.hub.etcd import Behind, Changes, Committed, Compacted, Etcd, Snapshot
-from imdsproxy.hub.etcd_messages import Deleted, KeyValue
+from imdsproxy.hub.store.etcd import Behind, Changes, Committed, Compacted, Etcd, Snapshot
+from imdsproxy.hub.store.etcd_messages import Deleted, KeyValue
 from support.fake_etcd import (
     Answer,
     Handler,

@@ -6,11 +6,11 @@ from typing import Any, cast
 
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.layout import Meta
-from imdsproxy.hub.etcd import Committed, Etcd, Snapshot
-from imdsproxy.hub.etcd_messages import KeyValue
-from imdsproxy.hub.plan_writes import Transaction
-from imdsproxy.hub.state import Change, FleetState
-from imdsproxy.hub.writes import Fresh, Writes
+from imdsproxy.hub.store.etcd import Committed, Etcd, Snapshot
+from imdsproxy.hub.store.etcd_messages import KeyValue
+from imdsproxy.hub.store.plan_writes import Transaction
+from imdsproxy.hub.store.state import Change, FleetState
+from imdsproxy.hub.store.writes import Fresh, Writes
 
 
 @dataclass

@@ -10,7 +10,7 @@ import pytest
 from imdsproxy.errors import ConfigInvalid, SourceUnavailable
 from imdsproxy.fleet.layout import HOSTS
 from imdsproxy.fleet.members import HostState, StoredHost, render_host
-from imdsproxy.hub.journal import FILE, Journal, Position, find_host
+from imdsproxy.hub.store.journal import FILE, Journal, Position, find_host
 from support.tasks import background, until
 
 A, B = f"{HOSTS}a", f"{HOSTS}b"

@@ -5,7 +5,7 @@ from imdsproxy.fleet.lasting import EPOCHS
 from imdsproxy.fleet.layout import HostId, Meta, StoredInstance
 from imdsproxy.fleet.members import HostState, StoredHost, host_key, render_host
 from imdsproxy.fleet.stream import Batch, Hello
-from imdsproxy.hub.state import Change, Difference, FleetState
+from imdsproxy.hub.store.state import Change, Difference, FleetState
 from imdsproxy.model.entities import InstanceId
 from imdsproxy.model.policy import OperatorOverride
 

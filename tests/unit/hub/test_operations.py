@@ -8,14 +8,14 @@ from typing import cast
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.members import HostState, StoredHost, render_host
 from imdsproxy.host.clock import Clock
-from imdsproxy.hub.authority import make_authority
-from imdsproxy.hub.etcd import MemberSilent
-from imdsproxy.hub.etcd_messages import Header, MemberStatus
-from imdsproxy.hub.operations import Operations, _lost_quorum, _member
-from imdsproxy.hub.peers import Peers
-from imdsproxy.hub.state import Change, FleetState
-from imdsproxy.hub.streams import Streams
-from imdsproxy.hub.writes import Writes
+from imdsproxy.hub.api.operations import Operations, _lost_quorum, _member
+from imdsproxy.hub.hosts.peers import Peers
+from imdsproxy.hub.hosts.streams import Streams
+from imdsproxy.hub.pki.authority import make_authority
+from imdsproxy.hub.store.etcd import MemberSilent
+from imdsproxy.hub.store.etcd_messages import Header, MemberStatus
+from imdsproxy.hub.store.state import Change, FleetState
+from imdsproxy.hub.store.writes import Writes
 from support.fake_etcd import answer, client_of, header
 from support.restores import restores_of
 

@@ -9,9 +9,9 @@ import pytest
 
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.stream import CONNECT_S
-from imdsproxy.hub import peers as module
-from imdsproxy.hub.peers import Peers
-from imdsproxy.hub.state import Change, FleetState
+from imdsproxy.hub.hosts import peers as module
+from imdsproxy.hub.hosts.peers import Peers
+from imdsproxy.hub.store.state import Change, FleetState
 from support.hand_clock import HandClock
 from support.patience import patience
 

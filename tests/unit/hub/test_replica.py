@@ -14,9 +14,9 @@ from imdsproxy.fleet.members import HostState, StoredHost, host_key, render_host
 from imdsproxy.fleet.suspicion import Claim, Evidence, Suspicion, parse_suspicion
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub import replica as module
+from imdsproxy.hub.hosts.streams import Streams
 from imdsproxy.hub.replica import Replica
-from imdsproxy.hub.state import Change, FleetState
-from imdsproxy.hub.streams import Streams
+from imdsproxy.hub.store.state import Change, FleetState
 from support.fake_etcd import (
     Answer,
     Handler,

@@ -12,11 +12,11 @@ from imdsproxy.fleet import layout
 from imdsproxy.fleet.layout import HostId, Meta, StoredInstance
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub import replica as module
-from imdsproxy.hub.etcd import Changes, Compacted, Etcd, Snapshot
-from imdsproxy.hub.etcd_messages import KeyValue
+from imdsproxy.hub.hosts.streams import HostStream, Streams
 from imdsproxy.hub.replica import Replica
-from imdsproxy.hub.state import Change, FleetState
-from imdsproxy.hub.streams import HostStream, Streams
+from imdsproxy.hub.store.etcd import Changes, Compacted, Etcd, Snapshot
+from imdsproxy.hub.store.etcd_messages import KeyValue
+from imdsproxy.hub.store.state import Change, FleetState
 from imdsproxy.model.entities import InstanceId
 from imdsproxy.model.policy import OperatorOverride
 from support.restores import restores_of

@@ -14,7 +14,8 @@ from imdsproxy.fleet import layout
 from imdsproxy.fleet.layout import HostId, Unreadable
 from imdsproxy.fleet.members import HostState, StoredHost, host_key, render_host
 from imdsproxy.fleet.values import parse_grant
-from imdsproxy.hub.plan_writes import (
+from imdsproxy.hub.api.views import Views
+from imdsproxy.hub.store.plan_writes import (
     InstancePut,
     Terms,
     Transaction,
@@ -27,9 +28,8 @@ from imdsproxy.hub.plan_writes import (
     plan_removal,
     record_of,
 )
-from imdsproxy.hub.scopes import read_grant
-from imdsproxy.hub.state import Change, FleetState
-from imdsproxy.hub.views import Views
+from imdsproxy.hub.store.scopes import read_grant
+from imdsproxy.hub.store.state import Change, FleetState
 from imdsproxy.model.entities import InstanceId, Network, NetworkId
 from imdsproxy.model.policy import OperatorOverride
 from imdsproxy.model.records import PlacedInstance, Refused, parse_network, parse_placed

@@ -7,9 +7,9 @@ import pytest
 from imdsproxy.errors import AlreadyExists, SourceRefused
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.layout import HostId, Json, StoredInstance, StoredNetwork
-from imdsproxy.hub.plan_writes import Transaction
-from imdsproxy.hub.shared_listeners import refuse_shared
-from imdsproxy.hub.state import Change, FleetState
+from imdsproxy.hub.store.plan_writes import Transaction
+from imdsproxy.hub.store.shared_listeners import refuse_shared
+from imdsproxy.hub.store.state import Change, FleetState
 from imdsproxy.model.entities import InstanceId, NetworkId
 from imdsproxy.network import names
 

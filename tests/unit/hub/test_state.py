@@ -11,7 +11,7 @@ from imdsproxy.fleet import layout
 from imdsproxy.fleet.layout import HostId, Json, Meta, StoredInstance, StoredNetwork
 from imdsproxy.fleet.stream import Batch, Bye, ByeCode, Hello, ItemKey, digest_items
 from imdsproxy.fleet.values import StoredPassword, render_password
-from imdsproxy.hub.state import Change, Difference, FleetState
+from imdsproxy.hub.store.state import Change, Difference, FleetState
 from imdsproxy.model.entities import InstanceId, NetworkId
 
 A, B = HostId("a"), HostId("b")

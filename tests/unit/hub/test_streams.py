@@ -36,9 +36,9 @@ from imdsproxy.fleet.stream import (
 )
 from imdsproxy.fleet.suspicion import Evidence
 from imdsproxy.host.servers import open_unix_socket
-from imdsproxy.hub import streams as module
-from imdsproxy.hub.state import Change, FleetState
-from imdsproxy.hub.streams import AT_A_TIME_S, SHARE, WAITING, HostStream, Streams
+from imdsproxy.hub.hosts import streams as module
+from imdsproxy.hub.hosts.streams import AT_A_TIME_S, SHARE, WAITING, HostStream, Streams
+from imdsproxy.hub.store.state import Change, FleetState
 from imdsproxy.model.entities import InstanceId
 from support.hand_clock import HandClock
 from support.patience import patience

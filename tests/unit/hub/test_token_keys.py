@@ -8,9 +8,9 @@ from imdsproxy.errors import SourceCorrupt
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.layout import Json
 from imdsproxy.fleet.stream import Batch
-from imdsproxy.hub.envelope import Envelope, make_envelope, parse_envelope
-from imdsproxy.hub.state import Change, FleetState
-from imdsproxy.hub.token_keys import PLACE, FleetKeys, TokenKeyRing, open_keys, seal_keys
+from imdsproxy.hub.hosts.token_keys import PLACE, FleetKeys, TokenKeyRing, open_keys, seal_keys
+from imdsproxy.hub.store.envelope import Envelope, make_envelope, parse_envelope
+from imdsproxy.hub.store.state import Change, FleetState
 from imdsproxy.model.entities import InstanceId
 from imdsproxy.model.tokens import KEPT_KEYS, TokenKey, instance_key
 from imdsproxy.sources.fleet.known import FleetKnown

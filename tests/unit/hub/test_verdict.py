@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from imdsproxy.hub.etcd import MemberSilent
-from imdsproxy.hub.etcd_messages import Header, MemberStatus
-from imdsproxy.hub.operations import FleetStatus
-from imdsproxy.hub.verdict import judge_fleet
+from imdsproxy.hub.api.operations import FleetStatus
+from imdsproxy.hub.api.verdict import judge_fleet
+from imdsproxy.hub.store.etcd import MemberSilent
+from imdsproxy.hub.store.etcd_messages import Header, MemberStatus
 
 _HUB = {"name": "hub-1", "url": None, "answers": True, "absent": False, "absent_since": None}
 _WELL = FleetStatus(

@@ -8,8 +8,8 @@ import pytest
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.layout import HostId, Json, StoredInstance
 from imdsproxy.host.turns import AT_ONCE
-from imdsproxy.hub.state import Change, FleetState
-from imdsproxy.hub.views import Views, Wanted
+from imdsproxy.hub.api.views import Views, Wanted
+from imdsproxy.hub.store.state import Change, FleetState
 from imdsproxy.model.entities import InstanceId, NetworkId
 from support.tasks import background
 

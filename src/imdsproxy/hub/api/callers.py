@@ -1,0 +1,176 @@
+"""Callers of a hub's API and their rights. HAProxy verifies the certificate and sets headers with its subject."""
+
+import asyncio
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Final, TypeAlias, cast
+
+from fastapi import Depends, Header, Query, Request
+from pydantic import Field
+
+from imdsproxy.errors import AccessDenied, SourceUnavailable
+from imdsproxy.fleet.identity import OPERATOR_ROLES, Identity, Role, read_identity
+from imdsproxy.fleet.layout import HostId
+from imdsproxy.fleet.members import admits_operator, operator_key
+from imdsproxy.hub.api.operations import WITHHELD, Operations
+from imdsproxy.hub.api.views import Views
+from imdsproxy.hub.hosts.in_force import Reported
+from imdsproxy.hub.store.plan_writes import Terms
+from imdsproxy.model.entities import InstanceId, NetworkId
+
+_COMPLETE_S: Final = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Caller of the API."""
+
+    identity: Identity
+
+    @property
+    def scope(self) -> str | None:
+        """Project that the caller is limited to; `None` for all."""
+        return self.identity.scope
+
+    @property
+    def reads_secrets(self) -> bool:
+        """Return whether the caller may see user data and the answers to guests."""
+        return self.identity.role is Role.OPERATOR
+
+    def require(self, *roles: Role, all_projects: bool = False) -> None:
+        """Raise `AccessDenied` unless the caller's role is listed; with `all_projects`, refuse limited callers too."""
+        if self.identity.role not in roles:
+            raise AccessDenied(
+                f"{self.identity.name} is {self.identity.role}, and may not do this",
+                hint=f"a certificate of role {' or '.join(roles)} may: imdsproxy fleet operator",
+            )
+        if all_projects and self.scope is not None:
+            raise AccessDenied(
+                f"{self.identity.name} is limited to project {self.scope}, and may not do this",
+                hint="an operator without that limit may",
+            )
+
+    def views(self, operations: Operations) -> Views:
+        """Return the records that the caller may read."""
+        return Views(operations.state, self.scope)
+
+    async def reported(self, operations: Operations) -> Reported:
+        """Return hosts' acknowledgements, without error texts for callers of one project.
+
+        A host's error text may name records of other projects.
+        """
+        reported = await operations.in_force.report_all()
+        if self.scope is None:
+            return reported
+        return {
+            host: {**one, "failed": dict.fromkeys(one.get("failed", {}), WITHHELD)}
+            for host, one in reported.items()
+        }
+
+
+async def admit(operations: Operations, headers: Mapping[str, str]) -> Caller:
+    """Identify the caller by the headers that HAProxy set.
+
+    Raises:
+        AccessDenied: The caller has no certificate, or one that is not valid here.
+        SourceUnavailable: This hub has not read etcd yet, or serves no host now.
+    """
+    identity = read_identity(headers)
+    if identity is None:
+        raise AccessDenied(
+            "this needs a certificate of the fleet", hint="imdsproxy fleet operator makes one"
+        )
+    try:
+        async with asyncio.timeout(_COMPLETE_S):
+            await operations.complete.wait()
+    except TimeoutError as error:
+        raise SourceUnavailable("this hub has not read etcd yet", hint="ask another hub") from error
+    key, state = operator_key(identity.name), operations.state
+    revoked = state.value(key)
+    known = identity.role in OPERATOR_ROLES or identity.role is Role.HUB
+    if known and revoked is None and key in state.unreadable:
+        raise AccessDenied(
+            f"whether the certificate of {identity.name} is revoked is not readable in etcd",
+            hint=f"`imdsproxy fleet revoke {identity.name} --operator`, else `etcdctl del {key}`",
+        )
+    if known and not admits_operator(identity, None if revoked is None else revoked[0]):
+        raise AccessDenied(f"the certificate of {identity.name} is revoked")
+    if identity.role is Role.HOST and (why := operations.unready()) is not None:
+        raise SourceUnavailable(f"this hub serves no host: {why}", hint="ask another hub")
+    if identity.role is Role.HOST and not operations.streams.admits(
+        HostId(identity.name), identity.serial
+    ):
+        raise AccessDenied(f"the certificate of host {identity.name} is not good any more")
+    if identity.role in OPERATOR_ROLES:
+        operations.restores.journal.note_name(identity.name, "an operator")
+    return Caller(identity)
+
+
+async def _operations(request: Request) -> Operations:
+    return cast("Operations", request.app.state.operations)
+
+
+Uses: TypeAlias = Annotated[Operations, Depends(_operations)]
+
+
+class Admits:
+    """Dependency of a route: the caller, if its role is admitted.
+
+    Attributes:
+        roles: Admitted roles.
+        all_projects: Whether the caller must not be limited to a project.
+    """
+
+    def __init__(self, *roles: Role, all_projects: bool = False) -> None:
+        self.roles, self.all_projects = roles, all_projects
+
+    async def __call__(self, request: Request, operations: Uses) -> Caller:
+        """Admit the caller; called by FastAPI."""
+        caller = await admit(operations, request.headers)
+        caller.require(*self.roles, all_projects=self.all_projects)
+        return caller
+
+
+_READERS: Final = (Role.OPERATOR, Role.MOVER, Role.READER)
+Reader: TypeAlias = Annotated[Caller, Depends(Admits(*_READERS))]
+Mover: TypeAlias = Annotated[Caller, Depends(Admits(Role.OPERATOR, Role.MOVER))]
+Operator: TypeAlias = Annotated[Caller, Depends(Admits(Role.OPERATOR))]
+FleetReader: TypeAlias = Annotated[Caller, Depends(Admits(*_READERS, all_projects=True))]
+FleetOperator: TypeAlias = Annotated[Caller, Depends(Admits(Role.OPERATOR, all_projects=True))]
+OfHost: TypeAlias = Annotated[Caller, Depends(Admits(Role.HOST))]
+OfHub: TypeAlias = Annotated[Caller, Depends(Admits(Role.HUB))]
+
+_NAMED: Final = Field(description="Its id, or its name where no other has that.")
+
+
+async def _network_id(
+    network: Annotated[str, _NAMED], operations: Uses, caller: Reader
+) -> NetworkId:
+    return caller.views(operations).find_network(network)
+
+
+async def _instance_id(
+    instance: Annotated[str, _NAMED], operations: Uses, caller: Reader
+) -> InstanceId:
+    return caller.views(operations).find_instance(instance)
+
+
+async def _terms(
+    operations: Uses,
+    caller: Reader,
+    if_revision: Annotated[
+        int | None, Query(ge=1, description="Refuse unless the record has this revision.")
+    ] = None,
+    idempotency_key: Annotated[
+        str | None,
+        Header(max_length=64, description="Names the write: sent again, it is done once."),
+    ] = None,
+) -> Terms:
+    request = idempotency_key or uuid.uuid4().hex
+    return operations.writes.terms(request, revision=if_revision, scope=caller.scope)
+
+
+NetworkOf: TypeAlias = Annotated[NetworkId, Depends(_network_id)]
+InstanceOf: TypeAlias = Annotated[InstanceId, Depends(_instance_id)]
+TermsOf: TypeAlias = Annotated[Terms, Depends(_terms)]

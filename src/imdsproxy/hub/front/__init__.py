@@ -1,0 +1,1 @@
+"""HAProxy in front of a hub: its configuration, process and accounts."""

@@ -1,0 +1,163 @@
+"""Accounts of a hub: its own, and another for HAProxy in front of the hub, which cannot read the fleet's keys.
+
+A hub that root starts takes its account before any communication. HAProxy's process exists by then.
+"""
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from imdsproxy.config.hub import HubSettings
+from imdsproxy.errors import refusing
+from imdsproxy.host.account import Account, account_of
+from imdsproxy.host.files import Owner, apply_owner_and_mode, ensure_directory, write_atomic
+from imdsproxy.hub.pki.files import FleetFiles
+
+_SHARED: Final = 0o640
+
+
+@dataclass(frozen=True, slots=True)
+class Accounts:
+    """Accounts that a hub and its HAProxy take; `None` for the present one."""
+
+    hub: Account | None = None
+    haproxy: Account | None = None
+
+    @property
+    def shared(self) -> Owner | None:
+        """Owner of files that HAProxy may read, for the hub that writes them."""
+        return None if self.haproxy is None else (-1, self.haproxy.group)
+
+    def assume(self) -> None:
+        """Switch to the hub's account permanently, with the group of HAProxy's account.
+
+        Raises:
+            OSError: The kernel refuses.
+        """
+        if self.hub is not None:
+            self.hub.assume(() if self.haproxy is None else (self.haproxy.group,))
+
+
+def find_accounts(settings: HubSettings) -> Accounts:
+    """Look up the accounts of the settings; both are `None` if this process is not root.
+
+    Raises:
+        HostRefused: There is no such account.
+    """
+    if os.geteuid() != 0:
+        return Accounts()
+    hub = None if settings.user is None else account_of(settings.user, "hub.user")
+    if settings.haproxy_user is None:
+        return Accounts(hub, hub)
+    return Accounts(hub, account_of(settings.haproxy_user, "hub.haproxy_user"))
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Paths below `hub.runtime_dir` that a hub shares with its HAProxy."""
+
+    directory: Path
+
+    @property
+    def shared(self) -> Path:
+        """Directory of files that HAProxy reads."""
+        return self.directory / "front"
+
+    @property
+    def config(self) -> Path:
+        """HAProxy's configuration."""
+        return self.shared / "haproxy.cfg"
+
+    @property
+    def certificate(self) -> Path:
+        """Copy of the hub's certificate and key."""
+        return self.shared / "hub.pem"
+
+    @property
+    def authority(self) -> Path:
+        """Copy of the CA certificates."""
+        return self.shared / "ca.crt"
+
+    @property
+    def control(self) -> Path:
+        """Socket on which HAProxy takes commands, in a directory that both write."""
+        return self.directory / "control/haproxy.sock"
+
+    @property
+    def stream_socket(self) -> Path:
+        """Socket of hosts' streams."""
+        return self.directory / "stream.sock"
+
+    @property
+    def api_socket(self) -> Path:
+        """Socket of all other requests."""
+        return self.directory / "api.sock"
+
+
+def give_places(settings: HubSettings, accounts: Accounts) -> Places:
+    """Create the directories of a hub; as root, give them to the hub's account.
+
+    Raises:
+        HostRefused: The file system refused.
+    """
+    places, owner = Places(settings.runtime_dir), accounts.shared
+    if accounts.hub is not None:
+        owner = accounts.hub.user, (accounts.haproxy or accounts.hub).group
+        files = FleetFiles(settings.directory)
+        # If there is no fleet, the hub reports that when it reads the files.
+        if settings.directory.is_dir():
+            _give(settings.directory, files.of_hub, accounts.hub)
+        with refusing(f"have the hub read {files.operator}"), _regular(files.operator) as file:
+            if file is not None:
+                apply_owner_and_mode(file, _SHARED, (-1, accounts.hub.group))
+        ensure_directory(settings.state_dir, mode=0o700)
+        _give(settings.state_dir, settings.state_dir.iterdir(), accounts.hub)
+    ensure_directory(places.directory, mode=0o710, owner=owner)
+    return places
+
+
+def _give(directory: Path, paths: Iterable[Path], account: Account) -> None:
+    with refusing(f"give {directory} to the hub's account"):
+        for path in paths:
+            with _regular(path) as file:
+                if file is not None:
+                    os.fchown(file, account.user, account.group)
+    ensure_directory(directory, mode=0o700, owner=(account.user, account.group))
+
+
+@contextlib.contextmanager
+def _regular(path: Path) -> Iterator[int | None]:
+    """Open a regular file without other names; yield `None` otherwise, for example for a link the account created."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno not in {errno.ENOENT, errno.ELOOP}:
+            raise
+        yield None
+        return
+    try:
+        status = os.fstat(file)
+        yield file if stat.S_ISREG(status.st_mode) and status.st_nlink == 1 else None
+    finally:
+        os.close(file)
+
+
+def fill_places(places: Places, files: FleetFiles, accounts: Accounts) -> None:
+    """Copy the fleet's files that HAProxy reads: the hub's certificate with its key, and the CA certificates.
+
+    Raises:
+        HostRefused: A file cannot be written.
+    """
+    owner = accounts.shared
+    ensure_directory(places.shared, mode=0o750, owner=owner)
+    ensure_directory(places.control.parent, mode=0o770, owner=owner)
+    for source, path in (
+        (files.hub, places.certificate),
+        (files.ca_certificate, places.authority),
+    ):
+        write_atomic(path, source.read_bytes(), mode=_SHARED, owner=owner)

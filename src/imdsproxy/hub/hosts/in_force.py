@@ -1,0 +1,169 @@
+"""Check and wait for changes to be in force on hosts, whichever hub each host is connected to."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias
+
+from imdsproxy.fleet.layout import HostId
+from imdsproxy.fleet.stream import CONNECT_S, ItemKey
+from imdsproxy.hub.hosts.peers import Peers
+from imdsproxy.hub.hosts.streams import Streams
+
+APPLIED_PATH: Final = "/fleet/applied"
+WAIT_S: Final = 10.0
+_ABSENT_S: Final = 3.0
+"""Time to wait for hosts without a hub: such a host may be about to connect to another hub."""
+
+_AGAIN_S: Final = 0.1
+_ROUND_S: Final = 1.0
+"""Time until the next search for hosts, since a host may have moved to another hub."""
+
+NOT_CONNECTED: Final = "not connected"
+COMING: Final = frozenset((NOT_CONNECTED, "not received", "not sent yet", "not acknowledged yet"))
+"""Transient reasons. All other reasons are failures on a host, in the host's words."""
+
+Reported: TypeAlias = Mapping[HostId, Mapping[str, Any]]
+"""Acknowledged revision, failed items and hub's name of each host; hosts without a connection are missing."""
+
+
+@dataclass(slots=True)
+class InForce:
+    """Acknowledgements of all hosts of the fleet.
+
+    Args:
+        streams: Streams to this hub's hosts.
+        peers: Other hubs.
+    """
+
+    streams: Streams
+    peers: Peers
+
+    async def wait(
+        self,
+        hosts: Collection[HostId],
+        revision: int,
+        items: Collection[ItemKey] | None = None,
+        timeout_s: float = WAIT_S,
+    ) -> dict[HostId, str]:
+        """Wait until a revision is in force on these hosts.
+
+        Args:
+            hosts: Hosts to wait for.
+            revision: Revision that the hosts must have reached.
+            items: Items whose failures count; `None` for all.
+            timeout_s: Maximum time to wait.
+
+        Returns:
+            The pending hosts with reasons, sorted by name.
+        """
+        loop = asyncio.get_running_loop()
+        begun, pending = loop.time(), dict.fromkeys(sorted(hosts), NOT_CONNECTED)
+        while pending:
+            left = begun + timeout_s - loop.time()
+            part = max(0.0, min(left, _ROUND_S))
+            here = await self._round(frozenset(pending), revision, items, part)
+            pending = {one: why for one in pending if (why := here.get(one, NOT_CONNECTED))}
+            if not pending:
+                break
+            passed = loop.time() - begun
+            absent = all(why == NOT_CONNECTED for why in pending.values())
+            failed = all(why not in COMING for why in pending.values())
+            if failed or passed >= (min(_ABSENT_S, timeout_s) if absent else timeout_s):
+                break
+            await asyncio.sleep(_AGAIN_S)
+        return pending
+
+    async def _round(
+        self,
+        hosts: frozenset[HostId],
+        revision: int,
+        items: Collection[ItemKey] | None,
+        timeout_s: float,
+    ) -> dict[HostId, str]:
+        """Ask all hubs; return a reason for each connected host, empty if the revision is in force."""
+        elsewhere = hosts - self.streams.hosts.keys()
+        mine = self.here(hosts, revision, items, timeout_s)
+        if not (elsewhere and self.peers.urls()):
+            return await mine
+        # A body, since a URL with the names of thousands of hosts would be refused.
+        body = {
+            "revision": revision,
+            "hosts": sorted(elsewhere),
+            "items": None if items is None else sorted(items),
+            "within_s": timeout_s,
+            "incarnation": self.streams.state.meta.incarnation,
+        }
+        asking = self.peers.ask_all(APPLIED_PATH, {}, timeout_s + CONNECT_S, body)
+        theirs = asyncio.ensure_future(asking)
+        found = await mine
+        for answer in (await theirs).values():
+            found |= {HostId(host): str(why) for host, why in answer.items()}
+        return found
+
+    async def here(
+        self,
+        hosts: Collection[HostId],
+        revision: int,
+        items: Collection[ItemKey] | None,
+        timeout_s: float,
+        incarnation: int = 0,
+    ) -> dict[HostId, str]:
+        """Wait for hosts of this hub; return a reason for each, empty if the revision is in force.
+
+        Hosts that are not connected to this hub are missing. If this hub lags behind `incarnation`, all of its hosts
+        are pending: revisions of an older incarnation prove nothing.
+        """
+        mine = [one for one in hosts if one in self.streams.hosts]
+        if self.streams.state.meta.incarnation < incarnation:
+            return dict.fromkeys(mine, "not received")
+        pending = await self.streams.wait(mine, revision, timeout_s, items)
+        return {host: pending.get(host, "") for host in mine}
+
+    def report(self) -> dict[HostId, dict[str, Any]]:
+        """Return the acknowledged revision and the failed items of each host of this hub."""
+        return {
+            host: {
+                "acknowledged": one.acked,
+                "failed": dict(one.failed),
+                "serial": one.serial,
+                "level": one.level,
+            }
+            for host, one in self.streams.hosts.items()
+        }
+
+    async def levels(self) -> Mapping[HostId, int]:
+        """Return the level of records that each connected host reads; 1 if another hub does not report it."""
+        reported = await self.report_all()
+        levels = {host: one.get("level", 1) for host, one in reported.items()}
+        return {host: one if isinstance(one, int) else 1 for host, one in levels.items()}
+
+    async def report_all(self) -> Reported:
+        """Return the reports of all hubs, with the name of each host's hub."""
+        return (await self.ask_hubs())[0]
+
+    async def ask_hubs(self) -> tuple[Reported, Collection[str]]:
+        """Return the reports of all hubs, and the names of the other hubs that answered."""
+        answers = await self.peers.ask_all(APPLIED_PATH, {}, CONNECT_S)
+        found = {host: {**one, "hub": self.peers.name} for host, one in self.report().items()}
+        for name, answer in answers.items():
+            for host, one in _parse_report(answer).items():
+                known = found.get(host)
+                if known is None or one["acknowledged"] > known["acknowledged"]:
+                    found[host] = {**one, "hub": name}
+        return found, answers.keys()
+
+
+def _parse_report(answer: Mapping[str, Any]) -> dict[HostId, dict[str, Any]]:
+    """Parse another hub's `InForce.report`; skip hosts that this version cannot parse."""
+    found: dict[HostId, dict[str, Any]] = {}
+    for host, one in answer.items():
+        match one:
+            case {"acknowledged": int(acknowledged), "failed": dict(failed)}:
+                words = {str(item): str(why) for item, why in failed.items()}
+                found[HostId(host)] = {**one, "acknowledged": acknowledged, "failed": words}
+            case _:
+                pass
+    return found

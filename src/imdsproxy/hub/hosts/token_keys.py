@@ -1,0 +1,189 @@
+"""Session token keys of the fleet: sealed in etcd, and derived into keys per instance for hosts.
+
+The next key reaches every connected host before it signs, so a token stays valid wherever its instance moves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import os
+from dataclasses import dataclass, field
+from typing import Final
+
+import structlog
+
+from imdsproxy.errors import ImdsproxyError, SourceCorrupt
+from imdsproxy.fleet import layout
+from imdsproxy.fleet.layout import Json, View
+from imdsproxy.fleet.values import (
+    SealedKeys,
+    Sealing,
+    parse_sealed_keys,
+    render_sealed_keys,
+    render_sealing,
+)
+from imdsproxy.hub.store.envelope import Envelope
+from imdsproxy.hub.store.etcd_messages import unchanged
+from imdsproxy.hub.store.plan_writes import Transaction, refuse_suspect
+from imdsproxy.hub.store.state import FleetState, Item
+from imdsproxy.hub.store.writes import Writes
+from imdsproxy.model.entities import InstanceId
+from imdsproxy.model.tokens import KEPT_KEYS, KEY_BYTES, TokenKey, instance_key
+
+PLACE: Final = layout.TOKEN_KEYS
+_ANEW: Final = "`imdsproxy token rotate` writes keys anew"
+
+_AGAIN_S: Final = 10.0
+_log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class FleetKeys:
+    """Keys from which hubs derive the keys of instances.
+
+    Attributes:
+        current: Key that signs.
+        pending: Key that signs once every connected host has it.
+        old: Keys that only verify, the newest first.
+    """
+
+    current: TokenKey
+    pending: TokenKey | None = None
+    old: tuple[TokenKey, ...] = ()
+
+    def begin_rotation(self, fresh: TokenKey) -> FleetKeys:
+        """Return the keys with `fresh` pending, unless another key is pending already."""
+        return FleetKeys(self.current, self.pending or fresh, self.old)
+
+    def end_rotation(self, confirmed: TokenKey) -> FleetKeys:
+        """Make the pending key sign, if it is the confirmed key; keep `KEPT_KEYS` keys, like a single host.
+
+        Another rotation may have ended this one and begun anew: its pending key is not confirmed.
+        """
+        if self.pending != confirmed:
+            return self
+        return FleetKeys(confirmed, None, (self.current, *self.old)[: KEPT_KEYS - 1])
+
+    def item_of(self, instance: InstanceId) -> Json:
+        """Return an instance's keys for hosts (`fleet.stream`)."""
+        pending = () if self.pending is None else (self.pending,)
+        own = [instance_key(key, instance) for key in (self.current, *pending, *self.old)]
+        kids = [key.kid for key in own]
+        return {
+            "current": kids[0],
+            "keys": {kid: key.text for kid, key in zip(kids, own, strict=True)},
+        }
+
+
+def seal_keys(keys: FleetKeys, envelope: Envelope) -> bytes:
+    """Return the value of `layout.TOKEN_KEYS`."""
+    pending = None if keys.pending is None else keys.pending.text
+    shape = {"current": keys.current.text, "pending": pending, "old": [k.text for k in keys.old]}
+    return render_sealed_keys(SealedKeys(envelope.seal(PLACE, json.dumps(shape).encode())))
+
+
+def sealed_keys(value: bytes) -> bytes:
+    """Return the sealed part of a value of `layout.TOKEN_KEYS`; raise `SourceCorrupt` if another program wrote it."""
+    try:
+        return parse_sealed_keys(value).sealed
+    except layout.Unreadable as error:
+        raise SourceCorrupt(f"{PLACE} is not what hubs write: {error}", hint=_ANEW) from error
+
+
+def open_keys(value: bytes, envelope: Envelope) -> FleetKeys:
+    """Reverse `seal_keys`.
+
+    Raises:
+        SourceCorrupt: Another program wrote the value, or no key of the envelope opens it.
+    """
+    opened = envelope.open(PLACE, sealed_keys(value))
+    try:
+        return _parse_keys(json.loads(opened))
+    except ValueError:
+        # The exception's cause would show a part of the secret.
+        raise SourceCorrupt(f"{PLACE} has no keys that this version reads", hint=_ANEW) from None
+
+
+def _parse_keys(shape: object) -> FleetKeys:
+    match shape:
+        case {"current": current, "pending": pending, "old": list(old)}:
+            following = None if pending is None else _key(pending)
+            return FleetKeys(_key(current), following, tuple(map(_key, old)))
+        case _:
+            raise ValueError("no keys")
+
+
+def _key(text: object) -> TokenKey:
+    secret = base64.b64decode(text, validate=True) if isinstance(text, str) else b""
+    if len(secret) != KEY_BYTES:
+        raise ValueError("no key")
+    return TokenKey(secret)
+
+
+@dataclass(slots=True)
+class TokenKeyRing:
+    """Token keys from this hub's copy of etcd; the earlier keys while the newest are unreadable."""
+
+    state: FleetState
+    envelope: Envelope
+    _problem: str | None = None
+    _looked_at: tuple[bytes, int] | None = None
+    _revision: int = 0
+    _keys: FleetKeys | None = field(default=None, repr=False)
+
+    def keys(self) -> FleetKeys | None:
+        """Return the newest readable keys."""
+        found = self.state.value(PLACE)
+        if found is not None and found != self._looked_at:
+            self._looked_at = found
+            try:
+                self._keys, self._revision = open_keys(found[0], self.envelope), found[1]
+                self._problem = None
+            except SourceCorrupt as error:
+                self._problem = error.message
+                _log.error("token keys not read", code=error.code, error=error.message)
+        return self._keys
+
+    @property
+    def problem(self) -> str | None:
+        """Reason why the newest keys are unreadable, while the earlier keys are in force."""
+        self.keys()
+        unread = self.state.unreadable.get(PLACE)
+        return self._problem if unread is None else f"{PLACE} is not what hubs write: {unread.why}"
+
+    def item_of(self, instance: InstanceId) -> Item | None:
+        """Return `FleetKeys.item_of` with the revision of the keys; `None` while there are no keys."""
+        keys = self.keys()
+        return None if keys is None else (self._revision, keys.item_of(instance))
+
+
+def fresh_key() -> TokenKey:
+    return TokenKey(os.urandom(KEY_BYTES))
+
+
+async def make_first_key(writes: Writes) -> None:
+    """Write the first token key and the choice of the sealing key, if absent; retry until etcd has them."""
+    envelope = writes.envelope
+
+    def plan(view: View) -> Transaction:
+        unsuspected, chosen = refuse_suspect(view), view(layout.ENVELOPE)
+        if view(PLACE) is not None:
+            return Transaction()
+        puts = {PLACE: seal_keys(FleetKeys(fresh_key()), envelope)}
+        if chosen is None:
+            first = next(iter(envelope.keys))
+            sealing = Sealing(first, envelope.fingerprint(first) or "")
+            puts[layout.ENVELOPE] = render_sealing(sealing)
+        known = unchanged(layout.ENVELOPE, 0 if chosen is None else chosen[1])
+        return Transaction((unsuspected, unchanged(PLACE, 0), known), puts)
+
+    while True:
+        try:
+            await writes.write(plan)
+        except ImdsproxyError as error:
+            _log.warning("no token key yet", code=error.code, error=error.message)
+            await asyncio.sleep(_AGAIN_S)
+            continue
+        return

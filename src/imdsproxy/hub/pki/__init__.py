@@ -1,0 +1,1 @@
+"""Certificates of a fleet: authority, enrolment, and a hub's files."""
