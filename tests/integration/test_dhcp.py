@@ -15,7 +15,7 @@ from imdsproxy.host.namespaces import NamespaceDirectory
 from imdsproxy.host.process import command_name
 from imdsproxy.model.entities import Scope
 from imdsproxy.sources.neutron_namespaces.proxies import DhcpProxies
-from imdsproxy.tools.takeover.plan import Action, EditSettings, StartAgent
+from imdsproxy.tools.takeover.steps import EditSettings, StartAgent, Step
 from support.daemon import Daemon
 from support.dhcp_client import take_lease
 from support.guest import IPV4, IPV6, Guest, Load, Lost, Reply
@@ -105,7 +105,7 @@ class DhcpWorld:
         found = processes_in(self.host.dhcp_namespace("net-green"))
         return {name for pid in found if (name := command_name(pid))}
 
-    def run(self, *words: str, killed_after: type[Action] | None = None) -> None:
+    def run(self, *words: str, killed_after: type[Step] | None = None) -> None:
         """Run a command of imdsproxy's, which has agent and controller restarted."""
         agent = self.host.agents["dhcp"]
         run_takeover(self.daemon, agent, *words, killed_after=killed_after)

@@ -10,11 +10,11 @@ import pytest
 
 from imdsproxy.tools.takeover.l3 import PROXIES
 from imdsproxy.tools.takeover.observe import find_proxies
-from imdsproxy.tools.takeover.plan import (
-    Action,
+from imdsproxy.tools.takeover.steps import (
     EditSettings,
     Restart,
     StartAgent,
+    Step,
     WaitServed,
     WriteSettings,
 )
@@ -77,7 +77,7 @@ class L3World:
             pause_s=_PAUSE_S,
         )
 
-    def command(self, *words: str, killed_after: type[Action] | None = None) -> None:
+    def command(self, *words: str, killed_after: type[Step] | None = None) -> None:
         """Run a command of imdsproxy's, which has agent and controller restarted."""
         run_takeover(self.daemon, self.host.agents["l3"], *words, killed_after=killed_after)
 

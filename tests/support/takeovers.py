@@ -7,8 +7,8 @@ from functools import partial
 from typing import Final
 from unittest import mock
 
-from imdsproxy.tools.takeover.act import Actor
-from imdsproxy.tools.takeover.plan import Action
+from imdsproxy.tools.takeover.actor import Actor
+from imdsproxy.tools.takeover.steps import Step
 from support.commands import Command
 from support.daemon import Daemon
 from support.lab import until
@@ -20,12 +20,12 @@ _WITHIN_S: Final = 180.0
 
 
 def run_takeover(
-    daemon: Daemon, agent: Server, *words: str, killed_after: type[Action] | None = None
+    daemon: Daemon, agent: Server, *words: str, killed_after: type[Step] | None = None
 ) -> Command:
     """Run a command that has the controller, and an agent, restarted by files; it has to succeed.
 
     Args:
-        killed_after: It is killed when it has taken the first action of this kind.
+        killed_after: It is killed when it has taken the first step of this kind.
     """
 
     def restart_controller() -> None:
@@ -67,13 +67,12 @@ def run_takeover(
     return result
 
 
-def _die_after(kind: type[Action]) -> None:
-    do = Actor.do
+def _die_after(kind: type[Step]) -> None:
+    run = kind.run
 
-    def do_and_die(actor: Actor, action: Action) -> str:
-        result = do(actor, action)
-        if isinstance(action, kind):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
+    def run_and_die(step: Step, actor: Actor) -> str:
+        run(step, actor)
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
 
-    mock.patch.object(Actor, "do", do_and_die).start()
+    mock.patch.object(kind, "run", run_and_die).start()

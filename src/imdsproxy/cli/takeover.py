@@ -4,14 +4,17 @@ import importlib
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 from imdsproxy.cli import options
 from imdsproxy.cli.options import argument, flag
 from imdsproxy.cli.output import Output, clean
 from imdsproxy.config.files import DEFAULT_CONFIG
 from imdsproxy.errors import HostRefused, ImdsproxyError, Problem, RequestRefused, spell_count
-from imdsproxy.tools.takeover.plan import Commands, Kind, Seen, Step, shape_of, shape_of_agent
+from imdsproxy.tools.takeover.seen import Commands, Kind, Seen, shape_of_agent
+
+if TYPE_CHECKING:
+    from imdsproxy.tools.takeover.steps import Step, Takeover
 
 KINDS: Final = ("ovn", "l3", "dhcp")
 """Kinds of takeover. Each is a module of that name with a `KIND`."""
@@ -108,7 +111,7 @@ class _Plan:
     """
 
     name: str
-    steps: tuple[Step, ...]
+    steps: "tuple[Step, ...]"
     problems: tuple[Problem, ...]
     seen: Seen
     remembers: Mapping[str, Seen] = field(default_factory=dict)
@@ -117,12 +120,12 @@ class _Plan:
 
 def _observe(
     run: options.Invocation, what: str, given: Commands, named: int | None
-) -> tuple[Kind, Seen]:
+) -> "tuple[Takeover, Seen]":
     from imdsproxy.tools.takeover.observe import observe  # noqa: PLC0415 - `--help` need not load it
 
     if what not in KINDS:
         raise RequestRefused(f"there is no takeover of {what}", hint=f"one of {', '.join(KINDS)}")
-    kind: Kind = importlib.import_module(f"imdsproxy.tools.takeover.{what}").KIND
+    kind: Takeover = importlib.import_module(f"imdsproxy.tools.takeover.{what}").KIND
     directory = (run.config or DEFAULT_CONFIG).absolute().parent
     seen = observe(kind, run.daemon(), run.load(), directory=directory, given=given, named=named)
     return kind, seen
@@ -185,7 +188,7 @@ def _carry_out(run: options.Invocation, plan: _Plan, timeout_s: float | None, *,
             {
                 "agents": [dict(shape_of_agent(agent)) for agent in plan.seen.agents],
                 "files": list(plan.seen.files),
-                "plan": [dict(shape_of(one)) for one in plan.steps],
+                "plan": [dict(one.shape) for one in plan.steps],
                 "report": report,
             }
         )
@@ -195,14 +198,14 @@ def _carry_out(run: options.Invocation, plan: _Plan, timeout_s: float | None, *,
 
 
 def _act(run: options.Invocation, plan: _Plan, timeout_s: float) -> Iterator[Mapping[str, str]]:
-    from imdsproxy.tools.takeover.act import Actor  # noqa: PLC0415 - `--help` need not load it
+    from imdsproxy.tools.takeover.actor import Actor  # noqa: PLC0415 - `--help` need not load it
 
     actor = Actor(run.daemon(), run.load, timeout_s)
     for number, step in enumerate(plan.steps, 1):
         began = time.monotonic()
         try:
             with run.output.waiting(clean(step.words)):
-                result = actor.do(step.action)
+                result = step.run(actor)
         except ImdsproxyError as error:
             raise _stopped(plan, number, error) from error
         took = f"{time.monotonic() - began:.1f}"

@@ -5,9 +5,10 @@ import pytest
 from imdsproxy.api.client import AdminClient
 from imdsproxy.config.load import Loaded, load_settings
 from imdsproxy.errors import ConfigInvalid, HostRefused
-from imdsproxy.tools.takeover.act import Actor
+from imdsproxy.tools.takeover.actor import Actor
 from imdsproxy.tools.takeover.observe import recall, remember
-from imdsproxy.tools.takeover.plan import Commands, Reach, Restart, Seen, WriteSettings
+from imdsproxy.tools.takeover.seen import Commands, Reach, Seen
+from imdsproxy.tools.takeover.steps import Restart, WriteSettings
 
 
 def _actor(directory: Path) -> Actor:
@@ -27,15 +28,15 @@ def test_settings_that_are_not_acceptable_are_taken_back(
     if before is not None:
         file.write_text(before)
     with pytest.raises(ConfigInvalid):
-        actor.do(WriteSettings(str(file), "sources: {ovn: {southbound: nonsense}}\n"))
+        WriteSettings("", "", "", str(file), "sources: {ovn: {southbound: nonsense}}\n").run(actor)
     assert (file.read_text() if file.exists() else None) == before
-    actor.do(WriteSettings(str(file), "sources: {ovn: {enabled: true}}\n"))
+    WriteSettings("", "", "", str(file), "sources: {ovn: {enabled: true}}\n").run(actor)
     assert actor.load().settings.sources.ovn.enabled
 
 
 def test_a_command_that_fails_is_an_error_with_what_it_printed(tmp_path: Path) -> None:
     with pytest.raises(HostRefused, match="ended with 3: no such unit"):
-        _actor(tmp_path).do(Restart("echo no such unit; exit 3"))
+        Restart("", "echo no such unit; exit 3", "").run(_actor(tmp_path))
 
 
 def test_how_an_agent_is_started_is_known_until_it_has_been_given_its_place_back(

@@ -23,7 +23,7 @@ from imdsproxy.tools.takeover.genuine import (
     read_group,
     unit_in,
 )
-from imdsproxy.tools.takeover.plan import Reach
+from imdsproxy.tools.takeover.seen import Reach
 from support.lab import until
 
 _ID: Final = "0123456789abcdef" * 4

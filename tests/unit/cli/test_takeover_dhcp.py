@@ -12,9 +12,10 @@ import pytest
 
 from imdsproxy.config.neutron_ini import parse_ini
 from imdsproxy.host.process import read_arguments
-from imdsproxy.tools.takeover.dhcp import KIND
-from imdsproxy.tools.takeover.plan import Agent, Commands, EditSettings, Proxy, Seen, WaitStandIns
+from imdsproxy.tools.takeover.dhcp import KIND, WaitStandIns
+from imdsproxy.tools.takeover.seen import Agent, Commands, Proxy, Seen
 from imdsproxy.tools.takeover.stand_in import STAND_IN, is_stand_in, render_stand_in
+from imdsproxy.tools.takeover.steps import EditSettings
 from support.lab import until
 
 _SEEN: Final = Seen(
@@ -46,7 +47,7 @@ def test_what_would_not_work_is_refused(seen: Seen, field: str) -> None:
 
 def test_nothing_is_refused_where_all_is_there_and_nothing_is_done_twice() -> None:
     assert not list(KIND.refuse(_SEEN))
-    assert isinstance(tuple(KIND.takeover(_SEEN))[-1].action, WaitStandIns)
+    assert isinstance(tuple(KIND.takeover(_SEEN))[-1], WaitStandIns)
     text = render_stand_in("/usr/sbin/haproxy")
     done = replace(_SEEN, present="", source=True, stand_in=text, proxies=())
     assert not list(KIND.refuse(done))
@@ -82,12 +83,12 @@ def test_an_agent_that_serves_no_metadata_gets_the_option_once_its_haproxies_are
     seen: Seen, steps: str
 ) -> None:
     assert not list(KIND.refuse(seen))
-    assert [type(one.action).__name__ for one in KIND.takeover(seen)] == steps.split()
+    assert [type(one).__name__ for one in KIND.takeover(seen)] == steps.split()
 
 
 def test_where_metadata_is_forced_the_agents_settings_stay() -> None:
     forced = parse_ini("[DEFAULT]\nforce_metadata = True\n", "dhcp_agent.ini")
-    actions = [type(one.action) for one in KIND.takeover(replace(_OFF, options=(forced,)))]
+    actions = [type(one) for one in KIND.takeover(replace(_OFF, options=(forced,)))]
     assert EditSettings not in actions
 
 
@@ -95,12 +96,12 @@ def test_a_handback_puts_back_the_option_that_a_takeover_has_set_and_waits_for_n
     seen = replace(
         _SEEN, present="", source=True, proxies=(), stand_in=render_stand_in(""), marked=True
     )
-    steps = [type(one.action).__name__ for one in KIND.handback(seen)]
+    steps = [type(one).__name__ for one in KIND.handback(seen)]
     assert steps == ["EditSettings", "StartAgent", "RemoveStandIn", "LetGo"]
     # The agent may be stopped meanwhile.
     stopped = replace(seen, agents=(), commands=Commands(start="systemctl enable --now X"))
-    assert [type(one.action).__name__ for one in KIND.handback(stopped)] == steps
-    unmarked = [type(one.action).__name__ for one in KIND.handback(replace(seen, marked=False))]
+    assert [type(one).__name__ for one in KIND.handback(stopped)] == steps
+    unmarked = [type(one).__name__ for one in KIND.handback(replace(seen, marked=False))]
     assert unmarked == ["RemoveStandIn", "WaitProxies", "LetGo"]
 
 

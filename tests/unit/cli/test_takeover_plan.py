@@ -4,8 +4,9 @@ import pytest
 
 from imdsproxy.config.neutron_ini import parse_ini
 from imdsproxy.config.strict_yaml import parse_yaml
-from imdsproxy.tools.takeover.ovn import KIND
-from imdsproxy.tools.takeover.plan import Agent, Commands, Proxy, Seen, StopAgent, WriteSettings
+from imdsproxy.tools.takeover.ovn import KIND, StopAgent
+from imdsproxy.tools.takeover.seen import Agent, Commands, Proxy, Seen
+from imdsproxy.tools.takeover.steps import WriteSettings
 
 _INI = """
 [ovs]
@@ -30,7 +31,7 @@ _SERVING = Seen(
 
 def _kinds(seen: Seen, *, back: bool = False) -> list[str]:
     steps = KIND.handback(seen) if back else KIND.takeover(seen)
-    return [type(step.action).__name__ for step in steps]
+    return [type(step).__name__ for step in steps]
 
 
 def test_the_agent_is_stopped_last_and_its_proxies_end_only_when_imdsproxy_serves() -> None:
@@ -55,9 +56,7 @@ def test_what_is_done_already_is_not_in_the_plan(seen: Seen, steps: list[str]) -
 
 
 def test_the_databases_of_the_agent_are_those_of_the_source() -> None:
-    (written,) = (
-        step.action for step in KIND.takeover(_SERVING) if isinstance(step.action, WriteSettings)
-    )
+    (written,) = (step for step in KIND.takeover(_SERVING) if isinstance(step, WriteSettings))
     assert parse_yaml(written.text, "ovn.yaml").value == {
         "sources": {
             "ovn": {
@@ -76,7 +75,7 @@ def test_the_databases_of_the_agent_are_those_of_the_source() -> None:
 def test_only_an_agent_that_is_a_unit_is_held_still_before_it_is_stopped() -> None:
     def held(agent: Agent) -> Agent | None:
         steps = KIND.takeover(replace(_SERVING, agents=(agent,)))
-        (stop,) = (step.action for step in steps if isinstance(step.action, StopAgent))
+        (stop,) = (step for step in steps if isinstance(step, StopAgent))
         return stop.agent
 
     assert held(_AGENT) == _AGENT

@@ -2,14 +2,14 @@
 
 | module | content |
 |---|---|
-| `plan.py` | pure: observed state (`Seen`), steps (`Step`), actions, and a kind's interface (`Kind`) |
-| `KIND.py` | pure: a `Kind`, which computes the steps of both directions from the observed state |
+| `seen.py` | pure: observed state (`Seen`) and the kind of agent (`Kind`) |
+| `steps.py` | shared steps: words, effect, and what undoes each; a kind's interface (`Takeover`) |
+| `KIND.py` | a `Takeover` and its own steps; from the observed state alone it computes the steps of both directions |
 | `genuine.py` | pure: tells agents from other users' processes |
 | `agents.py` | finds running agents, reads and changes their settings files |
 | `observe.py` | reads the host's and the daemon's state into a `Seen` |
-| `act.py` | executes the actions in order; actions are idempotent |
-| `command.py` | both commands: plan, then report |
+| `actor.py` | what steps share: the daemon's client, commands, waits |
 
-To add a kind, write a module of that name with a `KIND` and add the name to `command.KINDS`. Its steps use the actions
-in `plan.py`; a new action also needs a case in `act.py`.
+The commands are in `cli/takeover.py`. To add a kind, write a module of that name with a `KIND` and add the name to
+`KINDS` there. A new step is one class, in the module of its kind or, if kinds share it, in `steps.py`.
 """

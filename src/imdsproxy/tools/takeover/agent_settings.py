@@ -6,14 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from imdsproxy.errors import Problem
-from imdsproxy.tools.takeover.plan import (
-    EditSettings,
-    Seen,
-    StartAgent,
-    Step,
-    mark_of,
-    option_of,
-)
+from imdsproxy.tools.takeover.seen import Seen, mark_of, option_of
 
 _DEFAULT: Final = re.compile(r"^\[DEFAULT\][^\n]*\n", re.MULTILINE)
 _FALSE: Final = frozenset({"false", "0", "no", "off"})
@@ -71,39 +64,11 @@ class AgentOption:
         return text.replace(self._ours, "").replace(f"{self.mark}{self.name}", self.name)
 
 
-def set_steps(seen: Seen, option: AgentOption) -> Iterator[Step]:
-    """Set the option in the agent's last settings file, which overrides the others."""
-    path = seen.files[-1]
-    yield Step(
-        f"set {option.line} in {path}",
-        f"sed -i '/^\\[DEFAULT\\]/a {option.line}' {path}",
-        f"take the line out of {path}",
-        EditSettings(path, option.set_in, seen.reach),
-    )
-
-
-def restore_steps(seen: Seen, option: AgentOption) -> Iterator[Step]:
-    """Restore the option in the agent's last settings file."""
-    path = seen.files[-1]
-    yield Step(
-        f"have {option.name} in {path} as it was",
-        f"take {option.line} out of {path}",
-        f"imdsproxy takeover {option.kind}",
-        EditSettings(path, option.restore_in, seen.reach),
-    )
-
-
-def restart_agent_steps(seen: Seen, what: str) -> Iterator[Step]:
-    """Restart the agent to apply its settings; `what` says which service continues during the restart."""
-    command = _restart_command(seen)
-    yield Step(f"restart the agent; {what}", command, "", StartAgent(command))
-
-
 def refuse_restart(seen: Seen, program: str) -> Iterator[Problem]:
     """Yield the reasons why the agent cannot be reconfigured."""
     if not (seen.agents and seen.files):
         yield Problem(program, "it does not run, or has no settings file", "start it")
-    elif not _restart_command(seen):
+    elif not restart_command(seen):
         yield Problem(
             "--start-agent",
             f"{program} (pid {seen.agents[0].pid}) has no unit of systemd",
@@ -111,6 +76,7 @@ def refuse_restart(seen: Seen, program: str) -> Iterator[Problem]:
         )
 
 
-def _restart_command(seen: Seen) -> str:
+def restart_command(seen: Seen) -> str:
+    """Return the command that restarts the agent; empty if not known."""
     unit = next((one.unit for one in seen.agents if one.unit), "")
     return f"systemctl restart {unit}" if unit else seen.commands.start

@@ -23,7 +23,7 @@ from imdsproxy.tools.takeover.genuine import (
     read_group,
     unit_in,
 )
-from imdsproxy.tools.takeover.plan import Agent, Reach, Stranger
+from imdsproxy.tools.takeover.seen import Agent, Reach, Stranger
 
 _BETWEEN_WORDS: Final = re.compile(r"[()\[\]]")
 _IDS: Final = re.compile(r"^(Uid|Gid):\t(.*)$", re.MULTILINE)

@@ -1,37 +1,36 @@
 """DHCP: replaces the HAProxies that neutron-dhcp-agent runs in its networks' namespaces. The agent keeps running."""
 
+import contextlib
+import signal
 from collections.abc import Iterator
-from typing import Final
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Self
 
 from imdsproxy.config.strict_yaml import render_value
-from imdsproxy.errors import Problem
-from imdsproxy.tools.takeover.agent_settings import (
-    AgentOption,
-    refuse_restart,
-    restart_agent_steps,
-    restore_steps,
-    set_steps,
-)
-from imdsproxy.tools.takeover.plan import (
-    EndProxies,
-    Kind,
-    PlaceStandIn,
-    RemoveStandIn,
-    Seen,
-    Step,
-    WaitRoutes,
-    WaitServed,
-    WaitStandIns,
-    let_go_step,
-    list_pids,
-    option_of,
-    restart_steps,
-    settings_steps,
-    start_steps,
-    wait_step,
-)
+from imdsproxy.errors import Problem, refusing
+from imdsproxy.host.files import write_atomic
+from imdsproxy.host.process import open_process
+from imdsproxy.model.entities import METADATA_IPV4
+from imdsproxy.tools.takeover.actor import Actor
+from imdsproxy.tools.takeover.agent_settings import AgentOption, refuse_restart
+from imdsproxy.tools.takeover.observe import find_proxies, find_stand_ins, find_unrouted
+from imdsproxy.tools.takeover.seen import Seen, option_of
 from imdsproxy.tools.takeover.stand_in import is_stand_in, render_stand_in
+from imdsproxy.tools.takeover.steps import (
+    EditSettings,
+    EndProxies,
+    LetGo,
+    Restart,
+    StartAgent,
+    Step,
+    Takeover,
+    WaitProxies,
+    WaitServed,
+    WriteSettings,
+)
 
+_PROGRAM_MODE: Final = 0o755
 _PREFIX: Final = "qdhcp-"
 _SOURCE: Final = "neutron_namespaces"
 _PROGRAM: Final = "neutron-dhcp-agent"
@@ -42,88 +41,162 @@ ISOLATED: Final = AgentOption(
 )
 
 
+@dataclass(frozen=True, slots=True)
+class PlaceStandIn(Step):
+    """Write the stand-in to a directory that precedes HAProxy's in the agent's PATH."""
+
+    path: str
+    text: str
+
+    @classmethod
+    def of(cls, haproxy: str, path: str) -> Self:
+        """Place the stand-in for this HAProxy."""
+        return cls(
+            f"write {path}, which the agent finds before {haproxy}: a stand-in that does nothing",
+            f"cat >{path}; chmod 755 {path}",
+            f"rm {path}",
+            *(path, render_stand_in(haproxy)),
+        )
+
+    def run(self, actor: Actor) -> str:  # noqa: ARG002 - as the other steps
+        with refusing(f"write {self.path}"):
+            write_atomic(Path(self.path), self.text.encode(), mode=_PROGRAM_MODE, durable=True)
+        return "written"
+
+
+@dataclass(frozen=True, slots=True)
+class WaitStandIns(Step):
+    """Wait until the agent has started a stand-in in every namespace that imdsproxy serves."""
+
+    prefix: str
+
+    @classmethod
+    def of(cls, prefix: str) -> Self:
+        """Wait for the stand-ins in the namespaces with this prefix."""
+        words = "wait until the agent has started the stand-ins (it looks every check_child_processes_interval)"
+        return cls(words, f"for each namespace {prefix}…: ip netns pids NAMESPACE", "", prefix)
+
+    def run(self, actor: Actor) -> str:
+        places = set(actor.networks_in(self.prefix).values())
+
+        def lacks() -> str:
+            if back := find_proxies(self.prefix):
+                return f"HAProxy {back[0].pid} in {back[0].namespace} has come: the agent does not find the stand-in"
+            missing = sorted(places - {one.namespace for one in find_stand_ins(self.prefix)})
+            return f"no stand-in in {missing[0]}" if missing else ""
+
+        actor.wait(lacks)
+        return f"{len(places)} networks"
+
+
+@dataclass(frozen=True, slots=True)
+class WaitRoutes(Step):
+    """Wait until the agent's leases contain the route to 169.254.169.254 in every namespace.
+
+    Attributes:
+        state_path: State directory of the agent.
+    """
+
+    prefix: str
+    state_path: str
+
+    @classmethod
+    def of(cls, seen: Seen, prefix: str) -> Self:
+        """Wait for the leases in the namespaces with this prefix."""
+        words = "wait until the leases of every network name the route to 169.254.169.254"
+        by_hand = f"grep -L 169.254.169.254 {seen.state_path}/dhcp/*/opts"
+        return cls(words, by_hand, "", prefix, seen.state_path)
+
+    def run(self, actor: Actor) -> str:
+        def lacks() -> str:
+            missing = find_unrouted(self.prefix, Path(self.state_path))
+            return f"leases in {missing[0]} name no route to {METADATA_IPV4}" if missing else ""
+
+        actor.wait(lacks)
+        return "guests take it with their next lease"
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveStandIn(Step):
+    """Remove the program and end running stand-ins; the agent then starts HAProxies instead."""
+
+    path: str
+    prefix: str
+
+    @classmethod
+    def of(cls, path: str, prefix: str, then: str) -> Self:
+        """Remove the stand-in at this path; `then` says what follows."""
+        return cls(
+            f"remove {path}, and end the stand-ins{then}",
+            f"rm {path}; pkill -f imdsproxy-for-haproxy",
+            "imdsproxy takeover dhcp",
+            *(path, prefix),
+        )
+
+    def run(self, actor: Actor) -> str:  # noqa: ARG002 - as the other steps
+        with refusing(f"remove {self.path}"):
+            Path(self.path).unlink(missing_ok=True)
+        found = find_stand_ins(self.prefix)
+        for one in found:
+            if (handle := open_process(one.pid)) is not None:
+                with contextlib.closing(handle):
+                    handle.kill(signal.SIGTERM)
+        return f"{len(found)} ended"
+
+
 def _takeover(seen: Seen) -> Iterator[Step]:
     ready = seen.present is not None and seen.source
     placed, on = seen.stand_in is not None, _is_on(seen)
     unread = not on or _is_unread(seen)
     if ready and placed and not (seen.proxies or unread):
         return
-    yield from settings_steps(seen, "the agent's namespaces are networks", render_settings(seen))
-    if not ready:
-        yield from restart_steps(seen)
-    yield _wait_served("in which the agent has a HAProxy")
-    haproxy, path = seen.haproxy
-    if not placed:
-        yield Step(
-            f"write {path}, which the agent finds before {haproxy}: a stand-in that does nothing",
-            f"cat >{path}; chmod 755 {path}",
-            f"rm {path}",
-            PlaceStandIn(path, render_stand_in(haproxy)),
-        )
-    if not on:
-        yield from set_steps(seen, ISOLATED)
-    if unread:
-        yield from restart_agent_steps(seen, "leases stay in force")
-        yield _wait_routes(seen)
-    if seen.proxies:
-        yield Step(
-            f"end the agent's {len(seen.proxies)} HAProxies softly; what waits to be accepted comes to imdsproxy",
-            f"kill -USR1 {list_pids(seen)}",
-            "the agent starts stand-ins for them",
-            EndProxies(_PREFIX),
-        )
-    yield Step(
-        "wait until the agent has started the stand-ins (it looks every check_child_processes_interval)",
-        f"for each namespace {_PREFIX}…: ip netns pids NAMESPACE",
-        "",
-        WaitStandIns(_PREFIX),
+    yield from WriteSettings.if_missing(
+        seen, "the agent's namespaces are networks", render_settings(seen)
     )
+    if not ready:
+        yield Restart.of(seen)
+    yield _wait_served("in which the agent has a HAProxy")
+    if not placed:
+        yield PlaceStandIn.of(*seen.haproxy)
+    if not on:
+        yield EditSettings.to_set(seen, ISOLATED)
+    if unread:
+        yield StartAgent.again(seen, "leases stay in force")
+        yield WaitRoutes.of(seen, _PREFIX)
+    yield from EndProxies.if_any(
+        seen,
+        _PREFIX,
+        "what waits to be accepted comes to imdsproxy",
+        "the agent starts stand-ins for them",
+    )
+    yield WaitStandIns.of(_PREFIX)
     if unread:
         yield _wait_served("in which the agent has a stand-in")
 
 
-def _wait_served(where: str) -> Step:
-    return Step(
-        f"wait until imdsproxy listens in every network {where}",
-        "imdsproxy status",
-        "",
-        WaitServed(_PREFIX),
-    )
-
-
-def _wait_routes(seen: Seen) -> Step:
-    return Step(
-        "wait until the leases of every network name the route to 169.254.169.254",
-        f"grep -L 169.254.169.254 {seen.state_path}/dhcp/*/opts",
-        "",
-        WaitRoutes(_PREFIX, seen.state_path),
-    )
+def _wait_served(where: str) -> WaitServed:
+    words = f"wait until imdsproxy listens in every network {where}"
+    return WaitServed(words, "imdsproxy status", "", _PREFIX)
 
 
 def _handback(seen: Seen) -> Iterator[Step]:
     if seen.marked:
         # Without the option the agent serves no metadata: it ends the stand-ins and starts no HAProxy.
-        yield from restore_steps(seen, ISOLATED)
-        yield from restart_agent_steps(seen, "leases stay in force")
+        yield EditSettings.to_restore(seen, ISOLATED)
+        yield StartAgent.again(seen, "leases stay in force")
     else:
-        yield from start_steps(seen)
+        yield from StartAgent.if_stopped(seen)
     if seen.present is None:
         return
-    path = seen.haproxy[1]
     if seen.stand_in is not None:
         then = "" if seen.marked else ": the agent starts HAProxies in their places"
-        yield Step(
-            f"remove {path}, and end the stand-ins{then}",
-            f"rm {path}; pkill -f imdsproxy-for-haproxy",
-            "imdsproxy takeover dhcp",
-            RemoveStandIn(path, _PREFIX),
-        )
+        yield RemoveStandIn.of(seen.haproxy[1], _PREFIX, then)
     if not seen.marked:
-        yield wait_step(_PREFIX)
+        yield WaitProxies.of(_PREFIX)
     words = (
         f"remove {seen.drop_in}, and restart imdsproxy's controller: its listeners there end softly"
     )
-    yield let_go_step(seen, words, "dhcp", _PREFIX)
+    yield LetGo.of(seen, words, "dhcp", _PREFIX)
 
 
 def _is_on(seen: Seen) -> bool:
@@ -180,7 +253,7 @@ def render_settings(seen: Seen) -> str:
     )
 
 
-KIND: Final = Kind(
+KIND: Final = Takeover(
     "dhcp",
     (_PROGRAM,),
     _PREFIX,

@@ -8,25 +8,19 @@ from typing import Final
 
 from imdsproxy.config.neutron_agents import DEFAULT_PORT
 from imdsproxy.errors import Problem
-from imdsproxy.tools.takeover.agent_settings import (
-    AgentOption,
-    refuse_restart,
-    restart_agent_steps,
-    restore_steps,
-    set_steps,
-)
-from imdsproxy.tools.takeover.plan import (
+from imdsproxy.tools.takeover.agent_settings import AgentOption, refuse_restart
+from imdsproxy.tools.takeover.seen import Seen, option_of
+from imdsproxy.tools.takeover.steps import (
+    EditSettings,
     EndProxies,
-    Kind,
-    Seen,
+    LetGo,
+    Restart,
+    StartAgent,
     Step,
+    Takeover,
+    WaitProxies,
     WaitServed,
-    let_go_step,
-    list_pids,
-    option_of,
-    restart_steps,
-    settings_steps,
-    wait_step,
+    WriteSettings,
 )
 
 _PREFIX: Final = "qrouter-"
@@ -49,39 +43,34 @@ def _takeover(seen: Seen) -> Iterator[Step]:
     ready, off = seen.present is not None and seen.source, PROXIES.is_set(seen)
     if ready and off and not seen.proxies:
         return
-    yield from settings_steps(seen, "the agent's routers are served", _SETTINGS)
+    yield from WriteSettings.if_missing(seen, "the agent's routers are served", _SETTINGS)
     if not ready:
-        yield from restart_steps(seen)
-    yield Step(
+        yield Restart.of(seen)
+    yield WaitServed(
         "wait until imdsproxy listens behind every router of the agent's, and new connections are redirected to it",
         "imdsproxy status",
         "",
-        WaitServed(_PREFIX),
+        _PREFIX,
     )
     if not off:
-        yield from set_steps(seen, PROXIES)
+        yield EditSettings.to_set(seen, PROXIES)
     if not off or seen.proxies:
         # An interrupted takeover may have set the option without restarting the agent.
-        yield from restart_agent_steps(seen, _GOES_ON)
-    if seen.proxies:
-        yield Step(
-            f"end the agent's {len(seen.proxies)} HAProxies softly; none gets a new connection any more",
-            f"kill -USR1 {list_pids(seen)}",
-            "",
-            EndProxies(_PREFIX),
-        )
+        yield StartAgent.again(seen, _GOES_ON)
+    effect = "none gets a new connection any more"
+    yield from EndProxies.if_any(seen, _PREFIX, effect, "")
 
 
 def _handback(seen: Seen) -> Iterator[Step]:
     if seen.present is None:
         return
     if seen.files and PROXIES.is_set(seen):
-        yield from restore_steps(seen, PROXIES)
-    yield from restart_agent_steps(seen, _GOES_ON)
+        yield EditSettings.to_restore(seen, PROXIES)
+    yield StartAgent.again(seen, _GOES_ON)
     port = int(option_of(seen, "DEFAULT", "metadata_port") or DEFAULT_PORT)
-    yield wait_step(_PREFIX, "behind each router that has addresses here", port=port)
+    yield WaitProxies.of(_PREFIX, "behind each router that has addresses here", port=port)
     words = f"remove {seen.drop_in}, and restart imdsproxy's controller: its rules go, then its listeners, softly"
-    yield let_go_step(seen, words, "l3", _PREFIX)
+    yield LetGo.of(seen, words, "l3", _PREFIX)
 
 
 def _refuse(seen: Seen) -> Iterator[Problem]:
@@ -100,7 +89,7 @@ def _refuse(seen: Seen) -> Iterator[Problem]:
     yield from refuse_restart(seen, _PROGRAM)
 
 
-KIND: Final = Kind(
+KIND: Final = Takeover(
     "l3",
     (_PROGRAM,),
     _PREFIX,

@@ -1,27 +1,33 @@
 """OVN: replaces neutron-ovn-metadata-agent, or neutron-ovn-agent with its extension `metadata`."""
 
+import contextlib
+import signal
 from collections.abc import Iterator
-from typing import Final
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Self
 
 from imdsproxy.config.strict_yaml import render_value
 from imdsproxy.errors import Problem
-from imdsproxy.tools.takeover.plan import (
+from imdsproxy.host.process import ProcessHandle, open_process, read_stat
+from imdsproxy.tools.takeover.actor import Actor, migrating
+from imdsproxy.tools.takeover.agents import read_options
+from imdsproxy.tools.takeover.observe import find_proxies
+from imdsproxy.tools.takeover.seen import Agent, Seen, option_of
+from imdsproxy.tools.takeover.steps import (
+    SETTINGS_MODE,
     EndProxies,
-    ImportSettings,
-    Kind,
-    Seen,
+    LetGo,
+    Restart,
+    StartAgent,
     Step,
-    StopAgent,
+    Takeover,
+    WaitProxies,
     WaitServed,
-    let_go_step,
-    list_pids,
-    option_of,
-    restart_steps,
-    settings_steps,
-    start_steps,
-    wait_step,
+    WriteSettings,
 )
 
+_SECRET_MODE: Final = 0o600
 _PREFIX: Final = "ovnmeta-"
 _EXTENSION: Final = "metadata"
 _FILES: Final = {
@@ -31,55 +37,117 @@ _FILES: Final = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class ImportSettings(Step):
+    """Write the result of `config import --neutron` for the agent's files."""
+
+    agent: Agent
+    settings: str
+    secret: str
+
+    @classmethod
+    def of(cls, agent: Agent, settings: str, secret: str) -> Self:
+        """Import from an agent's files into files of imdsproxy's."""
+        return cls(
+            f"import Nova's address and secret from the agent's settings into {settings}",
+            f"imdsproxy config import --neutron {' '.join(agent.files)} --output {settings} --secret-file {secret}",
+            f"rm {settings} {secret}",
+            *(agent, settings, secret),
+        )
+
+    def run(self, actor: Actor) -> str:
+        from imdsproxy.config.neutron_import import plan_import  # noqa: PLC0415 - only here
+
+        options = [read_options(path, self.agent.reach) for path in self.agent.files]
+        imported = plan_import(options, Path(self.secret), behind_proxies=False)
+        actor.write(
+            {
+                Path(self.secret): (imported.secret.encode(), _SECRET_MODE),
+                Path(self.settings): (imported.text.encode(), SETTINGS_MODE),
+            }
+        )
+        return f"written, and {self.secret}"
+
+
+@dataclass(frozen=True, slots=True)
+class StopAgent(Step):
+    """Stop the agent after its last HAProxy ended; a running agent starts them again.
+
+    Attributes:
+        agent: Agent to pause (SIGSTOP) during the check for HAProxies; `None` if it has no systemd unit.
+    """
+
+    prefix: str
+    agent: Agent | None
+
+    @classmethod
+    def of(cls, seen: Seen, prefix: str, agent: Agent) -> Self:
+        """Stop this agent."""
+        words, commands = f"stop {agent.program} (pid {agent.pid})", seen.commands
+        return cls(words, commands.stop, commands.start, prefix, agent if agent.unit else None)
+
+    def run(self, actor: Actor) -> str:
+        # A paused agent starts no HAProxy. systemd resumes the agent when it stops the unit.
+        held = None if self.agent is None else _open_agent(self.agent)
+        with migrating(self.prefix), contextlib.ExitStack() as stack:
+            if held is not None:
+                stack.callback(held.close)
+                stack.callback(held.kill, signal.SIGCONT)
+                held.kill(signal.SIGSTOP)
+                while find_proxies(self.prefix):
+                    held.kill(signal.SIGCONT)
+                    actor.end_proxies(self.prefix)
+                    held.kill(signal.SIGSTOP)
+            actor.command(self.by_hand)
+            actor.end_proxies(self.prefix)
+        return self.by_hand
+
+
+def _open_agent(agent: Agent) -> ProcessHandle | None:
+    """Open an agent's process; return `None` if the agent ended, even if another process has its pid."""
+    handle, stat = open_process(agent.pid), read_stat(agent.pid)
+    if handle is not None and (stat is None or stat.started != agent.started):
+        handle.close()
+        return None
+    return handle
+
+
 def _takeover(seen: Seen) -> Iterator[Step]:
     if not (seen.agents or seen.proxies) and seen.source:
         return
     if not seen.nova and seen.agents:
-        files = seen.agents[0].files
-        settings, secret = seen.imported
-        yield Step(
-            f"import Nova's address and secret from the agent's settings into {settings}",
-            f"imdsproxy config import --neutron {' '.join(files)} --output {settings} --secret-file {secret}",
-            f"rm {settings} {secret}",
-            ImportSettings(files, settings, secret, seen.agents[0].reach),
-        )
+        yield ImportSettings.of(seen.agents[0], *seen.imported)
     text = render_settings(seen)
-    yield from settings_steps(
+    yield from WriteSettings.if_missing(
         seen, "the source `ovn`, without the socket for the agent's HAProxies", text
     )
     if not (seen.source and seen.nova and seen.present is not None):
-        yield from restart_steps(seen)
-    yield Step(
+        yield Restart.of(seen)
+    yield WaitServed(
         "wait until imdsproxy listens in every network of the agent's, and answers a request in each",
         "imdsproxy status; imdsproxy explain --probe --network NETWORK --from ADDRESS",
         "",
-        WaitServed(_PREFIX),
+        _PREFIX,
     )
-    if seen.proxies:
-        yield Step(
-            f"end the agent's {len(seen.proxies)} HAProxies softly; what waits to be accepted comes to imdsproxy",
-            f"kill -USR1 {list_pids(seen)}",
-            "the agent starts them again while it runs",
-            EndProxies(_PREFIX),
-        )
+    yield from EndProxies.if_any(
+        seen,
+        _PREFIX,
+        "what waits to be accepted comes to imdsproxy",
+        "the agent starts them again while it runs",
+    )
     for agent in seen.agents:
-        yield Step(
-            f"stop {agent.program} (pid {agent.pid})",
-            seen.commands.stop,
-            seen.commands.start,
-            StopAgent(seen.commands.stop, agent if agent.unit else None, _PREFIX),
-        )
+        yield StopAgent.of(seen, _PREFIX, agent)
 
 
 def _handback(seen: Seen) -> Iterator[Step]:
-    yield from start_steps(seen)
+    yield from StartAgent.if_stopped(seen)
     if seen.present is None:
         return
-    yield wait_step(_PREFIX)
+    yield WaitProxies.of(_PREFIX)
     words = (
         f"end imdsproxy's listeners there softly, remove {seen.drop_in}, and restart its controller"
     )
-    yield let_go_step(seen, words, "ovn", _PREFIX)
+    yield LetGo.of(seen, words, "ovn", _PREFIX)
 
 
 def _refuse(seen: Seen) -> Iterator[Problem]:
@@ -126,7 +194,7 @@ def render_settings(seen: Seen) -> str:
     )
 
 
-KIND: Final = Kind(
+KIND: Final = Takeover(
     "ovn",
     ("neutron-ovn-metadata-agent", "neutron-ovn-agent"),
     _PREFIX,
