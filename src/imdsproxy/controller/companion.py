@@ -7,6 +7,7 @@ import asyncio
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Final, Literal
 
@@ -15,15 +16,14 @@ import structlog
 from imdsproxy.documents.compiled import compile_instance, compiled_path
 from imdsproxy.documents.pidfile import DocumentProcesses, read_pids, signal_all
 from imdsproxy.documents.store import DiskFiles
-from imdsproxy.errors import DataplaneError, HostRefused, ImdsproxyError, Problem
+from imdsproxy.errors import HostRefused, ImdsproxyError, Problem
 from imdsproxy.haproxy.launch import control_unit, kill_process
 from imdsproxy.haproxy.process import Haproxy
 from imdsproxy.host import process
 from imdsproxy.host.account import Account, find_closed
 from imdsproxy.model.entities import Instance
 from imdsproxy.model.wire import PROBE_INSTANCE, PROBE_PATH
-from imdsproxy.reconcile.progress import Backoff
-from imdsproxy.reconcile.tickets import report_failure
+from imdsproxy.reconcile.reconciler import Reconciler
 
 _START_DEADLINE_S: Final = 15.0
 _POLL_S: Final = 0.02
@@ -53,8 +53,15 @@ class Companion:
     environment: Mapping[str, str]
     unit: str | None = None
     needed: bool = True
-    failure: Problem | None = None
     restarts: int = 0
+    _starts: Reconciler = field(
+        default_factory=partial(Reconciler, "documents", "document server not started", 0.1, 5.0)
+    )
+
+    @property
+    def failure(self) -> Problem | None:
+        """Reason why the server does not run."""
+        return self._starts.failure
 
     def read(self) -> DocumentProcesses:
         """Return the server's running processes."""
@@ -133,20 +140,8 @@ class Companion:
 
     async def run(self) -> None:
         """Keep the server running until cancelled; if it is not needed, stop it and return."""
-        backoff, ended = Backoff(0.1, 5.0), 0
-        while True:
-            try:
-                pid = await self.ensure()
-            except DataplaneError as error:
-                self.failure, delay = report_failure(
-                    "documents", "document server not started", error, backoff
-                )
-                await asyncio.sleep(delay)
-                continue
-            self.failure = None
-            backoff.succeed()
-            if pid is None:
-                return
+        ended = 0
+        while (pid := await self._starts.attempt(self.ensure)) is not None:
             self.restarts += ended
             ended = 1
             await self._watch(pid)

@@ -13,7 +13,7 @@ from imdsproxy.documents.store import PasswordStore
 from imdsproxy.errors import ImdsproxyError, SourceRefused
 from imdsproxy.fleet.passwords import Forget, Keep, Send, plan_password
 from imdsproxy.model.entities import InstanceId
-from imdsproxy.reconcile.progress import Backoff
+from imdsproxy.reconcile.reconciler import Reconciler
 
 _LOOK_EVERY_S: Final = 1.0
 
@@ -28,13 +28,11 @@ class FleetPasswords:
         store: Files in which the document server stores posted passwords.
         group: Group id that may read the files; `None` for this process's.
         send: Function that sends a password to a hub; raises `SourceRefused` if the fleet accepts none, or has another.
-        backoff: Pauses after a hub was unreachable, or the disk refused.
     """
 
     store: PasswordStore
     group: int | None
     send: Callable[[InstanceId, bytes], Awaitable[None]]
-    backoff: Backoff = field(default_factory=lambda: Backoff(_LOOK_EVERY_S, 30.0))
     _fleet: Mapping[InstanceId, bytes | None] = field(default_factory=dict, repr=False)
     _before: dict[InstanceId, bytes | None] = field(default_factory=dict, repr=False)
     _refused: dict[InstanceId, bytes] = field(default_factory=dict, repr=False)
@@ -74,15 +72,12 @@ class FleetPasswords:
 
     async def run(self) -> None:
         """Check for posted passwords periodically, until cancelled."""
+        rounds = Reconciler(
+            "passwords", "passwords not sent", _LOOK_EVERY_S, 30.0, retried=ImdsproxyError
+        )
         while True:
-            try:
-                await self.look()
-            except ImdsproxyError as error:
-                _log.warning("passwords not sent", code=error.code, error=error.message)
-                await asyncio.sleep(self.backoff.fail())
-            else:
-                self.backoff.succeed()
-                await asyncio.sleep(_LOOK_EVERY_S)
+            await rounds.attempt(self.look)
+            await asyncio.sleep(_LOOK_EVERY_S)
 
     async def look(self) -> None:
         """Synchronise each password that may have changed.

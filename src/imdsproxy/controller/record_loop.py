@@ -5,9 +5,9 @@ is computed without a pause. Observations that arrive during a round are handled
 """
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain, islice
 from typing import Final, TypeVar
 
@@ -34,8 +34,9 @@ from imdsproxy.network.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.network.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.network.anti_spoofing.plan import plan_pairs
 from imdsproxy.nova.routing import NovaRouting
-from imdsproxy.reconcile.progress import Backoff, Durations, Progress
-from imdsproxy.reconcile.tickets import Tickets, report_failure
+from imdsproxy.reconcile.progress import Durations, Progress
+from imdsproxy.reconcile.reconciler import Reconciler
+from imdsproxy.reconcile.tickets import Tickets
 
 _RETRY_LAST_S = 5.0
 
@@ -92,7 +93,6 @@ class RecordLoop:
         keys: Publisher of token keys to HAProxy.
 
     Attributes:
-        failure: Reason why the last round failed.
         withheld: Addresses that the last round kept from HAProxy because their MACs are not checked yet.
         rounds: Durations of rounds with observations, from the first observation to the acknowledgement.
         progress: Progress of long rounds.
@@ -116,7 +116,6 @@ class RecordLoop:
     save: Callable[[], None] = lambda: None
     learned: dict[AddressKey, Learned] = field(default_factory=dict)
     tickets: Tickets = field(default_factory=Tickets)
-    failure: Problem | None = None
     withheld: frozenset[AddressKey] = frozenset()
     in_sync: asyncio.Event = field(default_factory=asyncio.Event)
     rounds: Durations = field(default_factory=Durations)
@@ -124,8 +123,15 @@ class RecordLoop:
     looked: int = 0
     _since: float | None = None
     _work: _Work = field(default_factory=_Work)
-    _wake: asyncio.Event = field(default_factory=asyncio.Event)
+    _rounds: Reconciler = field(
+        default_factory=partial(Reconciler, "records", "records not applied", 0.2, _RETRY_LAST_S)
+    )
     _swept: bool = False
+
+    @property
+    def failure(self) -> Problem | None:
+        """Reason why the last round failed."""
+        return self._rounds.failure
 
     def observe(self, observation: Observation) -> int:
         """Apply a source's observation; return the ticket that closes when its records are in force."""
@@ -155,7 +161,7 @@ class RecordLoop:
             self._since = self.clock.monotonic()
         ticket = self.tickets.take()
         if not observation.more:
-            self._wake.set()
+            self._rounds.wake()
         return ticket
 
     def _report(self, observation: Observation, affected: Affected) -> None:
@@ -177,18 +183,18 @@ class RecordLoop:
     def resync(self) -> int:
         """Start a full comparison, as after a restart of HAProxy."""
         self._work.everything = True
-        self._wake.set()
+        self._rounds.wake()
         return self.tickets.take()
 
     def wake(self) -> int:
         """Start a round, as after a change of instances' keys."""
-        self._wake.set()
+        self._rounds.wake()
         return self.tickets.take()
 
     def touch(self, key: AddressKey) -> int:
         """Plan the address again; return the ticket that closes when its record is in force."""
         self._work.addresses.add(key)
-        self._wake.set()
+        self._rounds.wake()
         return self.tickets.take()
 
     def addresses_of(self, instance: InstanceId) -> frozenset[AddressKey]:
@@ -316,42 +322,31 @@ class RecordLoop:
 
     async def run(self) -> None:
         """Run rounds until cancelled. Retry failed work with backoff."""
-        backoff = Backoff(0.2, _RETRY_LAST_S)
-        while True:
-            await self._wake.wait()
-            self._wake.clear()
-            work, self._work = self._work, _Work()
-            ticket = self.tickets.given
-            since, self._since = self._since, None
-            try:
-                await self._round(work)
-            except DataplaneError as error:
-                self._work.add(work, everything=work.everything)
-                self._since = since
-                self.failure, delay = report_failure(
-                    "records", "records not applied", error, backoff
-                )
-                # New work may resolve the failure, so it ends the pause.
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(delay):
-                        await self._wake.wait()
-                self._wake.set()
-                continue
-            backoff.succeed()
-            self.failure = None
-            if since is not None:
-                self.rounds.add(self.clock.monotonic() - since)
-            await self.tickets.close(ticket)
-            if work.everything and self.inventory.address_count > _MANY:
-                # Free the memory of the lists and plans of all addresses.
-                work = _Work()
-                release_memory()
-            if self.compiler.failures:
-                asyncio.get_running_loop().call_later(_RETRY_LAST_S, self._retry_failed)
+        await self._rounds.run(self._next_round)
+
+    async def _next_round(self) -> None:
+        work, self._work = self._work, _Work()
+        ticket = self.tickets.given
+        since, self._since = self._since, None
+        try:
+            await self._round(work)
+        except DataplaneError:
+            self._work.add(work, everything=work.everything)
+            self._since = since
+            raise
+        if since is not None:
+            self.rounds.add(self.clock.monotonic() - since)
+        await self.tickets.close(ticket)
+        if work.everything and self.inventory.address_count > _MANY:
+            # Free the memory of the lists and plans of all addresses.
+            del work
+            release_memory()
+        if self.compiler.failures:
+            asyncio.get_running_loop().call_later(_RETRY_LAST_S, self._retry_failed)
 
     def _retry_failed(self) -> None:
         self._work.instances |= self.compiler.failures.keys()
-        self._wake.set()
+        self._rounds.wake()
 
     async def _round(self, work: _Work) -> None:
         token_keys = self.keys.needed(self._is_of_fleet)

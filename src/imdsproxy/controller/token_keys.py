@@ -8,15 +8,14 @@ from pathlib import Path
 from random import SystemRandom
 from typing import Final
 
-from imdsproxy.errors import DataplaneError, Problem, SecretUnreadable
+from imdsproxy.errors import Problem, SecretUnreadable
 from imdsproxy.haproxy.layout import Layout
 from imdsproxy.haproxy.records import RecordApplier, write_table
 from imdsproxy.haproxy.rules.maps import parse_map
 from imdsproxy.host.files import read_secret, write_atomic
 from imdsproxy.model import tokens
 from imdsproxy.model.entities import InstanceId
-from imdsproxy.reconcile.progress import Backoff
-from imdsproxy.reconcile.tickets import report_failure
+from imdsproxy.reconcile.reconciler import Reconciler
 
 _write: Final = partial(write_atomic, mode=0o600, durable=True)
 
@@ -33,20 +32,25 @@ class TokenKeys:
         keys: The host's own keys, the signing key first.
         of_instances: Keys of a fleet's instances on this host. HAProxy gets new ones when a round of records
             (`RecordLoop`) calls `ensure`, and drops obsolete ones at `sweep`.
-        failure: Reason why a worker may not know the keys in force.
     """
 
     layout: Layout
     random: Callable[[int], bytes] = field(default=SystemRandom().randbytes, repr=False)
     keys: tuple[tokens.TokenKey, ...] = field(default=(), repr=False)
     of_instances: tokens.InstanceKeys = field(default_factory=dict, repr=False)
-    failure: Problem | None = None
     _held: tokens.InstanceKeys = field(default_factory=dict, repr=False)
     _behind: bool = False
     _sending: asyncio.Lock = field(default_factory=asyncio.Lock)
     _path: Path | None = None
-    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+    _rounds: Reconciler = field(
+        default_factory=partial(Reconciler, "tokens.key_file", "token keys not applied", 0.2, 10.0)
+    )
     _confirmed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def failure(self) -> Problem | None:
+        """Reason why a worker may not know the keys in force."""
+        return self._rounds.failure
 
     def read(self, configured: Path | None) -> bool:
         """Read the keys from the file; return whether they have changed.
@@ -90,7 +94,7 @@ class TokenKeys:
     def send(self) -> None:
         """Let `run` send the keys to every worker; `confirmed` waits for it."""
         self._confirmed.clear()
-        self._changed.set()
+        self._rounds.wake()
 
     async def confirmed(self) -> None:
         """Wait until every worker knows the keys, and the map file has them for future workers."""
@@ -102,23 +106,12 @@ class TokenKeys:
         A HAProxy that was running before the controller may have read another map, so the keys are also sent at the
         start.
         """
-        backoff = Backoff(0.2, 10.0)
-        while True:
-            await self._changed.wait()
-            self._changed.clear()
-            try:
-                await self._apply(applier)
-            except DataplaneError as error:
-                self._changed.set()
-                self.failure, delay = report_failure(
-                    "tokens.key_file", "token keys not applied", error, backoff
-                )
-                await asyncio.sleep(delay)
-                continue
-            backoff.succeed()
-            self.failure = None
-            if not self._changed.is_set():
-                self._confirmed.set()
+        await self._rounds.run(partial(self._send, applier))
+
+    async def _send(self, applier: RecordApplier) -> None:
+        await self._apply(applier)
+        if not self._rounds.woken.is_set():
+            self._confirmed.set()
 
     def needed(self, is_of_fleet: Callable[[InstanceId], bool]) -> tokens.InstanceKeys:
         """Return the keys that records in force may need: current ones, and those of departing instances.

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from http import HTTPStatus
 from typing import Final
 
@@ -13,8 +14,7 @@ from imdsproxy.haproxy.master import WorkerEnded
 from imdsproxy.haproxy.process import Haproxy
 from imdsproxy.haproxy.rules.runtime import Load, Processes
 from imdsproxy.host.process import Doubt, read_stat, wait_gone
-from imdsproxy.reconcile.progress import Backoff
-from imdsproxy.reconcile.tickets import report_failure
+from imdsproxy.reconcile.reconciler import Reconciler
 
 _PROBE_EVERY_S: Final = 1.0
 _DEADLINE_S: Final = 1.0
@@ -39,11 +39,18 @@ class HaproxyWatchdog:
     haproxy: Haproxy
     on_return: Callable[[str], object]
     on_trouble: Callable[[str], object]
-    failure: Problem | None = None
     restarts: int = 0
     answering: bool = True
     _doubt: Doubt = field(default_factory=Doubt)
     _reached: int = 0
+    _starts: Reconciler = field(
+        default_factory=partial(Reconciler, "haproxy", "haproxy not started", _RESTART_FIRST_S, 5.0)
+    )
+
+    @property
+    def failure(self) -> Problem | None:
+        """Reason why HAProxy does not run, or does not answer its master socket."""
+        return self._starts.failure
 
     async def run(self) -> None:
         """Watch until cancelled.
@@ -56,7 +63,6 @@ class HaproxyWatchdog:
             group.create_task(self._watch_worker(), name="haproxy-worker")
 
     async def _watch_master(self) -> None:
-        backoff = Backoff(_RESTART_FIRST_S, 5.0)
         while True:
             processes = self.haproxy.processes
             if processes is None:
@@ -67,20 +73,19 @@ class HaproxyWatchdog:
             if self._master() not in (None, processes.master):
                 continue
             structlog.get_logger().error("haproxy ended", master=processes.master)
-            await self._bring_back(backoff)
+            await self._bring_back()
 
-    async def _bring_back(self, backoff: Backoff) -> None:
+    async def _bring_back(self) -> None:
         try:
             await self.haproxy.restart("haproxy ended")
         except DataplaneError as error:
-            self.failure, delay = report_failure("haproxy", "haproxy not started", error, backoff)
+            delay = self._starts.fail(error)
             self._give_up_where_nothing_is_left()
             self.on_trouble("haproxy did not start")
             await asyncio.sleep(delay)
             return
-        backoff.succeed()
+        self._starts.succeed()
         self.restarts += 1
-        self.failure = None
         structlog.get_logger().info("haproxy started again", master=self._master())
         self.on_return("haproxy started again")
 
@@ -173,12 +178,12 @@ class HaproxyWatchdog:
         try:
             now = await self.haproxy.master.read_processes()
         except RuntimeUnavailable as error:
-            self.failure = Problem("haproxy", error.message, error.hint)
+            self._starts.failure = Problem("haproxy", error.message, error.hint)
             self._doubt = self._doubt.after_silence(before.master, read_stat(before.master))
             if self._doubt.hung:
                 await self._end_hung(before)
             return
-        self.failure = None
+        self._starts.failure = None
         self._doubt = Doubt()
         if now.master == before.master and set(now.workers) <= self.haproxy.records.known:
             self.haproxy.processes = now

@@ -131,7 +131,7 @@ async def run_hub(prepared: Prepared, environment: Mapping[str, str], clock: Clo
             server = HealthServer(prepared.metrics, alive=heartbeat.alive, who="the hub")
             health = stack.enter_context(server)
         group = await stack.enter_async_context(asyncio.TaskGroup())
-        replica, keep = hub.replica, hub.background.keep
+        replica, keep = hub.replica, hub.keep
         tasks = [
             # A fleet of an unknown format needs another version of this program.
             group.create_task(keep("etcd", replica.run, final=(SourceCorrupt,)), name="etcd"),

@@ -1,8 +1,11 @@
 """Parts of a hub, made in one order."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from functools import partial
-from random import SystemRandom
+from random import Random, SystemRandom
+from typing import Any, Final
 
 from imdsproxy.config.hub import EtcdSettings, HubSettings
 from imdsproxy.errors import (
@@ -13,7 +16,6 @@ from imdsproxy.fleet.layout import HostId
 from imdsproxy.fleet.members import admits_host
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import read_secret
-from imdsproxy.hub.background import Background
 from imdsproxy.hub.hosts.passwords import password_item
 from imdsproxy.hub.hosts.streams import Streams
 from imdsproxy.hub.hosts.token_keys import TokenKeyRing
@@ -31,6 +33,10 @@ from imdsproxy.hub.store.gateway import open_tls
 from imdsproxy.hub.store.journal import FILE, Journal
 from imdsproxy.hub.store.restores import Restores
 from imdsproxy.hub.store.state import FleetState
+from imdsproxy.reconcile.reconciler import Reconciler
+
+_LONGEST_S: Final = 60.0
+_SHOWN_S: Final = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +46,7 @@ class Hub:
     Attributes:
         names: Name and addresses of the hub.
         url: URL at which others reach the hub.
+        loops: Loops that `keep` runs, by name.
     """
 
     settings: HubSettings
@@ -54,7 +61,47 @@ class Hub:
     streams: Streams
     replica: Replica
     clock: Clock
-    background: Background
+    random: Random
+    loops: dict[str, Reconciler] = field(default_factory=dict)
+
+    async def keep(
+        self,
+        name: str,
+        work: Callable[[], Coroutine[Any, Any, None]],
+        final: tuple[type[Exception], ...] = (),
+    ) -> None:
+        """Run a loop until it returns or is cancelled; report any exception, and start the loop again.
+
+        A loop may get a value that it cannot handle, or have a fault. Neither the hub nor its hosts may fail because of
+        one loop.
+
+        Args:
+            name: Name of the loop, for reports.
+            work: Function that starts the loop.
+            final: Exceptions that end the hub.
+        """
+        self.loops[name] = Reconciler(
+            name,
+            "loop failed",
+            1.0,
+            _LONGEST_S,
+            retried=Exception,
+            final=final,
+            settled_s=_LONGEST_S,
+            jitter=partial(self.random.uniform, 0.5, 1.0),
+            clock=self.clock.monotonic,
+        )
+        await self.loops[name].attempt(work)
+
+    def loop_failures(self) -> dict[str, str]:
+        """Return loops that failed within the last hour, with time and reason of the last failure."""
+        now, failures = self.clock.monotonic(), dict[str, str]()
+        for name, one in self.loops.items():
+            if one.failure is not None and (age_s := now - one.failed_at) < _SHOWN_S:
+                at = f"{self.clock.now() - timedelta(seconds=age_s):%Y-%m-%d %H:%M:%S UTC}"
+                why = layout.plain(one.failure.reason)
+                failures[name] = f"failed at {at} and began again: {why}"
+        return failures
 
     def unready(self) -> str | None:
         """Return the reason why this hub may not serve hosts, though it has read etcd; `None` if it may.
@@ -143,7 +190,7 @@ def build_hub(settings: HubSettings, clock: Clock) -> Hub:
         streams=streams,
         replica=replica,
         clock=clock,
-        background=Background(clock, SystemRandom()),
+        random=SystemRandom(),
     )
     streams.unready = hub.unready
     return hub

@@ -40,7 +40,7 @@ from imdsproxy.hub.store.journal import Position
 from imdsproxy.hub.store.known_hubs import keep_hub_records
 from imdsproxy.hub.store.restores import Restores
 from imdsproxy.hub.store.state import Change, FleetState, change_of
-from imdsproxy.reconcile.progress import Backoff
+from imdsproxy.reconcile.reconciler import Reconciler
 
 BEAT_S: Final = 5.0
 LEASE_S: Final = 15
@@ -83,7 +83,6 @@ class Replica:
 
     Attributes:
         complete: Set once the copy is complete.
-        failure: Reason why the hub does not follow etcd now.
         heard: Time of the last change received from etcd, by the monotonic clock.
     """
 
@@ -96,7 +95,6 @@ class Replica:
     random: Random
     restores: Restores
     complete: asyncio.Event = field(default_factory=asyncio.Event)
-    failure: Problem | None = None
     heard: float = 0.0
     _at: int = 0
     _last: frozenset[KeyValue | Deleted] = frozenset()
@@ -105,9 +103,17 @@ class Replica:
     _doubtful: bool = False
     _expected: int = 0
     _limit: asyncio.Timeout | None = None
+    _following: Reconciler = field(init=False)
 
     def __post_init__(self) -> None:
         self.restores.fold = partial(self._fold, 0)
+        jitter = partial(self.random.uniform, 0.5, 1.0)
+        self._following = Reconciler("hub.etcd", "etcd not followed", 0.1, 5.0, jitter=jitter)
+
+    @property
+    def failure(self) -> Problem | None:
+        """Reason why the hub does not follow etcd now."""
+        return self._following.failure
 
     def age_s(self) -> float:
         """Return the seconds since the last change received from etcd."""
@@ -119,7 +125,6 @@ class Replica:
         Raises:
             SourceCorrupt: The fleet has an unknown format, or its own key is missing.
         """
-        backoff = Backoff(0.1, 5.0)
         reading = True
         while True:
             try:
@@ -134,7 +139,7 @@ class Replica:
                     aclosing(self.etcd.follow(layout.PREFIX, begin)) as following,
                 ):
                     async for changes in following:
-                        backoff.succeed()
+                        self._following.succeed()
                         if reading := not expected.issubset(changes.events):
                             break
                         expected = frozenset()
@@ -156,9 +161,7 @@ class Replica:
                 self.etcd.accept_older()
                 reading = True
             except EtcdUnavailable as error:
-                self.failure = Problem("hub.etcd", error.message, error.hint)
-                _log.warning("etcd not followed", reason=error.message)
-                await asyncio.sleep(backoff.fail() * self.random.uniform(0.5, 1.0))
+                await asyncio.sleep(self._following.fail(error))
 
     def _begins_anew(self, changes: Iterable[Change]) -> bool:
         """Return whether the changes have another fleet or incarnation; an accepted restore raises the latter."""
@@ -332,7 +335,7 @@ class Replica:
             keys: Keys that may have changed.
             accepted: An operator has accepted the contents of etcd, so values that etcd lacks are not suspicious.
         """
-        self.heard, self.failure = self.clock.monotonic(), None
+        self.heard, self._following.failure = self.clock.monotonic(), None
         self.restores.review(keys, accepted=accepted)
         for key in keys:
             if key == layout.BEAT:

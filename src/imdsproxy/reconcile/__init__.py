@@ -1,1 +1,1 @@
-"""Tools of every loop: progress, backoff and tickets of pending changes; no loop itself."""
+"""Tools of every loop: the reconciler, progress, backoff and tickets of pending changes."""

@@ -1,12 +1,7 @@
-"""Tickets for pending changes: waiting until they are in force, and reporting failures."""
+"""Tickets for pending changes, to wait until they are in force."""
 
 import asyncio
 from dataclasses import dataclass, field
-
-import structlog
-
-from imdsproxy.errors import DataplaneError, Problem
-from imdsproxy.reconcile.progress import Backoff
 
 
 @dataclass(slots=True)
@@ -32,12 +27,3 @@ class Tickets:
         """Wait until all work up to this number is in force."""
         async with self._changed:
             await self._changed.wait_for(lambda: self.done >= number)
-
-
-def report_failure(
-    field: str, event: str, error: DataplaneError, backoff: Backoff
-) -> tuple[Problem, float]:
-    """Log a failure that will be retried; return the problem to report, and the seconds until the retry."""
-    delay = backoff.fail()
-    structlog.get_logger().error(event, code=error.code, error=error.message, retry_in_s=delay)
-    return Problem(field, error.message, error.hint), delay

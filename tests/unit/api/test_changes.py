@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from imdsproxy.api import tokens
-from imdsproxy.errors import NotFound, Problem, SourceRefused
+from imdsproxy.errors import HostRefused, NotFound, Problem, SourceRefused
 from imdsproxy.fleet.policies import FleetPolicies
 from imdsproxy.host.state import NamespaceRef, ObservedHost, ObservedNamespace
 from imdsproxy.model.entities import InstanceId, NamespaceListener, Network, NetworkId
@@ -219,7 +219,7 @@ def _pending(server: AdminServer, name: str = "web-1") -> list[str]:
             "no space",
         ),
         (
-            lambda server: setattr(server.records, "failure", Problem("x", "HAProxy is silent")),
+            lambda server: server.records._rounds.fail(HostRefused("HAProxy is silent")),
             "HAProxy is silent",
         ),
         (lambda server: server.records.compiler.revisions.pop(WEB), "it is not compiled yet"),

@@ -53,7 +53,7 @@ def build_api(hub: Hub) -> FastAPI:
     )
     writes.levels = operations.in_force.levels
     operations.token_keys, operations.unready = hub.token_keys, hub.unready
-    operations.authority, operations.loop_failures = hub.authority, hub.background.failures
+    operations.authority, operations.loop_failures = hub.authority, hub.loop_failures
     app = operators_app(operations)
     app.state.hub = hub
     app.state.enrolment = Enrolment(

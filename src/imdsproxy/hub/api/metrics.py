@@ -192,7 +192,7 @@ class HubMetrics(Exposed, prefix="imdsproxy_hub_"):
         """Number of unexpected failures of a part of the hub, which was restarted: a fault of imdsproxy. The hub's log
         has the failure; `imdsproxy fleet status` shows it for an hour.
         """
-        return self.hub.background.failed
+        return {name: one.failures for name, one in self.hub.loops.items() if one.failures}
 
     def token_keys_unreadable(self) -> Gauge:
         """1 while the newest session token keys in etcd cannot be read; the earlier keys stay in force."""

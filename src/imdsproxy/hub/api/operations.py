@@ -165,7 +165,7 @@ class Operations:
         complete: Set once the copy is complete.
         token_keys: Session token keys, if this hub has certificates and so an envelope.
         authority: CA of the fleet, if this hub has certificates.
-        loop_failures: See `Background.failures`.
+        loop_failures: See `Hub.loop_failures`.
         unready: See `Hub.unready`.
     """
 

@@ -5,11 +5,11 @@ The next key reaches every connected host before it signs, so a token stays vali
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import json
 import os
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 import structlog
@@ -31,6 +31,7 @@ from imdsproxy.hub.store.state import FleetState, Item
 from imdsproxy.hub.store.writes import Writes
 from imdsproxy.model.entities import InstanceId
 from imdsproxy.model.tokens import KEPT_KEYS, KEY_BYTES, TokenKey, instance_key
+from imdsproxy.reconcile.reconciler import Reconciler
 
 PLACE: Final = layout.TOKEN_KEYS
 _ANEW: Final = "`imdsproxy token rotate` writes keys anew"
@@ -179,11 +180,7 @@ async def make_first_key(writes: Writes) -> None:
         known = unchanged(layout.ENVELOPE, 0 if chosen is None else chosen[1])
         return Transaction((unsuspected, unchanged(PLACE, 0), known), puts)
 
-    while True:
-        try:
-            await writes.write(plan)
-        except ImdsproxyError as error:
-            _log.warning("no token key yet", code=error.code, error=error.message)
-            await asyncio.sleep(_AGAIN_S)
-            continue
-        return
+    rounds = Reconciler(
+        "token keys", "no token key yet", _AGAIN_S, _AGAIN_S, retried=ImdsproxyError
+    )
+    await rounds.attempt(partial(writes.write, plan))

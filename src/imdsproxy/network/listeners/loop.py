@@ -4,13 +4,13 @@ Every round observes the host before it decides. A listener that cannot be bound
 listener from coming into force.
 """
 
-import asyncio
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import structlog
 
-from imdsproxy.errors import ConfigRejected, DataplaneError, Problem, ReloadFailed
+from imdsproxy.errors import ConfigRejected, Problem, ReloadFailed
 from imdsproxy.haproxy.process import Haproxy
 from imdsproxy.haproxy.rules.config import render_config
 from imdsproxy.haproxy.rules.model import DataplaneSpec
@@ -36,8 +36,9 @@ from imdsproxy.network.listeners.host import KeptNetworks, SystemHost
 from imdsproxy.network.listeners.plan import ListenerPlan
 from imdsproxy.network.listeners.watch import HostWatch
 from imdsproxy.network.routers.routers import Routers
-from imdsproxy.reconcile.progress import Backoff, Durations
-from imdsproxy.reconcile.tickets import Tickets, report_failure
+from imdsproxy.reconcile.progress import Durations
+from imdsproxy.reconcile.reconciler import Reconciler
+from imdsproxy.reconcile.tickets import Tickets
 
 _RECHECK_S = 1.0
 """Seconds until refused operations are tried again without an event."""
@@ -66,7 +67,6 @@ class ListenerLoop:
     unix: UnixListener
     tickets: Tickets = field(default_factory=Tickets)
     report: ListenerPlan = field(default_factory=ListenerPlan)
-    failure: Problem | None = None
     working: bool = False
     unexported: Problem | None = None
     rounds: int = 0
@@ -76,12 +76,19 @@ class ListenerLoop:
     _degraded: frozenset[LeftOut] = frozenset()
     _let_go: frozenset[NetworkId] = frozenset()
     _reasons: set[str] = field(default_factory=set)
-    _wake: asyncio.Event = field(default_factory=asyncio.Event)
+    _rounds: Reconciler = field(
+        default_factory=partial(Reconciler, "listeners", "listeners not applied", 0.2, 5.0)
+    )
 
     def __post_init__(self) -> None:
         self.watch = HostWatch(self.host, self.touch, self.audits_per_s)
         # Asked at each observation: without the pids, HAProxy's own sockets would count as another program's.
         self.host.our_pids = lambda: self.haproxy.pids
+
+    @property
+    def failure(self) -> Problem | None:
+        """Reason why the last round failed."""
+        return self._rounds.failure
 
     def touch(self, reason: str, networks: Iterable[NetworkId] | None = None) -> int:
         """Observe the host again. Return a ticket that closes once the result is in force.
@@ -92,7 +99,7 @@ class ListenerLoop:
         """
         self.host.touch(networks)
         self._reasons.add(reason)
-        self._wake.set()
+        self._rounds.wake()
         return self.tickets.take()
 
     async def let_go(self, networks: Iterable[NetworkId]) -> None:
@@ -181,36 +188,24 @@ class ListenerLoop:
 
     async def run(self) -> None:
         """Work until cancelled. Failed rounds are retried with backoff."""
-        backoff, delay = Backoff(0.2, 5.0), 0.0
-        while True:
-            await self._wait(delay)
-            self._wake.clear()
-            ticket = self.tickets.given
-            reasons, self._reasons = tuple(sorted(self._reasons)) or ("recheck",), set()
-            self.working = True
-            try:
-                await self._round(reasons)
-            except DataplaneError as error:
-                self.failure, delay = report_failure(
-                    "listeners", "listeners not applied", error, backoff
-                )
-            else:
-                backoff.succeed()
-                self.failure = None
-                await self.tickets.close(ticket)
-            finally:
-                self.working = False
+        await self._rounds.run(self._next_round, after_s=self._patience_s())
 
-    async def _wait(self, delay: float) -> None:
-        """Wait for work: an event, or a retry that is due."""
-        patience = _RECHECK_S if self.report.problems else None
-        if self.failure is not None:
-            patience = delay
-        try:
-            async with asyncio.timeout(patience):
-                await self._wake.wait()
-        except TimeoutError:
+    def _patience_s(self) -> float | None:
+        return _RECHECK_S if self.report.problems else None
+
+    async def _next_round(self) -> float | None:
+        ticket = self.tickets.given
+        reasons, self._reasons = tuple(sorted(self._reasons)), set()
+        if not reasons:
+            # No event, but time has passed.
             self.host.touch(one.network for one in self.report.left_out)
+        self.working = True
+        try:
+            await self._round(reasons or ("recheck",))
+        finally:
+            self.working = False
+        await self.tickets.close(ticket)
+        return self._patience_s()
 
     async def _round(self, reasons: tuple[str, ...]) -> None:
         began = self.clock.monotonic()
