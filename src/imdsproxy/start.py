@@ -49,7 +49,7 @@ from imdsproxy.network.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.network.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.network.listeners.apply import apply_links
 from imdsproxy.network.listeners.host import SystemHost
-from imdsproxy.network.ovn.sweep import sweep_places
+from imdsproxy.network.ovn.sweep import sweep_ovn
 from imdsproxy.network.routers.routers import Routers
 from imdsproxy.nova.upstream import NovaUpstream
 
@@ -400,13 +400,14 @@ async def sweep_host(
     """
     for one in tables:
         await one.close_all()
+    host.ovn = None
     host.touch(None)
     left = await host.settle({}, {})
     apply_links(host.links, {})
     if left.problems:
         raise HostRefused("not everything of ours could be taken away", problems=left.problems)
     if settings.sources.ovn.enabled:
-        await sweep_places(settings.sources.ovn.open_vswitch, host.thread, host.naming)
+        await sweep_ovn(settings.sources.ovn.open_vswitch, host)
 
 
 async def _end_unreachable(state: Path) -> None:

@@ -28,12 +28,8 @@ from imdsproxy.network.listeners.apply import NftTable, apply_links, apply_ops, 
 from imdsproxy.network.listeners.endpoints import plan_binds, plan_links
 from imdsproxy.network.listeners.host import SystemHost
 from imdsproxy.network.listeners.nft_scripts import render_arp_guard
-from imdsproxy.network.listeners.plan import (
-    DeleteLink,
-    DeleteNamespace,
-    ListenerPlan,
-    plan_listeners,
-)
+from imdsproxy.network.listeners.plan import ListenerPlan, plan_listeners
+from imdsproxy.network.operations import DeleteLink, DeleteNamespace
 from support.guest import inside
 from support.hostlab import HostLab
 from support.lab import NETNS, until, within

@@ -26,9 +26,13 @@ from bench.southbound import (
     plan_cloud,
 )
 from imdsproxy.config.sources import OvnSourceSettings
+from imdsproxy.host import netlink
 from imdsproxy.host.namespaces import DEFAULT_DIRECTORY, NamespaceDirectory, NamespaceThread
+from imdsproxy.model.entities import NetworkId
+from imdsproxy.network.listeners.host import SystemHost
+from imdsproxy.network.listeners.plan import ovn_place
 from imdsproxy.network.names import Naming
-from imdsproxy.network.ovn import places
+from imdsproxy.sources.ovn.ports import namespace_of
 from imdsproxy.sources.ovn.source import OvnSource
 from support.certificates import make_authority
 from support.lab import until
@@ -480,10 +484,10 @@ def test_a_device_that_another_program_takes_away_during_a_look_is_not_there(
     def gone(_device: str, _command: int) -> int:
         raise OSError(errno.ENODEV, "No such device")
 
-    monkeypatch.setattr(places, "_ask_ethtool", gone)
-    namespace = world.network(0).namespace
-    thread = NamespaceThread(NamespaceDirectory(DEFAULT_DIRECTORY))
+    monkeypatch.setattr(netlink, "ask_ethtool", gone)
+    network = NetworkId(world.network(0).id)
+    thread, nowhere = NamespaceThread(NamespaceDirectory(DEFAULT_DIRECTORY)), Path("/nowhere")
     with contextlib.closing(thread):
-        names = frozenset(thread.directory.names()) - {namespace}
-        seen = places.look_at_places(thread, Naming(world.lab.prefix), skip=names)
-    assert seen[namespace].inner is None
+        host = SystemHost(thread, Naming(world.lab.prefix), links=nowhere, journal=nowhere)
+        seen = asyncio.run(host.observe((), [ovn_place(network)]))
+    assert seen.namespaces[namespace_of(network)].end is None

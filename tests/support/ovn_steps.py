@@ -8,16 +8,17 @@ import os
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from imdsproxy.config.sources import OvnSourceSettings
-from imdsproxy.host import namespaces
+from imdsproxy.host import namespaces, netlink
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.nlmessages import NetlinkSocket
 from imdsproxy.model.entities import NetworkId
+from imdsproxy.network.listeners.host import SystemHost
 from imdsproxy.network.names import Naming
-from imdsproxy.network.ovn import places
-from imdsproxy.network.ovn.provision import Provisioner
+from imdsproxy.network.ovn.host import OvnHost
 from imdsproxy.sources.ovn.source import OvnSource
 from support.lab import NETNS
 from support.ovn_lab import OvnLab, OvnNetwork
@@ -89,7 +90,7 @@ def _run(order: _Order) -> None:
     steps.before(NetlinkSocket, "change")
     steps.before(namespaces, "call_libc")
     steps.before(namespaces, "remove_file")
-    steps.before(places, "_ask_ethtool")
+    steps.before(netlink, "ask_ethtool")
     steps.before(OvnSource, "change_vswitch")
     asyncio.run(_converge(order))
 
@@ -97,18 +98,28 @@ def _run(order: _Order) -> None:
 async def _converge(order: _Order) -> None:
     source = OvnSource(OvnSourceSettings(enabled=True, open_vswitch=order.open_vswitch))
     thread = NamespaceThread(NamespaceDirectory())
-    provisioner = Provisioner(source, thread, Naming(order.prefix))
-    source.on_change = provisioner.changed.set
+    nowhere = Path("/nowhere")
+    host = SystemHost(thread, Naming(order.prefix), links=nowhere, journal=nowhere)
+    host.ovn = OvnHost(source, lambda *_: None)
+    changed = asyncio.Event()
+    forget = source.on_change
+
+    def on_change() -> None:
+        forget()
+        changed.set()
+
+    source.on_change = on_change
     following = asyncio.create_task(source.run(lambda _: None))
     async with asyncio.timeout(_CONVERGES_S * patience()):
         while True:
-            provisioner.changed.clear()
+            changed.clear()
+            host.touch(None)
             known = NetworkId(order.network) in source.known.ports_by_network()
             ready = source.settled and known is order.wanted
-            plan = await provisioner.converge()
-            if ready and not plan and not provisioner.problems:
+            plan = await host.settle({}, {})
+            if ready and not plan.ops and not plan.problems:
                 break
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(provisioner.changed.wait(), 0.2)
+                await asyncio.wait_for(changed.wait(), 0.2)
     following.cancel()
     thread.close()

@@ -199,7 +199,7 @@ class Controller:
         )
         self.audit = Audit(lambda: holder.settings.audit, self._keep_worker)
         ovn = self.sources.ovn
-        self.ovn = None if ovn is None else OvnHost(ovn, host.thread, host.naming)
+        host.ovn = self.ovn = None if ovn is None else OvnHost(ovn, self.touch)
         fleet = self.sources.fleet
         self.fleet_passwords = None if fleet is None else _serve_hubs(self, fleet)
         self.counting = TokenCounting(

@@ -5,13 +5,16 @@ the kernel refuses, it raises `NetlinkRefused` (an OSError). `network.listeners.
 which know the purpose, convert that to a `HostRefused`.
 """
 
+import array
 import errno
+import fcntl
 import socket
 import struct
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface, ip_interface
+from pathlib import Path
 from typing import Final
 
 from imdsproxy.errors import Ignoring, refusing
@@ -57,6 +60,8 @@ _MANY: Final = 32
 """Number of items beyond which one dump of the whole table is cheaper: some thousand entries (gc_thresh3)."""
 
 _NETNSA_NSID, _NETNSA_FD = 1, 3
+_SIOCETHTOOL: Final = 0x8946
+ETHTOOL_GTXCSUM, ETHTOOL_STXCSUM = 0x16, 0x17
 _MAC_BYTES: Final = 6
 
 _METADATA: Final[dict[bytes, IpAddress]] = {
@@ -432,3 +437,20 @@ def assign_nsid(channel: nl.NetlinkSocket, descriptor: int) -> int:
         channel.change(RTM_NEWNSID, named + nl.pack_attributes({_NETNSA_NSID: 0xFFFFFFFF}))
     answer = channel.find(RTM_GETNSID, named) or b""
     return nl.number(nl.parse_attributes(answer, 4).get(_NETNSA_NSID))
+
+
+def has_ipv6(device: str) -> bool:
+    """Return whether a device of the calling thread's namespace has IPv6. An MTU below 1280 removes the setting."""
+    try:
+        return Path(f"/proc/sys/net/ipv6/conf/{device}/disable_ipv6").read_text() == "0\n"
+    except FileNotFoundError:
+        return False
+
+
+def ask_ethtool(device: str, command: int) -> int:
+    """Read a device's TX checksum offload, or switch it off (linux/ethtool.h, `struct ethtool_value`)."""
+    value = array.array("I", (command, 0))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as channel:
+        request = struct.pack("@16sP", device.encode(), value.buffer_info()[0])
+        fcntl.ioctl(channel.fileno(), _SIOCETHTOOL, request)
+    return value[1]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import IntEnum, StrEnum
-from ipaddress import IPv4Address, IPv6Address
+from ipaddress import IPv4Address, IPv4Interface, IPv6Address, IPv6Interface
 from typing import Final
 
 from imdsproxy.model.entities import METADATA_IPV4, METADATA_IPV6, IpAddress
@@ -158,6 +158,21 @@ class ListeningSocket:
 
 
 @dataclass(frozen=True, slots=True)
+class ObservedEnd:
+    """Further properties of the device in a namespace of OVN's networks.
+
+    Attributes:
+        interfaces: All addresses, with prefixes.
+        ipv6: Whether the device accepts IPv6 addresses: IPv6 is enabled, and the MTU is large enough.
+        has_checksums: Whether the kernel computes checksums for the device, instead of leaving them to a NIC.
+    """
+
+    interfaces: frozenset[IPv4Interface | IPv6Interface]
+    ipv6: bool = True
+    has_checksums: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class ObservedNamespace:
     """Observed state of one namespace. It is the host's own if `ref` is `None` and there is a device.
 
@@ -172,6 +187,7 @@ class ObservedNamespace:
             and device of interest, or `REDIRECTED`.
         problem: Reason why the namespace could not be observed; all other fields are empty then.
         own_metadata: Sign that the host reads metadata of its own at the same address; empty if there is none.
+        end: Device of OVN's network, if this is the namespace of one.
     """
 
     ref: NamespaceRef | None
@@ -182,6 +198,7 @@ class ObservedNamespace:
     trials: Mapping[tuple[Family, str | None], int] = field(default_factory=dict)
     problem: str = ""
     own_metadata: str = ""
+    end: ObservedEnd | None = None
 
 
 @dataclass(frozen=True, slots=True)

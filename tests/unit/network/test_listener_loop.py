@@ -41,15 +41,15 @@ from imdsproxy.network.endpoints import LeftOutCode
 from imdsproxy.network.listeners.apply import NftTable
 from imdsproxy.network.listeners.host import KeptNetworks, SystemHost
 from imdsproxy.network.listeners.loop import ListenerLoop
-from imdsproxy.network.listeners.plan import (
+from imdsproxy.network.listeners.plan import Place
+from imdsproxy.network.names import Naming
+from imdsproxy.network.operations import (
     AddAddress,
     DeleteLink,
     DeleteNamespace,
     HostOp,
-    Place,
     RemoveAddress,
 )
-from imdsproxy.network.names import Naming
 from imdsproxy.network.routers.routers import Routers
 from support.fake_haproxy import FakeHaproxy, control_fake
 from support.fake_mac_filters import no_hop_limits, no_mac_filters
@@ -397,7 +397,7 @@ def applied(monkeypatch: pytest.MonkeyPatch) -> AsyncMock:
 async def test_a_place_is_noted_before_anything_is_put_there_whatever_becomes_of_it(
     tmp_path: Path, applied: AsyncMock
 ) -> None:
-    def refuse(_: object, ops: Iterable[HostOp]) -> dict[HostOp, Problem]:
+    def refuse(_: object, ops: Iterable[HostOp], *__: object) -> dict[HostOp, Problem]:
         assert _host(tmp_path).managed() == {("red", "eth0"), (None, "virbr0")}
         return dict.fromkeys(ops, Problem("host", "no"))
 

@@ -37,19 +37,21 @@ from imdsproxy.network.endpoints import Endpoint, Foreign, LeftOut, LeftOutCode
 from imdsproxy.network.listeners.endpoints import find_degraded
 from imdsproxy.network.listeners.nft_scripts import render_diversions
 from imdsproxy.network.listeners.plan import (
-    AddAddress,
-    AttachBridge,
-    DeleteLink,
-    DeleteNamespace,
-    HostOp,
     ListenerPlan,
     PlanMemo,
-    RemoveAddress,
     explain_pending,
     find_left_to_others,
     plan_listeners,
 )
 from imdsproxy.network.names import Naming
+from imdsproxy.network.operations import (
+    AddAddress,
+    AttachBridge,
+    DeleteLink,
+    DeleteNamespace,
+    HostOp,
+    RemoveAddress,
+)
 
 NAMING = Naming()
 BLUE = NetworkId("blue")

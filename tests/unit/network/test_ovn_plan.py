@@ -6,15 +6,26 @@ from typing import Final
 
 import pytest
 
-from imdsproxy.host.state import ObservedDevice
-from imdsproxy.network.ovn.plan import (
-    MetadataPlace,
-    SeenPlace,
-    networks_without_port,
-    plan_host,
-    plan_places,
+from imdsproxy.host.state import (
+    ListeningSocket,
+    NamespaceRef,
+    ObservedDevice,
+    ObservedEnd,
+    ObservedHost,
+    ObservedNamespace,
 )
+from imdsproxy.model.entities import METADATA_IPV4, NetworkId
+from imdsproxy.network.names import Naming
+from imdsproxy.network.operations import (
+    AttachOvn,
+    ChangePorts,
+    DetachOvn,
+    HostOp,
+    MetadataPlace,
+)
+from imdsproxy.network.ovn.plan import OvnWanted, find_waiting, plan_ovn
 from imdsproxy.sources.ovn.chassis import BridgePort, LocalChassis
+from imdsproxy.sources.ovn.ports import PortBinding
 from support.ovn_rows import METADATA, NETWORK, PORT, known
 
 LOCAL: Final = LocalChassis("c1", "host-1", "unix:/sb", "br-int", "system")
@@ -26,12 +37,45 @@ OUTSIDE: Final = ObservedDevice(OUTER, 7, up=True, mtu=1442)
 ALWAYS: Final = frozenset(
     map(ip_interface, ("fe80::f816:3eff:fe00:5/64", "169.254.169.254/32", "fe80::a9fe:a9fe/128"))
 )
-WHOLE: Final = SeenPlace(INNER, OUTSIDE, ALWAYS | {ip_interface("10.0.0.2/24")}, has_checksums=True)
+LO: Final = ObservedDevice("lo", 1, up=True, mtu=65536)
+END: Final = ObservedEnd(ALWAYS | {ip_interface("10.0.0.2/24")}, has_checksums=True)
+WHOLE: Final = ObservedNamespace(
+    NamespaceRef(NAMESPACE, 77), {one.name: one for one in (LO, INNER)}, end=END
+)
 PLUGGED: Final = replace(LOCAL, ports={OUTER: BridgePort("br-int", "port-m", NETWORK)})
+NAMING: Final = Naming()
+SOCKET: Final = ListeningSocket(METADATA_IPV4, 80, None, 1)
+
+
+def places(*rows: PortBinding, local: LocalChassis = LOCAL) -> dict[NetworkId, MetadataPlace]:
+    return dict(OvnWanted.of(known(*rows), local, sweep=True).places)
 
 
 def place() -> MetadataPlace:
-    return plan_places(known(PORT, METADATA), LOCAL)[NETWORK]
+    return places(PORT, METADATA)[NETWORK]
+
+
+def plan(
+    *rows: PortBinding,
+    seen: ObservedNamespace | None = WHOLE,
+    outer: ObservedDevice | None = OUTSIDE,
+    local: LocalChassis = PLUGGED,
+    sweep: bool = True,
+    overdue: tuple[NetworkId, ...] = (),
+) -> list[HostOp]:
+    """What these rows need done to a host that has one namespace and one device."""
+    root = ObservedNamespace(None, {} if outer is None else {OUTER: outer})
+    host = ObservedHost(root, {} if seen is None else {NAMESPACE: seen})
+    return list(plan_ovn(OvnWanted.of(known(*rows), local, sweep=sweep), host, NAMING, overdue))
+
+
+def with_inner(inner: ObservedDevice) -> ObservedNamespace:
+    return replace(WHOLE, devices={"lo": LO, inner.name: inner})
+
+
+def with_addresses(*interfaces: str, ipv6: bool = True) -> ObservedNamespace:
+    given = frozenset(map(ip_interface, interfaces))
+    return replace(WHOLE, end=replace(END, interfaces=given, ipv6=ipv6))
 
 
 def test_a_network_gets_the_metadata_ports_mac_mtu_and_addresses() -> None:
@@ -44,7 +88,7 @@ def test_a_network_gets_the_metadata_ports_mac_mtu_and_addresses() -> None:
 def test_only_subnets_that_have_ports_here_get_an_address() -> None:
     cidrs = "10.0.0.2/24 10.9.0.2/24 fd00::2/64 fd99::2/64"
     metadata = replace(METADATA, external_ids={**METADATA.external_ids, "neutron:cidrs": cidrs})
-    found = plan_places(known(PORT, metadata), LOCAL)[NETWORK]
+    found = places(PORT, metadata)[NETWORK]
     assert found.interfaces == ALWAYS | {
         ip_interface("10.0.0.2/24"),
         ip_interface("fd00::2/64"),
@@ -57,40 +101,44 @@ def test_only_subnets_that_have_ports_here_get_an_address() -> None:
 def test_checksums_are_made_where_open_vswitch_is_in_user_space(
     datapath: str, *, expected: bool
 ) -> None:
-    found = plan_places(known(PORT, METADATA), replace(LOCAL, datapath=datapath))
+    found = places(PORT, METADATA, local=replace(LOCAL, datapath=datapath))
     assert found[NETWORK].in_user_space is expected
 
 
 def test_a_network_whose_metadata_port_is_not_known_is_left_as_it_is() -> None:
-    assert plan_places(known(PORT), LOCAL) == {}
+    assert places(PORT) == {}
     unknown = replace(METADATA, macs=("unknown",))
-    assert plan_places(known(PORT, unknown), LOCAL) == {}
+    assert places(PORT, unknown) == {}
 
 
 def test_a_whole_place_needs_nothing() -> None:
-    assert not plan_host({NETWORK: place()}, {NAMESPACE: WHOLE}, PLUGGED, sweep=True)
+    assert plan(PORT, METADATA) == []
+
+
+ADDRESSES: Final = tuple(map(str, END.interfaces))
 
 
 @pytest.mark.parametrize(
-    "seen",
+    ("seen", "outer"),
     [
-        SeenPlace(),
-        replace(WHOLE, inner=None),
-        replace(WHOLE, outer=None),
-        replace(WHOLE, inner=replace(INNER, up=False)),
-        replace(WHOLE, outer=replace(OUTSIDE, up=False)),
-        replace(WHOLE, inner=replace(INNER, mac="02:00:00:00:00:01")),
-        replace(WHOLE, inner=replace(INNER, mtu=1500)),
-        replace(WHOLE, outer=replace(OUTSIDE, mtu=1500)),
-        replace(WHOLE, interfaces=frozenset()),
-        replace(WHOLE, interfaces=WHOLE.interfaces - {next(iter(ALWAYS))}),
-        replace(WHOLE, interfaces=WHOLE.interfaces | {ip_interface("10.9.0.2/24")}),
+        (None, OUTSIDE),
+        (replace(WHOLE, devices={}, end=None), OUTSIDE),
+        (replace(WHOLE, end=None), OUTSIDE),
+        (WHOLE, None),
+        (with_inner(replace(INNER, up=False)), OUTSIDE),
+        (WHOLE, replace(OUTSIDE, up=False)),
+        (with_inner(replace(INNER, mac="02:00:00:00:00:01")), OUTSIDE),
+        (with_inner(replace(INNER, mtu=1500)), OUTSIDE),
+        (WHOLE, replace(OUTSIDE, mtu=1500)),
+        (with_addresses(), OUTSIDE),
+        (with_addresses(*ADDRESSES[1:]), OUTSIDE),
+        (with_addresses(*ADDRESSES, "10.9.0.2/24"), OUTSIDE),
     ],
 )
-def test_a_place_that_lacks_something_is_made(seen: SeenPlace) -> None:
-    plan = plan_host({NETWORK: place()}, {NAMESPACE: seen}, PLUGGED, sweep=True)
-    assert plan.make == (place(),)
-    assert not plan.remove
+def test_a_place_that_lacks_something_is_made_and_plugged_in_once_it_is_whole(
+    seen: ObservedNamespace | None, outer: ObservedDevice | None
+) -> None:
+    assert plan(PORT, METADATA, seen=seen, outer=outer, local=LOCAL) == [AttachOvn(place(), NAMING)]
 
 
 @pytest.mark.parametrize(
@@ -106,61 +154,71 @@ def test_a_device_is_plugged_into_the_integration_bridge_as_the_metadata_port(
     ports: dict[str, BridgePort],
 ) -> None:
     local = replace(LOCAL, ports=ports)
-    plan = plan_host({NETWORK: place()}, {NAMESPACE: WHOLE}, local, sweep=True)
-    assert (plan.make, plan.plug) == ((), (place(),))
+    assert plan(PORT, METADATA, local=local) == [ChangePorts((place(),), ())]
+    wanted = OvnWanted.of(known(PORT, METADATA), local, sweep=True)
+    assert wanted.is_new(wanted)
+
+
+def test_the_same_needs_are_new_only_once() -> None:
+    wanted = OvnWanted.of(known(PORT, METADATA), PLUGGED, sweep=True)
+    assert wanted.is_new(None)
+    assert not wanted.is_new(wanted)
+    assert wanted.is_new(replace(wanted, sweep=False))
+    assert OvnWanted.of(known(), PLUGGED, sweep=True).is_new(wanted)
+
+
+REMOVAL: Final = [ChangePorts((), (OUTER,)), DetachOvn(NETWORK, NAMING)]
 
 
 def test_a_place_that_no_network_needs_is_removed_once_all_is_known() -> None:
-    plan = plan_host({}, {NAMESPACE: WHOLE}, PLUGGED, sweep=True)
-    assert (plan.remove, plan.unplug) == ((NAMESPACE,), (OUTER,))
-    assert not plan_host({}, {NAMESPACE: WHOLE}, PLUGGED, sweep=False)
+    assert plan() == REMOVAL
+    assert plan(sweep=False) == []
 
 
 def test_a_datapath_in_user_space_needs_checksums_that_are_there() -> None:
     user_space = replace(PLUGGED, datapath="netdev")
-    places = plan_places(known(PORT, METADATA), user_space)
-    without = replace(WHOLE, has_checksums=False)
-    assert plan_host(places, {NAMESPACE: without}, user_space, sweep=True).make
-    assert not plan_host(places, {NAMESPACE: WHOLE}, user_space, sweep=True)
-    assert not plan_host({NETWORK: place()}, {NAMESPACE: without}, PLUGGED, sweep=True)
+    without = replace(WHOLE, end=replace(END, has_checksums=False))
+    (attach,) = plan(PORT, METADATA, seen=without, local=user_space)
+    assert isinstance(attach, AttachOvn)
+    assert plan(PORT, METADATA, local=user_space) == []
+    assert plan(PORT, METADATA, seen=without) == []
 
 
 def test_without_ipv6_a_place_is_whole_without_ipv6_addresses() -> None:
-    ipv4 = frozenset(map(ip_interface, ("10.0.0.2/24", "169.254.169.254/32")))
-    without = replace(WHOLE, ipv6=False, interfaces=ipv4)
-    assert not plan_host({NETWORK: place()}, {NAMESPACE: without}, PLUGGED, sweep=True)
-
-
-def test_a_place_that_was_whole_is_not_looked_at_for_another_networks_change() -> None:
-    assert not plan_host({NETWORK: place()}, {}, PLUGGED, whole={place()}, sweep=True)
+    without = with_addresses("10.0.0.2/24", "169.254.169.254/32", ipv6=False)
+    assert plan(PORT, METADATA, seen=without) == []
 
 
 def test_a_network_with_ports_and_without_a_metadata_port_keeps_what_it_has() -> None:
-    assert networks_without_port(known(PORT)) == (NETWORK,)
-    assert networks_without_port(known(PORT, METADATA)) == ()
-    assert not plan_host({}, {NAMESPACE: WHOLE}, PLUGGED, spared=(NETWORK,), sweep=True)
+    assert OvnWanted.of(known(PORT), LOCAL, sweep=True).spared == (NETWORK,)
+    assert OvnWanted.of(known(PORT, METADATA), LOCAL, sweep=True).spared == ()
+    assert plan(PORT) == []
 
 
 def test_a_port_of_ours_in_open_vswitch_goes_although_a_boot_took_its_device() -> None:
-    plan = plan_host({}, {}, PLUGGED, sweep=True)
-    assert (plan.remove, plan.unplug) == ((), (OUTER,))
-    assert not plan_host({}, {}, PLUGGED, sweep=False)
+    assert plan(seen=None, outer=None) == [ChangePorts((), (OUTER,))]
+    assert plan(seen=None, outer=None, sweep=False) == []
     foreign = replace(LOCAL, ports={OUTER: BridgePort("br-int", "port-m")})
-    assert not plan_host({}, {}, foreign, sweep=True)
+    assert plan(seen=None, outer=None, local=foreign) == []
 
 
 def test_what_is_left_of_a_removal_that_was_killed_is_removed() -> None:
-    left = SeenPlace(is_ours=True)
-    assert plan_host({}, {NAMESPACE: left}, LOCAL, sweep=True).remove == (NAMESPACE,)
+    lo = replace(LO, alias=NAMING.alias(NETWORK))
+    for left in (ObservedNamespace(None), replace(WHOLE, devices={"lo": lo}, end=None)):
+        assert plan(seen=left, outer=None, local=LOCAL) == [DetachOvn(NETWORK, NAMING)]
 
 
-def test_a_namespace_waits_for_the_process_that_listens_in_it_and_not_for_ever() -> None:
-    listened = replace(WHOLE, is_listened=True)
-    plan = plan_host({}, {NAMESPACE: listened}, PLUGGED, sweep=True)
-    assert (plan.remove, plan.unplug, plan.wait) == ((), (), (NAMESPACE,))
-    plan = plan_host({}, {NAMESPACE: listened}, PLUGGED, overdue={NAMESPACE}, sweep=True)
-    assert (plan.remove, plan.unplug, plan.wait) == ((NAMESPACE,), (OUTER,), ())
+def test_a_namespace_waits_for_another_process_that_listens_in_it_and_not_for_ever() -> None:
+    listened = replace(WHOLE, sockets=(SOCKET,))
+    assert plan(seen=listened) == []
+    assert plan(seen=listened, overdue=(NETWORK,)) == REMOVAL
+    assert plan(seen=replace(WHOLE, sockets=(replace(SOCKET, ours=True),))) == REMOVAL
+    nothing = OvnWanted.of(known(), LOCAL, sweep=True)
+    host = ObservedHost(namespaces={NAMESPACE: listened})
+    assert find_waiting(nothing, host, ()) == {NETWORK}
+    assert find_waiting(nothing, host, (NETWORK,)) == frozenset()
+    assert find_waiting(OvnWanted.of(known(PORT), LOCAL, sweep=True), host, ()) == frozenset()
 
 
 def test_a_namespace_of_another_host_that_has_the_same_directory_stays() -> None:
-    assert not plan_host({}, {NAMESPACE: replace(WHOLE, outer=None)}, LOCAL, sweep=True)
+    assert plan(outer=None, local=LOCAL) == []

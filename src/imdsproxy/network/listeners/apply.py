@@ -1,22 +1,30 @@
-"""Executor of the operations planned by `network.listeners.plan`, step by step. Also replaces tables and links."""
+"""Executor of planned operations on the host, in idempotent steps. Also replaces tables and links.
+
+If a process is killed between two steps, the next observation finds the remains.
+"""
 
 import contextlib
 import errno
 import os
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Final, assert_never
 
 from imdsproxy.errors import DataplaneError, Ignoring, Problem, host_refused, refusing
 from imdsproxy.host import netlink
-from imdsproxy.host.namespaces import NamespaceThread
+from imdsproxy.host.namespaces import NamespaceMissing, NamespaceThread
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
 from imdsproxy.host.process import run_program
 from imdsproxy.host.state import Family, ObservedDevice
-from imdsproxy.model.entities import IpAddress
+from imdsproxy.model.entities import IpAddress, NetworkId
+from imdsproxy.network import operations
 from imdsproxy.network.endpoints import LOOPBACK
-from imdsproxy.network.listeners import plan
+from imdsproxy.network.names import Naming
+from imdsproxy.network.ovn.plan import plan_interface
+from imdsproxy.sources.ovn.ports import IpInterface, devices_of, namespace_of
 
 HAPROXY_NETNS: Final = Path("/var/run/netns")
 """Directory in which HAProxy opens namespaces (compiled in: `src/namespace.c`)."""
@@ -34,49 +42,71 @@ _SWITCHED_OFF: Final = (
 
 
 async def apply_ops(
-    thread: NamespaceThread, ops: tuple[plan.HostOp, ...]
-) -> dict[plan.HostOp, Problem]:
+    thread: NamespaceThread,
+    ops: Iterable[operations.HostOp],
+    change_ports: Callable[[operations.ChangePorts], Awaitable[Problem | None]] | None = None,
+) -> dict[operations.HostOp, Problem]:
     """Carry out ops in order; a failed op never stops the others.
 
     Args:
         thread: Thread that enters namespaces.
         ops: Operations to carry out.
+        change_ports: Changes Open vSwitch's ports; required for such ops.
 
     Returns:
         The failed ops, with the reasons.
     """
-    failures: dict[plan.HostOp, Problem] = {}
-
-    def work() -> None:
-        for op in ops:
-            try:
-                _do(thread, op)
-            except (DataplaneError, OSError) as error:
-                if isinstance(error, OSError):
-                    # The only file system that refuses is /proc/sys.
-                    hint = _READ_ONLY if error.errno == errno.EROFS else ""
-                    error = host_refused(op.action.format(op), error, hint=hint)
-                failures[op] = Problem("host", error.message, error.hint)
-
-    if ops:
-        await thread.run(work)
+    failures: dict[operations.HostOp, Problem] = {}
+    for of_vswitch, group in groupby(ops, lambda op: isinstance(op, operations.ChangePorts)):
+        some = tuple(group)
+        if not of_vswitch:
+            failures |= await thread.run(partial(_try_each, thread, some))
+            continue
+        for op in some:
+            if isinstance(op, operations.ChangePorts) and change_ports is not None:
+                problem = await change_ports(op)
+                failures |= {} if problem is None else {op: problem}
     return failures
 
 
-def _do(thread: NamespaceThread, op: plan.HostOp) -> None:
+def _try_each(
+    thread: NamespaceThread, ops: Iterable[operations.HostOp]
+) -> dict[operations.HostOp, Problem]:
+    failures: dict[operations.HostOp, Problem] = {}
+    for op in ops:
+        if isinstance(op, operations.ChangePorts):
+            continue
+        try:
+            _do(thread, op)
+        except (DataplaneError, OSError) as error:
+            if isinstance(error, OSError):
+                # The only file system that refuses is /proc/sys.
+                hint = _READ_ONLY if error.errno == errno.EROFS else ""
+                error = host_refused(op.action.format(op), error, hint=hint)
+            of_ovn = isinstance(op, operations.AttachOvn | operations.DetachOvn)
+            field = f"ovn.{error.code}" if of_ovn else "host"
+            failures[op] = Problem(field, error.message, error.hint)
+    return failures
+
+
+def _do(thread: NamespaceThread, op: operations.ThreadOp) -> None:
     match op:
-        case plan.AttachBridge():
-            _attach(thread, op)
-        case plan.AddAddress(_, name, device, address, mark):
+        case operations.AttachBridge():
+            _attach_bridge(thread, op)
+        case operations.AttachOvn(place, naming):
+            _attach_ovn(thread, naming, place)
+        case operations.DetachOvn(network, naming):
+            _detach_ovn(thread, naming, network)
+        case operations.AddAddress(_, name, device, address, mark):
             with thread.inside(name), NetlinkSocket() as channel:
                 _add(channel, name, device, address, mark)
-        case plan.RemoveAddress(name, device, address, prefix):
+        case operations.RemoveAddress(name, device, address, prefix):
             gone = Ignoring(errno.ENOENT, errno.ENODEV, errno.EADDRNOTAVAIL)
             with gone, thread.inside(name), NetlinkSocket() as channel:
                 netlink.remove_address(channel, _find(channel, device).index, address, prefix)
-        case plan.DeleteNamespace(name):
+        case operations.DeleteNamespace(name):
             thread.directory.delete(name)
-        case plan.DeleteLink(name):
+        case operations.DeleteLink(name):
             with Ignoring(errno.ENODEV), NetlinkSocket() as channel:
                 netlink.delete_link(channel, _find(channel, name).index)
         case never:
@@ -106,26 +136,15 @@ def _add(
         raise host_refused(f"add {address} on device {device}{where}", error, hint=hint) from error
 
 
-def _attach(thread: NamespaceThread, op: plan.AttachBridge) -> None:
+def _attach_bridge(thread: NamespaceThread, op: operations.AttachBridge) -> None:
     naming, alias = op.naming, op.naming.alias(op.network)
     name, link, inner = naming.namespace(op.network), naming.link(op.network), naming.inner_device
     thread.create_now(name)
     with thread.inside(name), NetlinkSocket() as channel:
-        inside = _prepare(channel, inner, alias)
-    with contextlib.closing(thread.directory.open(name)) as opened, NetlinkSocket() as channel:
+        _prepare(channel, alias)
+    with NetlinkSocket() as channel:
         bridge = _find(channel, op.bridge).index
-        outside = netlink.find_link(channel, link)
-        if outside is not None and inside is None:
-            netlink.delete_link(channel, outside.index)
-        if outside is None or inside is None:
-            netlink.create_veth(
-                channel,
-                link=link,
-                master=bridge,
-                mtu=op.mtu,
-                peer=inner,
-                peer_namespace=opened.descriptor,
-            )
+        _connect(thread, channel, name, (link, inner), master=bridge, mtu=op.mtu)
         _set_up(channel, link, alias, op.mtu, bridge)
     with thread.inside(name), NetlinkSocket() as channel:
         index = _set_up(channel, inner, alias, op.mtu)
@@ -134,7 +153,40 @@ def _attach(thread: NamespaceThread, op: plan.AttachBridge) -> None:
             netlink.add_default_route(channel, index, family)
 
 
-def _prepare(channel: NetlinkSocket, inner: str, alias: str) -> ObservedDevice | None:
+def _connect(
+    thread: NamespaceThread,
+    channel: NetlinkSocket,
+    name: str,
+    ends: tuple[str, str],
+    *,
+    master: int | None,
+    mtu: int | None,
+) -> ObservedDevice | None:
+    """Create a veth pair into a namespace if an end is missing. Return the outer end if the pair was there."""
+    link, inner = ends
+    outside = netlink.find_link(channel, link)
+    with thread.inside(name), NetlinkSocket() as within:
+        inside = netlink.find_link(within, inner)
+        if inside is not None and outside is None:
+            # The other end is not on this host.
+            netlink.delete_link(within, inside.index)
+    if outside is not None and inside is not None:
+        return outside
+    if outside is not None:
+        netlink.delete_link(channel, outside.index)
+    with contextlib.closing(thread.directory.open(name)) as opened:
+        netlink.create_veth(
+            channel,
+            link=link,
+            master=master,
+            mtu=mtu,
+            peer=inner,
+            peer_namespace=opened.descriptor,
+        )
+    return None
+
+
+def _prepare(channel: NetlinkSocket, alias: str) -> None:
     # /proc/sys/net shows the settings of the calling thread's namespace.
     for setting in _SWITCHED_OFF:
         for which in ("all", "default"):
@@ -143,7 +195,6 @@ def _prepare(channel: NetlinkSocket, inner: str, alias: str) -> ObservedDevice |
                 path.write_text("0")
     # The alias comes last: it marks a complete namespace.
     _set_up(channel, LOOPBACK, alias)
-    return netlink.find_link(channel, inner)
 
 
 def _set_up(
@@ -158,6 +209,62 @@ def _set_up(
     new = None if found.alias == alias else alias
     netlink.set_link(channel, found.index, mtu=mtu, master=master, alias=new)
     return found.index
+
+
+def _attach_ovn(thread: NamespaceThread, naming: Naming, place: operations.MetadataPlace) -> None:
+    """Create the missing parts, and leave the rest unchanged: an agent's namespace stays without our mark."""
+    name = place.namespace
+    thread.create_now(name, lambda: _mark(naming, place.network))
+    with thread.inside(name), NetlinkSocket() as channel:
+        loopback = _find(channel, LOOPBACK)
+        if not loopback.up:
+            netlink.set_link(channel, loopback.index)
+    with NetlinkSocket() as channel:
+        outside = _connect(
+            thread, channel, name, (place.outer, place.inner), master=None, mtu=place.mtu
+        )
+        if outside is not None and not (outside.up and place.mtu in (None, outside.mtu)):
+            netlink.set_link(channel, outside.index, mtu=place.mtu)
+    with thread.inside(name), NetlinkSocket() as channel:
+        inside = _find(channel, place.inner)
+        if place.in_user_space:
+            # In user space nothing computes the checksums that the kernel leaves to a NIC.
+            netlink.ask_ethtool(place.inner, netlink.ETHTOOL_STXCSUM)
+        mac = None if inside.mac == place.mac else place.mac
+        netlink.set_link(channel, inside.index, mtu=place.mtu, mac=mac)
+        ipv6 = netlink.has_ipv6(place.inner)
+        _set_addresses(channel, inside.index, place.addresses(ipv6=ipv6), naming)
+
+
+def _mark(naming: Naming, network: NetworkId) -> None:
+    with NetlinkSocket() as channel:
+        netlink.set_link(channel, _find(channel, LOOPBACK).index, alias=naming.alias(network))
+
+
+def _set_addresses(
+    channel: NetlinkSocket, index: int, wanted: frozenset[IpInterface], naming: Naming
+) -> None:
+    for _ in range(2):
+        # The kernel removes all addresses of a subnet with the first one: the second pass adds them again.
+        present = {plan_interface(one): one for one in netlink.list_interfaces(channel, index)}
+        for one in sorted(wanted - present.keys(), key=str):
+            with Ignoring(errno.EEXIST):  # the kernel has added its own link-local address
+                prefix, protocol = one.network.prefixlen, naming.protocol
+                netlink.add_address(channel, index, one.ip, prefix, protocol=protocol)
+        for planned, one in present.items():
+            if planned not in wanted:
+                with Ignoring(errno.EADDRNOTAVAIL):
+                    netlink.remove_address(channel, index, one.ip, one.network.prefixlen)
+
+
+def _detach_ovn(thread: NamespaceThread, naming: Naming, network: NetworkId) -> None:
+    """Remove the namespace last, with our mark: a later process finds what a killed one left."""
+    name = namespace_of(network)
+    with contextlib.suppress(NamespaceMissing), thread.inside(name):
+        _mark(naming, network)
+    with Ignoring(errno.ENODEV), NetlinkSocket() as channel:
+        netlink.delete_link(channel, _find(channel, devices_of(network)[0]).index)
+    thread.directory.delete(name)
 
 
 @dataclass(slots=True)

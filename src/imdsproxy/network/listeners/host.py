@@ -7,7 +7,9 @@ last one.
 
 import asyncio
 import contextlib
+import errno
 import json
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -16,10 +18,10 @@ from typing import Final, TypeAlias
 
 import structlog
 
-from imdsproxy.errors import DataplaneError, HostRefused, Problem, refusing
+from imdsproxy.errors import DataplaneError, HostRefused, Ignoring, Problem, refusing
 from imdsproxy.host import netlink
 from imdsproxy.host.files import Journal, write_atomic
-from imdsproxy.host.namespaces import NamespaceMissing, NamespaceThread
+from imdsproxy.host.namespaces import MISSING, NamespaceMissing, NamespaceThread
 from imdsproxy.host.nlmessages import NetlinkSocket
 from imdsproxy.host.sockets import (
     L3_PROXY_PORT,
@@ -36,6 +38,7 @@ from imdsproxy.host.state import (
     NamespaceRef,
     ObservedAddress,
     ObservedDevice,
+    ObservedEnd,
     ObservedHost,
     ObservedNamespace,
     merge_observed,
@@ -54,20 +57,28 @@ from imdsproxy.network.endpoints import LOOPBACK
 from imdsproxy.network.listeners.apply import NftTable, apply_ops
 from imdsproxy.network.listeners.nft_scripts import render_arp_guard, render_diversions
 from imdsproxy.network.listeners.plan import (
-    AddAddress,
-    HostOp,
     ListenerPlan,
     ManagedPlace,
     Place,
     PlanMemo,
-    Removal,
-    RemoveAddress,
     explain_pending,
     find_left_to_others,
+    ovn_place,
     place_of,
     plan_listeners,
 )
 from imdsproxy.network.names import Naming
+from imdsproxy.network.operations import (
+    AddAddress,
+    AttachOvn,
+    DetachOvn,
+    HostOp,
+    Removal,
+    RemoveAddress,
+)
+from imdsproxy.network.ovn.host import OvnHost
+from imdsproxy.network.ovn.plan import network_of, plan_ovn
+from imdsproxy.sources.ovn.ports import devices_of
 
 Peek: TypeAlias = tuple[int, frozenset[int]]
 """Inode of a namespace, and inodes of the sockets that listen there."""
@@ -92,6 +103,12 @@ _REDIRECTED_PORTS: Final = (REDIRECTED_PORT, L3_PROXY_PORT)
 
 _TRIES: Final = 3
 
+_HALF_MADE_S: Final = 10.0
+"""Seconds after which a file without a namespace counts as abandoned by the program that created it."""
+
+_LISTENED_S: Final = 10.0
+"""Maximum seconds for which a namespace without ports here waits for a process that listens there."""
+
 _HOST_ROUNDS: Final = 4
 """Maximum number of plans in a round: objects that one plan creates are observed before the next plan uses them."""
 
@@ -113,6 +130,7 @@ class SystemHost:
         operations: Number of ops so far, by `ok` and `failed`.
         arp_guard: Drops ARP requests for the metadata address on devices that no network listens on.
         diverter: Redirects frames for the metadata address to our veths on bridges that have one.
+        ovn: Needs of OVN's networks, and Open vSwitch's database; `None` without that source.
     """
 
     def __init__(
@@ -137,6 +155,8 @@ class SystemHost:
         self._all_dirty = True
         self._dirty: set[NetworkId] = set()
         self._cleared: set[Place] = set()
+        self.ovn: OvnHost | None = None
+        self._waits: dict[NetworkId, float] = {}
         self.our_pids: Callable[[], Collection[int]] = tuple
         self.arp_guard = NftTable(
             "cannot keep the host from answering ARP for 169.254.169.254 on other devices",
@@ -180,9 +200,17 @@ class SystemHost:
         """
         # The ARP table comes first: the host answers for an address as soon as a device has it. Observing is harmless.
         guarding = self.arp_guard.apply(render_arp_guard(self.naming.prefix, networks.values()))
+        wanted = None if self.ovn is None else self.ovn.wanted()
+        if wanted is not None:
+            unseen = (
+                n for n, p in wanted.places.items() if p.namespace not in self.seen.namespaces
+            )
+            self._cleared |= {ovn_place(network) for network in (*unseen, *self._waits)}
         problems, _ = await asyncio.gather(guarding, self._observe(networks))
-        failures: Mapping[HostOp, Problem] = {}
-        operations = 0
+        now = asyncio.get_running_loop().time()
+        overdue = {network for network, since in self._waits.items() if now - since > _LISTENED_S}
+        failures: dict[HostOp, Problem] = {}
+        tried: set[HostOp] = set()
         if sweep and (managed := self.managed()):
             theirs = find_left_to_others(networks.values(), self.seen, self.naming, managed)
             self._note(managed - theirs)
@@ -195,23 +223,27 @@ class SystemHost:
                 managed=self.managed(),
                 memo=self._memo,
                 first=in_force,
+                ovn=wanted,
+                overdue=overdue,
             )
-            if not plan.ops or failures:
+            ops = [one for one in plan.ops if one not in tried]
+            if not ops:
                 break
-            operations += len(plan.ops)
+            tried.update(ops)
             self._dirty.update(one.network for one in plan.left_out)
-            # The place of a removal may belong to no network, so `_dirty` does not cover it.
-            removals = (one for one in plan.ops if isinstance(one, Removal))
-            self._cleared |= {Place(one.namespace, one.device) for one in removals}
-            failures = await self.apply(plan.ops)
-            self.operations["failed"] += len(failures)
-            self.operations["ok"] += len(plan.ops) - len(failures)
+            # The place of such an operation may belong to no network, so `_dirty` does not cover it.
+            self._cleared |= {place for one in ops if (place := _place_of(one)) is not None}
+            refused = await self.apply(ops)
+            failures.update(refused)
+            self.operations["failed"] += len(refused)
+            self.operations["ok"] += len(ops) - len(refused)
             await self._observe(networks)
+        self._waits = {network: self._waits.get(network, now) for network in plan.waiting}
         problems += tuple(failures.values())
         script = render_diversions(networks, self.seen, self.naming)
         problems += await self.diverter.apply(script)
         plan = explain_pending(plan, failures)
-        return replace(plan, problems=problems, operations=operations)
+        return replace(plan, problems=problems, operations=len(tried))
 
     async def _observe(self, networks: Mapping[NetworkId, Network]) -> None:
         """Observe the whole host, or only the parts that may have changed, and merge them into `seen`."""
@@ -266,7 +298,7 @@ class SystemHost:
             device = REDIRECTED if place.redirected else place.device
             wanted.setdefault(place.namespace, set()).add(device)
         asked = frozenset(name for name in wanted if name is not None)
-        near = {name for place in places for name in place.host_devices}
+        near = {name for place in places for name in place.observed_devices}
         pids = self.our_pids()
 
         def look() -> ObservedHost:
@@ -308,14 +340,34 @@ class SystemHost:
         given = tuple(places)
         return await self.thread.run(lambda: {name: look(name) for name in given})
 
+    def ovn_places(self) -> list[Place]:
+        """Return the places of all namespaces with the name of one of OVN's networks."""
+        found = map(network_of, self.thread.directory.names())
+        return [ovn_place(network) for network in found if network is not None]
+
+    async def differs_for_ovn(self, places: Collection[Place]) -> bool:
+        """Observe these places; if OVN's networks need an operation, mark them for the next round.
+
+        Raises:
+            HostRefused: The host's own namespace cannot be observed.
+        """
+        seen = merge_observed(self.seen, await self.observe((), places))
+        wanted = None if self.ovn is None else self.ovn.wanted()
+        if wanted is None or next(plan_ovn(wanted, seen, self.naming, ()), None) is None:
+            return False
+        self._cleared.update(places)
+        return True
+
     def _left_over(self, managed: Collection[str | None]) -> frozenset[str]:
         """Return namespaces in which an earlier process may have left objects."""
         return frozenset(
             name
             for name in self.thread.directory.names()
-            if (name in managed or self.naming.is_namespace(name))
+            if name in managed
+            or self.naming.is_namespace(name)
+            or (self.ovn is not None and network_of(name) is not None)
             # `root` already covers the host's own namespace, also under another name.
-            and not self.thread.is_home(name)
+            if not self.thread.is_home(name)
         )
 
     def _namespace(self, name: str, wanted: set[str | None]) -> ObservedNamespace | None:
@@ -328,8 +380,12 @@ class SystemHost:
                 return self._look(ref, wanted)
         except DataplaneError as error:
             return ObservedNamespace(None, problem=error.message)
-        half_made = self.naming.is_namespace(name) and (self.thread.directory.path / name).exists()
-        return ObservedNamespace(None) if half_made else None
+        file = self.thread.directory.path / name
+        half_made = self.naming.is_namespace(name) and file.exists()
+        # An agent may be creating a namespace of OVN's network.
+        if half_made or (network_of(name) is not None and _is_abandoned(file)):
+            return ObservedNamespace(None)
+        return None
 
     def _look(
         self, ref: NamespaceRef | None, wanted: set[str | None], near: Collection[str] = ()
@@ -346,6 +402,7 @@ class SystemHost:
             own = ref is not None and self.naming.is_namespace(ref.name)
             routes = netlink.default_routes(channel, devices.values()) if own else frozenset()
             metadata = _own_metadata(channel) if ref is None else ""
+            end = None if ref is None else _look_at_end(channel, ref.name, devices)
         sockets: list[ListeningSocket] = []
         if wanted or near or not (own or ref is None):
             with NetlinkSocket(SOCK_DIAG) as channel:
@@ -359,6 +416,7 @@ class SystemHost:
             sockets=tuple(sockets),
             trials=dict(_trials(wanted, addresses, devices)),
             own_metadata=metadata,
+            end=end,
         )
 
     async def apply(self, ops: Iterable[HostOp]) -> Mapping[HostOp, Problem]:
@@ -367,7 +425,8 @@ class SystemHost:
         # Write the journal first, so that the next process knows what this one added if it is killed.
         added = {(one.namespace, one.device) for one in given if isinstance(one, AddAddress)}
         self._note(self.managed() | added)
-        failures = await apply_ops(self.thread, given)
+        change_ports = None if self.ovn is None else self.ovn.change_ports
+        failures = await apply_ops(self.thread, given, change_ports)
         removals = {o: (o.namespace, o.device) for o in given if isinstance(o, RemoveAddress)}
         left = {place for op, place in removals.items() if op in failures}
         self._note(self.managed() - (set(removals.values()) - left))
@@ -437,6 +496,39 @@ class KeptNetworks:
             parsed = [parse_network(one) for one in records] if isinstance(records, list) else []
             self._networks = {one.id: one for one in parsed if not isinstance(one, Refused)}
         return self._networks
+
+
+def _place_of(op: HostOp) -> Place | None:
+    """Return the place that an operation changes, if no network leads to it."""
+    if isinstance(op, AttachOvn):
+        return ovn_place(op.network)
+    if isinstance(op, DetachOvn):
+        return ovn_place(op.owner)
+    return Place(op.namespace, op.device) if isinstance(op, Removal) else None
+
+
+def _is_abandoned(file: Path) -> bool:
+    try:
+        return time.time() - file.stat().st_mtime > _HALF_MADE_S
+    except MISSING:
+        return False
+
+
+def _look_at_end(
+    channel: NetlinkSocket, namespace: str, devices: Mapping[str, ObservedDevice]
+) -> ObservedEnd | None:
+    """Observe the device of OVN's network in the thread's current namespace; `None` in another namespace."""
+    network = network_of(namespace)
+    device = None if network is None else devices.get(devices_of(network)[1])
+    if device is None:
+        return None
+    with Ignoring(errno.ENODEV):  # another program is removing the device
+        return ObservedEnd(
+            frozenset(netlink.list_interfaces(channel, device.index)),
+            ipv6=netlink.has_ipv6(device.name),
+            has_checksums=not netlink.ask_ethtool(device.name, netlink.ETHTOOL_GTXCSUM),
+        )
+    return None
 
 
 def _with_owners(seen: ObservedNamespace, owned: dict[int, ListeningSocket]) -> ObservedNamespace:

@@ -191,7 +191,7 @@ class ListenerLoop:
         await self._rounds.run(self._next_round, after_s=self._patience_s())
 
     def _patience_s(self) -> float | None:
-        return _RECHECK_S if self.report.problems else None
+        return _RECHECK_S if self.report.problems or self.report.waiting else None
 
     async def _next_round(self) -> float | None:
         ticket = self.tickets.given

@@ -19,7 +19,7 @@ on with their checksum state, and every guest NIC understands it.
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import ClassVar, NamedTuple, TypeAlias, assert_never
+from typing import NamedTuple, TypeAlias, assert_never
 
 from imdsproxy.errors import Problem
 from imdsproxy.host.state import Family, ObservedDevice, ObservedHost, ObservedNamespace
@@ -35,73 +35,18 @@ from imdsproxy.model.entities import (
 from imdsproxy.network.endpoints import ENSLAVING, LOOPBACK, Endpoint, Foreign, LeftOut, LeftOutCode
 from imdsproxy.network.listeners.endpoints import listen, listen_redirected
 from imdsproxy.network.names import Naming
+from imdsproxy.network.operations import (
+    AddAddress,
+    AttachBridge,
+    DeleteLink,
+    DeleteNamespace,
+    HostOp,
+    RemoveAddress,
+)
+from imdsproxy.network.ovn.plan import OvnWanted, find_waiting, network_of, plan_ovn
+from imdsproxy.sources.ovn.ports import devices_of, namespace_of
 
 _NAMING = Naming()
-
-
-@dataclass(frozen=True, slots=True)
-class AttachBridge:
-    """Create the missing parts of a bridge's listener, marked as ours: namespace, veth pair, addresses, default routes.
-
-    Attributes:
-        mtu: MTU of the bridge, in bytes.
-    """
-
-    action: ClassVar[str] = "attach a namespace to bridge {0.bridge}"
-    network: NetworkId
-    bridge: str
-    mtu: int
-    naming: Naming
-
-
-@dataclass(frozen=True, slots=True)
-class AddAddress:
-    """Put an address on a device, without duplicate address detection, marked with `protocol`."""
-
-    action: ClassVar[str] = "add {0.address} on device {0.device}"
-    network: NetworkId
-    namespace: str | None
-    device: str
-    address: IpAddress
-    protocol: int
-
-
-@dataclass(frozen=True, slots=True)
-class RemoveAddress:
-    """Remove an address from a device."""
-
-    action: ClassVar[str] = "remove {0.address} on device {0.device}"
-    network: ClassVar[None] = None
-    namespace: str | None
-    device: str
-    address: IpAddress
-    prefix: int
-
-
-@dataclass(frozen=True, slots=True)
-class DeleteNamespace:
-    """Remove one of our namespaces and the veth pair that ends there."""
-
-    action: ClassVar[str] = "delete namespace {0.namespace}"
-    network: ClassVar[None] = None
-    device: ClassVar[None] = None
-    namespace: str
-
-
-@dataclass(frozen=True, slots=True)
-class DeleteLink:
-    """Remove one of our links from the host's own namespace."""
-
-    action: ClassVar[str] = "delete link {0.device}"
-    network: ClassVar[None] = None
-    namespace: ClassVar[None] = None
-    device: str
-
-
-Removal: TypeAlias = RemoveAddress | DeleteNamespace | DeleteLink
-
-HostOp: TypeAlias = AttachBridge | AddAddress | Removal
-"""Idempotent operation on the host, carried out by `network.listeners.apply`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +58,7 @@ class ListenerPlan:
         left_out: Endpoints that cannot be bound, with reasons; `ops` resolve the `PENDING` ones.
         foreign: Other processes' sockets at those addresses, and their effect.
         ops: Operations on the host, in this order: removals first.
+        waiting: OVN's networks without ports here whose namespaces another process still listens in.
         problems: Operations that the host refused.
         operations: Number of operations carried out until none was left.
         at: Unix time at which the plan came into force.
@@ -124,6 +70,7 @@ class ListenerPlan:
     left_out: tuple[LeftOut, ...] = ()
     foreign: tuple[Foreign, ...] = ()
     ops: tuple[HostOp, ...] = ()
+    waiting: frozenset[NetworkId] = frozenset()
     problems: tuple[Problem, ...] = ()
     operations: int = 0
     at: float = 0.0
@@ -140,6 +87,7 @@ class Place(NamedTuple):
         bridge: Bridge that our namespace is attached to, and the name of the link that attaches it.
         managed: Whether imdsproxy manages the metadata addresses on the device.
         redirected: Whether requests are redirected to a port of ours, at every address.
+        outer: Device of the host's own namespace that leads to the device of OVN's network.
     """
 
     namespace: str | None
@@ -147,6 +95,7 @@ class Place(NamedTuple):
     bridge: tuple[str, str] | None = None
     managed: bool = True
     redirected: bool = False
+    outer: str | None = None
 
     @property
     def host_devices(self) -> tuple[str, ...]:
@@ -154,6 +103,11 @@ class Place(NamedTuple):
         if self.namespace is None and self.device is not None:
             return (self.device,)
         return self.bridge or ()
+
+    @property
+    def observed_devices(self) -> tuple[str, ...]:
+        """The devices in the host's own namespace to observe with the place."""
+        return self.host_devices if self.outer is None else (self.outer,)
 
     @property
     def where(self) -> str:
@@ -167,8 +121,10 @@ def place_of(network: Network, naming: Naming = _NAMING) -> Place:
     """Return the place of a network's listener."""
     match network.listener:
         case NamespaceListener(namespace, device, manage, redirected):
+            ovn = network_of(namespace)
+            outer = None if ovn is None or redirected else devices_of(ovn)[0]
             managed = manage and device is not None
-            return Place(namespace, device, managed=managed, redirected=redirected)
+            return Place(namespace, device, managed=managed, redirected=redirected, outer=outer)
         case InterfaceListener(device):
             return Place(None, device)
         case BridgeListener(bridge):
@@ -176,6 +132,12 @@ def place_of(network: Network, naming: Naming = _NAMING) -> Place:
             return Place(naming.namespace(network.id), naming.inner_device, (bridge, link))
         case never:
             assert_never(never)
+
+
+def ovn_place(network: NetworkId) -> Place:
+    """Return the place of one of OVN's networks."""
+    outer, inner = devices_of(network)
+    return Place(namespace_of(network), inner, managed=False, outer=outer)
 
 
 ManagedPlace: TypeAlias = tuple[str | None, str]
@@ -196,6 +158,8 @@ def plan_listeners(
     managed: Collection[ManagedPlace] | None = None,
     memo: PlanMemo | None = None,
     first: Mapping[NetworkId, Network] = MappingProxyType({}),
+    ovn: OvnWanted | None = None,
+    overdue: Collection[NetworkId] = (),
 ) -> ListenerPlan:
     """Plan the listeners of all networks at once.
 
@@ -208,6 +172,8 @@ def plan_listeners(
             only there: the mark on an address has 128 values, and another daemon may use the same.
         memo: Empty at the first call; pass the same dictionary again to reuse unchanged parts of the plan.
         first: Networks that HAProxy is configured for: they keep a listener that another network claims too.
+        ovn: Needs of OVN's networks, with removals of their own.
+        overdue: OVN's networks whose namespaces no longer wait for processes that listen there.
     """
     memo = {} if memo is None else memo
     shared = find_shared(networks.values(), observed, first)
@@ -228,7 +194,12 @@ def plan_listeners(
         endpoints=tuple(one for one in planned if isinstance(one, Endpoint)),
         left_out=tuple(one for one in planned if isinstance(one, LeftOut)),
         foreign=tuple(one for one in planned if isinstance(one, Foreign)),
-        ops=(*removals, *lacking),
+        ops=(
+            *removals,
+            *lacking,
+            *(() if ovn is None else plan_ovn(ovn, observed, naming, overdue)),
+        ),
+        waiting=frozenset() if ovn is None else find_waiting(ovn, observed, overdue),
     )
 
 

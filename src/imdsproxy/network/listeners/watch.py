@@ -2,7 +2,7 @@
 
 It has three inputs: namespaces that appear and disappear; devices and addresses, in the host's own namespace and in
 those that HAProxy listens in; and a paced audit for changes without events, such as other programs' listening sockets.
-Each audit checks the next networks in turn, and those that are not served.
+Each audit checks the next networks in turn, and those that are not served. OVN's namespaces have an audit of their own.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from imdsproxy.network.listeners.host import Peek, SystemHost
 from imdsproxy.network.listeners.plan import place_of, plan_network
 
 T = TypeVar("T")
+
+_OVN_EVERY_S: Final = 10.0
 
 _AT_ONCE: Final = 64
 """Maximum number of networks or namespaces in a batch: the namespace thread is free for others every 20 ms."""
@@ -83,7 +85,7 @@ class HostWatch:
             for network in networks.values():
                 place = place_of(network, self.host.naming)
                 self._namespaces.setdefault(place.namespace, set()).add(network.id)
-                for device in place.host_devices:
+                for device in place.observed_devices:
                     self._devices.setdefault(device, set()).add(network.id)
                 if place.namespace is None and before.get(network.id) != network:
                     # Changes of its device since the last observation were not published.
@@ -97,7 +99,10 @@ class HostWatch:
         directory = self.host.thread.directory
         self._namespace_watch = self._closing.enter_context(NamespaceWatch(directory))
         self._link_watch = self._closing.enter_context(watch_links())
-        works = (self._follow_namespaces, self._follow_links, self._give_ids, self._audit)
+        works = (
+            *(self._follow_namespaces, self._follow_links, self._give_ids),
+            *(self._audit, self._audit_ovn),
+        )
         self._tasks = [asyncio.create_task(work()) for work in works]
         return self
 
@@ -200,6 +205,18 @@ class HostWatch:
             for some in _batches(self._next("recheck", self._left_out, self.rechecks)):
                 await self._look(some)
 
+    async def _audit_ovn(self) -> None:
+        """Check the namespaces with the name of one of OVN's networks, also those of no network, until cancelled.
+
+        There are no events for them, nor for addresses other than the metadata addresses.
+        """
+        while True:
+            await asyncio.sleep(_OVN_EVERY_S)
+            with contextlib.suppress(DataplaneError):  # the listener loop reports it
+                for some in _batches(self.host.ovn_places() if self.host.ovn is not None else ()):
+                    if await self.host.differs_for_ovn(some):
+                        self.touch("audit", ())
+
     def _next(self, which: str, ids: Sequence[NetworkId], count: int) -> list[Network]:
         turn = [ids[(self._turns[which] + n) % len(ids)] for n in range(min(count, len(ids)))]
         self._turns[which] += len(turn)
@@ -251,7 +268,7 @@ class HostWatch:
         # MAC filters are on all devices of a namespace, redirections on all ports of a bridge.
         return (
             tuple(plan_network(network, host, self.host.naming)),
-            None if seen is None else seen.devices,
+            None if seen is None else (seen.devices, seen.end),
             [ports.get(bridge.index) for bridge in bridges],
         )
 

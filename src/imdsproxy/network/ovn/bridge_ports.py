@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping
 
 from imdsproxy.host.ovsdb import Row, Table, Transaction
-from imdsproxy.network.ovn.plan import MetadataPlace
+from imdsproxy.network.operations import MetadataPlace
 from imdsproxy.sources.ovn.chassis import NETWORK_KEY
 from imdsproxy.sources.ovn.ports import namespace_of
 

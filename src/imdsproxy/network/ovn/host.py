@@ -1,46 +1,97 @@
-"""Work for OVN on this host, besides reporting its ports."""
+"""OVN on this host, besides reporting its ports: the needs of its networks, their bridge ports, and the heartbeat."""
 
-from collections.abc import Coroutine
-from dataclasses import InitVar, dataclass, field
+import asyncio
+from collections.abc import Callable, Collection, Coroutine
+from dataclasses import dataclass, field
+from functools import partial
 from random import SystemRandom
+from typing import Final
 
-from imdsproxy.errors import Problem
-from imdsproxy.host.namespaces import NamespaceThread
-from imdsproxy.network.names import Naming
+from imdsproxy.errors import Problem, SourceUnavailable
+from imdsproxy.model.entities import NetworkId
+from imdsproxy.network.operations import ChangePorts
+from imdsproxy.network.ovn.bridge_ports import write_ports
 from imdsproxy.network.ovn.heartbeat import OvnHeartbeat
-from imdsproxy.network.ovn.provision import Provisioner
+from imdsproxy.network.ovn.plan import OvnWanted
 from imdsproxy.sources.ovn.source import OvnSource
+
+_TOGETHER_S: Final = 0.02
+"""Seconds to wait for more changes. Meanwhile guests' records come into force, which must not wait for this work."""
+
+_WRITTEN_S: Final = 5.0
+_VSWITCH: Final = "ovn.open_vswitch"
+_NO_BRIDGE: Final = "ovn-controller makes it; another name belongs in external_ids:ovn-bridge"
+_NO_WRITE: Final = "look at ovsdb-server and its log; it is tried again"
+_NO_PORT: Final = "neutron-ovn-db-sync-util makes it again"
 
 
 @dataclass(slots=True)
 class OvnHost:
-    """Provisioner and heartbeat of one source.
+    """Needs of one source's networks, for the loop of the listeners.
 
     Args:
-        source: Source with the databases.
-        thread: Thread that enters namespaces.
-        naming: Names and marks of our own objects.
+        source: Source with the networks that have ports here, and Open vSwitch's database.
+        touch: Requests a round of the listeners; gets the reason and networks to observe again.
     """
 
     source: OvnSource
-    thread: InitVar[NamespaceThread]
-    naming: InitVar[Naming]
-    provisioner: Provisioner = field(init=False)
+    touch: Callable[[str, Collection[NetworkId]], object]
     heartbeat: OvnHeartbeat = field(init=False)
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+    _wanted: OvnWanted | None = None
+    _noticed: OvnWanted | None = None
 
-    def __post_init__(self, thread: NamespaceThread, naming: Naming) -> None:
-        self.provisioner = Provisioner(self.source, thread, naming)
+    def __post_init__(self) -> None:
         self.heartbeat = OvnHeartbeat(self.source, SystemRandom().random)
-        self.source.on_change = self._changed
+        self.source.on_change = self._on_change
+
+    def _on_change(self) -> None:
+        self._wanted = None
+        self._changed.set()
+        self.heartbeat.changed.set()
+
+    def wanted(self) -> OvnWanted | None:
+        """Return the needs as of now; `None` until Open vSwitch's database was read."""
+        if self._wanted is None and (local := self.source.local) is not None:
+            self._wanted = OvnWanted.of(self.source.known, local, sweep=self.source.settled)
+        return self._wanted
 
     def work(self) -> tuple[Coroutine[object, object, None], ...]:
         """Return the coroutines to run as long as the controller runs."""
-        return self.provisioner.run(), self.heartbeat.run()
+        return self._notice(), self.heartbeat.run()
+
+    async def _notice(self) -> None:
+        """Request a round at each change of the needs, until cancelled."""
+        while True:
+            await self._changed.wait()
+            await asyncio.sleep(_TOGETHER_S)
+            self._changed.clear()
+            wanted = self.wanted()
+            if wanted is not None and wanted.is_new(self._noticed):
+                self._noticed = wanted
+                self.touch("OVN's networks changed", ())
 
     def problems(self) -> tuple[Problem, ...]:
-        """Return the problems of provisioner and heartbeat."""
-        return (*self.provisioner.problems.values(), *self.heartbeat.problems)
+        """Return the problems of networks without a metadata port, and of the heartbeat."""
+        wanted = self.wanted()
+        lacking = (
+            Problem("ovn.metadata_port", f"network {network} has none", _NO_PORT, record=network)
+            for network in (() if wanted is None else wanted.spared)
+        )
+        return (*lacking, *self.heartbeat.problems)
 
-    def _changed(self) -> None:
-        self.provisioner.changed.set()
-        self.heartbeat.changed.set()
+    async def change_ports(self, op: ChangePorts) -> Problem | None:
+        """Change Open vSwitch's ports. Return the reason if they stay as they were."""
+        local, plug, problem = self.source.local, op.plug, None
+        if plug and local is not None and local.datapath is None:
+            problem = Problem(_VSWITCH, f"there is no bridge {local.bridge}", _NO_BRIDGE)
+            plug = ()
+        if plug or op.unplug:
+            try:
+                async with asyncio.timeout(_WRITTEN_S):
+                    await self.source.change_vswitch(partial(write_ports, plug, op.unplug))
+            except SourceUnavailable as error:
+                problem = Problem(_VSWITCH, error.message, error.hint or _NO_WRITE)
+            except TimeoutError:
+                problem = Problem(_VSWITCH, f"no answer within {_WRITTEN_S:g} s", _NO_WRITE)
+        return problem

@@ -1,51 +1,53 @@
 """Removal of our objects for OVN's networks, for `imdsproxy stop --data-plane`."""
 
 import asyncio
-from collections.abc import Iterable
-from collections.abc import Set as AbstractSet
+from collections.abc import Collection
 from contextlib import aclosing
 from functools import partial
 from typing import Final
 
-from imdsproxy.errors import SourceUnavailable
-from imdsproxy.host.namespaces import NamespaceThread
+from imdsproxy.errors import HostRefused, SourceUnavailable
 from imdsproxy.host.ovsdb import Ovsdb
-from imdsproxy.network.names import Naming
+from imdsproxy.network.listeners.host import SystemHost
+from imdsproxy.network.operations import DetachOvn
 from imdsproxy.network.ovn.bridge_ports import sweep_ports
-from imdsproxy.network.ovn.places import look_at_places, remove_place
+from imdsproxy.network.ovn.plan import is_listened, is_ours, network_of
 from imdsproxy.sources.ovn.source import OPEN_VSWITCH, read_chassis
 
 _ANSWER_S: Final = 10.0
 
 
-async def sweep_places(open_vswitch: str, thread: NamespaceThread, naming: Naming) -> None:
+async def sweep_ovn(open_vswitch: str, host: SystemHost) -> None:
     """Remove our namespaces and their ports, after HAProxy has ended.
 
     Objects of an agent stay. A namespace in which another process listens stays too: that process serves the guests.
 
     Args:
         open_vswitch: Open vSwitch's database.
-        thread: Thread that enters namespaces.
-        naming: Names and marks of our own objects.
+        host: This host.
 
     Raises:
         DataplaneError: The host refuses.
         SourceUnavailable: Open vSwitch's database cannot be reached, or refuses. The namespaces are removed anyway.
     """
-    seen = await thread.run(lambda: look_at_places(thread, naming))
-    remove = [name for name, one in seen.items() if one.is_ours and not one.is_listened]
+    seen = await host.observe((), host.ovn_places())
+    of_ovn = {name: network for name in seen.namespaces if (network := network_of(name))}
+    remove = [
+        name
+        for name, network in of_ovn.items()
+        if is_ours(seen.namespaces[name], network, host.naming)
+        and not is_listened(seen.namespaces[name])
+    ]
     try:
-        await _sweep_ports(open_vswitch, seen.keys() - set(remove))
+        await _sweep_ports(open_vswitch, of_ovn.keys() - remove)
     finally:
-        await thread.run(lambda: _remove(thread, naming, remove))
+        left = await host.apply(DetachOvn(of_ovn[name], host.naming) for name in remove)
+    if left:
+        problems = tuple(left.values())
+        raise HostRefused("not everything of OVN's networks could be taken away", problems=problems)
 
 
-def _remove(thread: NamespaceThread, naming: Naming, names: Iterable[str]) -> None:
-    for name in names:
-        remove_place(thread, naming, name)
-
-
-async def _sweep_ports(open_vswitch: str, staying: AbstractSet[str]) -> None:
+async def _sweep_ports(open_vswitch: str, staying: Collection[str]) -> None:
     database = Ovsdb(open_vswitch, OPEN_VSWITCH, read_chassis)
     try:
         async with asyncio.timeout(_ANSWER_S), aclosing(database.follow()) as readings:

@@ -1,0 +1,164 @@
+"""Operations on the host that plans list, and that `network.listeners.apply` carries out. Values only."""
+
+from dataclasses import dataclass
+from ipaddress import IPv4Interface
+from typing import ClassVar, TypeAlias
+
+from imdsproxy.model.entities import IpAddress, MacAddress, NetworkId
+from imdsproxy.network.names import Naming
+from imdsproxy.sources.ovn.chassis import BridgePort
+from imdsproxy.sources.ovn.ports import IpInterface, devices_of, namespace_of
+
+
+@dataclass(frozen=True, slots=True)
+class MetadataPlace:
+    """Planned namespace and devices of a network on this host.
+
+    Attributes:
+        port: Id of the network's metadata port, to which the device on the bridge belongs.
+        mtu: MTU in bytes; `None` leaves the MTU unchanged.
+        interfaces: Addresses of the metadata port in subnets that have ports here, its link-local address, and the
+            metadata addresses.
+        bridge: Integration bridge.
+        in_user_space: Whether Open vSwitch forwards packets in user space, and needs their checksums.
+    """
+
+    network: NetworkId
+    port: str
+    mac: MacAddress
+    mtu: int | None
+    interfaces: frozenset[IpInterface]
+    bridge: str
+    in_user_space: bool
+
+    @property
+    def namespace(self) -> str:
+        """The network's namespace."""
+        return namespace_of(self.network)
+
+    @property
+    def outer(self) -> str:
+        """The device on the bridge."""
+        return devices_of(self.network)[0]
+
+    @property
+    def inner(self) -> str:
+        """The device in the namespace."""
+        return devices_of(self.network)[1]
+
+    @property
+    def plugged(self) -> BridgePort:
+        """The port on the bridge that Open vSwitch should have."""
+        return BridgePort(self.bridge, self.port, self.network)
+
+    def addresses(self, *, ipv6: bool) -> frozenset[IpInterface]:
+        """Return the planned addresses of the inner device, with or without IPv6."""
+        if ipv6:
+            return self.interfaces
+        return frozenset(one for one in self.interfaces if isinstance(one, IPv4Interface))
+
+
+@dataclass(frozen=True, slots=True)
+class AttachBridge:
+    """Create the missing parts of a bridge's listener, marked as ours: namespace, veth pair, addresses, default routes.
+
+    Attributes:
+        mtu: MTU of the bridge, in bytes.
+    """
+
+    action: ClassVar[str] = "attach a namespace to bridge {0.bridge}"
+    network: NetworkId
+    bridge: str
+    mtu: int
+    naming: Naming
+
+
+@dataclass(frozen=True, slots=True)
+class AddAddress:
+    """Put an address on a device, without duplicate address detection, marked with `protocol`."""
+
+    action: ClassVar[str] = "add {0.address} on device {0.device}"
+    network: NetworkId
+    namespace: str | None
+    device: str
+    address: IpAddress
+    protocol: int
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveAddress:
+    """Remove an address from a device."""
+
+    action: ClassVar[str] = "remove {0.address} on device {0.device}"
+    network: ClassVar[None] = None
+    namespace: str | None
+    device: str
+    address: IpAddress
+    prefix: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteNamespace:
+    """Remove one of our namespaces and the veth pair that ends there."""
+
+    action: ClassVar[str] = "delete namespace {0.namespace}"
+    network: ClassVar[None] = None
+    device: ClassVar[None] = None
+    namespace: str
+
+
+@dataclass(frozen=True, slots=True)
+class AttachOvn:
+    """Create the missing parts of the namespace and veth pair of one of OVN's networks."""
+
+    action: ClassVar[str] = "make the namespace of network {0.network}"
+    place: MetadataPlace
+    naming: Naming
+
+    @property
+    def network(self) -> NetworkId:
+        """The network."""
+        return self.place.network
+
+
+@dataclass(frozen=True, slots=True)
+class DetachOvn:
+    """Remove the namespace and veth pair of one of OVN's networks, perhaps made by another program."""
+
+    action: ClassVar[str] = "remove the namespace of network {0.owner}"
+    network: ClassVar[None] = None
+    owner: NetworkId
+    naming: Naming
+
+
+@dataclass(frozen=True, slots=True)
+class ChangePorts:
+    """Change Open vSwitch's ports in one transaction.
+
+    Attributes:
+        plug: Places whose device Open vSwitch does not have, or has elsewhere.
+        unplug: Devices without a network that Open vSwitch still has.
+    """
+
+    network: ClassVar[None] = None
+    plug: tuple[MetadataPlace, ...]
+    unplug: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteLink:
+    """Remove one of our links from the host's own namespace."""
+
+    action: ClassVar[str] = "delete link {0.device}"
+    network: ClassVar[None] = None
+    namespace: ClassVar[None] = None
+    device: str
+
+
+Removal: TypeAlias = RemoveAddress | DeleteNamespace | DeleteLink
+
+ThreadOp: TypeAlias = AttachBridge | AddAddress | Removal | AttachOvn | DetachOvn
+"""Operation that the namespaces' thread carries out (`network.listeners.apply`)."""
+
+HostOp: TypeAlias = ThreadOp | ChangePorts
+"""Idempotent operation on the host."""
