@@ -1,4 +1,4 @@
-"""Clients of the admin API: HTTP over a unix socket, or to a fleet's hub over TLS. Errors are the daemon's."""
+"""Client of the admin API: HTTP over a host's unix socket, or to a fleet's hubs over TLS. Errors are the daemon's."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import socket
 import ssl
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeAlias, TypeVar
@@ -50,6 +51,7 @@ def read_problem(shape: Mapping[str, Any]) -> errors.Problem:
 
 
 OnStarting: TypeAlias = Callable[[errors.Starting], None]
+OnWait: TypeAlias = Callable[[Sequence[Mapping[str, Any]]], None]
 
 
 @contextlib.contextmanager
@@ -58,21 +60,21 @@ def _silently() -> Iterator[OnStarting]:
 
 
 @dataclass(frozen=True, slots=True)
-class AdminClient:
-    """Client of one daemon. Each request has its own connection, and is sent again only while the daemon starts.
+class Client(ABC):
+    """Client of the admin API. Each request has its own connection, and is sent again only while the daemon starts.
 
     Attributes:
+        of_host: Whether the client talks to a host's daemon; otherwise to a fleet.
         timeout_s: Seconds for one answer, and for a start without progress.
         waiting: Context to enter if the daemon is starting; the callable that it yields is called now and then with the
             progress. `None` does not wait for the start.
     """
 
-    socket: Path
-    of_host: ClassVar[bool] = True
-    """True if the client talks to a host's daemon, not to a fleet."""
-
-    timeout_s: float = _TIMEOUT_S
-    waiting: Callable[[], AbstractContextManager[OnStarting]] | None = _silently
+    of_host: ClassVar[bool]
+    timeout_s: float = field(default=_TIMEOUT_S, kw_only=True)
+    waiting: Callable[[], AbstractContextManager[OnStarting]] | None = field(
+        default=_silently, kw_only=True
+    )
 
     def get(self, path: str, query: Mapping[str, str] | None = None) -> Any:  # noqa: ANN401 - JSON
         """Send a GET and return the decoded answer."""
@@ -94,10 +96,24 @@ class AdminClient:
         headers = {} if raw is None else {"content-type": "application/json"}
         return self._when_started(lambda: self._ask(method, target, raw, headers))
 
+    @abstractmethod
     def _ask(self, method: str, target: str, raw: bytes | None, headers: Mapping[str, str]) -> Any:  # noqa: ANN401 - JSON
-        with self._connection() as connection:
-            connection.request(method, target, raw, headers)
-            return _decoded(connection.getresponse())
+        """Send the request once and return the decoded answer."""
+
+    @abstractmethod
+    def post_records(
+        self, lines: Iterable[bytes], query: Mapping[str, str], on_wait: OnWait
+    ) -> Any:  # noqa: ANN401 - JSON
+        """Store records, one a line; wait as long as the daemon reports its progress.
+
+        Args:
+            lines: Lines for the route `/v1/records`.
+            query: Query of the request.
+            on_wait: Called now and then with `/v1/progress`, and with the progress of a daemon that is still starting.
+
+        Raises:
+            ImdsproxyError: As `request`.
+        """
 
     def _when_started(self, ask: Callable[[], Any]) -> Any:  # noqa: ANN401 - JSON
         """Return the answer; ask again as long as the daemon's start makes progress."""
@@ -117,31 +133,28 @@ class AdminClient:
                     note(error)
                 time.sleep(_LOOK_EVERY_S)
 
+
+@dataclass(frozen=True, slots=True)
+class AdminClient(Client):
+    """Client of the daemon on this host, at its unix socket."""
+
+    of_host: ClassVar[bool] = True
+    socket: Path
+
+    def _ask(self, method: str, target: str, raw: bytes | None, headers: Mapping[str, str]) -> Any:  # noqa: ANN401 - JSON
+        with self._connection() as connection:
+            connection.request(method, target, raw, headers)
+            return _decoded(connection.getresponse())
+
     def post_records(
-        self,
-        lines: Iterable[bytes],
-        query: Mapping[str, str],
-        on_wait: Callable[[Sequence[Mapping[str, Any]]], None],
+        self, lines: Iterable[bytes], query: Mapping[str, str], on_wait: OnWait
     ) -> Any:  # noqa: ANN401 - JSON
-        """Store records, one a line; wait as long as the daemon reports its progress.
-
-        Args:
-            lines: Lines for the route `/v1/records`.
-            query: Query of the request.
-            on_wait: Called now and then with `/v1/progress`, and with the progress of a daemon that is still starting.
-
-        Raises:
-            ImdsproxyError: As `request`.
-        """
-        target = f"{path_to('records')}?{urlencode(query)}"
         # The lines can be sent only once, so wait for the start first.
         replace(self, waiting=lambda: nullcontext(lambda error: on_wait(error.steps))).get(
             path_to("progress")
         )
         with self._connection() as connection:
-            # The daemon may refuse a body before its end; its answer can be read nevertheless.
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                connection.request("POST", target, lines, {"content-type": "application/x-ndjson"})
+            _post_lines(connection, lines, query)
             while not select.select([connection.sock], [], [], _LOOK_EVERY_S)[0]:
                 on_wait(self.get(path_to("progress")))
             return _decoded(connection.getresponse())
@@ -179,6 +192,15 @@ class AdminClient:
             connection.close()
 
 
+def _post_lines(
+    connection: http.client.HTTPConnection, lines: Iterable[bytes], query: Mapping[str, str]
+) -> None:
+    target = f"{path_to('records')}?{urlencode(query)}"
+    # The daemon may refuse a body before its end; its answer can be read nevertheless.
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        connection.request("POST", target, lines, {"content-type": "application/x-ndjson"})
+
+
 def _start_command() -> str:
     installed = any(Path(directory, _UNIT).exists() for directory in _UNIT_DIRECTORIES)
     return "systemctl start imdsproxy" if installed else "imdsproxy run"
@@ -213,18 +235,21 @@ def _decoded(response: http.client.HTTPResponse) -> Any:  # noqa: ANN401 - JSON
 
 
 @dataclass(frozen=True, slots=True)
-class FleetClient(AdminClient):
+class FleetClient(Client):
     """Client of a fleet's hubs, which asks the first hub that answers.
 
-    Each write has a unique name: if a hub's answer is lost, the next hub does not repeat a write that is done.
+    Each write has a unique name: if a hub's answer is lost, the next hub does not repeat a write that is done. A hub
+    knows all records that another has stored, so `post_records` goes on with the next one: it iterates `lines` again
+    for each.
 
     Attributes:
-        socket: The operator's certificate with its key, and the fleet's CA certificate, in one PEM file.
+        certificate: The operator's certificate with its key, and the fleet's CA certificate, in one PEM file.
         urls: URLs of hubs, `https://HOST:PORT`.
     """
 
     of_host: ClassVar[bool] = False
-    urls: tuple[str, ...] = ()
+    certificate: Path
+    urls: tuple[str, ...]
 
     def _ask(self, method: str, target: str, raw: bytes | None, headers: Mapping[str, str]) -> Any:  # noqa: ANN401 - JSON
         named = {**headers, "idempotency-key": uuid.uuid4().hex}
@@ -245,26 +270,15 @@ class FleetClient(AdminClient):
         raise _joined(reasons)
 
     def post_records(
-        self,
-        lines: Iterable[bytes],
-        query: Mapping[str, str],
-        on_wait: Callable[[Sequence[Mapping[str, Any]]], None],
+        self, lines: Iterable[bytes], query: Mapping[str, str], on_wait: OnWait
     ) -> Any:  # noqa: ANN401 - JSON
-        """Store records through one hub, as `AdminClient.post_records`; if that hub fails, continue with the next.
-
-        The next hub knows all records that the failed hub has stored. `lines` are iterated again for each hub.
-        """
-        target = f"{path_to('records')}?{urlencode(query)}"
         context, reasons = self._context(), []
         for url in self.urls:
             one = replace(self, urls=(url,))
             try:
                 one.get(path_to("progress"))
                 with self._hub(url, context) as connection:
-                    # The hub may refuse a body before its end; its answer can be read nevertheless.
-                    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                        headers = {"content-type": "application/x-ndjson"}
-                        connection.request("POST", target, lines, headers)
+                    _post_lines(connection, lines, query)
                     answer = _decoded(connection.getresponse())
                 while "importing" in answer:
                     on_wait(answer["progress"])
@@ -278,11 +292,11 @@ class FleetClient(AdminClient):
     def _context(self) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         try:
-            context.load_cert_chain(self.socket)
-            context.load_verify_locations(self.socket)
+            context.load_cert_chain(self.certificate)
+            context.load_verify_locations(self.certificate)
         except (OSError, ValueError) as error:
             raise errors.SecretUnreadable(
-                f"the operator's certificate {self.socket} cannot be used: {error}",
+                f"the operator's certificate {self.certificate} cannot be used: {error}",
                 hint="`imdsproxy fleet operator` on a hub makes one; --fleet-certificate names it",
             ) from error
         return context
@@ -306,7 +320,7 @@ class FleetClient(AdminClient):
             alert = "ALERT" in (error.reason or "")
             if alert and any(one in error.reason for one in ("CERTIFICATE", "UNKNOWN_CA")):
                 raise errors.AccessDenied(
-                    f"{url} refuses the operator's certificate {self.socket}: {error.reason}",
+                    f"{url} refuses the operator's certificate {self.certificate}: {error.reason}",
                     hint="it has ended, or is of another CA: `imdsproxy fleet operator` on a hub makes a new one",
                 ) from error
             raise errors.AdminUnavailable(

@@ -19,7 +19,7 @@ from imdsproxy.errors import ImdsproxyError, RequestRefused
 if TYPE_CHECKING:
     from typer.models import ArgumentInfo, OptionInfo
 
-    from imdsproxy.api.client import AdminClient, FleetClient
+    from imdsproxy.api.client import AdminClient, Client, FleetClient
     from imdsproxy.config.load import Loaded
     from imdsproxy.config.schema import Settings
 
@@ -167,7 +167,7 @@ class Invocation:
         """Settings; reading them raises `ConfigError` with every problem."""
         return self.load().settings
 
-    def api(self) -> AdminClient:
+    def api(self) -> Client:
         """Return a client of the fleet given by option or settings, otherwise of the daemon."""
         if self.fleet or (self.socket is None and self.settings.operator.hubs):
             return self.hubs()
@@ -188,7 +188,7 @@ class Invocation:
             if where.scheme != "https" or not where.hostname:
                 raise RequestRefused(f"{url} is no URL of a hub", hint="https://ADDRESS:8469")
         certificate = self.certificate or self.settings.operator.certificate
-        return FleetClient(certificate, waiting=None, urls=urls)
+        return FleetClient(certificate, urls, waiting=None)
 
     def daemon(self) -> AdminClient:
         """Return a client of the daemon, at the socket from the options or settings."""

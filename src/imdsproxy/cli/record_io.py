@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import typer
 
-from imdsproxy.api.client import AdminClient
+from imdsproxy.api.client import Client
 from imdsproxy.cli.options import NOT_IN_FORCE
 from imdsproxy.cli.output import Note, Output, Shape, clean, first_lines
 from imdsproxy.cli.record_flags import STDIN, read_bytes
@@ -238,7 +238,7 @@ def _render(record: Network | Instance) -> dict[str, Any]:
     return PLACED.render(record) if isinstance(record, PlacedInstance) else render_record(record)
 
 
-def import_domain(daemon: AdminClient, uri: str, name: str, network: str | None) -> dict[str, Any]:
+def import_domain(daemon: Client, uri: str, name: str, network: str | None) -> dict[str, Any]:
     """Return the keys of an instance's record, including `id`, as the source `libvirt` reports them.
 
     Args:

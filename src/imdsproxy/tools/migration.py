@@ -76,7 +76,7 @@ def follow(settings: Settings, domain: str, operation: str, suboperation: str, e
     hubs, ids = wanted.hubs or files.read_hubs(), _read_ids(domain)
     if step is _Step.TAKE:
         host = _name_of(files.certificate)
-        _take(FleetClient(mover, _ANSWER_S, waiting=None, urls=hubs), ids, host)
+        _take(FleetClient(mover, hubs, timeout_s=_ANSWER_S, waiting=None), ids, host)
         return
     client = HubClient(files, wanted.timeout_s)
     staying = asyncio.run(_leave(client, hubs, ids, cancel=step is _Step.CANCEL))

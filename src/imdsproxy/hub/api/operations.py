@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import quote, urlencode
+from urllib.parse import urlencode
 
 from imdsproxy.api.answers import Readiness, Written
 from imdsproxy.errors import EtcdUnavailable, NotFound, SourceUnavailable
@@ -428,11 +428,6 @@ def _member(member: MemberStatus | MemberSilent) -> dict[str, Any]:
 def no_such_host(host: HostId) -> NotFound:
     """Return the error for a host that does not exist or that the caller may not know."""
     return NotFound(f"the fleet has no host {host}", hint="imdsproxy fleet hosts")
-
-
-def path_on_host(*steps: str) -> str:
-    """Return a path of a host's admin API, with each step quoted."""
-    return "/v1/" + "/".join(quote(step, safe="") for step in steps)
 
 
 def _spell(suspicion: Suspicion) -> str:

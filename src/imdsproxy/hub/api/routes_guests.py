@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse
 
 from imdsproxy.api import bodies
 from imdsproxy.api.answers import Written
+from imdsproxy.api.client import path_to
 from imdsproxy.errors import (
     NotFound,
     Problem,
@@ -30,7 +31,7 @@ from imdsproxy.hub.api.callers import (
     TermsOf,
     Uses,
 )
-from imdsproxy.hub.api.operations import WITHHELD, FleetWritten, Operations, path_on_host
+from imdsproxy.hub.api.operations import WITHHELD, FleetWritten, Operations
 from imdsproxy.hub.api.rotate_keys import FleetKeyRotation, rotate_keys
 from imdsproxy.hub.store import plan_writes
 from imdsproxy.hub.store.etcd_messages import KeyValue
@@ -130,7 +131,7 @@ async def explain_instance(
     query = _given(path=path, probe="true" if probe else None)
     found: list[Any] = []
     for host in caller.views(operations).stored(instance)[0].hosts:
-        route = path_on_host("instances", instance, "explain")
+        route = path_to("instances", instance, "explain")
         answer = _body(host, await operations.ask_host(host, route, query))
         if not (isinstance(answer, list) and all(isinstance(one, dict) for one in answer)):
             raise _odd(host)
@@ -149,7 +150,7 @@ async def show_password(instance: InstanceOf, operations: Uses, caller: Operator
     except NotFound as error:
         problem: Exception = error
     for host in hosts:
-        route = path_on_host("instances", instance, "password")
+        route = path_to("instances", instance, "password")
         try:
             return JSONResponse(_body(host, await operations.ask_host(host, route, {})))
         except (NotFound, SourceUnavailable) as error:
@@ -167,7 +168,7 @@ async def clear_password(instance: InstanceOf, operations: Uses, caller: Operato
         await operations.in_force.wait(done.hosts, done.revision, {f"password/{instance}"})
     # A host may have a password that its hub has not stored yet.
     for host in hosts:
-        route = path_on_host("instances", instance, "password")
+        route = path_to("instances", instance, "password")
         try:
             _body(host, await operations.ask_host(host, route, {}, "DELETE"))
             cleared = True
