@@ -61,7 +61,7 @@ from imdsproxy.model.wire import MapRecord
 from imdsproxy.network.anti_spoofing.claims import ForgedClaims
 from imdsproxy.network.endpoints import Endpoint, LeftOut, LeftOutCode
 from imdsproxy.network.listeners.plan import ListenerPlan
-from imdsproxy.reconcile.tickets import Tickets
+from imdsproxy.reconcile.reconciler import Tickets
 from imdsproxy.sources.sqlite.source import SqliteSource
 from support.fake_controller import HEALTHY, fake_controller
 from support.fake_haproxy import FakeHaproxy, FakeLauncher

@@ -37,7 +37,6 @@ def source_of(path: Path, *urls: str) -> FleetSource:
         backoff=Backoff(0.02, 0.2),
         # On a busy machine it takes longer than a host waits for it.
         fetch_s=10.0,
-        fetching=Backoff(0.02, 0.2),
         leaving=LeavingNetworks(0),
     )
 

@@ -11,7 +11,7 @@ from imdsproxy.config.sources import LibvirtSourceSettings
 from imdsproxy.errors import Problem, SourceUnavailable
 from imdsproxy.model.entities import BridgeListener, Instance, InstanceId, MacAddress, Network
 from imdsproxy.model.records import Refused
-from imdsproxy.reconcile.progress import Backoff
+from imdsproxy.reconcile.reconciler import Reconciler
 from imdsproxy.sources.libvirt.source import LibvirtClient, LibvirtEvents, LibvirtSource
 from imdsproxy.sources.libvirt.xml import (
     METADATA_URI,
@@ -27,7 +27,8 @@ from support.source_runs import WholeRecords
 def libvirt_source(libvirtd: Libvirtd, reread_s: float = 0.2) -> LibvirtSource:
     """A source that looks often."""
     settings = LibvirtSourceSettings.model_construct(reread_s=reread_s)
-    return LibvirtSource(LibvirtClient(libvirtd.uri), settings, backoff=Backoff(0.05, 0.2))
+    connections = Reconciler("libvirt", "", 0.05, 0.2, retried=SourceUnavailable)
+    return LibvirtSource(LibvirtClient(libvirtd.uri), settings, connections)
 
 
 def _element(inside: str, identity: str | None = None) -> str:

@@ -35,8 +35,7 @@ from imdsproxy.network.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.network.anti_spoofing.plan import plan_pairs
 from imdsproxy.nova.routing import NovaRouting
 from imdsproxy.reconcile.progress import Durations, Progress
-from imdsproxy.reconcile.reconciler import Reconciler
-from imdsproxy.reconcile.tickets import Tickets
+from imdsproxy.reconcile.reconciler import Reconciler, Tickets
 
 _RETRY_LAST_S = 5.0
 

@@ -37,7 +37,7 @@ from imdsproxy.network.anti_spoofing.kernel import Claims
 from imdsproxy.network.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.network.anti_spoofing.plan import LEARNED_PER_MAC, plan_pair
 from imdsproxy.nova.routing import EndpointSet, NovaRouting
-from imdsproxy.reconcile.tickets import Tickets
+from imdsproxy.reconcile.reconciler import Tickets
 from imdsproxy.sources import api
 from support.fake_mac_filters import no_hop_limits
 from support.hand_clock import HandClock

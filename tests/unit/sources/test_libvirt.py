@@ -22,7 +22,7 @@ from imdsproxy.model.entities import (
     Subnet,
 )
 from imdsproxy.model.observation import Observation
-from imdsproxy.reconcile.progress import Backoff
+from imdsproxy.reconcile.reconciler import Reconciler
 from imdsproxy.sources.libvirt.records import LibvirtKnown
 from imdsproxy.sources.libvirt.source import LibvirtClient, LibvirtEvents, LibvirtSource
 from imdsproxy.sources.libvirt.xml import METADATA_URI, parse_domain, parse_libvirt_network
@@ -287,9 +287,8 @@ def test_xml_that_cannot_be_parsed_is_reported_and_affects_nothing_else() -> Non
 
 
 def _source(client: LibvirtClient) -> LibvirtSource:
-    return LibvirtSource(
-        client, LibvirtSourceSettings(reread_s=3600), backoff=Backoff(0.001, 0.002)
-    )
+    connections = Reconciler("libvirt", "", 0.001, 0.002, retried=SourceUnavailable)
+    return LibvirtSource(client, LibvirtSourceSettings(reread_s=3600), connections)
 
 
 async def test_after_a_connection_is_made_anew_only_what_changed_meanwhile_is_reported() -> None:

@@ -37,8 +37,7 @@ from imdsproxy.network.listeners.plan import ListenerPlan
 from imdsproxy.network.listeners.watch import HostWatch
 from imdsproxy.network.routers.routers import Routers
 from imdsproxy.reconcile.progress import Durations
-from imdsproxy.reconcile.reconciler import Reconciler
-from imdsproxy.reconcile.tickets import Tickets
+from imdsproxy.reconcile.reconciler import Reconciler, Tickets
 
 _RECHECK_S = 1.0
 """Seconds until refused operations are tried again without an event."""

@@ -39,6 +39,7 @@ from imdsproxy.host.clock import Clock, Moment
 from imdsproxy.model.entities import InstanceId
 from imdsproxy.model.observation import Observation, StrandedPort
 from imdsproxy.reconcile.progress import Backoff
+from imdsproxy.reconcile.reconciler import Reconciler
 from imdsproxy.sources.api import Publish, Reports, publish_in_pieces
 from imdsproxy.sources.fleet.client import HubClient, HubStream
 from imdsproxy.sources.fleet.fetching import UserDataFetcher
@@ -136,7 +137,7 @@ class FleetSource:
         backoff: Pauses after no hub could be followed.
         fetch_s: Seconds for which changes wait for their user data, so that an address that moves always has an
             instance.
-        fetching: Pauses after user data could not be fetched.
+        fetching: Fetches user data again that could not be fetched.
         leaving: Networks whose last instance was removed.
 
     Attributes:
@@ -163,7 +164,7 @@ class FleetSource:
     random: Callable[[], float] = lambda: 0.5
     backoff: Backoff = field(default_factory=lambda: Backoff(0.5, 30.0))
     fetch_s: float = 1.0
-    fetching: Backoff = field(default_factory=lambda: Backoff(0.5, 30.0))
+    fetching: Reconciler = field(init=False)
     leaving: LeavingNetworks = field(default_factory=lambda: LeavingNetworks(_STAY_S))
     take_passwords: TakePasswords = _take_nothing
     take_policies: Callable[[FleetPolicies], object] = lambda _: None
@@ -190,7 +191,6 @@ class FleetSource:
     _pending: Batch | None = None
     _whole: bool = False
     _arrived: asyncio.Event = field(default_factory=asyncio.Event)
-    _lacks_more: asyncio.Event = field(default_factory=asyncio.Event)
     _missing: frozenset[UserData] = frozenset()
     _awaits: bool = False
     _sweepable: bool = False
@@ -217,6 +217,14 @@ class FleetSource:
         self.kept = KeptItems(self.path)
         self.known = FleetKnown(self.kept.stored)
         self._fetcher = UserDataFetcher(self._keep_user_data)
+        self.fetching = Reconciler(
+            "user data",
+            "",
+            self.backoff.first_s,
+            self.backoff.longest_s,
+            retried=SourceUnavailable,
+            jitter=lambda: 0.5 + self.random(),
+        )
 
     def explain_stranded(self, port: StrandedPort) -> Problem:
         """Describe the problem by the record's own field."""
@@ -493,22 +501,16 @@ class FleetSource:
 
     async def _fetch_all(self) -> None:
         """Retry fetching user data that could not be fetched at once, until cancelled."""
-        pause_s: float | None = None
-        while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(pause_s):
-                    await self._lacks_more.wait()
-            self._lacks_more.clear()
-            if self._stream is not None:
-                await self._fetcher.fetch(self._stream, self._missing)
-            async with self._publishing:
-                self._note_lacking()
-            if self._missing:
-                pause_s = self.fetching.fail() * (0.5 + self.random())
-            else:
-                pause_s = None
-                self.fetching.succeed()
-            self._arrived.set()
+        await self.fetching.run(self._fetch_missing)
+
+    async def _fetch_missing(self) -> None:
+        if self._stream is not None:
+            await self._fetcher.fetch(self._stream, self._missing)
+        async with self._publishing:
+            self._note_lacking()
+        self._arrived.set()
+        if self._missing:
+            raise SourceUnavailable("user data is missing")
 
     def _note_lacking(self) -> None:
         """Update which user data is missing and why. The caller holds the lock."""
@@ -519,7 +521,7 @@ class FleetSource:
         # Only records in force make an end to it: until then their guests must not count as unknown.
         self._awaits = self._awaits or self._has_to_wait()
         if missing - self._missing:
-            self._lacks_more.set()
+            self.fetching.wake()
         self._missing = missing
 
     def _has_to_wait(self) -> bool:

@@ -18,7 +18,7 @@ from imdsproxy.errors import NotFound, Problem, SourceUnavailable, optional_libr
 from imdsproxy.host.process import start_thread
 from imdsproxy.model.observation import Observation, StrandedPort
 from imdsproxy.model.records import Refused
-from imdsproxy.reconcile.progress import Backoff
+from imdsproxy.reconcile.reconciler import Reconciler
 from imdsproxy.sources.api import Publish, Reports
 from imdsproxy.sources.libvirt.records import LibvirtKnown
 from imdsproxy.sources.libvirt.xml import (
@@ -269,13 +269,15 @@ class LibvirtSource:
     Args:
         client: Client of libvirt; this source connects and reconnects it.
         settings: Domains and networks to report, and the interval for reading networks again without an event.
-        backoff: Pauses before a reconnection.
+        connections: Connects again after a failure.
     """
 
     name: ClassVar = "libvirt"
     client: LibvirtClient
     settings: LibvirtSourceSettings
-    backoff: Backoff = field(default_factory=lambda: Backoff(first_s=0.5, longest_s=30.0))
+    connections: Reconciler = field(
+        default_factory=partial(Reconciler, "libvirt", "", 0.5, 30.0, retried=SourceUnavailable)
+    )
     _known: LibvirtKnown = field(init=False)
     _reports: Reports = field(default_factory=partial(Reports, name, defers=True))
 
@@ -291,15 +293,17 @@ class LibvirtSource:
 
     async def run(self, publish: Publish) -> None:
         """Report until cancelled."""
-        while True:
-            try:
-                await self._follow(publish)
-            except SourceUnavailable as error:
-                failure = Problem("libvirt", error.message, error.hint)
-                self._report(publish, Observation(), failure)
-            finally:
-                await self.client.close()
-            await asyncio.sleep(self.backoff.fail())
+        await self.connections.attempt(partial(self._connect, publish))
+
+    async def _connect(self, publish: Publish) -> None:
+        try:
+            await self._follow(publish)
+        except SourceUnavailable as error:
+            failure = Problem("libvirt", error.message, error.hint)
+            self._report(publish, Observation(), failure)
+            raise
+        finally:
+            await self.client.close()
 
     async def _follow(self, publish: Publish) -> None:
         """Report all records and then changes, until the connection is lost (`SourceUnavailable`)."""
@@ -311,7 +315,7 @@ class LibvirtSource:
             # With any event of a domain, its network's static hosts may have changed just before.
             networks = await self.client.networks()
             self._report(publish, self._known.update(domains, networks, everything=everything))
-            self.backoff.succeed()
+            self.connections.succeed()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(events.arrived.wait(), self.settings.reread_s)
             domains = {uuid: await self.client.domain(uuid) for uuid in events.take()}
