@@ -242,12 +242,7 @@ def test_a_host_takes_no_instance_away_from_another_one_and_learns_of_none(
     def leave(name: str, path: str = LEAVE_PATH) -> tuple[int, str]:
         body = json.dumps({"instance": name}).encode()
         with world.etcd.entered():
-            status, answer = asyncio.run(
-                client.request(
-                    "POST", world.urls[0], path, body=body,
-                    headers={"content-type": "application/json"},
-                )
-            )  # fmt: skip
+            status, answer = asyncio.run(client.request("POST", world.urls[0], path, body=body))
         return status, answer.decode().replace(name, "NAME")
 
     assert leave("web") == leave("none")

@@ -129,9 +129,7 @@ async def _ask(client: HubClient, hubs: tuple[str, ...], body: bytes) -> tuple[i
     reasons: list[str] = []
     for url in hubs:
         try:
-            return await client.request(
-                "POST", url, LEAVE_PATH, body=body, headers={"content-type": "application/json"}
-            )
+            return await client.request("POST", url, LEAVE_PATH, body=body)
         except SourceUnavailable as error:
             reasons.append(error.message)
     raise SourceUnavailable("; ".join(reasons), hint="imdsproxy instance move ID --finish, later")

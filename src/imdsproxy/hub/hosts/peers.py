@@ -17,6 +17,7 @@ from imdsproxy.fleet import layout
 from imdsproxy.fleet.stream import ALIVE_PATH, CONNECT_S
 from imdsproxy.fleet.values import parse_hub
 from imdsproxy.host.clock import Clock
+from imdsproxy.host.http import Unanswered, ask
 from imdsproxy.hub.store.gateway import open_tls
 from imdsproxy.hub.store.state import FleetState
 
@@ -92,28 +93,18 @@ class Peers:
     async def _send(
         self, url: str, path: str, query: Mapping[str, str], timeout_s: float, body: object
     ) -> Any:  # noqa: ANN401 - JSON
-        limits = {"connect": CONNECT_S, "write": timeout_s, "pool": timeout_s, "read": timeout_s}
+        limits = dict.fromkeys(("read", "write", "pool"), timeout_s) | {"connect": CONNECT_S}
+        method, raw = ("GET", None) if body is None else ("POST", json.dumps(body).encode())
+        target = f"{url}{path}?{urlencode(query)}"
         try:
-            answer = await self._connections().request(
-                "GET" if body is None else "POST",
-                f"{url}{path}?{urlencode(query)}",
-                headers={} if body is None else {"content-type": "application/json"},
-                content=None if body is None else json.dumps(body).encode(),
-                extensions={"timeout": limits},
-            )
-            if answer.status != 200:  # noqa: PLR2004 - HTTP's
+            status, content = await ask(self._connections(), method, target, limits, body=raw)
+            if status != 200:  # noqa: PLR2004 - HTTP's
                 return None
             self._answered[url] = self.clock.monotonic()
-            found = json.loads(answer.content)
-        except (
-            httpcore.TimeoutException,
-            httpcore.NetworkError,
-            httpcore.ProtocolError,
-            ValueError,
-            OSError,
-        ) as error:
-            _log.warning("hub does not answer", url=url, reason=str(error) or type(error).__name__)
-            if timeout_s <= CONNECT_S or not isinstance(error, httpcore.ReadTimeout):
+            found = json.loads(content)
+        except (Unanswered, ValueError, OSError) as error:
+            _log.warning("hub does not answer", url=url, reason=str(error))
+            if timeout_s <= CONNECT_S or not (isinstance(error, Unanswered) and error.silent):
                 self._rests_until[url] = self.clock.monotonic() + _REST_S
             return None
         # All answers between hubs are objects.

@@ -14,17 +14,13 @@ from typing import Final, cast
 import httpcore
 
 from imdsproxy.errors import quoted
+from imdsproxy.host.http import Unanswered, answering, ask
 from imdsproxy.hub.store import etcd_messages as messages
 from imdsproxy.hub.store.etcd_messages import Fault, Garbled, Json, Kind
 
 _CONNECT_S: Final = 1.0
 _SMALL_S: Final = 2.0
 _OK: Final = 200
-_NAMES: Final[dict[type[Exception], str]] = {
-    httpcore.ConnectTimeout: "no connection in time",
-    httpcore.ReadTimeout: "no answer in time",
-    httpcore.WriteTimeout: "it takes no request",
-}
 
 
 class Failed(Exception):
@@ -114,23 +110,22 @@ class Gateway:
     async def quota(self, url: str) -> int:
         """Return the quota of a member's database in bytes, or 0; raise `Failed`."""
         with failing():
-            response = await self._pool.request(
-                "GET", f"{url}/metrics", extensions={"timeout": _limits(_SMALL_S)}
-            )
-            return messages.parse_quota(response.content)
+            _, content = await ask(self._pool, "GET", f"{url}/metrics", _limits(_SMALL_S))
+            return messages.parse_quota(content)
 
     async def _send(self, url: str, path: str, body: Json, timeout_s: float) -> Json:
         with failing():
-            response = await self._pool.request(
+            status, content = await ask(
+                self._pool,
                 "POST",
                 f"{url}{path}",
+                _limits(timeout_s),
+                body=json.dumps(body).encode(),
                 headers=self._headers,
-                content=json.dumps(body).encode(),
-                extensions={"timeout": _limits(timeout_s)},
             )
-            if response.status != _OK:
-                raise _refused(response.status, response.content)
-            answer = _object(response.content)
+            if status != _OK:
+                raise _refused(status, content)
+            answer = _object(content)
         if "error" in answer:
             raise Failed(messages.parse_fault(answer))
         return answer
@@ -165,17 +160,11 @@ class Gateway:
 def failing() -> Iterator[None]:
     """Convert errors of connections and answers to `Failed`."""
     try:
-        yield
-    except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
-        raise Failed(Fault(Kind.OUTAGE, _words(error), certain=True)) from error
-    except (
-        httpcore.NetworkError,
-        httpcore.TimeoutException,
-        httpcore.ProtocolError,
-        OSError,  # of TLS: a certificate is refused when the request was sent already
-    ) as error:
-        fault = Fault(Kind.OUTAGE, _words(error), certain=False)
-        raise Failed(fault, silent=isinstance(error, httpcore.ReadTimeout)) from error
+        with answering():
+            yield
+    except Unanswered as error:
+        fault = Fault(Kind.OUTAGE, str(error), certain=not error.sent)
+        raise Failed(fault, silent=error.silent) from error
     except ValueError as error:
         # `Garbled`, or invalid JSON.
         fault = Fault(Kind.OUTAGE, f"no answer of etcd's: {error}", certain=False)
@@ -200,7 +189,3 @@ def _refused(status: int, content: bytes) -> Failed:
         # The answer comes from etcd's checks of certificates and host names, or from another program.
         words = quoted(content.decode(errors="replace").strip())
         return Failed(Fault(Kind.OUTAGE, f"it answers {status}, {words}", certain=False))
-
-
-def _words(error: Exception) -> str:
-    return str(error) or _NAMES.get(type(error), type(error).__name__)

@@ -7,7 +7,7 @@ import base64
 import contextlib
 import json
 import ssl
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from hashlib import sha256 as sha256_of
 from pathlib import Path
@@ -39,11 +39,12 @@ from imdsproxy.fleet.stream import (
     parse_from_hub,
     render_line,
 )
+from imdsproxy.host.http import Unanswered, ask
 from imdsproxy.model.entities import InstanceId
 
 _HTTPS_PORT: Final = 443
-_JOIN: Final = "join the fleet: `imdsproxy fleet join`, with what `imdsproxy fleet enrol` printed"
 _MOST_OF_ANSWER: Final = 1024 * 1024
+_JOIN: Final = "join the fleet: `imdsproxy fleet join`, with what `imdsproxy fleet enrol` printed"
 _REFUSALS: Final = frozenset(
     {AccessDenied.code, AlreadyExists.code, NotFound.code, UserDataUnreadable.code}
 )
@@ -194,11 +195,8 @@ class HubStream:
             SourceUnavailable: The hub, or its etcd, does not answer now.
         """
         body = {"instance": instance, "password": base64.b64encode(password).decode()}
-        headers: dict[bytes | str, bytes | str] = {"content-type": "application/json"}
         url, raw = f"{self.hub}{PASSWORD_PATH}", json.dumps(body).encode()
-        status, answer = await _ask(
-            self._pool, "POST", url, self._timeout_s, body=raw, headers=headers
-        )
+        status, answer = await _ask(self._pool, "POST", url, self._timeout_s, body=raw)
         if status != 200:  # noqa: PLR2004 - HTTP's
             raise _refusal_of(self.hub, "keep the password", status, answer)
 
@@ -249,22 +247,16 @@ class HubClient:
                 writer.transport.abort()
 
     async def request(
-        self,
-        method: str,
-        hub: str,
-        path: str,
-        *,
-        body: bytes = b"",
-        headers: Mapping[bytes | str, bytes | str] | None = None,
+        self, method: str, hub: str, path: str, *, body: bytes = b""
     ) -> tuple[int, bytes]:
-        """Send one request and return the status and body of the answer.
+        """Send one request, with a body of JSON if any, and return the status and body of the answer.
 
         Raises:
             SourceUnavailable: No answer came, or the answer is too long.
         """
         async with httpcore.AsyncConnectionPool(ssl_context=self._context(hub)) as pool:
             url = f"{hub.rstrip('/')}{path}"
-            return await _ask(pool, method, url, self.timeout_s, body=body, headers=headers)
+            return await _ask(pool, method, url, self.timeout_s, body=body)
 
     def _context(self, hub: str) -> ssl.SSLContext | None:
         return self.identity.context() if self.identity and hub.startswith("https:") else None
@@ -288,23 +280,13 @@ async def _ask(
     timeout_s: float,
     *,
     body: bytes = b"",
-    headers: Mapping[bytes | str, bytes | str] | None = None,
     most: int = _MOST_OF_ANSWER,
 ) -> tuple[int, bytes]:
-    times = dict.fromkeys(("read", "write", "pool"), timeout_s) | {"connect": CONNECT_S}
-    found = bytearray()
+    limits = dict.fromkeys(("read", "write", "pool"), timeout_s) | {"connect": CONNECT_S}
     try:
-        async with pool.stream(
-            method, url, headers=headers, content=body or None, extensions={"timeout": times}
-        ) as answer:
-            async for part in answer.aiter_stream():
-                found += part
-                if len(found) > most:
-                    raise SourceUnavailable(f"{url} has more than {most} bytes")
-            return answer.status, bytes(found)
-    except (httpcore.NetworkError, httpcore.TimeoutException, httpcore.ProtocolError) as error:
-        why = str(error) or type(error).__name__
-        raise SourceUnavailable(f"{url} does not answer: {why}") from error
+        return await ask(pool, method, url, limits, body=body or None, most=most)
+    except Unanswered as error:
+        raise SourceUnavailable(f"{url} does not answer: {error}") from error
 
 
 @contextlib.contextmanager

@@ -242,9 +242,7 @@ async def renew_if_due(
             due = due or others
             if not due:
                 return False
-            status, answer = await client.request(
-                "POST", url, RENEW_PATH, body=body, headers={"content-type": "application/json"}
-            )
+            status, answer = await client.request("POST", url, RENEW_PATH, body=body)
             issued = _read_issued(url, status, answer, key)
             _refuse_unusable(url, issued.certificate, now)
         except SourceUnavailable as error:
