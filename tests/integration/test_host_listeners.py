@@ -1,4 +1,5 @@
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
+from imdsproxy.host.nftables import ARP
 from imdsproxy.host.state import Effect
 from imdsproxy.model.entities import (
     METADATA_IPV4,
@@ -24,11 +26,11 @@ from imdsproxy.model.entities import (
     NetworkId,
 )
 from imdsproxy.network.endpoints import Endpoint, LeftOutCode
-from imdsproxy.network.listeners.apply import NftTable, apply_links, apply_ops, haproxy_name
+from imdsproxy.network.listeners.apply import HostTable, apply_links, apply_ops, haproxy_name
 from imdsproxy.network.listeners.endpoints import plan_binds, plan_links
 from imdsproxy.network.listeners.host import SystemHost
-from imdsproxy.network.listeners.nft_scripts import render_arp_guard
 from imdsproxy.network.listeners.plan import ListenerPlan, plan_listeners
+from imdsproxy.network.listeners.rules import plan_arp_guard
 from imdsproxy.network.operations import DeleteLink, DeleteNamespace
 from support.guest import inside
 from support.hostlab import HostLab
@@ -432,19 +434,19 @@ def _is_answered(lab: HostLab, guest: str) -> bool:
     return "lladdr" in lab.ip("-n", guest, "neigh", "show", "169.254.169.254")
 
 
-def test_only_the_device_of_an_interface_listener_answers(
-    lab: HostLab, guests: list[str], tmp_path: Path
-) -> None:
+def test_only_the_device_of_an_interface_listener_answers(lab: HostLab, guests: list[str]) -> None:
     host = within(lab.name("host"))
-    program = tmp_path / "nft"
-    program.write_text(f'#!/bin/sh\nexec {" ".join(host)} nft "$@"\n')
-    program.chmod(0o755)
 
     def guard(*devices: str) -> None:
         """As a fresh process does."""
-        table = NftTable("", "", str(program))
         networks = [Network(NetworkId(one), InterfaceListener(one)) for one in devices]
-        assert asyncio.run(table.apply(render_arp_guard("imdst", networks))) == ()
+
+        def apply() -> None:
+            with contextlib.closing(NamespaceThread(NamespaceDirectory())) as thread:
+                table = HostTable(thread, "imdst", ARP, "", "")
+                assert asyncio.run(table.apply(plan_arp_guard(networks))) == ()
+
+        inside(lab.name("host"), apply)
 
     assert [_is_answered(lab, guest) for guest in guests] == [True, True]
     guard("tap0")

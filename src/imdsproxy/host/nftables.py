@@ -6,7 +6,7 @@ Changes are batches: the kernel applies all of a batch, or nothing. The header d
 
 import errno
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Final, TypeAlias
 
 from imdsproxy.host import nlmessages as nl
@@ -17,6 +17,9 @@ NETFILTER: Final = 12
 _SUBSYSTEM: Final = 10 << 8
 INET: Final = 1
 """Family of tables that see packets of both IP families."""
+
+ARP, BRIDGE = 3, 7
+"""Families of tables that see ARP packets of the host, and frames on bridges."""
 
 NETDEV: Final = 5
 """Family of tables on devices, which see packets with their MACs."""
@@ -38,16 +41,25 @@ _REGISTER: Final = 8
 """First of sixteen 4-byte registers; a key of several parts fills consecutive ones."""
 
 LINK, NETWORK, TRANSPORT = 0, 1, 2
-PROTOCOL, INPUT_DEVICE, FAMILY, L4_PROTOCOL = 1, 6, 15, 16
+PROTOCOL, INPUT_DEVICE, OUTPUT_DEVICE, FAMILY, L4_PROTOCOL = 1, 6, 7, 15, 16
+_PACKET_TYPE: Final = 19
 
 _CONNECTION_STATUS: Final = 2
 _DESTINATION_REWRITTEN: Final = 1 << 5
+
+DEVICE_NAME: Final = 41
+"""Type of a set's key, in nft(8)'s numbers."""
+
+_KEYS_OF_HOST: Final = b"\0\4" + struct.pack("=I", 1)
 
 INGRESS, EGRESS = 0, 1
 """Hooks of base chains of family `netdev`."""
 
 PREROUTING, INPUT, OUTPUT = 0, 1, 3
 """Hooks of base chains of family `inet`."""
+
+ARP_INPUT, BRIDGE_FORWARD = 0, 2
+"""Hooks of base chains of families `arp` and `bridge`."""
 
 DROP, ACCEPT, JUMP, GOTO, RETURN = 0, 1, -3, -4, -5
 """Verdicts of rules."""
@@ -160,6 +172,17 @@ def redirect(port: int) -> bytes:
     return load + _expression("redir", {1: _REGISTER})
 
 
+def untrack() -> bytes:
+    """Keep the packet from connection tracking, and so from NAT."""
+    return _expression("notrack", {})
+
+
+def be_for_host() -> bytes:
+    """Mark a frame as sent to the host's own MAC (PACKET_HOST)."""
+    load = _expression("immediate", {1: _REGISTER, 2: {1: b"\0"}})
+    return load + _expression("meta", {2: _PACKET_TYPE, 3: _REGISTER})
+
+
 def present6(header: int) -> bytes:
     """Continue only if an IPv6 packet has an extension header."""
     flags = {3: 0, 4: 1, 5: 1, 6: 0}
@@ -198,7 +221,7 @@ class Batch:
     def make_set(
         self,
         name: str,
-        types: Iterable[int],
+        types: Collection[int],
         length: int,
         *,
         size: int = 0,
@@ -224,7 +247,9 @@ class Batch:
         kind, bytes_ = value or (None, None)
         timeout = struct.pack(">Q", timeout_ms) if timeout_ms else None
         values: dict[int, nl.Value] = {2: name, 10: len(self.changes) + 1, 3: flags}
-        values |= {4: packed, 5: length, 6: kind, 7: bytes_, 11: timeout}
+        # Without the key's byte order nft(8) does not list names of devices.
+        order = _KEYS_OF_HOST if DEVICE_NAME in types else None
+        values |= {4: packed, 5: length, 6: kind, 7: bytes_, 11: timeout, 13: order}
         self._add(_NEWSET, nl.CREATE, {**values, 9: {1: size} if size else None})
 
     def make_counter(self, name: str) -> None:
@@ -368,6 +393,23 @@ def ensure_table(
     fill(batch)
     channel.commit(batch)
     return True
+
+
+def replace_table(table: str, family: int, content: Sequence[Change]) -> None:
+    """Replace a table in the namespace of the calling thread; without content only remove it.
+
+    Raises:
+        NetlinkRefused: See `NetfilterSocket.commit`.
+    """
+    batch = Batch(table, family)
+    with NetfilterSocket() as channel:
+        if channel.comment(table, family) is not None:
+            batch.drop_table()
+        if content:
+            batch.make_table()
+            batch.changes += content
+        if batch.changes:
+            channel.commit(batch)
 
 
 def table_of(payload: bytes) -> str:

@@ -2,10 +2,11 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
+import errno
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from unittest.mock import AsyncMock, Mock, patch
+from unittest.mock import AsyncMock, Mock, call, patch
 
 import pytest
 from structlog.testing import capture_logs
@@ -16,7 +17,9 @@ from imdsproxy.haproxy.layout import Layout
 from imdsproxy.haproxy.rules.model import DataplaneSpec, Limits
 from imdsproxy.haproxy.unix_listener.listener import UnixListener
 from imdsproxy.host.clock import Clock
-from imdsproxy.host.namespaces import NamespaceDirectory
+from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
+from imdsproxy.host.nftables import BRIDGE, Change
+from imdsproxy.host.nlmessages import NetlinkRefused
 from imdsproxy.host.state import (
     NamespaceRef,
     ObservedAddress,
@@ -38,7 +41,7 @@ from imdsproxy.model.entities import (
 from imdsproxy.model.inventory import Inventory
 from imdsproxy.model.observation import Observation
 from imdsproxy.network.endpoints import LeftOutCode
-from imdsproxy.network.listeners.apply import NftTable
+from imdsproxy.network.listeners.apply import HostTable
 from imdsproxy.network.listeners.host import KeptNetworks, SystemHost
 from imdsproxy.network.listeners.loop import ListenerLoop
 from imdsproxy.network.listeners.plan import Place
@@ -421,42 +424,47 @@ async def test_a_place_is_struck_out_once_all_that_was_to_be_removed_there_is(
     assert _host(tmp_path).managed() == {(None, "virbr0")}
 
 
-# Tables that nft(8) replaces
+# Tables that are replaced as a whole
+
+_CHANGE: Change = (1, 2, b"rule")
 
 
-def _table(directory: Path, *, status: int = 0) -> NftTable:
-    """A table whose nft(8) logs its input, and answers with `status`."""
-    program = directory / "nft"
-    program.write_text(
-        f"#!/bin/sh\ncat >> {directory}/log\necho no such thing >&2\nexit {status}\n"
-    )
-    program.chmod(0o755)
-    return NftTable("cannot redirect", "until then", str(program))
+@pytest.fixture
+async def table(tmp_path: Path) -> AsyncIterator[HostTable]:
+    with contextlib.closing(NamespaceThread(NamespaceDirectory(tmp_path))) as thread:
+        yield HostTable(thread, "imds", BRIDGE, "cannot redirect", "until then")
 
 
-async def test_nft_is_run_only_when_something_changes(tmp_path: Path) -> None:
-    table = _table(tmp_path)
-    for script in ("a{ ", "a{ ", "b "):
-        assert await table.apply(script) == ()
-    assert (tmp_path / "log").read_text() == "a{ b "
+@pytest.fixture
+def replaced() -> Iterator[Mock]:
+    with patch("imdsproxy.network.listeners.apply.replace_table") as mock:
+        yield mock
 
 
-async def test_a_refusal_is_a_problem_and_the_change_is_tried_again(tmp_path: Path) -> None:
-    table = _table(tmp_path, status=1)
+async def test_a_table_is_replaced_only_when_something_changes(
+    table: HostTable, replaced: Mock
+) -> None:
+    for content in ((_CHANGE,), (_CHANGE,), ()):
+        assert await table.apply(content) == ()
+    assert replaced.mock_calls == [call("imds", BRIDGE, (_CHANGE,)), call("imds", BRIDGE, ())]
+
+
+async def test_a_refusal_is_a_problem_and_the_change_is_tried_again(
+    table: HostTable, replaced: Mock
+) -> None:
+    replaced.side_effect = NetlinkRefused(errno.EINVAL, "")
     for _ in range(2):
-        (problem,) = await table.apply("a{ ")
+        (problem,) = await table.apply((_CHANGE,))
         assert (problem.reason.split(":")[0], problem.hint) == ("cannot redirect", "until then")
-        assert "no such thing" in problem.reason
-    _table(tmp_path)
+        assert "EINVAL" in problem.reason
+    replaced.side_effect = None
     for _ in range(2):
-        assert await table.apply("a{ ") == ()
-    assert (tmp_path / "log").read_text() == "a{ a{ a{ "
+        assert await table.apply((_CHANGE,)) == ()
+    assert len(replaced.mock_calls) == 3
 
 
-async def test_nft_and_its_tables_are_missed_only_where_a_table_is_wanted(tmp_path: Path) -> None:
+async def test_tables_are_missed_only_where_one_is_wanted(table: HostTable, replaced: Mock) -> None:
     # A kernel without such tables has none to remove.
-    assert await _table(tmp_path, status=1).apply("a ") == ()
-    table = NftTable("cannot redirect", "until then", str(tmp_path / "none"))
-    assert await table.apply("a ") == ()
-    (problem,) = await table.apply("a{ ")
-    assert problem.reason == "cannot redirect: no nft"
+    replaced.side_effect = NetlinkRefused(errno.EINVAL, "")
+    assert await table.apply(()) == ()
+    assert len(await table.apply((_CHANGE,))) == 1

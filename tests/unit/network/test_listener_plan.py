@@ -35,7 +35,6 @@ from imdsproxy.model.entities import (
 )
 from imdsproxy.network.endpoints import Endpoint, Foreign, LeftOut, LeftOutCode
 from imdsproxy.network.listeners.endpoints import find_degraded
-from imdsproxy.network.listeners.nft_scripts import render_diversions
 from imdsproxy.network.listeners.plan import (
     ListenerPlan,
     PlanMemo,
@@ -43,6 +42,7 @@ from imdsproxy.network.listeners.plan import (
     find_left_to_others,
     plan_listeners,
 )
+from imdsproxy.network.listeners.rules import Diversions, plan_diversions
 from imdsproxy.network.names import Naming
 from imdsproxy.network.operations import (
     AddAddress,
@@ -559,27 +559,28 @@ def test_networks_that_no_round_has_seen_and_contradictory_ones_are_degraded_in_
     ]
 
 
-# What nft(8) gets to read for bridges
+# The table for bridges
 
 _MAC = "02:00:00:00:00:01"
 _GUEST = replace(TAP, kind="tun", master=BRIDGE.index)
-_REMOVED = "table bridge imds\ndelete table bridge imds\n"
 
 
-def _diversions(*ports: ObservedDevice, mac: str = _MAC, listener: Listener = ON_BRIDGE) -> str:
+def _diversions(
+    *ports: ObservedDevice, mac: str = _MAC, listener: Listener = ON_BRIDGE
+) -> Diversions:
     seen = _bridged(INNER, mac=mac)
     devices = {**seen.root.devices, **{one.name: one for one in ports}}
     root = replace(seen.root, devices=devices)
-    return render_diversions(_blue(listener), replace(seen, root=root), NAMING)
+    return plan_diversions(_blue(listener), replace(seen, root=root), NAMING)
 
 
 def test_frames_of_every_port_of_a_bridge_but_our_own_go_to_our_veth() -> None:
     elsewhere = replace(_GUEST, name="tap9", master=8)
-    script = _diversions(replace(_GUEST, name="eno1", kind=""), _GUEST, elsewhere)
-    assert f'elements = {{ "eno1" : {_MAC}, "tap0" : {_MAC} }}' in script
-    assert f'set links {{ type ifname; elements = {{ "{OUR_LINK}" }} }}' in script
+    found = _diversions(replace(_GUEST, name="eno1", kind=""), _GUEST, elsewhere)
     # Only guests are forbidden to answer as the metadata service.
-    assert 'set guests { type ifname; elements = { "tap0" } }' in script
+    macs = {"eno1": _MAC, "tap0": _MAC}
+    assert found == Diversions(macs, {}, frozenset({"tap0"}), frozenset({OUR_LINK}))
+    assert found.content() == replace(found).content() != ()
 
 
 @pytest.mark.parametrize("other", [False, True])
@@ -595,19 +596,17 @@ def test_an_address_of_ours_is_left_to_another_process_that_listens_at_it(*, oth
 
 
 def test_without_a_namespace_a_mac_and_a_port_the_table_is_only_removed() -> None:
-    assert render_diversions(_blue(ON_BRIDGE), ObservedHost(), NAMING) == _REMOVED
-    assert _diversions() == _REMOVED
-    assert _diversions(_GUEST, mac="") == _REMOVED
-    # A name that nft would read.
-    assert _diversions(replace(_GUEST, name='a"*')) == _REMOVED
+    assert plan_diversions(_blue(ON_BRIDGE), ObservedHost(), NAMING).content() == ()
+    assert _diversions().content() == ()
+    assert _diversions(_GUEST, mac="").content() == ()
+    # A name that was not UTF-8.
+    assert _diversions(replace(_GUEST, name="\ufffd" * 6)).content() == ()
     # What is no bridge has no ports.
-    assert _diversions(_GUEST, listener=InterfaceListener("tap0")) == _REMOVED
+    assert _diversions(_GUEST, listener=InterfaceListener("tap0")).content() == ()
 
 
 def test_frames_of_every_port_of_an_interface_listeners_bridge_go_to_the_bridge() -> None:
     bridge = replace(BRIDGE, mac=_MAC)
     seen = _root(bridge, replace(_GUEST, master=bridge.index))
-    script = render_diversions(_blue(InterfaceListener("br0")), seen, NAMING)
-    assert f'map inward {{ type ifname : ether_addr; elements = {{ "tap0" : {_MAC} }} }}' in script
-    assert 'set guests { type ifname; elements = { "tap0" } }' in script
-    assert "map cables { type ifname : ether_addr;  }" in script
+    found = plan_diversions(_blue(InterfaceListener("br0")), seen, NAMING)
+    assert found == Diversions({}, {"tap0": _MAC}, frozenset({"tap0"}))

@@ -111,7 +111,7 @@ def _observe_guests(
             device = find_link(channel, name)
             if device is None:
                 return GuestBridges(missing=f"device {name}")
-            # No other guest gets packets for the metadata address (`network.listeners.nft_scripts`).
+            # No other guest gets packets for the metadata address (`network.listeners.rules`).
             seen = _observe_bridge(channel, device, naming, read, led=True)
             return GuestBridges(tuple(filter(None, [seen])))
     namespace, found = listener.namespace, list[GuestBridge | None]()

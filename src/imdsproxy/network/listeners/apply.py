@@ -16,8 +16,8 @@ from typing import Final, assert_never
 from imdsproxy.errors import DataplaneError, Ignoring, Problem, host_refused, refusing
 from imdsproxy.host import netlink
 from imdsproxy.host.namespaces import NamespaceMissing, NamespaceThread
+from imdsproxy.host.nftables import Change, replace_table
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
-from imdsproxy.host.process import run_program
 from imdsproxy.host.state import Family, ObservedDevice
 from imdsproxy.model.entities import IpAddress, NetworkId
 from imdsproxy.network import operations
@@ -29,7 +29,6 @@ from imdsproxy.sources.ovn.ports import IpInterface, devices_of, namespace_of
 HAPROXY_NETNS: Final = Path("/var/run/netns")
 """Directory in which HAProxy opens namespaces (compiled in: `src/namespace.c`)."""
 
-_NFT_DEADLINE_S: Final = 30.0
 _READ_ONLY: Final = "/proc/sys must be writable (ProtectKernelTunables=no in the unit)"
 _PREFIXES: Final = {Family.IPV4: 32, Family.IPV6: 64}
 _SWITCHED_OFF: Final = (
@@ -268,47 +267,41 @@ def _detach_ovn(thread: NamespaceThread, naming: Naming, network: NetworkId) -> 
 
 
 @dataclass(slots=True)
-class NftTable:
-    """One of our nftables tables, which nft(8) replaces and removes as a whole (`network.listeners.nft_scripts`).
+class HostTable:
+    """One of our tables of nf_tables in the host's own namespace, replaced and removed as a whole.
 
     Attributes:
-        failing: Reason to report if nft(8) is missing or refuses.
-        until: Hint to report: the consequence until the script is applied.
-        program: Name or path of nft(8).
-        applied: Script in force; empty without a table, `None` while the table of an earlier process is unknown.
+        thread: Thread of the namespaces.
+        name: Name of the table.
+        family: Family of the table.
+        failing: Reason to report if the kernel refuses.
+        until: Hint to report: the consequence until the table is there.
+        applied: Content in force; empty without a table, `None` while the table of an earlier process is unknown.
     """
 
+    thread: NamespaceThread
+    name: str
+    family: int
     failing: str
     until: str
-    program: str = "nft"
-    applied: str | None = None
+    applied: tuple[Change, ...] | None = None
 
-    async def apply(self, script: str) -> tuple[Problem, ...]:
-        """Run a script that replaces the table, unless the same script is in force. Return the problems.
+    async def apply(self, content: tuple[Change, ...]) -> tuple[Problem, ...]:
+        """Replace the table, unless the same content is in force. Return the problems.
 
         Args:
-            script: Script for nft(8); without a block it only removes the table.
+            content: Content of `network.listeners.rules`; if empty, the table is only removed.
         """
-        wanted = script if "{" in script else ""
-        if wanted == self.applied:
+        if content == self.applied:
             return ()
         try:
-            status, output = await run_program(
-                self.program, "-f", "-", deadline_s=_NFT_DEADLINE_S, text=script
-            )
-        except FileNotFoundError:
-            # Without the program there can be no table.
-            if wanted or self.applied is not None:
-                hint = f"apt install nftables; {self.until}"
-                return (Problem("host", f"{self.failing}: no nft", hint),)
-            status, output = 0, ""
-        except DataplaneError as error:
-            return (Problem("host", error.message, error.hint),)
-        # A kernel without such tables also refuses to remove one: then no table exists.
-        if status != 0 and (wanted or self.applied):
-            reason = f"{self.failing}: nft refuses: {output[:500]}"
-            return (Problem("host", reason, self.until),)
-        self.applied = wanted
+            await self.thread.run(partial(replace_table, self.name, self.family, content))
+        except OSError as error:
+            # A kernel without such tables also refuses to remove one: then no table exists.
+            if content or self.applied:
+                refused = host_refused(f"make table {self.name}", error)
+                return (Problem("host", f"{self.failing}: {refused.message}", self.until),)
+        self.applied = content
         return ()
 
 

@@ -22,6 +22,7 @@ from imdsproxy.errors import DataplaneError, HostRefused, Ignoring, Problem, ref
 from imdsproxy.host import netlink
 from imdsproxy.host.files import Journal, write_atomic
 from imdsproxy.host.namespaces import MISSING, NamespaceMissing, NamespaceThread
+from imdsproxy.host.nftables import ARP, BRIDGE
 from imdsproxy.host.nlmessages import NetlinkSocket
 from imdsproxy.host.sockets import (
     L3_PROXY_PORT,
@@ -54,8 +55,7 @@ from imdsproxy.model.entities import (
 from imdsproxy.model.records import Refused, parse_network, render_record
 from imdsproxy.model.wire import REDIRECTED_PORT
 from imdsproxy.network.endpoints import LOOPBACK
-from imdsproxy.network.listeners.apply import NftTable, apply_ops
-from imdsproxy.network.listeners.nft_scripts import render_arp_guard, render_diversions
+from imdsproxy.network.listeners.apply import HostTable, apply_ops
 from imdsproxy.network.listeners.plan import (
     ListenerPlan,
     ManagedPlace,
@@ -67,6 +67,7 @@ from imdsproxy.network.listeners.plan import (
     place_of,
     plan_listeners,
 )
+from imdsproxy.network.listeners.rules import plan_arp_guard, plan_diversions
 from imdsproxy.network.names import Naming
 from imdsproxy.network.operations import (
     AddAddress,
@@ -158,11 +159,17 @@ class SystemHost:
         self.ovn: OvnHost | None = None
         self._waits: dict[NetworkId, float] = {}
         self.our_pids: Callable[[], Collection[int]] = tuple
-        self.arp_guard = NftTable(
+        self.arp_guard = HostTable(
+            thread,
+            naming.prefix,
+            ARP,
             "cannot keep the host from answering ARP for 169.254.169.254 on other devices",
             "until then guests of other networks may reach the wrong one: nft list tables arp",
         )
-        self.diverter = NftTable(
+        self.diverter = HostTable(
+            thread,
+            naming.prefix,
+            BRIDGE,
             "cannot redirect guests' packets for 169.254.169.254 that go to their gateway",
             "until then guests of bridges need a route, by DHCP option 121",
         )
@@ -199,7 +206,7 @@ class SystemHost:
             HostRefused: The host's own namespace cannot be observed, or our journal cannot be read.
         """
         # The ARP table comes first: the host answers for an address as soon as a device has it. Observing is harmless.
-        guarding = self.arp_guard.apply(render_arp_guard(self.naming.prefix, networks.values()))
+        guarding = self.arp_guard.apply(plan_arp_guard(networks.values()))
         wanted = None if self.ovn is None else self.ovn.wanted()
         if wanted is not None:
             unseen = (
@@ -240,8 +247,8 @@ class SystemHost:
             await self._observe(networks)
         self._waits = {network: self._waits.get(network, now) for network in plan.waiting}
         problems += tuple(failures.values())
-        script = render_diversions(networks, self.seen, self.naming)
-        problems += await self.diverter.apply(script)
+        diversions = plan_diversions(networks, self.seen, self.naming)
+        problems += await self.diverter.apply(diversions.content())
         plan = explain_pending(plan, failures)
         return replace(plan, problems=problems, operations=len(tried))
 

@@ -120,7 +120,7 @@ def plan_route(network: Network, host_has: Callable[[entities.IpAddress], bool])
             )
             return Route(None, advice)
         case entities.BridgeListener(device):
-            # `network.listeners.nft_scripts` redirects guests' packets to the gateway, whichever host has it.
+            # `network.listeners.rules` redirects guests' packets to the gateway, whichever host has it.
             answered, unless = via is not None, "guests have a gateway"
         case entities.InterfaceListener(device):
             answered, unless = via is not None and host_has(via), "the guests' gateway is this host"
