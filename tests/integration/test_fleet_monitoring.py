@@ -12,7 +12,7 @@ from typing import Final
 
 import pytest
 
-from imdsproxy.fleet import layout
+from imdsproxy.fleet import codec, layout
 from imdsproxy.fleet.identity import Role, spell_serial
 from imdsproxy.fleet.layout import HostId
 from imdsproxy.fleet.members import HostState, StoredHost, host_key, render_host
@@ -115,7 +115,7 @@ def test_a_fleets_dashboard_has_data_and_each_fault_of_the_fleet_fires_its_alert
     world.write({host_key(HostId("b")): render_host(StoredHost(HostState.ENROLLED, ("1",)))})
     world.store_network("away")
     world.place(instance("lost", "away"), "a")
-    world.write({f"{layout.NETWORKS}bad": b"[", PLACE: layout.encode({"sealed": "x"})})
+    world.write({f"{layout.NETWORKS}bad": b"[", PLACE: codec.encode({"sealed": "x"})})
     suspicion = Suspicion("instance/web is missing", {}, {HostId("a"): Claim(0)})
     world.write({layout.SUSPECT: render_suspicion(suspicion)})
     world.etcd.kill(world.etcd.members[2])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from imdsproxy.fleet.layout import MOST_NUMBER, MOST_TEXT
+from imdsproxy.fleet.codec import MOST_NUMBER, MOST_TEXT
 from imdsproxy.fleet.stream import (
     Ack,
     Answer,

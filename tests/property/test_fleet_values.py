@@ -13,15 +13,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from imdsproxy.errors import ImdsproxyError
-from imdsproxy.fleet import layout
-from imdsproxy.fleet.layout import (
-    HostId,
-    Meta,
-    StoredInstance,
-    StoredNetwork,
-    Unreadable,
-    UserData,
-)
+from imdsproxy.fleet import codec, layout
+from imdsproxy.fleet.codec import Unreadable
+from imdsproxy.fleet.layout import HostId, Meta, StoredInstance, StoredNetwork, UserData
 from imdsproxy.fleet.members import (
     HostState,
     StoredHost,
@@ -78,7 +72,7 @@ _GOOD: dict[str, bytes] = {
     layout.META: layout.render_meta(Meta("f", 2)),
     layout.BEAT: render_beat(Beat(7, "hub-1")),
     layout.SUSPECT: render_suspicion(Suspicion("why", {"hub-1": 2}, {A: Claim(2)})),
-    layout.grant_key("p"): layout.encode({"hosts": ["a"]}),
+    layout.grant_key("p"): codec.encode({"hosts": ["a"]}),
     layout.ENVELOPE: render_sealing(Sealing("1", "0f" * 32)),
     layout.TOKEN_KEYS: render_sealed_keys(SealedKeys(b"1\0sealed")),
     layout.instance_key(WEB): layout.render_instance(
@@ -89,8 +83,8 @@ _GOOD: dict[str, bytes] = {
     ),
     layout.password_key(WEB): render_password(StoredPassword(b"1\0sealed", "r")),
     layout.guard_key(WEB): layout.render_guard(OperatorOverride(3, 9)),
-    f"{layout.POLICIES}fleet": layout.encode({"tokens": "required"}),
-    f"{layout.POLICIES}project/p": layout.encode({}),
+    f"{layout.POLICIES}fleet": codec.encode({"tokens": "required"}),
+    f"{layout.POLICIES}project/p": codec.encode({}),
     host_key(A): render_host(StoredHost(HostState.ENROLLED, ("1",), None, 0, "0f")),
     operator_key("anna"): render_operator(StoredOperator(9)),
     f"{layout.HUBS}hub-2": render_hub(HubPlace("https://10.0.0.1:8469")),
@@ -130,7 +124,7 @@ def _one_field_odd(good: bytes) -> st.SearchStrategy[bytes]:
 
 
 def _instance(record: dict[str, object]) -> bytes:
-    return layout.encode({"hosts": ["a"], "record": record, "user_data": None, "left": []})
+    return codec.encode({"hosts": ["a"], "record": record, "user_data": None, "left": []})
 
 
 _VALUES = st.binary(max_size=30) | _OBJECTS | st.sampled_from(sorted(_GOOD.values()))
@@ -167,7 +161,7 @@ class _Looks:
             self._of_writers,
         ):
             look()
-        shown = {layout.plain(key): why for key, why in state.problems.items()}
+        shown = {codec.plain(key): why for key, why in state.problems.items()}
         json.dumps(shown, ensure_ascii=False).encode()
 
     def _of_hubs(self) -> None:

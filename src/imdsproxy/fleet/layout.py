@@ -1,4 +1,4 @@
-"""Keys of a fleet's records in etcd, and the encoding of their values.
+"""Keys of a fleet's records in etcd, and the form of their values.
 
 Every hub watches all keys below `PREFIX`. Large values (user data), and values that are only compared (claims), have
 other prefixes. A hub never deletes a record: it writes the removal, so that an absent key never means a removed record.
@@ -6,13 +6,28 @@ other prefixes. A hub never deletes a record: it writes the removal, so that an 
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any, Final, NewType, TypeAlias, cast
+from typing import Final, NewType, TypeAlias
 
-from imdsproxy.model.entities import ID_PATTERN, InstanceId, IpAddress, NetworkId
+from imdsproxy.fleet.codec import (
+    ANY_TEXT,
+    DIGEST,
+    ID,
+    NUMBER,
+    OBJECT,
+    Codec,
+    Json,
+    Kind,
+    Unreadable,
+    checked,
+    decode,
+    is_id,
+    list_of,
+    nullable,
+    omissible,
+)
+from imdsproxy.model.entities import InstanceId, IpAddress, NetworkId
 from imdsproxy.model.policy import OperatorOverride
 
 HostId = NewType("HostId", str)
@@ -65,29 +80,8 @@ ANYWHERE: Final = HostId("*")
 FORMAT: Final = 1
 """Raise it when values change their meaning: a hub refuses to start with a format that it does not know."""
 
-ID_SHAPE: Final = ID_PATTERN.removeprefix("^").removesuffix("$")
-"""`ID_PATTERN` as a part of a longer expression."""
-
-MOST_NUMBER: Final = 2**63 - 1
-"""Largest number that etcd, SQLite and HAProxy take."""
-
-MOST_TEXT: Final = 1000
-"""Maximum characters of a text that a machine of the fleet reports."""
-
-_ID: Final = re.compile(ID_PATTERN)
-
-Json: TypeAlias = dict[str, Any]
-
 View: TypeAlias = Callable[[str], tuple[bytes, int] | None]
 """Lookup of a key's value and the revision that wrote it; `None` for an absent key. Claims may be unknown."""
-
-
-SHA256: Final = re.compile("[0-9a-f]{64}")
-"""Hexadecimal, in lower case."""
-
-
-class Unreadable(ValueError):
-    """Value that another program than a hub wrote. Hubs never treat it as absent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,27 +152,6 @@ class StoredNetwork:
     removed_at: int | None = None
 
 
-def is_id(text: str) -> bool:
-    """Return whether a text may be the id of a host or a project."""
-    return _ID.fullmatch(text) is not None
-
-
-def is_number(value: object) -> bool:
-    """Return whether a JSON value is a whole number from 0 to `MOST_NUMBER`."""
-    return type(value) is int and 0 <= value <= MOST_NUMBER
-
-
-def is_count(value: object) -> bool:
-    """Return whether a JSON value is a counter: far below `MOST_NUMBER`, so that no sum exceeds it."""
-    return is_number(value) and cast("int", value) <= MOST_NUMBER // 2
-
-
-def plain(text: str, most: int = MOST_TEXT) -> str:
-    """Make a text of another machine fit to store and show: printable, one line, cut after `most` characters."""
-    cut = text if len(text) <= most else f"{text[: most - 1]}…"
-    return cut if cut.isprintable() else "".join(one if one.isprintable() else "?" for one in cut)
-
-
 def network_key(network: NetworkId) -> str:
     return f"{NETWORKS}{network}"
 
@@ -232,102 +205,13 @@ def blob_use_key(sha256: str) -> str:
     return f"{BLOB_USES}{sha256}"
 
 
-def encode(value: Json) -> bytes:
-    return json.dumps(value, separators=(",", ":"), sort_keys=True).encode()
-
-
-def decode(value: bytes) -> Json:
-    """Parse a value as a JSON object; raises `Unreadable`."""
-    try:
-        found = json.loads(value.decode())
-    except (ValueError, RecursionError) as error:
-        raise Unreadable(f"it is no JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise Unreadable("it is no object")
-    return cast("Json", found)
-
-
-def render_meta(meta: Meta) -> bytes:
-    """Render the value of `META`."""
-    return encode({"fleet": meta.fleet, "incarnation": meta.incarnation, "format": meta.format})
-
-
-def parse_meta(value: bytes) -> Meta:
-    """Parse the value of `META`; raises `Unreadable`."""
-    match decode(value):
-        case {"fleet": str(fleet), "incarnation": incarnation, "format": form} if (
-            is_id(fleet) and is_number(incarnation) and is_number(form)
-        ):
-            return Meta(fleet, incarnation, form)
-        case _:
-            raise Unreadable("`fleet`, `incarnation` and `format` are not an id and two numbers")
-
-
-def render_instance(stored: StoredInstance) -> bytes:
-    """Render the value of an instance's key."""
-    data = stored.user_data
-    return encode(
-        {
-            "hosts": list(stored.hosts),
-            "record": stored.record,
-            "user_data": data and {"sha256": data.sha256, "size": data.size},
-            "request": stored.request,
-            "removed_at": stored.removed_at,
-            "left": list(stored.left),
-        }
-    )
-
-
-def parse_instance(value: bytes) -> StoredInstance:
-    """Parse the value of an instance's key, without checking the record; raises `Unreadable`."""
-    found = decode(value)
-    data, record = found.get("user_data"), _record(found)
-    ports = record.get("ports", [])
-    if not (isinstance(ports, list) and all(map(_is_port, ports))):
-        raise Unreadable("`ports` is no list of objects with a network")
-    return StoredInstance(
-        _names(found, "hosts"),
-        record,
-        None if data is None else _parse_user_data(data),
-        _request(found),
-        _removed(found),
-        _names(found, "left") if "left" in found else (),
-    )
-
-
-def render_network(stored: StoredNetwork) -> bytes:
-    """Render the value of a network's key."""
-    return encode(
-        {"record": stored.record, "request": stored.request, "removed_at": stored.removed_at}
-    )
-
-
-def parse_network(value: bytes) -> StoredNetwork:
-    """Parse the value of a network's key, without checking the record; raises `Unreadable`."""
-    found = decode(value)
-    return StoredNetwork(_record(found), _request(found), _removed(found))
-
-
-def render_guard(override: OperatorOverride) -> bytes:
-    """Render the value of an override's key."""
-    return encode({"epoch": override.epoch, "reopened_at": override.reopened_at})
-
-
-def parse_guard(value: bytes) -> OperatorOverride:
-    """Parse the value of an override's key; raises `Unreadable`."""
-    match decode(value):
-        case {"epoch": epoch, "reopened_at": at} if is_number(epoch) and is_number(at):
-            return OperatorOverride(epoch, at)
-        case _:
-            raise Unreadable("`epoch` and `reopened_at` are not two numbers")
-
-
 def removal_time(value: bytes) -> int | None:
     """Return the removal time of a record, Unix time; `None` if it was not removed."""
     # Almost none of hundreds of thousands of records is a removal: avoid decoding.
     if b'"removed_at":null' in value or b'"removed_at"' not in value:
         return None
-    return _removed(decode(value))
+    removed: int | None = _REMOVED.read(decode(value).get("removed_at"))
+    return removed
 
 
 def parse_claim(value: bytes) -> InstanceId:
@@ -338,15 +222,19 @@ def parse_claim(value: bytes) -> InstanceId:
     return InstanceId(holder)
 
 
-def _names(found: Json, field: str) -> tuple[HostId, ...]:
-    names = found.get(field)
-    if not (isinstance(names, list) and all(map(_is_host, names))):
-        raise Unreadable(f"`{field}` is no list of names")
-    return tuple(HostId(one) for one in names)
+def _read_record(value: object) -> Json:
+    record: Json = OBJECT.read(value)
+    if not _is_project(record.get("project")):
+        raise Unreadable("has a `project` that is no id")
+    return record
 
 
-def _is_host(name: object) -> bool:
-    return isinstance(name, str) and (is_id(name) or name == ANYWHERE)
+def _read_placed(value: object) -> Json:
+    record = _read_record(value)
+    ports = record.get("ports", [])
+    if not (isinstance(ports, list) and all(map(_is_port, ports))):
+        raise Unreadable("has `ports` that are no list of objects with a network")
+    return record
 
 
 def _is_port(port: object) -> bool:
@@ -361,32 +249,31 @@ def _is_project(project: object) -> bool:
     return project is None or (isinstance(project, str) and is_id(project))
 
 
-def _record(found: Json) -> Json:
-    record = found.get("record")
-    if not isinstance(record, dict):
-        raise Unreadable("`record` is no object")
-    if not _is_project(record.get("project")):
-        raise Unreadable("`project` is no id")
-    return cast("Json", record)
+_HOSTS: Final = list_of(
+    checked(lambda one: isinstance(one, str) and (is_id(one) or one == ANYWHERE), "host")
+)
+_REMOVED: Final = omissible(nullable(NUMBER))
 
+_META: Final = Codec(Meta, fleet=ID, incarnation=NUMBER, format=NUMBER)
+_GUARD: Final = Codec(OperatorOverride, epoch=NUMBER, reopened_at=NUMBER)
+_NETWORK: Final = Codec(
+    StoredNetwork,
+    record=Kind(_read_record),
+    request=omissible(ANY_TEXT),
+    removed_at=_REMOVED,
+)
+_INSTANCE: Final = Codec(
+    StoredInstance,
+    hosts=_HOSTS,
+    record=Kind(_read_placed),
+    user_data=omissible(nullable(Codec(UserData, sha256=DIGEST, size=NUMBER).kind)),
+    request=omissible(ANY_TEXT),
+    removed_at=_REMOVED,
+    left=omissible(_HOSTS),
+)
+"""Without a check of the record itself."""
 
-def _request(found: Json) -> str:
-    request = found.get("request", "")
-    if not isinstance(request, str):
-        raise Unreadable("`request` is no text")
-    return request
-
-
-def _removed(found: Json) -> int | None:
-    removed = found.get("removed_at")
-    if removed is None or is_number(removed):
-        return cast("int | None", removed)
-    raise Unreadable("`removed_at` is no time")
-
-
-def _parse_user_data(value: object) -> UserData:
-    match value:
-        case {"sha256": str(sha256), "size": size} if SHA256.fullmatch(sha256) and is_number(size):
-            return UserData(sha256, size)
-        case _:
-            raise Unreadable("`user_data` does not say `sha256` and `size`")
+parse_meta, render_meta = _META.parse, _META.render
+parse_guard, render_guard = _GUARD.parse, _GUARD.render
+parse_network, render_network = _NETWORK.parse, _NETWORK.render
+parse_instance, render_instance = _INSTANCE.parse, _INSTANCE.render

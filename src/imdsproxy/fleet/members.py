@@ -12,17 +12,18 @@ from hashlib import sha256
 from typing import Any, Final
 
 from imdsproxy.errors import AccessDenied, NotFound
-from imdsproxy.fleet.identity import OPERATOR_ROLES, Identity, Role
-from imdsproxy.fleet.layout import (
-    CERTIFICATES,
-    HOSTS,
-    HostId,
+from imdsproxy.fleet.codec import (
+    ANY_TEXT,
+    COUNT,
+    NUMBER,
+    Codec,
     Unreadable,
-    decode,
-    encode,
-    is_count,
-    is_number,
+    list_of,
+    nullable,
+    word_of,
 )
+from imdsproxy.fleet.identity import OPERATOR_ROLES, Identity, Role
+from imdsproxy.fleet.layout import CERTIFICATES, HOSTS, HostId
 
 _AGAIN: Final = "`imdsproxy fleet enrol HOST` makes a new one"
 
@@ -35,9 +36,6 @@ class HostState(StrEnum):
     REVOKED = "revoked"
     UNREADABLE = "unreadable"
     """Never stored: another program wrote the host's value. The host is refused; operators may invite or revoke it."""
-
-
-_STORED: Final = frozenset(HostState) - {HostState.UNREADABLE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +72,21 @@ class StoredOperator:
     revoked_at: int
 
 
+_HOST: Final = Codec(
+    StoredHost,
+    state=word_of(HostState, HostState.UNREADABLE),
+    serials=list_of(ANY_TEXT),
+    token_sha256=nullable(ANY_TEXT),
+    expires_at=NUMBER,
+    trusts=ANY_TEXT,
+    revocations=COUNT,
+    version=COUNT,
+)
+_OPERATOR: Final = Codec(StoredOperator, revoked_at=NUMBER)
+parse_host, render_host = _HOST.parse, _HOST.render
+parse_operator, render_operator = _OPERATOR.parse, _OPERATOR.render
+
+
 def host_key(host: HostId) -> str:
     """Return the key of a `StoredHost`."""
     return f"{HOSTS}{host}"
@@ -82,46 +95,6 @@ def host_key(host: HostId) -> str:
 def operator_key(name: str) -> str:
     """Return the key of a `StoredOperator`."""
     return f"{CERTIFICATES}{name}"
-
-
-def render_host(stored: StoredHost) -> bytes:
-    """Render the value of a host's key."""
-    return encode(
-        {
-            "state": stored.state.value,
-            "serials": list(stored.serials),
-            "token_sha256": stored.token_sha256,
-            "expires_at": stored.expires_at,
-            "trusts": stored.trusts,
-            "revocations": stored.revocations,
-            "version": stored.version,
-        }
-    )
-
-
-def parse_host(value: bytes) -> StoredHost:
-    """Parse the value of a host's key; raises `Unreadable`."""
-    match decode(value):
-        case {
-            "state": str(state),
-            "serials": list(serials),
-            "token_sha256": (str() | None) as token,
-            "expires_at": expires,
-            "trusts": str(trusts),
-            "revocations": revocations,
-            "version": version,
-        } if (
-            state in _STORED
-            and all(isinstance(one, str) for one in serials)
-            and is_number(expires)
-            and is_count(revocations)
-            and is_count(version)
-        ):
-            return StoredHost(
-                HostState(state), tuple(serials), token, expires, trusts, revocations, version
-            )
-        case _:
-            raise Unreadable("it has not all fields of a host")
 
 
 def read_host(value: bytes, revision: int) -> StoredHost:
@@ -134,20 +107,6 @@ def read_host(value: bytes, revision: int) -> StoredHost:
         return parse_host(value)
     except Unreadable:
         return StoredHost(HostState.UNREADABLE, revocations=revision, version=revision)
-
-
-def render_operator(stored: StoredOperator) -> bytes:
-    """Render the value of an operator's key."""
-    return encode({"revoked_at": stored.revoked_at})
-
-
-def parse_operator(value: bytes) -> StoredOperator:
-    """Parse the value of an operator's key; raises `Unreadable`."""
-    match decode(value):
-        case {"revoked_at": revoked_at} if is_number(revoked_at):
-            return StoredOperator(revoked_at)
-        case _:
-            raise Unreadable("`revoked_at` is no time")
 
 
 def hash_token(token: str) -> str:

@@ -7,15 +7,37 @@ everything up to the revision is in force. It receives only items that are place
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from hashlib import blake2b
 from typing import Any, Final, TypeAlias, cast
 
-from imdsproxy.fleet.layout import ID_SHAPE, MOST_NUMBER, Json, is_number, plain
+from imdsproxy.fleet.codec import (
+    ANY,
+    ANY_TEXT,
+    ID,
+    ID_SHAPE,
+    NUMBER,
+    OBJECT,
+    SECONDS,
+    SWITCH,
+    TEXT,
+    Codec,
+    Json,
+    Unreadable,
+    checked,
+    decode,
+    is_number,
+    list_of,
+    mapping_of,
+    matching,
+    nullable,
+    omissible,
+    row_of,
+    word_of,
+)
 from imdsproxy.model.entities import InstanceId
 from imdsproxy.model.policy import OperatorOverride
 
@@ -44,12 +66,6 @@ ItemKey: TypeAlias = str
 """`network/ID`, `instance/ID`, `policy/fleet`, `policy/host/ID`, `policy/project/ID`; for an instance also `guard/ID`,
 `keys/ID` and `password/ID`.
 """
-
-_ITEM_KEY: Final = re.compile(
-    f"(?:network|instance|guard|keys|password)/{ID_SHAPE}|policy/(?:fleet|(?:host|project)/{ID_SHAPE})"
-)
-_DIGEST: Final = re.compile("[0-9a-f]{32}|")
-_STATUSES: Final = range(100, 600)
 
 
 class Broken(ValueError):
@@ -193,61 +209,75 @@ def digest_items(items: Mapping[ItemKey, int]) -> str:
     return blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
 
 
+_ITEM: Final = matching(
+    re.compile(
+        f"(?:network|instance|guard|keys|password)/{ID_SHAPE}|policy/(?:fleet|(?:host|project)/{ID_SHAPE})"
+    ),
+    "name of an item",
+)
+_REASONS: Final = omissible(mapping_of(ANY_TEXT, TEXT))
+
+_CODECS: Final[dict[type, tuple[str, Codec[Any]]]] = {
+    Hello: (
+        "hello",
+        Codec(
+            Hello,
+            fleet=omissible(nullable(TEXT)),
+            incarnation=NUMBER,
+            revision=omissible(NUMBER),
+            items=omissible(mapping_of(_ITEM, NUMBER)),
+            format=NUMBER,
+            level=omissible(NUMBER),
+            guards=omissible(mapping_of(ID, row_of(OperatorOverride, NUMBER, NUMBER))),
+        ),
+    ),
+    Ack: (
+        "ack",
+        Codec(
+            Ack,
+            sparse=True,
+            ack=NUMBER,
+            failed=omissible(mapping_of(_ITEM, TEXT)),
+            digest=omissible(matching(re.compile("[0-9a-f]{32}|"), "digest")),
+        ),
+    ),
+    Answer: (
+        "answer",
+        Codec(
+            Answer,
+            answer=NUMBER,
+            status=checked(lambda one: is_number(one) and one in range(100, 600), "status of HTTP"),
+            body=ANY,
+        ),
+    ),
+    Batch: (
+        "batch",
+        Codec(
+            Batch,
+            sparse=True,
+            revision=NUMBER,
+            fleet=omissible(TEXT),
+            incarnation=omissible(NUMBER),
+            put=omissible(mapping_of(ANY_TEXT, row_of(lambda *one: one, NUMBER, OBJECT))),
+            remove=omissible(list_of(ANY_TEXT)),
+            held=_REASONS,
+            unreadable=_REASONS,
+            more=omissible(SWITCH),
+        ),
+    ),
+    Ping: ("ping", Codec(Ping, revision=NUMBER, time=SECONDS, age_s=omissible(SECONDS))),
+    Ask: ("ask", Codec(Ask, ask=NUMBER, path=ANY_TEXT, method=omissible(TEXT))),
+    Bye: ("bye", Codec(Bye, bye=word_of(ByeCode), reason=omissible(TEXT))),
+}
+"""First key and codec of each message. The first key has the whole message if the codec does not know the key."""
+
+
 def render_line(message: FromHost | FromHub) -> bytes:
     """Render a line, with its end."""
-    match message:
-        case Hello():
-            shape: Json = {
-                "hello": {
-                    "format": message.format,
-                    "fleet": message.fleet,
-                    "incarnation": message.incarnation,
-                    "revision": message.revision,
-                    "items": dict(message.items),
-                    "level": message.level,
-                    "guards": {
-                        instance: [guard.epoch, guard.reopened_at]
-                        for instance, guard in message.guards.items()
-                    },
-                }
-            }
-        case Ack():
-            shape = {"ack": message.revision}
-            if message.failed:
-                shape["failed"] = dict(message.failed)
-            if message.digest:
-                shape["digest"] = message.digest
-        case Answer():
-            shape = {"answer": message.number, "status": message.status, "body": message.body}
-        case Batch():
-            shape = {"batch": _render_batch(message)}
-        case Ping():
-            shape = {
-                "ping": {
-                    "revision": message.revision,
-                    "time": message.time,
-                    "age_s": message.age_s,
-                }
-            }
-        case Ask():
-            shape = {"ask": message.number, "path": message.path, "method": message.method}
-        case Bye():
-            shape = {"bye": message.code.value, "reason": message.reason}
-    return json.dumps(shape, separators=(",", ":")).encode() + b"\n"
-
-
-def _render_batch(batch: Batch) -> Json:
-    shape: Json = {
-        "revision": batch.revision,
-        "fleet": batch.fleet,
-        "incarnation": batch.incarnation,
-        "put": {key: list(one) for key, one in batch.put.items()},
-        "remove": list(batch.remove),
-        "held": dict(batch.held),
-        "unreadable": dict(batch.unreadable),
-        "more": batch.more,
-    }
-    return {key: one for key, one in shape.items() if key == "revision" or one}
+    first, codec = _CODECS[type(message)]
+    shape = codec.write(message)
+    line = shape if first in shape else {first: shape}
+    return json.dumps(line, separators=(",", ":")).encode() + b"\n"
 
 
 def parse_from_host(line: bytes) -> FromHost:
@@ -257,126 +287,21 @@ def parse_from_host(line: bytes) -> FromHost:
         Broken: A host must not send this line. A host may be compromised, so the hub relies only on what this function
             checks.
     """
-    match _decode(line):
-        case {"hello": {"format": form, "incarnation": incarnation, **rest}}:
-            fleet, items = rest.get("fleet"), _object(cast("Json", rest), "items")
-            if not (fleet is None or isinstance(fleet, str)):
-                raise Broken("`fleet` is no text")
-            return Hello(
-                None if fleet is None else plain(fleet),
-                _number(incarnation),
-                _number(rest.get("revision", 0)),
-                {_item(key): _number(one) for key, one in items.items()},
-                _number(form),
-                _number(rest.get("level", 1)),
-                _guards(_object(cast("Json", rest), "guards")),
-            )
-        case {"ack": revision, **rest}:
-            why = {_item(key): _text(one) for key, one in _object(rest, "failed").items()}
-            digest = _text(rest.get("digest", ""))
-            if _DIGEST.fullmatch(digest) is None:
-                raise Broken("`digest` is none")
-            return Ack(_number(revision), why, digest)
-        case {"answer": number, "status": status, "body": body}:
-            if _number(status) not in _STATUSES:
-                raise Broken("`status` is none of HTTP")
-            return Answer(_number(number), status, body)
-        case _:
-            raise Broken("a host sends `hello`, `ack` or `answer`")
-
-
-def _guards(shape: Json) -> dict[InstanceId, OperatorOverride]:
-    guards: dict[InstanceId, OperatorOverride] = {}
-    for instance, guard in shape.items():
-        _item(f"guard/{instance}")
-        match guard:
-            case [epoch, reopened_at]:
-                override = OperatorOverride(_number(epoch), _number(reopened_at))
-                guards[InstanceId(instance)] = override
-            case _:
-                raise Broken("a guard is two numbers")
-    return guards
+    return cast("FromHost", _parse(line, (Hello, Ack, Answer)))
 
 
 def parse_from_hub(line: bytes) -> FromHub:
     """Parse a line of a hub; raises `Broken`."""
-    match _decode(line):
-        case {"batch": {"revision": revision, **rest}}:
-            return _parse_batch(_number(revision), cast("Json", rest))
-        case {"ping": {"revision": revision, "time": time, **rest}}:
-            return Ping(_number(revision), _seconds(time), _seconds(rest.get("age_s", 0.0)))
-        case {"ask": number, "path": str(path), **rest}:
-            return Ask(_number(number), path, _text(rest.get("method", "GET")))
-        case {"bye": str(code), **rest}:
-            try:
-                return Bye(ByeCode(code), _text(rest.get("reason", "")))
-            except ValueError as error:
-                raise Broken(str(error)) from error
-        case _:
-            raise Broken("a hub sends `batch`, `ping`, `ask` or `bye`")
+    return cast("FromHub", _parse(line, (Batch, Ping, Ask, Bye)))
 
 
-def _parse_batch(revision: int, shape: Json) -> Batch:
-    put: dict[ItemKey, tuple[int, Json]] = {}
-    remove = shape.get("remove", [])
-    if not (isinstance(remove, list) and all(isinstance(one, str) for one in remove)):
-        raise Broken("`remove` is no list of names")
-    for key, one in _object(shape, "put").items():
-        match one:
-            case [number, dict(value)]:
-                put[key] = _number(number), value
-            case _:
-                raise Broken(f"{key} has no revision and value")
-    return Batch(
-        revision,
-        _text(shape.get("fleet", "")),
-        _number(shape.get("incarnation", 0)),
-        put,
-        tuple(remove),
-        {key: _text(why) for key, why in _object(shape, "held").items()},
-        {key: _text(why) for key, why in _object(shape, "unreadable").items()},
-        shape.get("more") is True,
-    )
-
-
-def _object(shape: Mapping[str, Any], field_name: str) -> Json:
-    found = shape.get(field_name, {})
-    if not isinstance(found, dict):
-        raise Broken(f"`{field_name}` is no object")
-    return cast("Json", found)
-
-
-def _item(key: str) -> ItemKey:
-    if _ITEM_KEY.fullmatch(key) is None:
-        raise Broken("a name is no item's")
-    return key
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise Broken("a text is none")
-    return plain(value)
-
-
-def _number(value: object) -> int:
-    if is_number(value):
-        return cast("int", value)
-    raise Broken(f"a number is none from 0 to {MOST_NUMBER}")
-
-
-def _seconds(value: object) -> float:
-    if type(value) is int and abs(value) <= MOST_NUMBER:
-        return float(value)
-    if type(value) is float and math.isfinite(value):
-        return value
-    raise Broken("a time is no number")
-
-
-def _decode(line: bytes) -> Json:
+def _parse(line: bytes, messages: Collection[type]) -> object:
     try:
-        found = json.loads(line.decode())
-    except (ValueError, RecursionError) as error:
-        raise Broken("it is no JSON") from error
-    if not isinstance(found, dict):
-        raise Broken("it is no object")
-    return cast("Json", found)
+        shape = decode(line)
+        for first, codec in map(_CODECS.__getitem__, messages):
+            if first in shape:
+                known = any(first == key for key, _, _ in codec.keys)
+                return codec.read(shape if known else OBJECT.read(shape[first]))
+    except Unreadable as error:
+        raise Broken(str(error)) from error
+    raise Broken(f"it has none of {', '.join(_CODECS[one][0] for one in messages)}")

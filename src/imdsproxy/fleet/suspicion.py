@@ -10,19 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from imdsproxy.fleet.layout import (
-    SUSPECT,
-    HostId,
-    Json,
-    Meta,
-    Unreadable,
-    View,
-    decode,
-    encode,
-    is_id,
-    is_number,
-    plain,
-)
+from imdsproxy.fleet.codec import ID, NUMBER, TEXT, Codec, Unreadable, mapping_of, row_of
+from imdsproxy.fleet.layout import SUSPECT, HostId, Meta, View
 from imdsproxy.fleet.members import HostState, StoredHost, host_key, parse_host
 
 WITNESSES: Final = 2
@@ -133,6 +122,16 @@ class Suspicion:
         return replace(self, hosts=hosts) if self.hubs or hosts else None
 
 
+_SUSPICION: Final = Codec(
+    Suspicion,
+    why=TEXT,
+    hubs=mapping_of(ID, NUMBER),
+    hosts=mapping_of(ID, row_of(Claim, NUMBER, NUMBER)),
+    regained=mapping_of(TEXT, TEXT),
+)
+parse_suspicion, render_suspicion = _SUSPICION.parse, _SUSPICION.render
+
+
 def member_in(view: View, host: HostId) -> StoredHost | None:
     """Return a host from the view; `None` if it is absent or unreadable."""
     found = view(host_key(host))
@@ -148,41 +147,3 @@ def read_suspicion(view: View) -> Suspicion | None:
     if found is None:
         return None
     return parse_suspicion(found[0]).of_members(lambda host: member_in(view, host))
-
-
-def render_suspicion(suspicion: Suspicion) -> bytes:
-    """Render the value of `SUSPECT`."""
-    claims = {host: [one.incarnation, one.revocations] for host, one in suspicion.hosts.items()}
-    why = plain(suspicion.why)
-    shape = {"why": why, "hubs": dict(suspicion.hubs), "hosts": claims}
-    return encode({**shape, "regained": dict(suspicion.regained)})
-
-
-def parse_suspicion(value: bytes) -> Suspicion:
-    """Parse the value of `SUSPECT`; raises `Unreadable`."""
-    match decode(value):
-        case {
-            "why": str(why),
-            "hubs": dict(hubs),
-            "hosts": dict(hosts),
-            "regained": dict(regained),
-        } if all(is_id(name) and is_number(one) for name, one in hubs.items()) and all(
-            isinstance(one, str) for one in regained.values()
-        ):
-            words = {plain(whose): plain(what) for whose, what in regained.items()}
-            return Suspicion(plain(why), hubs, _parse_claims(hosts), words)
-        case _:
-            raise Unreadable("it does not say `why`, `hubs`, `hosts` and `regained`")
-
-
-def _parse_claims(shape: Json) -> dict[HostId, Claim]:
-    claims: dict[HostId, Claim] = {}
-    for host, claim in shape.items():
-        match claim:
-            case [incarnation, revocations] if (
-                is_id(host) and is_number(incarnation) and is_number(revocations)
-            ):
-                claims[HostId(host)] = Claim(incarnation, revocations)
-            case _:
-                raise Unreadable("the claim of a host is not two numbers")
-    return claims

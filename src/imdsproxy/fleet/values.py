@@ -6,34 +6,32 @@ module therefore relies on its checks of fields and types.
 
 from __future__ import annotations
 
-import base64
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 from imdsproxy.fleet import layout
-from imdsproxy.fleet.layout import (
-    SHA256,
+from imdsproxy.fleet.codec import (
+    ANY_TEXT,
+    BYTES,
+    COUNT,
+    DIGEST,
+    ID,
+    NUMBER,
+    URL,
+    Codec,
     Json,
-    Meta,
-    StoredInstance,
-    StoredNetwork,
     Unreadable,
     decode,
-    encode,
-    is_count,
     is_id,
-    is_number,
+    nullable,
 )
+from imdsproxy.fleet.layout import Meta, StoredInstance, StoredNetwork
 from imdsproxy.fleet.members import StoredHost, StoredOperator, parse_host, parse_operator
 from imdsproxy.fleet.suspicion import Suspicion, parse_suspicion
 from imdsproxy.model.policy import OperatorOverride
 from imdsproxy.model.records import Refused
 from imdsproxy.model.records.grant import GRANT, Grant
-
-_URL: Final = re.compile(r"https?://(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}")
-_MOST_URL: Final = 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,105 +142,32 @@ def _is_scope(place: str) -> bool:
     return scope in {"host", "project"} and is_id(name)
 
 
-def render_beat(beat: Beat) -> bytes:
-    """Render the value of `layout.BEAT`."""
-    return encode({"count": beat.count, "hub": beat.hub})
+def _check_password(stored: StoredPassword) -> str | None:
+    if (stored.sealed is None) is (stored.removed_at is None):
+        return "it has not either `sealed` or `removed_at`"
+    return None
 
 
-def parse_beat(value: bytes) -> Beat:
-    """Parse the value of `layout.BEAT`; raises `Unreadable`."""
-    match decode(value):
-        case {"count": count, "hub": str(hub)} if is_count(count):
-            return Beat(count, hub)
-        case _:
-            raise Unreadable("it does not say `count` and `hub`")
-
-
-def render_hub(place: HubPlace) -> bytes:
-    """Render the value of a hub's key."""
-    return encode({"url": place.url})
-
-
-def parse_hub(value: bytes) -> HubPlace:
-    """Parse the value of a hub's key; raises `Unreadable`."""
-    match decode(value):
-        case {"url": str(url)} if _is_url(url):
-            return HubPlace(url)
-        case _:
-            raise Unreadable("`url` is none of a hub")
-
-
-def render_known_hub(hub: KnownHub) -> bytes:
-    """Render the record of a hub."""
-    return encode({"url": hub.url, "absent_since": hub.absent_since})
-
-
-def parse_known_hub(value: bytes) -> KnownHub:
-    """Parse the record of a hub; raises `Unreadable`."""
-    match decode(value):
-        case {"url": str(url), "absent_since": since} if _is_url(url) and (
-            since is None or is_number(since)
-        ):
-            return KnownHub(url, since)
-        case _:
-            raise Unreadable("it does not say `url` and `absent_since`")
-
-
-def _is_url(url: str) -> bool:
-    return len(url) <= _MOST_URL and _URL.fullmatch(url) is not None
-
-
-def render_sealing(sealing: Sealing) -> bytes:
-    """Render the value of `layout.ENVELOPE`."""
-    return encode({"key": sealing.key, "sha256": sealing.sha256})
-
-
-def parse_sealing(value: bytes) -> Sealing:
-    """Parse the value of `layout.ENVELOPE`; raises `Unreadable`."""
-    match decode(value):
-        case {"key": str(key), "sha256": str(sha256)} if is_id(key) and SHA256.fullmatch(sha256):
-            return Sealing(key, sha256)
-        case _:
-            raise Unreadable("it does not say `key` and `sha256`")
-
-
-def render_sealed_keys(keys: SealedKeys) -> bytes:
-    """Render the value of `layout.TOKEN_KEYS`."""
-    return encode({"sealed": base64.b64encode(keys.sealed).decode()})
-
-
-def parse_sealed_keys(value: bytes) -> SealedKeys:
-    """Parse the value of `layout.TOKEN_KEYS` without opening it; raises `Unreadable`."""
-    match decode(value):
-        case {"sealed": str(sealed)}:
-            try:
-                return SealedKeys(base64.b64decode(sealed, validate=True))
-            except ValueError as error:
-                raise Unreadable("`sealed` is no base64") from error
-        case _:
-            raise Unreadable("it does not say `sealed`")
-
-
-def render_password(stored: StoredPassword) -> bytes:
-    """Render the value of a password's key."""
-    sealed = None if stored.sealed is None else base64.b64encode(stored.sealed).decode()
-    return encode({"sealed": sealed, "request": stored.request, "removed_at": stored.removed_at})
-
-
-def parse_password(value: bytes) -> StoredPassword:
-    """Parse the value of a password's key without opening it; raises `Unreadable`."""
-    match decode(value):
-        case {"sealed": None, "request": str(request), "removed_at": removed_at} if is_number(
-            removed_at
-        ):
-            return StoredPassword(None, request, removed_at)
-        case {"sealed": str(sealed), "request": str(request), "removed_at": None}:
-            try:
-                return StoredPassword(base64.b64decode(sealed, validate=True), request)
-            except ValueError as error:
-                raise Unreadable("`sealed` is no base64") from error
-        case _:
-            raise Unreadable("it does not say `sealed`, `request` and `removed_at`")
+_BEAT: Final = Codec(Beat, count=COUNT, hub=ANY_TEXT)
+_HUB: Final = Codec(HubPlace, url=URL)
+_KNOWN_HUB: Final = Codec(KnownHub, url=URL, absent_since=nullable(NUMBER))
+_SEALING: Final = Codec(Sealing, key=ID, sha256=DIGEST)
+_SEALED_KEYS: Final = Codec(SealedKeys, sealed=BYTES)
+_PASSWORD: Final = Codec(
+    StoredPassword,
+    _check_password,
+    sealed=nullable(BYTES),
+    request=ANY_TEXT,
+    removed_at=nullable(NUMBER),
+)
+_JOURNAL: Final = Codec(Journal, done=NUMBER, of=NUMBER, at=NUMBER)
+parse_beat, render_beat = _BEAT.parse, _BEAT.render
+parse_hub, render_hub = _HUB.parse, _HUB.render
+parse_known_hub, render_known_hub = _KNOWN_HUB.parse, _KNOWN_HUB.render
+parse_sealing, render_sealing = _SEALING.parse, _SEALING.render
+parse_sealed_keys, render_sealed_keys = _SEALED_KEYS.parse, _SEALED_KEYS.render
+parse_password, render_password = _PASSWORD.parse, _PASSWORD.render
+parse_journal, render_journal = _JOURNAL.parse, _JOURNAL.render
 
 
 def is_cleared(value: bytes) -> bool:
@@ -265,20 +190,6 @@ def parse_grant(value: bytes) -> Grant:
     if isinstance(grant, Refused):
         raise Unreadable("; ".join(map(str, grant.problems)))
     return grant
-
-
-def render_journal(journal: Journal) -> bytes:
-    """Render the value of an import's key."""
-    return encode({"done": journal.done, "of": journal.of, "at": journal.at})
-
-
-def parse_journal(value: bytes) -> Journal:
-    """Parse the value of an import's key; raises `Unreadable`."""
-    found = decode(value)
-    numbers = [found.get(one) for one in ("done", "of", "at")]
-    if not all(map(is_number, numbers)):
-        raise Unreadable("`done`, `of` and `at` are not three numbers")
-    return Journal(found["done"], found["of"], found["at"])
 
 
 _SINGLE: Final[dict[str, Callable[[bytes], Value]]] = {

@@ -11,7 +11,7 @@ from imdsproxy.config.hub import EtcdSettings, HubSettings
 from imdsproxy.errors import (
     SourceUnavailable,
 )
-from imdsproxy.fleet import layout
+from imdsproxy.fleet import codec, layout
 from imdsproxy.fleet.layout import HostId
 from imdsproxy.fleet.members import admits_host
 from imdsproxy.host.clock import Clock
@@ -99,7 +99,7 @@ class Hub:
         for name, one in self.loops.items():
             if one.failure is not None and (age_s := now - one.failed_at) < _SHOWN_S:
                 at = f"{self.clock.now() - timedelta(seconds=age_s):%Y-%m-%d %H:%M:%S UTC}"
-                why = layout.plain(one.failure.reason)
+                why = codec.plain(one.failure.reason)
                 failures[name] = f"failed at {at} and began again: {why}"
         return failures
 

@@ -18,7 +18,7 @@ from uuid import UUID
 import structlog
 
 from imdsproxy.errors import EtcdUnavailable, Problem, SourceCorrupt
-from imdsproxy.fleet import layout
+from imdsproxy.fleet import codec, layout
 from imdsproxy.fleet.lasting import LASTING
 from imdsproxy.fleet.layout import HostId, Meta
 from imdsproxy.fleet.stream import ItemKey
@@ -223,7 +223,7 @@ class Replica:
     def _beats_in(self, snapshot: Snapshot) -> int:
         for one in snapshot.kvs:
             if one.key == layout.BEAT:
-                with suppress(layout.Unreadable):
+                with suppress(codec.Unreadable):
                     return parse_beat(one.value).count
                 return self.restores.journal.position.beats
         return 0
@@ -248,7 +248,7 @@ class Replica:
             if not kvs:
                 return None
             (found,) = kvs
-            with suppress(layout.Unreadable):
+            with suppress(codec.Unreadable):
                 parse_value(key, found.value)
                 return change_of(found)
             revision = found.mod_revision
@@ -343,7 +343,7 @@ class Replica:
             if (unread := self.state.unreadable.get(key)) is not None:
                 _log.warning(
                     "value not taken",
-                    key=layout.plain(key),
+                    key=codec.plain(key),
                     revision=unread.mod_revision,
                     reason=unread.why,
                 )
@@ -463,13 +463,13 @@ class Replica:
 
 def _meta_of(change: Change, known: Meta) -> Meta:
     """Return the fleet in a value of `META`; `known` if the value is unreadable."""
-    with suppress(layout.Unreadable):
+    with suppress(codec.Unreadable):
         return known if change.value is None else layout.parse_meta(change.value)
     return known
 
 
 def _readable(meta: KeyValue) -> bool:
-    with suppress(layout.Unreadable):
+    with suppress(codec.Unreadable):
         layout.parse_meta(meta.value)
         return True
     return False

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from imdsproxy.fleet.codec import Unreadable
 from imdsproxy.fleet.lasting import describe_regained, join_values
-from imdsproxy.fleet.layout import GUARDS, HostId, Unreadable, parse_guard, render_guard
+from imdsproxy.fleet.layout import GUARDS, HostId, parse_guard, render_guard
 from imdsproxy.fleet.members import (
     HostState,
     StoredHost,

@@ -3,6 +3,7 @@
 import pytest
 
 from imdsproxy.errors import AccessDenied, NotFound
+from imdsproxy.fleet.codec import Unreadable
 from imdsproxy.fleet.identity import (
     Identity,
     Invitation,
@@ -12,7 +13,7 @@ from imdsproxy.fleet.identity import (
     render_invitation,
     spell_serial,
 )
-from imdsproxy.fleet.layout import HostId, Unreadable
+from imdsproxy.fleet.layout import HostId
 from imdsproxy.fleet.members import (
     HostState,
     StoredHost,

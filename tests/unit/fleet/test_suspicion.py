@@ -2,7 +2,8 @@
 
 import pytest
 
-from imdsproxy.fleet.layout import HostId, Unreadable
+from imdsproxy.fleet.codec import Unreadable
+from imdsproxy.fleet.layout import HostId
 from imdsproxy.fleet.members import HostState, StoredHost
 from imdsproxy.fleet.suspicion import (
     MOST_CLAIMS,

@@ -3,7 +3,7 @@
 import pytest
 
 from imdsproxy.errors import SecretUnreadable, SourceCorrupt
-from imdsproxy.fleet.layout import Unreadable
+from imdsproxy.fleet.codec import Unreadable
 from imdsproxy.fleet.values import Sealing
 from imdsproxy.hub.store.envelope import Envelope, add_key, make_envelope, name_of, parse_envelope
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.fleet import layout
+from imdsproxy.fleet import codec, layout
 from imdsproxy.fleet.stream import CONNECT_S
 from imdsproxy.hub.hosts import peers as module
 from imdsproxy.hub.hosts.peers import Peers
@@ -46,7 +46,7 @@ async def _hub(answer: bytes) -> AsyncIterator[tuple[str, list[str]]]:
 @contextlib.asynccontextmanager
 async def _peers(**urls: str) -> AsyncIterator[Peers]:
     state = FleetState()
-    values = {name: layout.encode({"url": url}) for name, url in urls.items()}
+    values = {name: codec.encode({"url": url}) for name, url in urls.items()}
     state.apply(1, [Change(f"{layout.HUBS}{name}", value, 1) for name, value in values.items()])
     peers = Peers(state, "this", HandClock())
     async with peers._connections():
@@ -92,7 +92,7 @@ async def test_a_hub_whose_own_certificate_cannot_be_used_goes_on_without_the_ot
 ) -> None:
     async with _hub(b"{}") as (other, _):
         state = FleetState()
-        value = layout.encode({"url": other})
+        value = codec.encode({"url": other})
         state.apply(1, [Change(f"{layout.HUBS}other", value, 1)])
         for name in ("missing", "empty"):
             (tmp_path / "empty").write_bytes(b"")

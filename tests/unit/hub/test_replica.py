@@ -8,7 +8,7 @@ from random import Random
 import pytest
 
 from imdsproxy.errors import EtcdUnavailable, SourceCorrupt
-from imdsproxy.fleet import layout
+from imdsproxy.fleet import codec, layout
 from imdsproxy.fleet.layout import HostId, Meta
 from imdsproxy.fleet.members import HostState, StoredHost, host_key, render_host
 from imdsproxy.fleet.suspicion import Claim, Evidence, Suspicion, parse_suspicion
@@ -195,7 +195,7 @@ async def test_a_suspicion_that_etcd_refuses_is_dropped_and_those_after_it_are_w
             await until(lambda: store.suspicion)
     assert store.suspicion is not None
     assert store.suspicion.hosts.keys() == {"a"}
-    assert len(store.suspicion.why) <= layout.MOST_TEXT
+    assert len(store.suspicion.why) <= codec.MOST_TEXT
 
 
 async def test_a_host_that_says_hello_again_and_again_has_one_suspicion_that_waits() -> None:

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imdsproxy.errors import ImdsproxyError, NotFound, SourceCorrupt
-from imdsproxy.fleet import layout
-from imdsproxy.fleet.layout import HostId, Unreadable
+from imdsproxy.fleet import codec, layout
+from imdsproxy.fleet.codec import Unreadable
+from imdsproxy.fleet.layout import HostId
 from imdsproxy.fleet.members import HostState, StoredHost, host_key, render_host
 from imdsproxy.fleet.values import parse_grant
 from imdsproxy.hub.api.views import Views
@@ -150,7 +151,7 @@ def _commit(keys: _Keys, planned: Transaction) -> None:
 def _fleet() -> _Keys:
     enrolled = render_host(StoredHost(HostState.ENROLLED, ("1",)))
     keys: _Keys = {host_key(HostId(one)): (enrolled, 1) for one in HOSTS}
-    keys[layout.grant_key("shop")] = layout.encode(GIVEN), 1
+    keys[layout.grant_key("shop")] = codec.encode(GIVEN), 1
     networks = [_network(name, of, f"br-{name[:5]}") for name, of in NETWORKS.items()]
     placed: list[dict[str, Any]] = [
         {"id": "red-web", "project": "red", "ports": [{"network": "rednet", "mac": MACS[0]}]},
@@ -200,7 +201,7 @@ def _plan(keys: _Keys, write: tuple[str, Any, Any], terms: Terms) -> Transaction
 
 
 def _project_of(value: bytes) -> object:
-    return layout.decode(value)["record"].get("project")
+    return codec.decode(value)["record"].get("project")
 
 
 def _check(before: _Keys, planned: Transaction, grant: Grant) -> None:
@@ -221,7 +222,7 @@ def _check(before: _Keys, planned: Transaction, grant: Grant) -> None:
         elif key.startswith(layout.NETWORKS) and layout.parse_network(value).removed_at is None:
             record = parse_network(layout.parse_network(value).record)
             assert isinstance(record, Network)
-            kept = key in before and parse_network(layout.decode(before[key][0])["record"])
+            kept = key in before and parse_network(codec.decode(before[key][0])["record"])
             same = isinstance(kept, Network) and kept.listener == record.listener
             assert same or grant.has_listener(record.listener)
 
@@ -294,7 +295,7 @@ def test_a_record_of_another_project_is_not_looked_into_however_large_it_is(
 def test_a_grant_is_read_as_it_was_written_and_garbage_gives_nothing() -> None:
     read = GRANT.read(GIVEN)
     assert isinstance(read, Grant)
-    assert parse_grant(layout.encode(GRANT.render(read))) == read
+    assert parse_grant(codec.encode(GRANT.render(read))) == read
     for value in (b"", b"[]", b"\xff", b'{"hosts": 1}', b'{"hosts": ["a", "a"]}', b'{"more": []}'):
         with pytest.raises(Unreadable):
             parse_grant(value)

@@ -5,8 +5,9 @@ from collections.abc import Mapping
 import pytest
 
 from imdsproxy.errors import AlreadyExists, SourceRefused
-from imdsproxy.fleet import layout
-from imdsproxy.fleet.layout import HostId, Json, StoredInstance, StoredNetwork
+from imdsproxy.fleet import codec, layout
+from imdsproxy.fleet.codec import Json
+from imdsproxy.fleet.layout import HostId, StoredInstance, StoredNetwork
 from imdsproxy.hub.store.plan_writes import Transaction
 from imdsproxy.hub.store.shared_listeners import refuse_shared
 from imdsproxy.hub.store.state import Change, FleetState
@@ -118,7 +119,7 @@ def test_an_operator_of_one_project_learns_of_no_other_projects_network() -> Non
 
 
 def granted(project: str, *hosts: str) -> dict[str, bytes]:
-    return {layout.grant_key(project): layout.encode({"hosts": list(hosts)})}
+    return {layout.grant_key(project): codec.encode({"hosts": list(hosts)})}
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imdsproxy.fleet import layout
-from imdsproxy.fleet.layout import HostId, Json, Meta, StoredInstance, StoredNetwork
+from imdsproxy.fleet import codec, layout
+from imdsproxy.fleet.codec import Json
+from imdsproxy.fleet.layout import HostId, Meta, StoredInstance, StoredNetwork
 from imdsproxy.fleet.stream import Batch, Bye, ByeCode, Hello, ItemKey, digest_items
 from imdsproxy.fleet.values import StoredPassword, render_password
 from imdsproxy.hub.store.state import Change, Difference, FleetState
@@ -103,7 +104,7 @@ def test_a_host_gets_its_instances_and_what_they_need_and_nothing_else() -> None
 
 def test_policies_reach_the_hosts_of_their_scope() -> None:
     def policy(scope: str, revision: int) -> Change:
-        return Change(layout.POLICIES + scope, layout.encode({"tokens": "required"}), revision)
+        return Change(layout.POLICIES + scope, codec.encode({"tokens": "required"}), revision)
 
     scopes = ("fleet", "host/b", "project/of-web", "project/of-db")
     policies = [policy(scope, number) for number, scope in enumerate(scopes, 5)]
@@ -230,7 +231,7 @@ def test_an_old_removal_may_be_deleted_and_nothing_else() -> None:
 
 
 def beat(count: int, revision: int) -> Change:
-    return Change(layout.BEAT, layout.encode({"count": count, "hub": "hub-1"}), revision, 1, count)
+    return Change(layout.BEAT, codec.encode({"count": count, "hub": "hub-1"}), revision, 1, count)
 
 
 @pytest.mark.parametrize("change", [beat(9, 12), beat(8, 13), beat(9, 11), beat(11, 10)])
@@ -250,7 +251,7 @@ def test_a_beat_that_is_read_again_shows_nothing() -> None:
 def test_token_keys_are_sent_to_the_hosts_of_their_instances_when_the_fleet_has_others() -> None:
     state = fleet(instance("web", 2, A), instance("db", 3, B))
     state.keys_of = lambda one: (4, {"current": one})
-    touched = state.apply(4, [Change(layout.TOKEN_KEYS, layout.encode({"sealed": "AAAA"}), 4)])
+    touched = state.apply(4, [Change(layout.TOKEN_KEYS, codec.encode({"sealed": "AAAA"}), 4)])
     assert touched == {A: {"keys/web"}, B: {"keys/db"}}
     assert state.item("keys/db") == (4, {"current": "db"})
 
@@ -318,7 +319,7 @@ def test_a_digest_is_that_of_what_a_host_gets_and_of_nothing_else() -> None:
         network("blue", 2), network("red", 3), instance("web", 4, A), instance("db", 5, A, B)
     )
     state.keys_of = lambda instance: (6, {"current": "k", "keys": {"k": instance}})
-    state.apply(6, [Change(layout.TOKEN_KEYS, layout.encode({"sealed": "AAAA"}), 6)])
+    state.apply(6, [Change(layout.TOKEN_KEYS, codec.encode({"sealed": "AAAA"}), 6)])
     for host in HOSTS:
         items = {item: revision for item, (revision, _) in everything_of(state, host).items()}
         assert state.digest(host, ()) == digest_items(items)

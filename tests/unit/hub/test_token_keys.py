@@ -5,8 +5,8 @@ import itertools
 import pytest
 
 from imdsproxy.errors import SourceCorrupt
-from imdsproxy.fleet import layout
-from imdsproxy.fleet.layout import Json
+from imdsproxy.fleet import codec
+from imdsproxy.fleet.codec import Json
 from imdsproxy.fleet.stream import Batch
 from imdsproxy.hub.hosts.token_keys import PLACE, FleetKeys, TokenKeyRing, open_keys, seal_keys
 from imdsproxy.hub.store.envelope import Envelope, make_envelope, parse_envelope
@@ -79,7 +79,7 @@ def test_keys_that_a_hub_cannot_read_leave_those_of_before_in_force() -> None:
     assert "a key that this hub does not have" in str(ring.problem) or "does not open" in str(
         ring.problem
     )
-    write(layout.encode({"sealed": "x"}))
+    write(codec.encode({"sealed": "x"}))
     assert ring.item_of(_WEB) == (1, _ALL.item_of(_WEB))
     assert "not what hubs write" in str(ring.problem)
     write(seal_keys(FleetKeys(_KEYS[5]), envelope))

@@ -6,7 +6,8 @@ from collections import Counter
 import pytest
 
 from imdsproxy.fleet import layout
-from imdsproxy.fleet.layout import HostId, Json, StoredInstance
+from imdsproxy.fleet.codec import Json
+from imdsproxy.fleet.layout import HostId, StoredInstance
 from imdsproxy.host.turns import AT_ONCE
 from imdsproxy.hub.api.views import Views, Wanted
 from imdsproxy.hub.store.state import Change, FleetState

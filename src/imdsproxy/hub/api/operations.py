@@ -10,7 +10,7 @@ from urllib.parse import urlencode
 
 from imdsproxy.api.answers import Readiness, Written
 from imdsproxy.errors import EtcdUnavailable, NotFound, SourceUnavailable
-from imdsproxy.fleet import layout
+from imdsproxy.fleet import codec, layout
 from imdsproxy.fleet.layout import HostId
 from imdsproxy.fleet.members import HostState, host_key, operator_key
 from imdsproxy.fleet.stream import CONNECT_S, ItemKey
@@ -275,7 +275,7 @@ class Operations:
         for key in sorted(self.state.keys(layout.HOSTS)):
             host = HostId(key.removeprefix(layout.HOSTS))
             stored = self.state.host(host)
-            if stored is not None and layout.is_id(host):
+            if stored is not None and codec.is_id(host):
                 known = reported.get(host, {})
                 found.append(
                     FleetHost(
@@ -318,7 +318,7 @@ class Operations:
             regained={} if suspicion is None else dict(suspicion.regained),
             problems={
                 **self._own_problems(),
-                **{layout.plain(key): why for key, why in (state.problems | damaged).items()},
+                **{codec.plain(key): why for key, why in (state.problems | damaged).items()},
                 **{f"host {host}": why for host, why in self.streams.refused().items()},
                 **{f"host {host}": why for host, why in self.streams.differing().items()},
                 **{f"loop {name}": why for name, why in self.loop_failures().items()},
@@ -367,7 +367,7 @@ class Operations:
         for one in journals.kvs:
             try:
                 journal = parse_journal(one.value)
-            except layout.Unreadable as error:
+            except codec.Unreadable as error:
                 damaged[one.key] = f"revision {one.mod_revision} is not readable: {error}"
             else:
                 found += [journal] if journal.done < journal.of else []

@@ -12,7 +12,7 @@ from typing import Final
 import structlog
 
 from imdsproxy.errors import RequestRefused, SourceCorrupt, SourceUnavailable
-from imdsproxy.fleet import layout
+from imdsproxy.fleet import codec, layout
 from imdsproxy.fleet.layout import View
 from imdsproxy.fleet.stream import CONNECT_S
 from imdsproxy.fleet.values import Sealing, render_sealing
@@ -98,7 +98,7 @@ async def reseal(operations: Operations, after: str) -> Resealed:
         len(keys),
         changed,
         after if left else None,
-        tuple(map(layout.plain, unreadable)),
+        tuple(map(codec.plain, unreadable)),
     )
 
 
@@ -164,7 +164,7 @@ async def _reseal_value(
     for one in (await etcd.read(place)).kvs:
         try:
             value = anew(envelope, place, one.value, key)
-        except (SourceCorrupt, layout.Unreadable):
+        except (SourceCorrupt, codec.Unreadable):
             unreadable.append(place)
             continue
         if value is not None:

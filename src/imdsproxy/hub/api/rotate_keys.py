@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from imdsproxy.errors import SourceCorrupt
-from imdsproxy.fleet import layout
+from imdsproxy.fleet import codec
 from imdsproxy.fleet.layout import HostId, View
 from imdsproxy.fleet.values import (
     parse_sealed_keys,
@@ -104,5 +104,5 @@ def _may_open_elsewhere(value: bytes, envelope: Envelope) -> bool:
     """Return whether another hub may have the key for a value, which this hub must not replace then."""
     try:
         return name_of(parse_sealed_keys(value).sealed) not in envelope.keys
-    except layout.Unreadable:
+    except codec.Unreadable:
         return False

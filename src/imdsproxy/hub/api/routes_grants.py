@@ -8,7 +8,7 @@ from fastapi import APIRouter, Path
 from imdsproxy.api import bodies
 from imdsproxy.errors import NotFound
 from imdsproxy.fleet import layout
-from imdsproxy.fleet.layout import Json
+from imdsproxy.fleet.codec import Json
 from imdsproxy.hub.api.callers import FleetOperator, Reader, TermsOf, Uses
 from imdsproxy.hub.api.operations import FleetWritten, Operations
 from imdsproxy.hub.store.plan_writes import Terms

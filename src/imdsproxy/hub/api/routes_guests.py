@@ -19,9 +19,10 @@ from imdsproxy.errors import (
     SourceCorrupt,
     SourceUnavailable,
 )
-from imdsproxy.fleet import layout
+from imdsproxy.fleet import codec, layout
+from imdsproxy.fleet.codec import Json
 from imdsproxy.fleet.identity import Role
-from imdsproxy.fleet.layout import HostId, Json
+from imdsproxy.fleet.layout import HostId
 from imdsproxy.hub.api.callers import (
     Caller,
     FleetOperator,
@@ -304,7 +305,7 @@ async def _put_policy(
 
 def _checked(place: str) -> str:
     scope, _, subject = place.partition("/")
-    if place != "fleet" and not (scope in {"host", "project"} and layout.is_id(subject)):
+    if place != "fleet" and not (scope in {"host", "project"} and codec.is_id(subject)):
         raise RequestRefused(
             f"{place} is no scope of a policy",
             hint="fleet, host/ID or project/ID; networks and instances have theirs in their records",
@@ -359,7 +360,7 @@ def _holder(caller: Caller, claim: KeyValue) -> InstanceId | None:
     """
     try:
         return layout.parse_claim(claim.value)
-    except layout.Unreadable as error:
+    except codec.Unreadable as error:
         if caller.scope is not None:
             return None
         raise SourceCorrupt(
@@ -396,8 +397,8 @@ def _body(host: HostId, answer: Json) -> Any:  # noqa: ANN401 - JSON
         return body
     message, hint = f"host {host} answered {status}", ""
     if isinstance(body, dict):
-        message = f"host {host}: {layout.plain(str(body.get('message', message)))}"
-        hint = layout.plain(str(body.get("hint", "")))
+        message = f"host {host}: {codec.plain(str(body.get('message', message)))}"
+        hint = codec.plain(str(body.get("hint", "")))
     kind = NotFound if status == _NOT_FOUND else SourceUnavailable
     raise kind(message, hint=hint)
 

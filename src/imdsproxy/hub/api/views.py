@@ -9,8 +9,9 @@ from typing import Final
 
 from imdsproxy.api.answers import LeftOut
 from imdsproxy.errors import RequestRefused, SourceCorrupt
-from imdsproxy.fleet import layout
-from imdsproxy.fleet.layout import HostId, Json, StoredInstance, StoredNetwork
+from imdsproxy.fleet import codec, layout
+from imdsproxy.fleet.codec import Json
+from imdsproxy.fleet.layout import HostId, StoredInstance, StoredNetwork
 from imdsproxy.fleet.stream import ItemKey
 from imdsproxy.host.turns import in_turns
 from imdsproxy.hub.hosts.in_force import NOT_CONNECTED, Reported
@@ -113,7 +114,7 @@ class Views:
         self, text: str, prefix: str, keys: Iterable[str], name_of: Callable[[str], object]
     ) -> str:
         # The search for the name avoids parsing most values: a fleet has hundreds of thousands.
-        word = layout.encode({"name": text})[1:-1]
+        word = codec.encode({"name": text})[1:-1]
         found = []
         for key in keys:
             value = self.state.value(key)

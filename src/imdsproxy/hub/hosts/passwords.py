@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from imdsproxy.errors import AlreadyExists, NotFound, SourceCorrupt
-from imdsproxy.fleet import layout
+from imdsproxy.fleet import codec, layout
 from imdsproxy.fleet.layout import HostId, View
 from imdsproxy.fleet.values import StoredPassword, is_cleared, parse_password, render_password
 from imdsproxy.hub.store.envelope import Envelope, name_of
@@ -85,7 +85,7 @@ def plan_clearing(view: View, instance: InstanceId, terms: Terms) -> Transaction
 
 def _sealed_in(found: tuple[bytes, int] | None) -> bytes | None:
     """Return a sealed password; `None` also for an unreadable value, which a new password replaces."""
-    with suppress(layout.Unreadable):
+    with suppress(codec.Unreadable):
         return None if found is None else parse_password(found[0]).sealed
     return None
 

@@ -15,8 +15,9 @@ from typing import Final
 import structlog
 
 from imdsproxy.errors import ImdsproxyError, SourceCorrupt
-from imdsproxy.fleet import layout
-from imdsproxy.fleet.layout import Json, View
+from imdsproxy.fleet import codec, layout
+from imdsproxy.fleet.codec import Json
+from imdsproxy.fleet.layout import View
 from imdsproxy.fleet.values import (
     SealedKeys,
     Sealing,
@@ -89,7 +90,7 @@ def sealed_keys(value: bytes) -> bytes:
     """Return the sealed part of a value of `layout.TOKEN_KEYS`; raise `SourceCorrupt` if another program wrote it."""
     try:
         return parse_sealed_keys(value).sealed
-    except layout.Unreadable as error:
+    except codec.Unreadable as error:
         raise SourceCorrupt(f"{PLACE} is not what hubs write: {error}", hint=_ANEW) from error
 
 

@@ -15,9 +15,10 @@ from typing import Final
 import structlog
 
 from imdsproxy.errors import AlreadyExists, SourceUnavailable, WriteUnknown
+from imdsproxy.fleet.codec import Unreadable
 from imdsproxy.fleet.identity import Identity, Invitation, spell_serial
 from imdsproxy.fleet.lasting import join_values
-from imdsproxy.fleet.layout import HostId, Unreadable, View
+from imdsproxy.fleet.layout import HostId, View
 from imdsproxy.fleet.members import (
     StoredHost,
     StoredOperator,

@@ -16,7 +16,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from imdsproxy.errors import SecretUnreadable, SourceCorrupt
-from imdsproxy.fleet.layout import Unreadable
+from imdsproxy.fleet.codec import Unreadable
 from imdsproxy.fleet.values import Sealing
 
 COPY_KEY: Final = "copy envelope.key from a hub that has it, and restart this one"

@@ -14,7 +14,7 @@ from typing import Final
 
 import structlog
 
-from imdsproxy.fleet import layout
+from imdsproxy.fleet import codec, layout
 from imdsproxy.fleet.layout import HostId
 from imdsproxy.fleet.values import Journal, render_journal
 from imdsproxy.hub.store import plan_writes
@@ -84,11 +84,11 @@ class Import:
     def make_name(self) -> str:
         """Return the digest of the records: the same for equal records of operators of one project."""
         digest = hashlib.sha256(b"1" if self.terms.create else b"0")
-        digest.update(layout.encode({"scope": self.terms.scope}))
+        digest.update(codec.encode({"scope": self.terms.scope}))
         for network in self.networks:
-            digest.update(layout.encode(NETWORK.render(network)))
+            digest.update(codec.encode(NETWORK.render(network)))
         for one in self.instances:
-            digest.update(layout.encode(PLACED.render(replace(one, user_data=None))))
+            digest.update(codec.encode(PLACED.render(replace(one, user_data=None))))
             digest.update(
                 b"" if one.user_data is None else hashlib.sha256(bytes(one.user_data)).digest()
             )

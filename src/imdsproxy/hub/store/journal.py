@@ -18,8 +18,9 @@ from typing import Final, TypeAlias, TypeVar
 import structlog
 
 from imdsproxy.errors import ConfigInvalid, SourceError, SourceUnavailable
+from imdsproxy.fleet.codec import Unreadable
 from imdsproxy.fleet.lasting import is_lasting
-from imdsproxy.fleet.layout import HOSTS, Unreadable
+from imdsproxy.fleet.layout import HOSTS
 from imdsproxy.fleet.values import parse_value
 from imdsproxy.sources.sqlite_file import open_store, store_failures, transaction
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from imdsproxy.errors import Problem, SourceRefused
-from imdsproxy.fleet import layout
-from imdsproxy.fleet.layout import HostId, Json
+from imdsproxy.fleet import codec, layout
+from imdsproxy.fleet.codec import Json
+from imdsproxy.fleet.layout import HostId
 from imdsproxy.fleet.stream import ItemKey
 from imdsproxy.hub.store.plan_writes import Transaction
 from imdsproxy.hub.store.state import FleetState, needs_of
@@ -51,7 +52,7 @@ def plan_levels(state: FleetState, planned: Transaction, schema: Schema) -> dict
     for key, put in planned.puts.items():
         for prefix, kind in _KINDS.items():
             if key.startswith(prefix):
-                written[f"{kind}/{key.removeprefix(prefix)}"] = layout.decode(put)
+                written[f"{kind}/{key.removeprefix(prefix)}"] = codec.decode(put)
     needed: dict[HostId, Needed] = {}
     for item, value in written.items():
         hosts, items = _reached(state, item, value)
@@ -88,7 +89,7 @@ def _reached(
     """Return the hosts that get an item, and the shared items that they need with it."""
     kind, _, rest = item.partition("/")
     if kind == "instance":
-        return layout.parse_instance(layout.encode(value)).hosts, needs_of(value["record"])
+        return layout.parse_instance(codec.encode(value)).hosts, needs_of(value["record"])
     if item == "policy/fleet":
         return state.enrolled(), ()
     if rest.startswith("host/"):

@@ -24,7 +24,7 @@ from imdsproxy.errors import (
     SourceCorrupt,
     SourceRefused,
 )
-from imdsproxy.fleet import layout
+from imdsproxy.fleet import codec, layout
 from imdsproxy.fleet.lasting import EPOCHS
 from imdsproxy.fleet.layout import HostId, Meta, StoredInstance, StoredNetwork, UserData, View
 from imdsproxy.fleet.members import HostState, host_key, read_host
@@ -230,7 +230,7 @@ def _suspicion(view: View) -> Suspicion | None:
     """Return the suspicion in force; a value that another program wrote counts as none."""
     try:
         return read_suspicion(view)
-    except layout.Unreadable:
+    except codec.Unreadable:
         return None
 
 
@@ -467,7 +467,7 @@ def plan_policy(
     _refuse_other_revision("policy", place, revision, terms)
     if new != old or unread:
         draft.hold(layout.POLICIES + place)
-        draft.puts[layout.POLICIES + place] = layout.encode(dict(new))
+        draft.puts[layout.POLICIES + place] = codec.encode(dict(new))
     return draft.finish()
 
 
@@ -498,7 +498,7 @@ def plan_grant(
         raise SourceRefused("the fleet refuses the grant", problems=problems)
     if new != old or unread:
         draft.hold(key)
-        draft.puts[key] = layout.encode(GRANT.render(new))
+        draft.puts[key] = codec.encode(GRANT.render(new))
     return draft.finish()
 
 
@@ -683,7 +683,7 @@ def _put_instance(
     if known is None and (removed := draft.view(key)) is not None:
         # An instance that was removed had this id.
         left: tuple[HostId, ...] = (layout.ANYWHERE,)
-        with suppress(layout.Unreadable):
+        with suppress(codec.Unreadable):
             left = layout.parse_instance(removed[0]).leaves(stored.hosts)
         stored = replace(stored, left=left)
         _end_tokens(draft, put.record.id)
@@ -828,7 +828,7 @@ def _claim(
         if holder == instance.id and found is not None:
             try:
                 holder = layout.parse_claim(found[0])
-            except layout.Unreadable as error:
+            except codec.Unreadable as error:
                 where = render_path(put.path)
                 reason = f"who has {key} is not readable in etcd: {error}"
                 problems.append(Problem(where, reason, f"etcdctl del {key}, if no instance has it"))
@@ -883,7 +883,7 @@ def _only_own(view: View, project: str | None) -> View:
     """
     if project is None:
         return view
-    word = layout.encode({"project": project})[1:-1]
+    word = codec.encode({"project": project})[1:-1]
 
     def look(key: str) -> tuple[bytes, int] | None:
         found = view(key)
@@ -923,7 +923,7 @@ def is_unread(view: View, key: str, parse: Callable[[bytes], object]) -> bool:
         return False
     try:
         parse(found[0])
-    except layout.Unreadable:
+    except codec.Unreadable:
         return True
     return False
 
@@ -946,7 +946,7 @@ def _read_guard(view: View, key: str) -> OperatorOverride:
         return OperatorOverride()
     try:
         return layout.parse_guard(found[0])
-    except layout.Unreadable:
+    except codec.Unreadable:
         # Each revocation was a write, so there were fewer revocations than revisions.
         return OperatorOverride(next_epoch(0, _incarnation(view)) + found[1])
 
@@ -1017,5 +1017,5 @@ def _readable(
 ) -> _T:
     try:
         return parse(value)
-    except layout.Unreadable as error:
+    except codec.Unreadable as error:
         raise SourceCorrupt(f"{what} is not readable in etcd: {error}", hint=hint) from error

@@ -15,7 +15,7 @@ from typing import Final, TypeAlias
 import structlog
 
 from imdsproxy.errors import EtcdUnavailable, SourceRefused
-from imdsproxy.fleet import layout
+from imdsproxy.fleet import codec, layout
 from imdsproxy.fleet.lasting import describe_regained, is_lasting
 from imdsproxy.fleet.layout import HostId, Meta
 from imdsproxy.fleet.members import StoredHost
@@ -135,7 +135,7 @@ class Restores:
         if before is None and host is not None and len(self._evidence) >= _MOST_PENDING:
             return
         regained = {**(before[0].regained if before else {}), **evidence.regained}
-        evidence = replace(evidence, why=layout.plain(evidence.why), regained=regained)
+        evidence = replace(evidence, why=codec.plain(evidence.why), regained=regained)
         self._evidence[host] = evidence, self.incarnation
         self._settled.clear()
         self._noticed.set()
@@ -192,7 +192,7 @@ class Restores:
         found, meta = await self.etcd.read(layout.SUSPECT), await self.etcd.read(layout.META)
         meta_now = None
         for one in meta.kvs:
-            with suppress(layout.Unreadable):
+            with suppress(codec.Unreadable):
                 meta_now = layout.parse_meta(one.value)
         if evidence.is_refuted(found.revision, meta_now):
             return True
@@ -204,7 +204,7 @@ class Restores:
         at, before = 0, None
         for one in found.kvs:
             at = one.mod_revision
-            with suppress(layout.Unreadable):
+            with suppress(codec.Unreadable):
                 before = parse_suspicion(one.value).of_members(self._member)
         now = self._add(evidence, before or Suspicion(evidence.why))
         if now is None or now == before:
@@ -266,6 +266,6 @@ class Restores:
 
 
 def _fleet_of(value: bytes) -> str | None:
-    with suppress(layout.Unreadable):
+    with suppress(codec.Unreadable):
         return layout.parse_meta(value).fleet
     return None

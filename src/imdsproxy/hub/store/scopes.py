@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from imdsproxy.errors import AccessDenied, Problem, SourceCorrupt
-from imdsproxy.fleet import layout
+from imdsproxy.fleet import codec, layout
 from imdsproxy.fleet.values import parse_grant
 from imdsproxy.model.claims import claim_places
 from imdsproxy.model.entities import Instance, Network, Port
@@ -73,7 +73,7 @@ def read_grant(view: _View, project: str) -> tuple[Grant, int]:
         return NO_GRANT, 0
     try:
         grant = parse_grant(found[0])
-    except layout.Unreadable as error:
+    except codec.Unreadable as error:
         raise SourceCorrupt(f"the grant of project {project} is not readable: {error}") from error
     return grant, found[1]
 

@@ -11,17 +11,10 @@ from dataclasses import dataclass, field, fields, replace
 from sys import intern
 from typing import Any, Final, TypeAlias
 
-from imdsproxy.fleet import layout
+from imdsproxy.fleet import codec, layout
+from imdsproxy.fleet.codec import Json, Unreadable
 from imdsproxy.fleet.lasting import EPOCHS, LASTING, is_lasting, join_overrides, join_values
-from imdsproxy.fleet.layout import (
-    ANYWHERE,
-    HostId,
-    Json,
-    Meta,
-    StoredInstance,
-    StoredNetwork,
-    Unreadable,
-)
+from imdsproxy.fleet.layout import ANYWHERE, HostId, Meta, StoredInstance, StoredNetwork
 from imdsproxy.fleet.members import HostState, StoredHost, host_key, parse_host, read_host
 from imdsproxy.fleet.stream import Batch, Bye, ByeCode, Hello, ItemKey, digest_items
 from imdsproxy.fleet.suspicion import MOST_AHEAD, read_suspicion
@@ -439,7 +432,7 @@ class FleetState:
             return None
         if kind == "password":
             return self._password(layout.PASSWORDS + rest, entry)
-        value = layout.decode(entry.value)
+        value = codec.decode(entry.value)
         if kind == "instance":
             value = {key: value[key] for key in ("record", "user_data")}
         elif kind == "network":

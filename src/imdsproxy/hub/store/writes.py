@@ -26,7 +26,7 @@ from imdsproxy.errors import (
     UserDataUnreadable,
     WriteUnknown,
 )
-from imdsproxy.fleet import layout
+from imdsproxy.fleet import codec, layout
 from imdsproxy.fleet.lasting import join_overrides
 from imdsproxy.fleet.layout import HostId, StoredInstance, UserData, View, parse_guard
 from imdsproxy.fleet.suspicion import read_suspicion
@@ -102,7 +102,7 @@ class Fresh:
         for one in compares:
             if one.range_end:
                 users = (kv for kv in kvs if kv.key.startswith(one.key))
-                holders = (layout.plain(kv.value.decode(errors="replace")) for kv in users)
+                holders = (codec.plain(kv.value.decode(errors="replace")) for kv in users)
                 self.in_ranges[one.key] = tuple(dict.fromkeys(holders))
             else:
                 self.read[one.key] = found.get(one.key)

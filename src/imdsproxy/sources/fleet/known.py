@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeAlias, cast
 
 from imdsproxy.errors import Problem
-from imdsproxy.fleet.layout import Json, UserData
+from imdsproxy.fleet.codec import Json
+from imdsproxy.fleet.layout import UserData
 from imdsproxy.fleet.passwords import CLEARED
 from imdsproxy.fleet.policies import FleetPolicies
 from imdsproxy.fleet.stream import Batch, Hello, ItemKey, digest_items
