@@ -7,9 +7,10 @@ its tables, and only describe records to clients.
 import asyncio
 import json
 from base64 import b64encode
-from collections.abc import AsyncIterator, Callable, Mapping, MutableMapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, MutableMapping, Sequence
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
+from ipaddress import ip_address
 from typing import TYPE_CHECKING, Annotated, Any, Final, Self, TypeAlias, TypeVar, Union
 
 from fastapi import Depends, Query
@@ -20,9 +21,9 @@ from starlette.responses import JSONResponse, StreamingResponse
 from imdsproxy.api.answers import LeftOut
 from imdsproxy.errors import Problem, RequestRefused
 from imdsproxy.model import matching, records
-from imdsproxy.model.entities import Instance, InstanceId, Network, NetworkId
+from imdsproxy.model.addresses import normalise_address
+from imdsproxy.model.entities import Instance, InstanceId, IpAddress, Network, NetworkId
 from imdsproxy.model.observation import Conflict
-from imdsproxy.model.packed import PackedInstances
 from imdsproxy.model.records.grant import GRANT
 from imdsproxy.model.records.network import POLICY
 from imdsproxy.model.records.schema import Key, Kind, Table
@@ -35,6 +36,7 @@ PASSWORD: Final = "password"  # noqa: S105 - a key of a patch
 
 _INLINE: Final = 64 * 1024
 _MOST_PROBLEMS: Final = 1000
+_SHOWN: Final = 5
 _LINE_HINT: Final = '{"network": {…}} or {"instance": {…}}'
 _T = TypeVar("_T")
 
@@ -231,6 +233,29 @@ PageSize: TypeAlias = Annotated[
 """Parameters of lists and searches of instances, on a host and on a hub."""
 
 JsonBody: TypeAlias = Annotated[object, Depends(read_json)]
+Named: TypeAlias = Annotated[str, Field(description="Its id, or its name where no other has that.")]
+Creates: TypeAlias = Annotated[bool, Query(description="Refuse ids that are there.")]
+
+
+def choose_named(text: str, found: Collection[str]) -> str:
+    """Return the only id of records with the name `text`; without one the text itself.
+
+    Raises:
+        RequestRefused: Several records have the name.
+    """
+    if len(found) > 1:
+        shown = ", ".join(sorted(found)[:_SHOWN]) + (", …" if len(found) > _SHOWN else "")
+        raise RequestRefused(f"{len(found)} have the name {text}", hint=f"use an id: {shown}")
+    return next(iter(found), text)
+
+
+def read_address(text: str) -> IpAddress:
+    """Return a guest's address in its normal form; raise `RequestRefused` for another text."""
+    try:
+        return normalise_address(ip_address(text))
+    except ValueError as error:
+        problem = Problem("address", f"{text} is no IP address", "10.0.0.5 or 2001:db8::5")
+        raise RequestRefused(problem.reason, problems=[problem]) from error
 
 
 def read_record(kind: str, parse: Callable[[object], _T | records.Refused], body: object) -> _T:
@@ -241,54 +266,60 @@ def read_record(kind: str, parse: Callable[[object], _T | records.Refused], body
     return parsed
 
 
-async def read_records(body: object, tables: records.Tables = records.TABLES) -> records.Records:
-    """Return the records of a bulk body; raise `RequestRefused` with every wrong field of every record."""
-    found = await asyncio.to_thread(records.parse_records, body, tables=tables)
-    _refuse_bad(found.all_problems)
-    return found
+read_network = partial(read_record, "network", records.parse_network)
 
 
-async def read_lines(request: Request) -> tuple[list[Network], PackedInstances]:
-    """Return the records of a bulk body with one record a line: `{"network": {…}}` or `{"instance": {…}}`.
+def read_patch(body: object, identity: str, record: Table[Any], *more: str) -> dict[str, object]:
+    """Return the merge patch of a record; arguments as of `refuse_unlike` and `refuse_unclearable`."""
+    patch = refuse_unlike(body, identity)
+    refuse_unclearable(patch, record, *more)
+    return patch
 
-    Each record is read as it comes, so the body may be of any length.
+
+async def read_records(
+    request: Request,
+    instances: MutableMapping[InstanceId, Any],
+    tables: records.Tables = records.TABLES,
+) -> tuple[list[Network], Collection[Any]]:
+    """Return the networks and instances of a bulk body.
+
+    The records of a body of type `application/x-ndjson` are read as they come, so it may be of any length.
+
+    Args:
+        request: The request.
+        instances: Takes the instances of a body with one record a line: `{"network": {…}}` or `{"instance": {…}}`.
+        tables: Tables of the records.
 
     Raises:
-        RequestRefused: Records are wrong; `problems` has every wrong field, up to a thousand.
+        RequestRefused: Records are wrong; `problems` has every wrong field, up to a thousand in such a body.
     """
+    if request.headers.get("content-type") != "application/x-ndjson":
+        body = await read_json(request)
+        read = await asyncio.to_thread(records.parse_records, body, tables=tables)
+        _refuse_bad(read.all_problems)
+        return read.networks, read.instances
     networks: list[Network] = []
-    instances = PackedInstances()
-    await read_each_line(request, networks.append, instances)
-    return networks, instances
-
-
-async def read_each_line(
-    request: Request,
-    take: Callable[[Network], object],
-    instances: MutableMapping[InstanceId, Instance],
-    tables: records.Tables = records.TABLES,
-) -> None:
-    """Read a bulk body as `read_lines` does; give each network to `take`, and store each instance in `instances`."""
     problems: list[Problem] = []
     counts = {"network": 0, "instance": 0}
     async for raw in _lines(request):
-        body = _decode(raw)
-        kind = next(iter(body)) if isinstance(body, dict) and len(body) == 1 else ""
-        if not isinstance(body, dict) or kind not in counts:
+        line = _decode(raw)
+        kind = next(iter(line)) if isinstance(line, dict) and len(line) == 1 else ""
+        if not isinstance(line, dict) or kind not in counts:
             raise _refused("has a line that is neither a network nor an instance", _LINE_HINT)
         path = (f"{kind}s", counts[kind])
         counts[kind] += 1
-        match records.parse_listed(path, body[kind], tables=tables):
+        match records.parse_listed(path, line[kind], tables=tables):
             case records.Refused(problems=found):
                 problems += found
             case Network() as network:
-                take(network)
+                networks.append(network)
             case instance if instance.id in instances:
                 field = f"instances[{path[1]}].id"
                 problems.append(Problem(field, f"{instance.id} is there twice"))
             case instance:
                 instances[instance.id] = instance
     _refuse_bad(problems[:_MOST_PROBLEMS])
+    return networks, instances.values()
 
 
 def _refuse_bad(problems: Sequence[Problem]) -> None:

@@ -9,9 +9,10 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Final, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, cast
 
 from imdsproxy.api.answers import LeftOut, Written
+from imdsproxy.api.bodies import choose_named
 from imdsproxy.controller.controller import UNCONFIRMED, Controller
 from imdsproxy.controller.in_force import find_unserved, wait_confirmed
 from imdsproxy.documents.dialects.ec2 import list_warnings, warn_of_names
@@ -20,7 +21,6 @@ from imdsproxy.errors import (
     NotFound,
     Problem,
     RecordConflict,
-    RequestRefused,
     SourceRefused,
 )
 from imdsproxy.model.entities import Instance, InstanceId, Network, NetworkId, Upstream
@@ -33,7 +33,6 @@ from imdsproxy.sources.sqlite.source import SqliteSource
 _AT_ONCE = 500
 
 _Id = TypeVar("_Id", NetworkId, InstanceId)
-_SHOWN: Final = 5
 
 Report: TypeAlias = dict[str, Any]
 """A view of `bodies` whose values are still the core's (see `bodies.RecordResponse`)."""
@@ -192,16 +191,8 @@ def _complete(report: Report) -> Report:
 
 
 def _find_id(text: _Id, records: Mapping[_Id, Network] | Mapping[_Id, Instance]) -> _Id:
-    """Return the id of the record with this name; `text` itself if there is none.
-
-    Raises:
-        RequestRefused: Several records have the name.
-    """
-    found = sorted(one for one, record in records.items() if record.name == text)
-    if len(found) > 1:
-        shown = ", ".join(found[:_SHOWN]) + (", …" if len(found) > _SHOWN else "")
-        raise RequestRefused(f"{len(found)} have the name {text}", hint=f"use an id: {shown}")
-    return found[0] if found else text
+    found = [one for one, record in records.items() if record.name == text]
+    return cast("_Id", choose_named(text, found))
 
 
 async def put_records(

@@ -1,10 +1,8 @@
 """Routes below `/v1`: read and check records, then call the controller's parts."""
 
 import os
-from collections.abc import Collection
 from functools import partial
-from ipaddress import ip_address
-from typing import Annotated, Final, TypeAlias, cast
+from typing import Annotated, TypeAlias, cast
 
 from fastapi import APIRouter, Depends, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
@@ -21,9 +19,9 @@ from imdsproxy.haproxy.rules.limits import Usage
 from imdsproxy.haproxy.rules.request_log import WatchReport
 from imdsproxy.host.turns import in_turns
 from imdsproxy.model import matching
-from imdsproxy.model.addresses import normalise_address
-from imdsproxy.model.entities import Instance, InstanceId, IpAddress, NetworkId
-from imdsproxy.model.records import INSTANCE, NETWORK, parse_instance, parse_network, render_record
+from imdsproxy.model.entities import InstanceId, NetworkId
+from imdsproxy.model.packed import PackedInstances
+from imdsproxy.model.records import INSTANCE, NETWORK, parse_instance, render_record
 from imdsproxy.reconcile.progress import Step
 
 router = APIRouter()
@@ -34,14 +32,13 @@ async def _controller(request: Request) -> Controller:
 
 
 _Uses: TypeAlias = Annotated[Controller, Depends(_controller)]
-_NAMED: Final = Field(description="Its id, or its name where no other has that.")
 
 
-async def _network_id(network: Annotated[str, _NAMED], controller: _Uses) -> NetworkId:
+async def _network_id(network: bodies.Named, controller: _Uses) -> NetworkId:
     return records.find_network(controller.inventory, network)
 
 
-async def _instance_id(instance: Annotated[str, _NAMED], controller: _Uses) -> InstanceId:
+async def _instance_id(instance: bodies.Named, controller: _Uses) -> InstanceId:
     return records.find_instance(controller.inventory, instance)
 
 
@@ -115,7 +112,9 @@ async def explain(
 ) -> guests.Explanation:
     """Show which instance owns this address in this network, why, by which source, and with which answer."""
     _refuse_relative(path)
-    return await guests.explain(controller, (network, _ip(address)), path, probe=probe)
+    return await guests.explain(
+        controller, (network, bodies.read_address(address)), path, probe=probe
+    )
 
 
 @router.get("/instances/{instance}/explain")
@@ -144,7 +143,9 @@ async def get_document(
     """Show the answer that the guest at this address gets to `GET path`."""
     _refuse_relative(path)
     owner = None if instance is None else InstanceId(instance)
-    return await guests.get_document(controller, (network, _ip(address)), path, owner)
+    return await guests.get_document(
+        controller, (network, bodies.read_address(address)), path, owner
+    )
 
 
 @router.get("/watch")
@@ -235,7 +236,7 @@ async def list_networks(controller: _Uses) -> StreamingResponse:
 @router.post("/networks", status_code=201, openapi_extra=bodies.takes(bodies.NetworkRecord))
 async def add_network(body: bodies.JsonBody, controller: _Uses) -> Written:
     """Add a network; refused if the id exists."""
-    return await records.put_records(controller, [_read_network(body)], [], create=True)
+    return await records.put_records(controller, [bodies.read_network(body)], [], create=True)
 
 
 @router.get("/networks/{network}", responses={200: {"model": bodies.NetworkView}})
@@ -247,18 +248,17 @@ async def show_network(network: _Network, controller: _Uses) -> JSONResponse:
 @router.put("/networks/{network}", openapi_extra=bodies.takes(bodies.NetworkRecord))
 async def put_network(network: str, body: bodies.JsonBody, controller: _Uses) -> Written:
     """Add a network, or replace its whole record."""
-    record = _read_network(bodies.refuse_unlike(body, network))
+    record = bodies.read_network(bodies.refuse_unlike(body, network))
     return await records.put_records(controller, [record], [])
 
 
 @router.patch("/networks/{network}", openapi_extra=bodies.takes(bodies.NetworkRecord))
 async def patch_network(network: _Network, body: bodies.JsonBody, controller: _Uses) -> Written:
     """Change some keys of a network (RFC 7396: null removes a key)."""
-    patch = bodies.refuse_unlike(body, network)
-    bodies.refuse_unclearable(patch, NETWORK)
+    patch = bodies.read_patch(body, network, NETWORK)
     async with controller.patching:
         known = render_record(records.report_network(controller, network)["record"])
-        changed = _read_network(bodies.merge_patch(known, patch))
+        changed = bodies.read_network(bodies.merge_patch(known, patch))
         return await records.put_records(controller, [changed], [])
 
 
@@ -324,8 +324,7 @@ async def patch_instance(instance: _Instance, body: _InstanceBody, controller: _
 
     `password: null` forgets the password that the guest posted.
     """
-    patch = bodies.refuse_unlike(body, instance)
-    bodies.refuse_unclearable(patch, INSTANCE, bodies.PASSWORD)
+    patch = bodies.read_patch(body, instance, INSTANCE, bodies.PASSWORD)
     clears_password = patch.get(bodies.PASSWORD, "") is None
     if clears_password:
         del patch[bodies.PASSWORD]
@@ -381,7 +380,7 @@ async def remove_instance(instance: _Instance, controller: _Uses) -> Written:
 async def put_records(
     request: Request,
     controller: _Uses,
-    create: Annotated[bool, Query(description="Refuse ids that are there.")] = False,  # noqa: FBT002 - FastAPI passes it by name
+    create: bodies.Creates = False,  # noqa: FBT002 - FastAPI passes it by name
 ) -> Written:
     """Add or replace many networks and instances: all or none.
 
@@ -389,16 +388,10 @@ async def put_records(
     of any length. The answer comes when all records are in force, which may take minutes: `/v1/progress` shows the
     progress.
     """
-    if request.headers.get("content-type") == "application/x-ndjson":
-        networks, packed = await bodies.read_lines(request)
-        instances: Collection[Instance] = packed.values()
-    else:
-        read = await bodies.read_records(await bodies.read_json(request))
-        networks, instances = read.networks, read.instances
+    networks, instances = await bodies.read_records(request, PackedInstances())
     return await records.put_records(controller, networks, instances, create=create, bulk=True)
 
 
-_read_network = partial(bodies.read_record, "network", parse_network)
 _read_instance = partial(bodies.read_record, "instance", parse_instance)
 
 
@@ -409,17 +402,7 @@ def _no_password(instance: InstanceId) -> NotFound:
     )
 
 
-def _ip(text: str) -> IpAddress:
-    try:
-        return normalise_address(ip_address(text))
-    except ValueError as error:
-        raise _refused("address", f"{text} is no IP address", "10.0.0.5 or 2001:db8::5") from error
-
-
 def _refuse_relative(path: str | None) -> None:
     if path is not None and not path.startswith("/"):
-        raise _refused("path", f"{path} does not begin with /", "/latest/meta-data/")
-
-
-def _refused(field: str, reason: str, hint: str) -> RequestRefused:
-    return RequestRefused(reason, problems=[Problem(field, reason, hint=hint)])
+        problem = Problem("path", f"{path} does not begin with /", hint="/latest/meta-data/")
+        raise RequestRefused(problem.reason, problems=[problem])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, KeysView
+from itertools import zip_longest
 from typing import TypeAlias
 
+from imdsproxy.errors import Problem
 from imdsproxy.model.addresses import from_number, link_local_of, to_number
 from imdsproxy.model.entities import Instance, InstanceId, NetworkId
 from imdsproxy.model.observation import AddressKey
 from imdsproxy.model.packed import ClaimingPort
+from imdsproxy.model.records.schema import Path, render_path
 
 _Claimants: TypeAlias = "InstanceId | frozenset[InstanceId]"
 """A single claimant is stored without a set, because sets cost memory and most addresses have one claimant."""
@@ -108,3 +111,49 @@ def claimed_keys(ports: Iterable[ClaimingPort]) -> set[AddressKey]:
         for address in addresses if mac is None else (*addresses, link_local_of(mac)):
             keys.add((network, address))
     return keys
+
+
+def taken_address(
+    instance: Instance,
+    address: AddressKey,
+    holder: str,
+    *,
+    path: Path = (),
+    place: str = "",
+    file: str | None = None,
+    lines: tuple[int | None, ...] = (),
+) -> Problem:
+    """Return the problem of an instance that claims another instance's address.
+
+    Args:
+        instance: The refused instance.
+        address: The address that both claim.
+        holder: Id of the instance that has the address.
+        path: Path of the refused record in its document.
+        place: Place of the other record, if known.
+        file: File of the refused record.
+        lines: Lines of the refused record's claims, in the order of `claim_places`.
+    """
+    network, shown = address
+    claims = zip_longest(claim_places(instance), lines)
+    part, line = next((claim[1], line) for claim, line in claims if claim[0] == address)
+    what = f"{shown} in network {network}"
+    if part[-1] == "mac":
+        what = f"the MAC's link-local address {what}"
+    where = f" ({place})" if place else ""
+    return Problem(
+        render_path((*path, *part)),
+        f"{what} belongs to instance {holder}{where}",
+        "give one of the two another, or remove one",
+        file,
+        line,
+    )
+
+
+def taken_id(
+    key: str, *, path: Path, place: str, file: str | None = None, line: int | None = None
+) -> Problem:
+    """Return the problem of a record whose id another record, at `place`, has."""
+    return Problem(
+        render_path((*path, "id")), f"{key} is also in {place}", "keep one of the two", file, line
+    )

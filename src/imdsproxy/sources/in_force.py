@@ -7,15 +7,14 @@ of the files' names and of the records in them decides.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import zip_longest
 from typing import Any, Generic, TypeAlias, TypeVar
 
 from imdsproxy.errors import Problem
-from imdsproxy.model.claims import Claims, claim_places
+from imdsproxy.model.claims import Claims, taken_address, taken_id
 from imdsproxy.model.entities import Instance, InstanceId, Network
 from imdsproxy.model.observation import AddressKey
 from imdsproxy.model.packed import PackedInstance
-from imdsproxy.model.records.schema import Path, render_path
+from imdsproxy.model.records.schema import Path
 
 Record = TypeVar("Record", bound=Network | Instance | PackedInstance)
 
@@ -328,49 +327,3 @@ def _store(mapping: dict[_Key, tuple[_Item, ...]], key: _Key, items: tuple[_Item
         mapping[key] = items
     else:
         mapping.pop(key, None)
-
-
-def taken_address(
-    instance: Instance,
-    address: AddressKey,
-    holder: str,
-    *,
-    path: Path = (),
-    place: str = "",
-    file: str | None = None,
-    lines: tuple[int | None, ...] = (),
-) -> Problem:
-    """Return the problem of an instance that claims another instance's address.
-
-    Args:
-        instance: The refused instance.
-        address: The address that both claim.
-        holder: Id of the instance that has the address.
-        path: Path of the refused record in its document.
-        place: Place of the other record, if known.
-        file: File of the refused record.
-        lines: Lines of the refused record's claims, in the order of `claim_places`.
-    """
-    network, shown = address
-    claims = zip_longest(claim_places(instance), lines)
-    part, line = next((claim[1], line) for claim, line in claims if claim[0] == address)
-    what = f"{shown} in network {network}"
-    if part[-1] == "mac":
-        what = f"the MAC's link-local address {what}"
-    where = f" ({place})" if place else ""
-    return Problem(
-        render_path((*path, *part)),
-        f"{what} belongs to instance {holder}{where}",
-        "give one of the two another, or remove one",
-        file,
-        line,
-    )
-
-
-def taken_id(
-    key: str, *, path: Path, place: str, file: str | None = None, line: int | None = None
-) -> Problem:
-    """Return the problem of a record whose id another record, at `place`, has."""
-    return Problem(
-        render_path((*path, "id")), f"{key} is also in {place}", "keep one of the two", file, line
-    )

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Annotated, Final, TypeAlias, cast
 
 from fastapi import Depends, Header, Query, Request
-from pydantic import Field
 
+from imdsproxy.api.bodies import Named
 from imdsproxy.errors import AccessDenied, SourceUnavailable
 from imdsproxy.fleet.identity import OPERATOR_ROLES, Identity, Role, read_identity
 from imdsproxy.fleet.layout import HostId
@@ -141,18 +141,12 @@ FleetOperator: TypeAlias = Annotated[Caller, Depends(Admits(Role.OPERATOR, all_p
 OfHost: TypeAlias = Annotated[Caller, Depends(Admits(Role.HOST))]
 OfHub: TypeAlias = Annotated[Caller, Depends(Admits(Role.HUB))]
 
-_NAMED: Final = Field(description="Its id, or its name where no other has that.")
 
-
-async def _network_id(
-    network: Annotated[str, _NAMED], operations: Uses, caller: Reader
-) -> NetworkId:
+async def _network_id(network: Named, operations: Uses, caller: Reader) -> NetworkId:
     return caller.views(operations).find_network(network)
 
 
-async def _instance_id(
-    instance: Annotated[str, _NAMED], operations: Uses, caller: Reader
-) -> InstanceId:
+async def _instance_id(instance: Named, operations: Uses, caller: Reader) -> InstanceId:
     return caller.views(operations).find_instance(instance)
 
 

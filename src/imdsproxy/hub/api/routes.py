@@ -5,7 +5,7 @@ import contextlib
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from functools import partial
-from typing import Annotated, Any, Final, TypeAlias, cast
+from typing import Annotated, Any, Final, TypeAlias
 
 from fastapi import APIRouter, Depends, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
@@ -23,13 +23,12 @@ from imdsproxy.hub.store.imports import Import
 from imdsproxy.hub.store.plan_writes import Terms, choose_move
 from imdsproxy.hub.store.writes import TooMuch
 from imdsproxy.model import matching
-from imdsproxy.model.entities import Instance, InstanceId, Network
+from imdsproxy.model.entities import InstanceId, Network
 from imdsproxy.model.records import (
     INSTANCE,
     NETWORK,
     PLACED_TABLES,
     PlacedInstance,
-    parse_network,
     parse_placed,
 )
 from imdsproxy.reconcile.progress import Step
@@ -82,7 +81,7 @@ async def add_network(
     body: bodies.JsonBody, operations: Uses, terms: TermsOf, _: Operator
 ) -> FleetWritten:
     """Add a network; refuse an id that exists."""
-    return await _put_network(operations, _read_network(body), _creating(terms))
+    return await _put_network(operations, bodies.read_network(body), _creating(terms))
 
 
 @records.get("/networks/{network}", responses={200: {"model": bodies.NetworkView}})
@@ -97,7 +96,7 @@ async def put_network(
     network: str, body: bodies.JsonBody, operations: Uses, terms: TermsOf, _: Operator
 ) -> FleetWritten:
     """Add a network, or replace its whole record."""
-    record = _read_network(bodies.refuse_unlike(body, network))
+    record = bodies.read_network(bodies.refuse_unlike(body, network))
     return await _put_network(operations, record, terms)
 
 
@@ -106,14 +105,13 @@ async def patch_network(
     network: NetworkOf, body: bodies.JsonBody, operations: Uses, terms: TermsOf, _: Operator
 ) -> FleetWritten:
     """Change some keys of a network (RFC 7396: null removes a key)."""
-    patch = bodies.refuse_unlike(body, network)
-    bodies.refuse_unclearable(patch, NETWORK)
+    patch = bodies.read_patch(body, network, NETWORK)
 
     def plan(view: View) -> plan_writes.Transaction:
         known = plan_writes.read_network(view, network)
         if known is None or not plan_writes.in_scope(known[0].record, terms.scope):
             raise plan_writes.no_such("network", network)
-        changed = _read_network(bodies.merge_patch(known[0].record, patch))
+        changed = bodies.read_network(bodies.merge_patch(known[0].record, patch))
         return plan_writes.plan_put(view, [changed], [], terms)
 
     done = await operations.writes.write(plan)
@@ -199,8 +197,7 @@ async def patch_instance(
     instance: InstanceOf, body: _InstanceBody, operations: Uses, terms: TermsOf, _: Operator
 ) -> FleetWritten:
     """Change some keys of an instance (RFC 7396: null removes a key, lists are replaced)."""
-    patch = bodies.refuse_unlike(body, instance)
-    bodies.refuse_unclearable(patch, INSTANCE)
+    patch = bodies.read_patch(body, instance, INSTANCE)
 
     def change(stored: StoredInstance) -> PlacedInstance:
         known = {**stored.record, "hosts": list(stored.hosts)}
@@ -256,7 +253,7 @@ async def put_records(
     operations: Uses,
     caller: Operator,
     terms: TermsOf,
-    create: Annotated[bool, Query(description="Refuse ids that are there.")] = False,  # noqa: FBT002 - FastAPI passes it by name
+    create: bodies.Creates = False,  # noqa: FBT002 - FastAPI passes it by name
 ) -> FleetWritten | Importing:
     """Add or replace many networks and instances; up to forty all or none, if they fit into one transaction.
 
@@ -265,14 +262,8 @@ async def put_records(
     `application/x-ndjson` has one record per line, and may have any length.
     """
     del caller
-    networks: list[Network] = []
-    instances: dict[InstanceId, Instance] = {}
-    if request.headers.get("content-type") == "application/x-ndjson":
-        await bodies.read_each_line(request, networks.append, instances, PLACED_TABLES)
-        placed = cast("list[PlacedInstance]", list(instances.values()))
-    else:
-        read = await bodies.read_records(await bodies.read_json(request), PLACED_TABLES)
-        networks, placed = read.networks, cast("list[PlacedInstance]", read.instances)
+    networks, instances = await bodies.read_records(request, {}, PLACED_TABLES)
+    placed: list[PlacedInstance] = [*instances]
     terms = _creating(terms) if create else terms
     items: set[ItemKey] = set()
     done = None
@@ -331,5 +322,4 @@ def _creating(terms: Terms) -> Terms:
     return replace(terms, create=True)
 
 
-_read_network = partial(bodies.read_record, "network", parse_network)
 _read_instance: Any = partial(bodies.read_record, "instance", parse_placed)

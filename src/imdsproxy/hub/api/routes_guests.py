@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from ipaddress import ip_address
 from typing import Annotated, Any, Final
 
 from fastapi import APIRouter, Query
@@ -14,7 +13,6 @@ from imdsproxy.api.answers import Written
 from imdsproxy.api.client import path_to
 from imdsproxy.errors import (
     NotFound,
-    Problem,
     RequestRefused,
     SourceCorrupt,
     SourceUnavailable,
@@ -38,7 +36,6 @@ from imdsproxy.hub.store import plan_writes
 from imdsproxy.hub.store.etcd_messages import KeyValue
 from imdsproxy.hub.store.plan_writes import Terms
 from imdsproxy.hub.store.writes import Done
-from imdsproxy.model.addresses import normalise_address
 from imdsproxy.model.entities import InstanceId
 from imdsproxy.model.records import Refused
 from imdsproxy.model.records.network import POLICY
@@ -335,11 +332,7 @@ async def _host_of(
     """Return the network's id, the host to ask, and the instance that has the address, if any."""
     views = caller.views(operations)
     at = views.find_network(network)
-    try:
-        ip = normalise_address(ip_address(address))
-    except ValueError as error:
-        problem = Problem("address", f"{address} is no IP address", "10.0.0.5 or 2001:db8::5")
-        raise RequestRefused(problem.reason, problems=[problem]) from error
+    ip = bodies.read_address(address)
     claims = (await operations.etcd.read(layout.address_claim(at, ip))).kvs
     instance = _holder(caller, claims[0]) if claims else None
     known = None if instance is None else views.known(instance)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from imdsproxy.api.answers import LeftOut
-from imdsproxy.errors import RequestRefused, SourceCorrupt
+from imdsproxy.api.bodies import choose_named
+from imdsproxy.errors import SourceCorrupt
 from imdsproxy.fleet import codec, layout
 from imdsproxy.fleet.codec import Json
 from imdsproxy.fleet.layout import HostId, StoredInstance, StoredNetwork
@@ -27,7 +28,6 @@ from imdsproxy.model.entities import Instance, InstanceId, NetworkId
 from imdsproxy.model.matching import matcher
 from imdsproxy.model.records import render_record
 
-_SHOWN: Final = 5
 _SOURCE: Final = "fleet"
 
 
@@ -120,10 +120,7 @@ class Views:
             value = self.state.value(key)
             if value is not None and word in value[0] and name_of(key.removeprefix(prefix)) == text:
                 found.append(key.removeprefix(prefix))
-        if len(found) > 1:
-            shown = ", ".join(sorted(found)[:_SHOWN]) + (", …" if len(found) > _SHOWN else "")
-            raise RequestRefused(f"{len(found)} have the name {text}", hint=f"use an id: {shown}")
-        return found[0] if found else text
+        return choose_named(text, found)
 
     def _network_name(self, identity: str) -> object:
         known = self._known_network(NetworkId(identity))

@@ -38,7 +38,7 @@ from imdsproxy.fleet.values import (
 )
 from imdsproxy.hub.store.etcd_messages import Compare, absent, none_below, unchanged
 from imdsproxy.hub.store.scopes import Scope, new_ports, read_grant, read_scope
-from imdsproxy.model.claims import claim_places
+from imdsproxy.model.claims import claim_places, taken_address, taken_id
 from imdsproxy.model.entities import Instance, InstanceId, Network, NetworkId
 from imdsproxy.model.observation import AddressKey
 from imdsproxy.model.policy import OperatorOverride
@@ -51,7 +51,6 @@ from imdsproxy.model.records import (
 )
 from imdsproxy.model.records.grant import EVERY_HOST, GRANT, NO_GRANT, Grant
 from imdsproxy.model.records.schema import Path, render_path
-from imdsproxy.sources.in_force import taken_address, taken_id
 
 MOST_OPERATIONS: Final = 128
 """Maximum per transaction (etcd's `--max-txn-ops`)."""
