@@ -79,7 +79,7 @@ async def test_the_first_number_is_written_at_once_and_later_ones_after_a_random
     async def steps(heartbeat: OvnHeartbeat) -> None:
         await until(lambda: southbound.row and southbound.row.get(NUMBER) == "7")
         southbound.nb_cfg, begun = 8, time.monotonic()
-        heartbeat.changed.set()
+        heartbeat.beats.wake()
         await until(lambda: southbound.row and southbound.row[NUMBER] == "8")
         assert southbound.written[-1][1] - begun >= 0.3
         assert len(southbound.written) == 2
@@ -94,7 +94,7 @@ async def test_a_row_made_anew_is_registered_at_once_while_a_number_waits_for_it
         await until(lambda: southbound.row and southbound.row.get("neutron:ovn-bridge"))
         assert southbound.row == {NUMBER: "6", ID: "older", "neutron:ovn-bridge": "br-int"}
         southbound.row = {}
-        heartbeat.changed.set()
+        heartbeat.beats.wake()
         await until(lambda: southbound.row and ID in southbound.row)
         assert southbound.row[ID] == agent_id("c1")
 

@@ -6,18 +6,15 @@ neutron/agent/ovn/metadata/agent.py.
 """
 
 import asyncio
-import contextlib
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final
 
-import structlog
-
 from imdsproxy.errors import Problem, SourceUnavailable
 from imdsproxy.host.ovsdb import Table, Transaction
-from imdsproxy.reconcile.progress import Backoff
+from imdsproxy.reconcile.reconciler import Reconciler
 from imdsproxy.sources.ovn.source import OvnSource
 
 _NAMESPACE: Final = uuid.UUID("d34bf9f6-da32-4871-9af8-15a4626b41ab")
@@ -28,12 +25,9 @@ _BRIDGE: Final = "neutron:ovn-bridge"
 _LONGEST_DELAY_S: Final = 10.0
 """Maximum delay, as in Neutron's agent, which takes a third of the server's default `agent_down_time` up to this."""
 
-_FIRST_AGAIN_S: Final = 1.0
-_LONGEST_AGAIN_S: Final = 30.0
 _HINT: Final = (
     "`openstack network agent list` shows this host's agent as down meanwhile; it is tried again"
 )
-_log: Final = structlog.get_logger()
 
 
 def agent_id(chassis: str) -> str:
@@ -60,31 +54,32 @@ class OvnHeartbeat:
         random: Returns numbers from 0 to 1.
 
     Attributes:
-        problems: Reasons why the server does not see the agent.
-        changed: Set to check at once.
+        beats: Writes the number; its `wake` checks at once.
     """
 
     source: OvnSource
     random: Callable[[], float]
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-    problems: tuple[Problem, ...] = ()
+    beats: Reconciler = field(
+        default_factory=partial(
+            Reconciler,
+            "ovn.heartbeat",
+            "heartbeat not written",
+            1.0,
+            30.0,
+            retried=SourceUnavailable,
+        )
+    )
     _due: float | None = None
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        """Reasons why the server does not see the agent."""
+        why = self.beats.failure
+        return () if why is None else (replace(why, hint=why.hint or _HINT),)
 
     async def run(self) -> None:
         """Repeat the number after each change, until cancelled."""
-        backoff = Backoff(_FIRST_AGAIN_S, _LONGEST_AGAIN_S)
-        while True:
-            self.changed.clear()
-            try:
-                pause = await self._beat()
-                self.problems = ()
-                backoff.succeed()
-            except SourceUnavailable as error:
-                self.problems = (Problem("ovn.heartbeat", error.message, error.hint or _HINT),)
-                _log.warning("heartbeat not written", error=error.message)
-                pause = backoff.fail()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.changed.wait(), pause)
+        await self.beats.run(self._beat, after_s=0.0)
 
     async def _beat(self) -> float | None:
         """Write the keys that are due. Return the seconds until the next ones; `None` to wait for a change."""

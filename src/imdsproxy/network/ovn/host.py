@@ -48,7 +48,7 @@ class OvnHost:
     def _on_change(self) -> None:
         self._wanted = None
         self._changed.set()
-        self.heartbeat.changed.set()
+        self.heartbeat.beats.wake()
 
     def wanted(self) -> OvnWanted | None:
         """Return the needs as of now; `None` until Open vSwitch's database was read."""
