@@ -103,16 +103,11 @@ async def test_a_program_is_killed_with_its_children_when_nobody_waits_any_more(
     nothing_is_left(hanging)
 
 
-async def test_a_program_gets_its_text_and_its_output_comes_back_with_its_status() -> None:
+async def test_the_output_of_a_program_comes_back_with_its_status() -> None:
     script = "read word; echo got $word; echo wrong >&2; exit 3"
-    assert await run_program("/bin/sh", "-c", script, deadline_s=30, text="a\n") == (
-        3,
-        "got a\nwrong",
-    )
-    assert await run_program("/bin/sh", "-c", script, deadline_s=30, text="a\n", errors=False) == (
-        3,
-        "got a",
-    )
+    words = ("/bin/sh", "-c", script)
+    assert await run_program(*words, deadline_s=30) == (3, "got\nwrong")
+    assert await run_program(*words, deadline_s=30, errors=False) == (3, "got")
 
 
 async def test_what_does_not_come_up_is_not_left_beside_the_next(

@@ -320,9 +320,7 @@ class Doubt:
         return idle or self.stat.state in {"T", "t"} or self.silent >= _BUSY_PROBES
 
 
-async def run_program(
-    *arguments: str, deadline_s: float, text: str = "", errors: bool = True
-) -> tuple[int, str]:
+async def run_program(*arguments: str, deadline_s: float, errors: bool = True) -> tuple[int, str]:
     """Run a program to its end; return its exit status (negative: the signal) and output.
 
     The program has its own process group, which is killed at the deadline and on cancellation.
@@ -330,7 +328,6 @@ async def run_program(
     Args:
         arguments: Program's path or name, and its arguments; no shell is involved.
         deadline_s: Seconds until the program is killed.
-        text: Standard input.
         errors: Whether the output includes standard error.
 
     Raises:
@@ -340,13 +337,13 @@ async def run_program(
     # Not asyncio's function: if cancelled during a start, that kills the program but not the program's children.
     process = subprocess.Popen(  # noqa: ASYNC220 - a millisecond
         arguments,
-        stdin=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT if errors else subprocess.DEVNULL,
         start_new_session=True,
     )
     try:
-        output, _ = await asyncio.to_thread(process.communicate, text.encode(), deadline_s)
+        output, _ = await asyncio.to_thread(process.communicate, None, deadline_s)
     except BaseException as error:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

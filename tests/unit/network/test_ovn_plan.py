@@ -23,7 +23,7 @@ from imdsproxy.network.operations import (
     HostOp,
     MetadataPlace,
 )
-from imdsproxy.network.ovn.plan import OvnWanted, find_waiting, plan_ovn
+from imdsproxy.network.ovn.plan import OvnWanted, plan_ovn
 from imdsproxy.sources.ovn.chassis import BridgePort, LocalChassis
 from imdsproxy.sources.ovn.ports import PortBinding
 from support.ovn_rows import METADATA, NETWORK, PORT, known
@@ -66,7 +66,8 @@ def plan(
     """What these rows need done to a host that has one namespace and one device."""
     root = ObservedNamespace(None, {} if outer is None else {OUTER: outer})
     host = ObservedHost(root, {} if seen is None else {NAMESPACE: seen})
-    return list(plan_ovn(OvnWanted.of(known(*rows), local, sweep=sweep), host, NAMING, overdue))
+    wanted = OvnWanted.of(known(*rows), local, sweep=sweep)
+    return list(plan_ovn(wanted, host, NAMING, overdue)[0])
 
 
 def with_inner(inner: ObservedDevice) -> ObservedNamespace:
@@ -213,11 +214,14 @@ def test_a_namespace_waits_for_another_process_that_listens_in_it_and_not_for_ev
     assert plan(seen=listened) == []
     assert plan(seen=listened, overdue=(NETWORK,)) == REMOVAL
     assert plan(seen=replace(WHOLE, sockets=(replace(SOCKET, ours=True),))) == REMOVAL
-    nothing = OvnWanted.of(known(), LOCAL, sweep=True)
     host = ObservedHost(namespaces={NAMESPACE: listened})
-    assert find_waiting(nothing, host, ()) == {NETWORK}
-    assert find_waiting(nothing, host, (NETWORK,)) == frozenset()
-    assert find_waiting(OvnWanted.of(known(PORT), LOCAL, sweep=True), host, ()) == frozenset()
+    for rows, overdue, waiting in (
+        ((), (), {NETWORK}),
+        ((), (NETWORK,), set()),
+        ((PORT,), (), set()),
+    ):
+        wanted = OvnWanted.of(known(*rows), PLUGGED, sweep=True)
+        assert plan_ovn(wanted, host, NAMING, overdue)[1] == waiting
 
 
 def test_a_namespace_of_another_host_that_has_the_same_directory_stays() -> None:

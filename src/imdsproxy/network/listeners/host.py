@@ -360,7 +360,7 @@ class SystemHost:
         """
         seen = merge_observed(self.seen, await self.observe((), places))
         wanted = None if self.ovn is None else self.ovn.wanted()
-        if wanted is None or next(plan_ovn(wanted, seen, self.naming, ()), None) is None:
+        if wanted is None or not plan_ovn(wanted, seen, self.naming, ())[0]:
             return False
         self._cleared.update(places)
         return True

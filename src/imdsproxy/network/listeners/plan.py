@@ -43,7 +43,7 @@ from imdsproxy.network.operations import (
     HostOp,
     RemoveAddress,
 )
-from imdsproxy.network.ovn.plan import OvnWanted, find_waiting, network_of, plan_ovn
+from imdsproxy.network.ovn.plan import OvnWanted, network_of, plan_ovn
 from imdsproxy.sources.ovn.ports import devices_of, namespace_of
 
 _NAMING = Naming()
@@ -190,16 +190,16 @@ def plan_listeners(
     served = [networks[network_id] for network_id in networks.keys() - shared.keys()]
     removals = plan_sweep(served, observed, naming, managed) if sweep else ()
     lacking = (one for one in planned if isinstance(one, (AttachBridge, AddAddress)))
+    of_ovn: tuple[HostOp, ...] = ()
+    waiting: frozenset[NetworkId] = frozenset()
+    if ovn is not None:
+        of_ovn, waiting = plan_ovn(ovn, observed, naming, overdue)
     return ListenerPlan(
         endpoints=tuple(one for one in planned if isinstance(one, Endpoint)),
         left_out=tuple(one for one in planned if isinstance(one, LeftOut)),
         foreign=tuple(one for one in planned if isinstance(one, Foreign)),
-        ops=(
-            *removals,
-            *lacking,
-            *(() if ovn is None else plan_ovn(ovn, observed, naming, overdue)),
-        ),
-        waiting=frozenset() if ovn is None else find_waiting(ovn, observed, overdue),
+        ops=(*removals, *lacking, *of_ovn),
+        waiting=waiting,
     )
 
 

@@ -8,7 +8,7 @@ The layout is that of Neutron's agent, so that either can take over from the oth
 `<10>` is the first ten characters of the network's id. The inner device also has the metadata addresses.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from ipaddress import ip_interface
 from typing import Final
@@ -97,23 +97,21 @@ def plan_interface(one: IpInterface) -> IpInterface:
 
 def plan_ovn(
     wanted: OvnWanted, observed: ObservedHost, naming: Naming, overdue: Collection[NetworkId]
-) -> Iterator[HostOp]:
-    """Yield the operations that OVN's networks need: a place is plugged in once it is whole.
+) -> tuple[tuple[HostOp, ...], frozenset[NetworkId]]:
+    """Plan the operations that OVN's networks need: a place is plugged in once it is whole.
 
     Args:
         wanted: The needs.
         observed: The host.
         naming: Names and marks of our own objects.
         overdue: Networks whose namespaces no longer wait for processes that listen there.
+
+    Returns:
+        The operations, and the networks without ports here whose namespaces wait for another process.
     """
     ports, root = wanted.local.ports, observed.root.devices
-    whole: list[MetadataPlace] = []
-    for place in wanted.places.values():
-        if _lacks(place, observed):
-            yield AttachOvn(place, naming)
-        else:
-            whole.append(place)
-    kept = {*wanted.places, *wanted.spared}
+    lacking = [place for place in wanted.places.values() if _lacks(place, observed)]
+    kept, waiting = {*wanted.places, *wanted.spared}, set[NetworkId]()
     remove: list[NetworkId] = []
     for name, seen in observed.namespaces.items() if wanted.sweep else ():
         network = network_of(name)
@@ -123,35 +121,27 @@ def plan_ovn(
         # An unmarked namespace without a device here belongs to another host that shares the directory.
         if not (is_ours(seen, network, naming) or outer in root or outer in ports):
             continue
-        if is_listened(seen) and network not in overdue:
-            kept.add(network)
-        else:
-            remove.append(network)
+        wait = is_listened(seen) and network not in overdue
+        (waiting.add if wait else remove.append)(network)
     removed = {devices_of(network)[0] for network in remove}
     unplug = {
         device
         for device, port in ports.items()
-        if device in removed or (wanted.sweep and port.network and port.network not in kept)
+        if device in removed
+        or (wanted.sweep and port.network and port.network not in kept | waiting)
     }
     unplug -= {place.outer for place in wanted.places.values()}
-    plug = tuple(place for place in whole if ports.get(place.outer) != place.plugged)
-    if plug or unplug:
-        yield ChangePorts(plug, tuple(sorted(unplug)))
-    for network in remove:
-        yield DetachOvn(network, naming)
-
-
-def find_waiting(
-    wanted: OvnWanted, observed: ObservedHost, overdue: Collection[NetworkId]
-) -> frozenset[NetworkId]:
-    """Return the networks without ports here whose namespaces wait for another process that listens there."""
-    found = {network_of(name): one for name, one in observed.namespaces.items()}
-    return frozenset(
-        network
-        for network, seen in found.items()
-        if network is not None and wanted.sweep and is_listened(seen)
-        if not (network in wanted.places or network in wanted.spared or network in overdue)
+    plug = tuple(
+        place
+        for place in wanted.places.values()
+        if place not in lacking and ports.get(place.outer) != place.plugged
     )
+    ops: tuple[HostOp, ...] = (
+        *(AttachOvn(place, naming) for place in lacking),
+        *((ChangePorts(plug, tuple(sorted(unplug))),) if plug or unplug else ()),
+        *(DetachOvn(network, naming) for network in remove),
+    )
+    return ops, frozenset(waiting)
 
 
 def _lacks(place: MetadataPlace, observed: ObservedHost) -> bool:
