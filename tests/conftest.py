@@ -10,7 +10,7 @@ from support.openstack.lab import OpenStack, open_openstack
 from support.own_netns import take_own_netns
 from support.own_tree import foreign_programs
 
-pytest_plugins = ("support.flaky",)
+pytest_plugins = ("support.flaky", "support.progress")
 
 # How long an example takes is the machine's business, which may have other work.
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -116,6 +116,7 @@ def test_a_signal_half_way_cleans_up(directory: Path, number: signal.Signals) ->
     assert not demonstration.json_file.exists()
 
 
+@pytest.mark.always
 def test_a_fleet_whose_parts_are_killed_shows_that_each_guest_read_its_own_always() -> None:
     ran = subprocess.run(
         (REPOSITORY / "script/demo", "--fleet"),

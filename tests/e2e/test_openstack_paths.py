@@ -69,6 +69,7 @@ def oracle(openstack: OpenStack) -> Oracle:
     return Oracle(openstack)
 
 
+@pytest.mark.always
 @pytest.mark.parametrize(("way", "name"), ROWS)
 def test_each_address_gets_what_nova_says_of_its_instance_and_nobody_elses(
     ways: Ways, oracle: Oracle, way: Way, name: str

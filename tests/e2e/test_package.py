@@ -120,6 +120,7 @@ def processes(machine: Machine) -> list[str]:
     ]
 
 
+@pytest.mark.always
 def test_installed_it_runs_where_no_guest_can_reach_it_beside_an_haproxy_of_others(
     fresh: PackagedDaemon, packages: Packages
 ) -> None:

@@ -153,6 +153,7 @@ def _seed_logs(host: Host) -> None:
             log.write("\n".join([_MARK, *lines, _MARK, ""]))
 
 
+@pytest.mark.always
 def test_no_secret_is_in_a_bundle_and_what_explains_the_host_is(host: Host) -> None:
     _seed_logs(host)
     files = host.bundle("running")

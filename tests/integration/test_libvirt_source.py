@@ -17,7 +17,7 @@ from support.libvirt_backing import define_domain, domain_xml, libvirt_source, u
 from support.libvirt_daemon import Libvirtd
 from support.source_runs import Heard, running
 
-pytestmark = [pytest.mark.root, pytest.mark.slow]
+pytestmark = pytest.mark.root
 
 MAC = "52:54:00:00:00:05"
 SECOND_MAC = "52:54:00:00:00:06"

@@ -155,6 +155,7 @@ def _is_web(guest: Guest, reply: Reply) -> str | None:
     return None if found == (200, "web") else f"{guest.name} got {found}"
 
 
+@pytest.mark.always
 def test_both_hosts_serve_while_a_guest_migrates_and_it_stays_where_it_was_when_that_fails(
     migrations: _Migrations,
 ) -> None:

@@ -78,6 +78,7 @@ def test_no_alert_is_without_its_fault() -> None:
     assert sorted(caused) == sorted(one.name for file in files for one in alerts(file))
 
 
+@pytest.mark.always
 def test_each_query_of_the_dashboard_has_data(host: Monitored) -> None:
     board = json.loads(_DASHBOARD.read_text())
     queries = {filled_in(one) for one in queries_of(board["panels"])}

@@ -126,6 +126,7 @@ def world() -> Iterator[World]:
         yield made
 
 
+@pytest.mark.always
 @pytest.mark.parametrize("plan", SERVED, ids=_name)
 def test_each_guest_gets_every_document_of_every_version_as_nova_says_it_and_nobody_elses(
     world: World, plan: PortPlan

@@ -67,6 +67,7 @@ def wait_other(daemon: UnitDaemon, unit: str, before: int) -> None:
     )
 
 
+@pytest.mark.always
 def test_starting_the_controller_brings_up_all_three_units(daemon: UnitDaemon) -> None:
     assert daemon.active() == dict.fromkeys(UNITS, "active")
     assert all(serves(guest) for guest in daemon.guests)

@@ -128,6 +128,7 @@ def test_a_takeover_that_fails_leaves_both_serving_and_goes_on_when_it_is_run_ag
         world.daemon.command("status", "--check")
 
 
+@pytest.mark.always
 def test_the_page_moves_a_host_over_and_back_to_the_letter(world: AgentWorld) -> None:
     world.fresh(NEW_AGENT)
     with _no_request_is_lost(world):

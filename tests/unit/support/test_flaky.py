@@ -22,6 +22,10 @@ def test_good(): ...
 def test_bad():
     assert not {bad}
 """
+_SCRIPT = """#!/bin/sh
+[ "$1" != --all ] || shift
+script/check && exec {python} -m pytest -q -p support.flaky "$@"
+"""
 
 
 def _run(
@@ -31,10 +35,7 @@ def _run(
     for name, text in (
         (".ci/run", (_REPOSITORY / ".ci/run").read_text()),
         ("script/check", f"#!/bin/sh\nexit {check}\n"),
-        (
-            "script/test",
-            f'#!/bin/sh\nscript/check && exec {sys.executable} -m pytest -q -p support.flaky "$@"\n',
-        ),
+        ("script/test", _SCRIPT.format(python=sys.executable)),
     ):
         path = directory / name
         path.parent.mkdir(exist_ok=True)
