@@ -113,7 +113,7 @@ async def test_the_output_of_a_program_comes_back_with_its_status() -> None:
 async def test_what_does_not_come_up_is_not_left_beside_the_next(
     hanging: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("dataplane.launch", "app.companion"):
+    for module in ("haproxy.launch", "controller.companion"):
         monkeypatch.setattr(f"imdsproxy.{module}._START_DEADLINE_S", 0.5)
     layout = Layout(tmp_path / "run", tmp_path / "state")
     layout.runtime.mkdir()
