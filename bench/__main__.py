@@ -6,12 +6,14 @@ import argparse
 import compileall
 import os
 import platform
+import random
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from types import FrameType
@@ -57,25 +59,31 @@ _FLEET: Final = (
 WITH_PEER: Final = (*agents.WITH_PEER, *replacing.WITH_PEER)
 """Rows that need Neutron's own agents for comparison."""
 
-GROUPS: Final = (
-    _READS,
-    _GROWTH,
-    tokens.ROWS,
-    audit.ROWS,
-    fairness.ROWS,
-    _NOVA,
-    agents.OURS,
-    replacing.OURS,
-    _MISSES,
-    _FLEET,
-    many.ROWS,
-    sizes.ROWS,
-    ovn.ROWS,
-    fleet.ROWS,
-)
-"""Rows that are measured together, without those of `WITH_PEER`."""
+_STAGES: Final[
+    dict[tuple[str, ...], Callable[[Bench, frozenset[str], Peer | None], Iterator[Row]]]
+] = {
+    _READS: lambda bench, only, _: measure_reads(bench, only.__contains__),
+    _GROWTH: lambda bench, only, _: measure_growth(bench, only.__contains__),
+    tokens.ROWS: lambda bench, only, _: tokens.measure_tokens(bench, only.__contains__),
+    audit.ROWS: lambda bench, only, _: audit.measure_audit(bench, only.__contains__),
+    fairness.ROWS: lambda bench, only, _: fairness.measure_fairness(bench, only.__contains__),
+    _NOVA: lambda bench, only, _: measure_forwarding(bench, only.__contains__),
+    (*agents.OURS, *agents.WITH_PEER): lambda bench, only, peer: agents.measure_agents(
+        bench, only.__contains__, peer
+    ),
+    (*replacing.OURS, *replacing.WITH_PEER): lambda bench, only, peer: replacing.measure_replacing(
+        bench, only.__contains__, peer
+    ),
+    _MISSES: lambda bench, _, __: measure_misses(bench),
+    _FLEET: lambda bench, only, _: _measure_fleet(bench, only),
+    many.ROWS: lambda bench, only, _: many.measure_many(bench, only.__contains__),
+    sizes.ROWS: lambda bench, only, _: sizes.measure_sizes(bench, only.__contains__),
+    ovn.ROWS: lambda bench, only, _: ovn.measure_ovn(bench, only.__contains__),
+    fleet.ROWS: lambda bench, only, _: fleet.measure_fleet(bench, only.__contains__),
+}
+"""The groups of rows that are measured one after the other, each from nothing."""
 
-ROWS: Final = (*chain.from_iterable(GROUPS), *WITH_PEER)
+ROWS: Final = tuple(chain.from_iterable(_STAGES))
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PATIENCE_S: Final = 600.0
 _EXIT_SHORT: Final = 1
@@ -93,6 +101,7 @@ class Options:
     keep: bool
     peer: Path | None = None
     patience_s: float = 0
+    seed: int | None = None
 
 
 def parse_options(argv: Sequence[str]) -> Options:
@@ -112,6 +121,9 @@ def parse_options(argv: Sequence[str]) -> Options:
     parser.add_argument("--strict", action="store_true", help="exit 1 when a bar is missed")
     parser.add_argument("--keep", action="store_true", help="leave logs and files in .bench")
     parser.add_argument(
+        "--shuffle", type=int, metavar="SEED", help="measure the groups of rows in a random order"
+    )
+    parser.add_argument(
         "--peer",
         type=Path,
         metavar="DIR",
@@ -127,7 +139,14 @@ def parse_options(argv: Sequence[str]) -> Options:
     scale = Scale.of(quick=found.quick, smallest=found.smallest)
     patience_s = _PATIENCE_S if found.smallest else 0
     return Options(
-        scale, found.strict, only or every, found.json, found.keep, found.peer, patience_s
+        scale,
+        found.strict,
+        only or every,
+        found.json,
+        found.keep,
+        found.peer,
+        patience_s,
+        found.shuffle,
     )
 
 
@@ -188,15 +207,22 @@ def _measure(options: Options, console: Console) -> list[Row]:
     prepare(directory)
     # An installed package is compiled, too: compiling changed modules at each start takes longer than importing them.
     compileall.compile_dir(_REPOSITORY / "src", quiet=2)
-    bench = Bench(directory, lab, options.scale, say)
     peer = None if options.peer is None else peer_at(options.peer, directory, say)
     if peer is None:
         say(f"without --peer, so without {', '.join(WITH_PEER)}")
     rows: list[Row] = []
     try:
-        for keys, stage in _stages(bench, options.only, peer):
-            if options.only & set(keys):
-                rows += _run_stage(stage, [key for key in keys if key in options.only], say)
+        wanted = [keys for keys in _STAGES if options.only & set(keys)]
+        if options.seed is not None:
+            random.Random(options.seed).shuffle(wanted)  # noqa: S311 - an order, no secret
+        for number, keys in enumerate(wanted):
+            # Each group starts without processes, networks or files of the groups before.
+            sweep(directory, lab)
+            own = directory / str(number)
+            own.mkdir()
+            bench = Bench(own, lab, options.scale, say)
+            stage = partial(_STAGES[keys], bench, options.only, peer)
+            rows += _run_stage(stage, [key for key in keys if key in options.only], say)
     finally:
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_IGN)
@@ -209,34 +235,6 @@ def _measure(options: Options, console: Console) -> list[Row]:
 
 
 _Stage = Callable[[], Iterator[Row]]
-
-
-def _stages(
-    bench: Bench, only: frozenset[str], peer: Peer | None
-) -> list[tuple[tuple[str, ...], _Stage]]:
-    wanted = only.__contains__
-    return [
-        (_READS, lambda: measure_reads(bench, wanted)),
-        (_GROWTH, lambda: measure_growth(bench, wanted)),
-        (tokens.ROWS, lambda: tokens.measure_tokens(bench, wanted)),
-        (audit.ROWS, lambda: audit.measure_audit(bench, wanted)),
-        (fairness.ROWS, lambda: fairness.measure_fairness(bench, wanted)),
-        (_NOVA, lambda: measure_forwarding(bench, wanted)),
-        (
-            (*agents.OURS, *agents.WITH_PEER),
-            lambda: agents.measure_agents(bench, wanted, peer),
-        ),
-        (
-            (*replacing.OURS, *replacing.WITH_PEER),
-            lambda: replacing.measure_replacing(bench, wanted, peer),
-        ),
-        (_MISSES, lambda: measure_misses(bench)),
-        (_FLEET, lambda: _measure_fleet(bench, only)),
-        (many.ROWS, lambda: many.measure_many(bench, wanted)),
-        (sizes.ROWS, lambda: sizes.measure_sizes(bench, wanted)),
-        (ovn.ROWS, lambda: ovn.measure_ovn(bench, wanted)),
-        (fleet.ROWS, lambda: fleet.measure_fleet(bench, wanted)),
-    ]
 
 
 def _run_stage(stage: _Stage, keys: list[str], say: Callable[[str], None]) -> list[Row]:

@@ -30,8 +30,8 @@ __all__ = [
 
 ALTERNATIVE: Final = Path("/var/tmp/imdsbench")  # noqa: S108 - checked for its mark before use
 _MARK: Final = ".imdsbench"
-_LONGEST: Final = 60
-"""A socket's path has at most 107 bytes, of which HAProxy needs some."""
+_LONGEST: Final = 57
+"""A socket's path has at most 107 bytes, of which HAProxy and the directory of a group need some."""
 
 
 class BenchError(Exception):

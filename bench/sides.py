@@ -18,7 +18,6 @@ __all__ = [
     "Side",
     "compare",
     "load_in_turn",
-    "rate_ratio",
     "without_errors",
 ]
 
@@ -30,12 +29,12 @@ class Side:
     """One side of a comparison.
 
     Attributes:
-        pid: The HAProxy whose processor time is counted, pinned to one processor; `None` for a stub.
+        pid: The HAProxy whose processor time is counted, pinned to one processor.
         network: The network from which the load comes.
     """
 
     url: str
-    pid: int | None
+    pid: int
     headers: tuple[str, ...] = ()
     network: str = field(default_factory=lambda: network_name(0))
     rates: list[float] = field(default_factory=list)
@@ -78,8 +77,7 @@ def load_in_turn(bench: Bench, sides: Sequence[Side], seconds: float, *, rounds:
     """
     haproxy_cpu, load_cpu = bench.cpus
     for one in sides:
-        if one.pid is not None:
-            pin(one.pid, {haproxy_cpu})
+        pin(one.pid, {haproxy_cpu})
     warm_ups = 1 if bench.scale.warm_up else 0
     for number in range((rounds or bench.scale.rounds) + warm_ups):
         warm_up = number < warm_ups
@@ -90,9 +88,9 @@ def load_in_turn(bench: Bench, sides: Sequence[Side], seconds: float, *, rounds:
                 cpu=load_cpu,
                 headers=one.headers,
             )
-            before = cpu_seconds(one.pid) if one.pid is not None else 0.0
+            before = cpu_seconds(one.pid)
             report = run_wrk(one.network, one.url, load)
-            spent = cpu_seconds(one.pid) - before if one.pid is not None else 0.0
+            spent = cpu_seconds(one.pid) - before
             one.errors += report.errors
             if not warm_up:
                 one.rates.append(report.rate)
@@ -112,7 +110,7 @@ def without_errors(*sides: Side) -> None:
             raise BenchError(f"{one.errors} requests to {one.url} failed")
 
 
-def rate_ratio(ours: Side, other: Side) -> float:
+def _rate_ratio(ours: Side, other: Side) -> float:
     """Return the ratio of the rates: the median over the rounds, since a disturbance affects both sides of a round."""
     return median([one / two for one, two in zip(ours.rates, other.rates, strict=True)])
 
@@ -145,7 +143,7 @@ def compare(
         beside: Name of the other side in the JSON.
         more: Further entries of the JSON.
     """
-    ratio, by_cost = rate_ratio(ours, other), _cost_ratio(ours, other)
+    ratio, by_cost = _rate_ratio(ours, other), _cost_ratio(ours, other)
     return Row(
         key=key,
         what=what,

@@ -19,7 +19,6 @@ from bench.sides import (
     Side,
     compare,
     load_in_turn,
-    rate_ratio,
     without_errors,
 )
 
@@ -34,7 +33,6 @@ _BARE_PORT = 8080
 _STUB_PORT = 8081
 _FORWARD_PORT = 8082
 _READS_BAR = Bar("≥ 0.85 x", at_least=0.85)
-_STUB_FACTOR = 2
 _NOT_CACHED = ("Cache-Control: no-cache",)
 
 
@@ -125,7 +123,11 @@ def _repeated(stage: _Stage, key: str, path: str, size: int) -> Row:
 
 
 def _through(stage: _Stage, key: str, path: str, size: int, headers: tuple[str, ...]) -> Row:
-    """Measure reads that go to the document server, beside a bare HAProxy that forwards to a stub."""
+    """Measure reads that go to the document server, beside a bare HAProxy that forwards to a stub.
+
+    The stub and wrk share a processor, and may be slower than the bare HAProxy. So the comparison is with the rate at
+    which the processor time of a request would fill the bare HAProxy's processor.
+    """
     with (
         stage.bare(f"{key}-stub", _STUB_PORT, answering(size)) as stub,
         stage.bare(
@@ -137,37 +139,25 @@ def _through(stage: _Stage, key: str, path: str, size: int, headers: tuple[str, 
         pin(stub.pid, {stage.bench.cpus[1]})
         ours = Side(stage.url(path), stage.worker, headers)
         other = Side(stage.url("/", _FORWARD_PORT), bare.pid, headers)
-        direct = Side(stage.url("/", _STUB_PORT), None, headers)
-        load_in_turn(stage.bench, [direct, other, ours], min(1, stage.bench.scale.seconds))
-        without_errors(ours, other, direct)
-    ratio = rate_ratio(ours, other)
-    valid = direct.rate >= _STUB_FACTOR * other.rate
+        load_in_turn(stage.bench, [other, ours], min(1, stage.bench.scale.seconds))
+        without_errors(ours, other)
+    ratio = ours.rate * other.cost_us / 1e6
     what = "never-read documents" if headers else "meta_data.json, never cached"
+    forced = ", every read is forced past the cache by `Cache-Control: no-cache`" if headers else ""
     return Row(
         key=key,
         what=f"{what}, through the document server ({size} bytes), keep-alive, 64 connections",
         figure=(
-            f"{ours.rate:,.0f} requests/s, {ratio:.2f} x a bare HAProxy that forwards to a stub "
-            f"({other.rate:,.0f}; the stub alone {direct.rate:,.0f})"
+            f"{ours.rate:,.0f} requests/s, {ratio:.2f} x what a bare HAProxy forwards to a stub at most "
+            f"({other.cost_us:.1f} µs of its processor a request; measured {other.rate:,.0f} requests/s)"
         ),
-        verdict=judge(ratio, None, valid=valid),
+        verdict=judge(ratio, None),
         value=ratio,
-        how=(
-            f"median of {len(ours.rates)} runs of 1 s in turn; the stub is another "
-            "bare HAProxy"
-            + (
-                ", every read is forced past the cache by `Cache-Control: no-cache`"
-                if headers
-                else ""
-            )
-            + ("" if valid else "; invalid because the stub alone is under twice the baseline")
-        ),
+        how=f"median of {len(ours.rates)} runs of 1 s in turn; the stub is another bare HAProxy{forced}",
         data={
             "ours": ours.numbers(),
             "bare": other.numbers(),
-            "stub_direct": direct.numbers(),
             "ratio": ratio,
-            "valid": valid,
             "bare_config": bare.config,
         },
     )
