@@ -41,7 +41,7 @@ _NOT_ITS: Final = (
     str(REPOSITORY),
 )
 _SUITE: Final = (
-    *("admin", "config", "console", "serving"),
+    *("api", "config", "console", "documents"),
     *("cli/test_commands.py", "cli/test_guests.py", "cli/test_records.py"),
     *("sources/test_neutron_rest.py", "sources/test_record_files.py"),
     "sources/test_sources_file.py",
