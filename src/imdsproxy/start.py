@@ -64,7 +64,7 @@ _FIRST_SYNC_S = 5.0
 """Longest wait of the first configuration for sources without new records; a running HAProxy is not affected."""
 
 _LOOK_EVERY_S = 0.05
-_METRICS_EVERY_S = 30.0
+_METRICS_EVERY_S = 10.0
 _LAST_LOOK_S = 0.5
 _END_GRACE_S = 30.0
 _SHOW_EVERY_S = 0.5
