@@ -224,7 +224,7 @@ class Daemon:
         if not wait_until(lambda: self.status()["serving"] == networks, patience_s, every_s=0.05):
             status = self.status()
             raise BenchError(
-                f"{status['serving']} of {networks} served: {status['left_out']!r:.500}"
+                f"{status['serving']} of {networks} served: {status['not_served']!r:.500}"
             )
 
     def wait_in_sync(self, source: str, patience_s: float = 60) -> None:

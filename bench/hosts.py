@@ -293,7 +293,7 @@ class _Host(asyncio.Protocol):
         match kind:
             case "instance" | "network":
                 good = item in self._wanted and value["record"]["id"] == rest
-            case "guard" | "keys":
+            case "override" | "keys":
                 good = rest in self._own
             case _:
                 good = (

@@ -108,7 +108,9 @@ class Daemon:
         deadline = time.monotonic() + _START_S
         while (status := self._status())["serving"] != wanted or not status["haproxy"]["worker"]:
             if time.monotonic() > deadline:
-                reasons = [f"{entry['network']}: {entry['reason']}" for entry in status["left_out"]]
+                reasons = [
+                    f"{entry['network']}: {entry['reason']}" for entry in status["not_served"]
+                ]
                 raise CommandError(f"not all networks are served: {'; '.join(reasons)}")
             time.sleep(_POLL_S)
 

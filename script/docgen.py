@@ -35,7 +35,7 @@ from imdsproxy.hub.api.app import ROUTERS, operators_app
 from imdsproxy.hub.api.callers import Admits
 from imdsproxy.hub.api.metrics import HubMetrics
 from imdsproxy.model.records.json_schema import schema_of_records
-from imdsproxy.network.endpoints import LeftOutCode
+from imdsproxy.network.endpoints import NotServedCode
 from imdsproxy.tools.namespace_proxy.command import run_parser
 
 _TEXTS: Final[Mapping[str, Any]] = tomllib.loads(
@@ -185,7 +185,7 @@ def render_errors_page() -> str:
     lines += ["", "## Exit statuses", ""]
     lines += _table(("status", "meaning", "codes"), by_status)
     lines += ["", "## Networks that are not served", "", _TEXTS["not_served"], ""]
-    return _page([*lines, *(f"- `{code.value}`" for code in LeftOutCode)])
+    return _page([*lines, *(f"- `{code.value}`" for code in NotServedCode)])
 
 
 def render_admin_api_page() -> str:

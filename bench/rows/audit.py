@@ -62,12 +62,12 @@ def _embedded(bench: Bench, wanted: Callable[[str], bool]) -> Iterator[Row]:
         load_in_turn(bench, list(sides.values()), bench.scale.seconds, rounds=rounds)
         without_errors(*sides.values())
         lines = {mode: _lines(bench, mode) for mode in modes}
-        left_out = _left_out(daemons["all"])
+        lost = _lost(daemons["all"])
     if lines["off"] or not lines["sampled"] < lines["all"]:
         raise BenchError(f"the logs have other lines than they should: {lines}")
     if wanted("audit"):
         row = _row(bench, "audit", "a line for each", sides["all"], sides["off"], bar=_BAR)
-        yield _with_lines(row, lines["all"], left_out)
+        yield _with_lines(row, lines["all"], lost)
     if wanted("audit-sampled"):
         what = "a line for one in 100"
         yield _row(bench, "audit-sampled", what, sides["sampled"], sides["off"])
@@ -94,23 +94,23 @@ def _signed(bench: Bench) -> Row:
         rounds = _rounds(bench)
         load_in_turn(bench, list(sides.values()), bench.scale.seconds, rounds=rounds)
         without_errors(*sides.values())
-        left_out = _left_out(daemon)
+        lost = _lost(daemon)
     what = "a line for each"
     row = _row(bench, "audit-signed", what, sides["all"], sides["off"], bar=_BAR, path=PATH)
-    return _with_lines(row, _lines(bench, "signed-all"), left_out)
+    return _with_lines(row, _lines(bench, "signed-all"), lost)
 
 
 def _rounds(bench: Bench) -> int:
     return (_MORE_ROUNDS if bench.scale.warm_up else 1) * bench.scale.rounds
 
 
-def _with_lines(row: Row, lines: int, left_out: int) -> Row:
-    share = left_out / (lines + left_out)
+def _with_lines(row: Row, lines: int, lost: int) -> Row:
+    share = lost / (lines + lost)
     return replace(
         row,
         figure=f"{row.figure}; {share:.1%} of the lines left out",
         verdict=row.verdict if share < _LEAST else Verdict.INVALID,
-        data={**row.data, "lines": lines, "left_out": left_out},
+        data={**row.data, "lines": lines, "lost": lost},
     )
 
 
@@ -125,11 +125,11 @@ def _side(bench: Bench, daemon: Daemon, name: str) -> Side:
     return Side(_URL, daemon.wait_settled().worker, (_AGENT,), network=bench.lab.plug(name))
 
 
-def _left_out(daemon: Daemon) -> int:
+def _lost(daemon: Daemon) -> int:
     told = daemon.status()["audit"]
     if not isinstance(told, dict):
         raise BenchError("status does not tell of the audit log")
-    return int(told["left_out"])
+    return int(told["lost"])
 
 
 def _lines(bench: Bench, mode: str) -> int:

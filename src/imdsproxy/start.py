@@ -25,7 +25,7 @@ from imdsproxy.config.load import Loaded
 from imdsproxy.config.schema import Settings
 from imdsproxy.controller import build
 from imdsproxy.controller.controller import Controller
-from imdsproxy.controller.reload import hang_up
+from imdsproxy.controller.reload import on_sighup
 from imdsproxy.errors import DataplaneError, HostRefused, first_expected
 from imdsproxy.haproxy.launch import Launcher, read_program
 from imdsproxy.haproxy.layout import Layout
@@ -149,7 +149,7 @@ async def _live(
     )
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, controller.ended.set)
-    loop.add_signal_handler(signal.SIGHUP, hang_up, controller)
+    loop.add_signal_handler(signal.SIGHUP, on_sighup, controller)
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(controller.notifier.send, STOPPING="1")
         await stack.enter_async_context(controller.watch)

@@ -9,7 +9,7 @@ from typing import Final
 from imdsproxy.config.describe import find_setting
 from imdsproxy.config.schema import Settings
 from imdsproxy.haproxy.layout import Layout
-from imdsproxy.network.endpoints import LeftOutCode
+from imdsproxy.network.endpoints import NotServedCode
 from support.demonstration import REPOSITORY
 from support.pages import each_page, prose
 
@@ -114,7 +114,7 @@ def test_the_runbook_knows_every_reason_for_which_a_network_is_not_served() -> N
         if line.startswith("| `")
         for code in _CODE.findall(line.split("|")[1])
     }
-    assert told == {code.value for code in LeftOutCode}
+    assert told == {code.value for code in NotServedCode}
 
 
 def test_the_architecture_names_every_file_and_socket_and_stays_short() -> None:

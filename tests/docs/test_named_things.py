@@ -22,7 +22,7 @@ from imdsproxy.config.strict_yaml import parse_yaml
 from imdsproxy.errors import KINDS
 from imdsproxy.hub.api.app import operators_app
 from imdsproxy.model.records import parse_records
-from imdsproxy.network.endpoints import LeftOutCode
+from imdsproxy.network.endpoints import NotServedCode
 from imdsproxy.tools.namespace_proxy.command import run_parser
 from support.demonstration import REPOSITORY
 from support.pages import PAGES, code_blocks, each_page, inline_code
@@ -138,7 +138,7 @@ def shipped() -> str:
 @cache
 def codes() -> frozenset[str]:
     """Every code, and every word with hyphens in what is shipped: findings, units, commands, rows."""
-    computed = {*(kind.code for kind in KINDS), *(code.value for code in LeftOutCode)}
+    computed = {*(kind.code for kind in KINDS), *(code.value for code in NotServedCode)}
     return frozenset(computed | {*_WORD.findall(shipped())})
 
 

@@ -86,7 +86,7 @@ def test_from_the_archive_to_a_served_guest_an_upgrade_and_an_end_as_the_page_sa
     daemon.put({"green": {"bridge": "br-green"}}, [green])
     wait_served(green)
     assert blue.ask(_HOSTNAME, to=IPV6).text == "web-1"
-    assert daemon.status()["left_out"] == []
+    assert daemon.status()["not_served"] == []
     token = _token(blue)
 
     operator.follow("## Watch it")
@@ -107,7 +107,7 @@ def test_from_the_archive_to_a_served_guest_an_upgrade_and_an_end_as_the_page_sa
     until(lambda: machine.main_pid(_UNIT) not in (0, before), within_s=30, what="the next one")
     daemon.wait_active(_UNIT, within_s=60)
     wait_served(green)
-    assert daemon.status()["left_out"] == []
+    assert daemon.status()["not_served"] == []
 
     with ThreadPoolExecutor(1) as pool:
         upgrade = pool.submit(operator.follow, "## Upgrade")

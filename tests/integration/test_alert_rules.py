@@ -65,9 +65,9 @@ _SERIES: Final[Mapping[str, Mapping[str, str]]] = {
     },
     # Times of these tests begin at 0.
     "ClockWrong": {"imdsproxy_clock_seconds": f"0+60x{_BEGINS_M - 1} 640+60x120"},
-    "NetworkNotServed": {'imdsproxy_networks_left_out{code="port-busy"}': _ON},
+    "NetworkNotServed": {'imdsproxy_networks_not_served{code="port-busy"}': _ON},
     "ForeignListener": {'imdsproxy_foreign_listeners{effect="shares"}': _ON},
-    "MacFilterMissing": {'imdsproxy_gates{state="refused"}': _ON},
+    "MacFilterMissing": {'imdsproxy_mac_filters{state="refused"}': _ON},
     "MacMismatch": {'imdsproxy_mac_mismatches_total{network="red"}': _grows()},
     "ForgedClaims": {'imdsproxy_forged_claims_total{network="red"}': _grows(10)},
     "UnixListenerDown": {"imdsproxy_unix_listener_serving": _OFF},
@@ -91,7 +91,7 @@ _SERIES: Final[Mapping[str, Mapping[str, str]]] = {
     "TokensMissing": {'imdsproxy_metadata_no_token_rejected_total{network="red"}': _grows()},
     "ReadsWithoutToken": {'imdsproxy_metadata_no_token_total{network="red"}': _grows()},
     "AuditFailing": {"imdsproxy_audit_failing": _ON},
-    "AuditLinesLost": {"imdsproxy_audit_left_out_total": _grows()},
+    "AuditLinesLost": {"imdsproxy_audit_lines_lost_total": _grows()},
     "NovaDown": {
         'imdsproxy_nova_endpoint_up{endpoint_set="default",endpoint="a"}': "0x130",
         'imdsproxy_nova_endpoint_up{endpoint_set="default",endpoint="b"}': _OFF,

@@ -58,11 +58,11 @@ class Host:
         return f"it ended with {ended}" if ended else None
 
     def _unserved(self, network: str) -> bool:
-        return network in self.daemon.left_out()
+        return network in self.daemon.not_served()
 
     def _in_order(self) -> bool:
         status = self.daemon.status()
-        fault = status["left_out"] or status["readiness"]["degraded"]
+        fault = status["not_served"] or status["readiness"]["degraded"]
         return not fault and all(reads_own(guest) for guest in self.guests)
 
 

@@ -81,7 +81,7 @@ def test_nothing_of_an_old_worker_is_left_after_its_connections_are_done(world: 
         for _ in range(2):
             world.reload()
             # What it still has bound is nobody else's.
-            assert world.daemon.left_out() == {}
+            assert world.daemon.not_served() == {}
     until(lambda: not world.daemon.status()["haproxy"]["old_workers"], within_s=7)
     workers = [
         one for one in world.daemon.processes().values() if one.split()[0].endswith("/haproxy")
@@ -119,7 +119,7 @@ def test_a_haproxy_killed_again_and_again_comes_back_each_time(world: World) -> 
         world.heal()
         # Its new sockets are nobody else's, whenever somebody looked.
         world.lab.furnish(f"look{master}")
-        until(lambda: not world.daemon.left_out(), within_s=1)
+        until(lambda: not world.daemon.not_served(), within_s=1)
     logged = world.daemon.log_entries()[before:]
     assert not [one for one in logged if one["message"] == "foreign listener"]
 
@@ -193,8 +193,8 @@ def test_haproxy_comes_back_with_what_is_on_disk_when_the_host_has_changed_meanw
     world.lab.delete_namespace("green")
     os.kill(before.controller, signal.SIGCONT)
     until(lambda: reads_own(world.red) and reads_own(world.guests["blue"]), within_s=3)
-    until(lambda: "green" in world.daemon.left_out(), within_s=1)
-    assert world.daemon.left_out()["green"]["code"] == "namespace-missing"
+    until(lambda: "green" in world.daemon.not_served(), within_s=1)
+    assert world.daemon.not_served()["green"]["code"] == "namespace-missing"
 
 
 @pytest.mark.slow
@@ -258,9 +258,9 @@ def test_a_port_that_is_taken_between_check_and_load_leaves_only_its_own_network
             load.wait_answers(20)
             (world.daemon.directory / "armed").touch()
             world.daemon.put([network], [instance("raced-5", "raced")])
-            until(lambda: "raced" in world.daemon.left_out(), within_s=1)
+            until(lambda: "raced" in world.daemon.not_served(), within_s=1)
             taker = int((world.daemon.directory / "taker").read_text())
-            assert f"pid {taker}" in world.daemon.left_out()["raced"]["reason"]
+            assert f"pid {taker}" in world.daemon.not_served()["raced"]["reason"]
             assert own(guest, guest.ask(_TARGET, to=IPV6)) is None
             load.wait_answers(20)
             os.kill(taker, signal.SIGKILL)

@@ -144,7 +144,7 @@ def _network(world: World, *, probes: int) -> tuple[RecordMapping, Guest]:
 
 
 def _code(world: World) -> str:
-    return str(world.daemon.left_out().get("late", {}).get("code", ""))
+    return str(world.daemon.not_served().get("late", {}).get("code", ""))
 
 
 @pytest.mark.slow

@@ -84,8 +84,8 @@ def test_a_second_network_on_a_listener_is_refused_or_left_out_and_the_first_is_
         # By its id it would be first.
         _write(file, networks=[{"id": "a-second", "listener": {"namespace": namespace}}])
         for _ in range(2):
-            until(lambda: "a-second" in world.daemon.left_out(), what="the second network")
-            found = world.daemon.left_out()["a-second"]
+            until(lambda: "a-second" in world.daemon.not_served(), what="the second network")
+            found = world.daemon.not_served()["a-second"]
             assert (found["code"], "network red has" in found["reason"]) == (
                 "listener-shared",
                 True,

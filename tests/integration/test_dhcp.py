@@ -48,8 +48,8 @@ class DhcpWorld:
     def networks(self) -> dict[str, str]:
         """The namespaces of imdsproxy's networks, each with why it is not served; empty where it is."""
         return {
-            one["record"]["listener"]["namespace"]: one["left_out"]["code"]
-            if one["left_out"]
+            one["record"]["listener"]["namespace"]: one["not_served"]["code"]
+            if one["not_served"]
             else ""
             for one in self.daemon.admin.get("/v1/networks")
         }

@@ -11,7 +11,7 @@ import pytest
 
 from imdsproxy.fleet.identity import Identity, Role, read_identity
 from imdsproxy.fleet.stream import UPGRADE
-from imdsproxy.hub.front.haproxy import ENROLMENTS_A_MINUTE, STRANGERS
+from imdsproxy.hub.front.haproxy import ANONYMOUS, ENROLMENTS_A_MINUTE
 from support.fleet_front import (
     ADDRESS,
     Client,
@@ -394,7 +394,7 @@ def test_one_address_has_few_connections_without_a_certificate_and_more_with_an_
                 stack.enter_context(
                     context.wrap_socket(front.open("127.0.0.12"), server_hostname=ADDRESS)
                 )
-                for _ in range(STRANGERS + 1)
+                for _ in range(ANONYMOUS + 1)
             ]
             answers[client] = []
             for sock in socks:
@@ -402,8 +402,8 @@ def test_one_address_has_few_connections_without_a_certificate_and_more_with_an_
                     sock.sendall(b"GET /fleet/ca HTTP/1.1\r\nHost: hub\r\n\r\n")
                     answers[client].append(sock.recv(12))
         assert [len([one for one in found if one]) for found in answers.values()] == [
-            STRANGERS,
-            STRANGERS + 1,
+            ANONYMOUS,
+            ANONYMOUS + 1,
         ]
 
 

@@ -1,4 +1,4 @@
-"""HAProxy in front of a hub: how much of it strangers, hosts and operators can take."""
+"""HAProxy in front of a hub: how much of it anonymous, hosts and operators can take."""
 
 import contextlib
 import select
@@ -14,8 +14,8 @@ import pytest
 from imdsproxy.hub.front import haproxy as module
 from imdsproxy.hub.front.haproxy import (
     CONNECTIONS_OF_HOST,
+    SHARE_OF_ANONYMOUS,
     SHARE_OF_HOSTS,
-    SHARE_OF_STRANGERS,
     SHARE_OF_UNVERIFIED,
     UNVERIFIED,
 )
@@ -140,14 +140,14 @@ def test_strangers_leave_connections_to_members_and_hosts_leave_some_to_operator
     host, operator = certificates.host("host-1"), certificates.operator("anna")
     assert _served(few, stack, "127.0.0.31", host, _BLOB)
     assert _served(few, stack, "127.0.0.32", operator, _STATUS)
-    strangers = _silent(stack, lambda: few.open("127.0.0.40"), _FEW)
-    _until_held(strangers, int(_FEW * SHARE_OF_STRANGERS))
+    anonymous = _silent(stack, lambda: few.open("127.0.0.40"), _FEW)
+    _until_held(anonymous, int(_FEW * SHARE_OF_ANONYMOUS))
     assert not _served(few, stack, "127.0.0.41", None, _CA)
     assert _served(few, stack, "127.0.0.31", host, _BLOB)
     assert _served(few, stack, "127.0.0.32", operator, _STATUS)
     # Captured hosts do the same, from where their certificates came.
     of_host = _silent(stack, lambda: few.open("127.0.0.31"), _FEW)
-    _until_held([*strangers, *of_host], int(_FEW * SHARE_OF_UNVERIFIED))
+    _until_held([*anonymous, *of_host], int(_FEW * SHARE_OF_UNVERIFIED))
     assert not _served(few, stack, "127.0.0.31", host, _BLOB)
     assert _served(few, stack, "127.0.0.32", operator, _STATUS)
 

@@ -34,7 +34,7 @@ _DAMAGED = {
     layout.TOKEN_KEYS: b'{"sealed": 7}',
     layout.instance_key(_WEB): b'{"hosts": "a"}',
     layout.network_key(_BLUE): b"\xff\xfe",
-    layout.guard_key(_WEB): b'{"epoch": true, "reopened_at": []}',
+    layout.override_key(_WEB): b'{"epoch": true, "reopened_at": []}',
     layout.password_key(_WEB): b'{"sealed": []}',
     f"{layout.POLICIES}fleet": b"[]",
     layout.grant_key("shop"): b'{"hosts": 7}',

@@ -209,7 +209,7 @@ def test_a_fleet_signs_its_instances_tokens_revokes_them_and_requires_them_over_
     assert refused.status != 0
     assert "--fleet URL" in refused.err
     assert {_status(world, one) for one in tokens} == {200}
-    revoked = {f"{layout.GUARDS}red-5": b'{"epoch": 1, "reopened_at": 0}'}
+    revoked = {f"{layout.OVERRIDES}red-5": b'{"epoch": 1, "reopened_at": 0}'}
     assert hub.wait(hub.write(revoked)) == {}
     assert {_status(world, one) for one in tokens} == {401}
     tokens = [take_token(world.guest)]
@@ -281,7 +281,7 @@ def test_a_network_that_cannot_be_served_is_acknowledged_with_the_reason_and_the
     late = parse_instance(instance("late-5", "late"))
     assert isinstance(late, Instance)
     revision = hub.put([_network(record)], [late])
-    until(lambda: "late" in world.daemon.left_out(), what="the network that is not served")
+    until(lambda: "late" in world.daemon.not_served(), what="the network that is not served")
     until(lambda: f"namespace {namespace}" in hub.wait(revision, 0.0).get(HOST, ""))
     lab.namespace_network("late")
     until(lambda: hub.wait(revision, 0.0) == {}, what="the acknowledgement")

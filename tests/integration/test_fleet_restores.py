@@ -257,22 +257,22 @@ def test_hosts_that_have_seen_a_later_incarnation_are_told_so_and_an_acceptance_
 # What hosts remember
 
 
-def test_a_guard_that_only_its_host_remembers_is_put_back_and_no_host_has_a_say_about_others(
+def test_an_override_that_only_its_host_remembers_is_put_back_and_no_host_has_a_say_about_others(
     world: FleetWorld, operator: Operator
 ) -> None:
     here, other = operator.join("remembers"), operator.join("other")
     operator("PUT", "/v1/instances/guarded", _instance("guarded", "remembers"))
     status = operator("GET", "/fleet/status")
-    guards = {InstanceId("guarded"): OperatorOverride(7, 5)}
-    hello = Hello(status["fleet"], status["incarnation"], 0, {}, guards=guards)
+    overrides = {InstanceId("guarded"): OperatorOverride(7, 5)}
+    hello = Hello(status["fleet"], status["incarnation"], 0, {}, overrides=overrides)
     other.say(world.urls[0], hello)
     liar = {InstanceId("guarded"): OperatorOverride(2**62, 5)}
-    here.say(world.urls[0], replace(hello, guards=liar))
+    here.say(world.urls[0], replace(hello, overrides=liar))
     here.say(world.urls[1], hello)
-    key = layout.guard_key(InstanceId("guarded"))
-    until(lambda: len(world.ask(lambda etcd: etcd.read(key)).kvs) == 1, what="the guard in etcd")
+    key = layout.override_key(InstanceId("guarded"))
+    until(lambda: len(world.ask(lambda etcd: etcd.read(key)).kvs) == 1, what="the override in etcd")
     (stored,) = world.ask(lambda etcd: etcd.read(key)).kvs
-    assert layout.parse_guard(stored.value) == OperatorOverride(7, 5)
+    assert layout.parse_override(stored.value) == OperatorOverride(7, 5)
     assert operator.writes(), "one host alone"
     assert "instance guarded" in operator("GET", "/fleet/status")["regained"]
     assert operator("POST", "/v1/instances/guarded/revoke-tokens")["epoch"] > 7

@@ -267,7 +267,7 @@ def test_policies_and_revocations_reach_the_hosts_that_they_are_for(hub: Hub) ->
     first = ask("POST", "/v1/instances/guarded/revoke-tokens")["epoch"]
     again = ask("POST", "/v1/instances/guarded/revoke-tokens")
     assert (again["epoch"], again["applied"]) == (first + 1, True)
-    assert b.has["guard/guarded"]["epoch"] == first + 1
+    assert b.has["override/guarded"]["epoch"] == first + 1
     hub.disconnect("b")
     away = ask("POST", "/v1/instances/guarded/revoke-tokens")
     assert away["pending"] == ["host b: not connected"]

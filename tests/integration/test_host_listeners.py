@@ -25,12 +25,12 @@ from imdsproxy.model.entities import (
     Network,
     NetworkId,
 )
-from imdsproxy.network.endpoints import Endpoint, LeftOutCode
+from imdsproxy.network.endpoints import Endpoint, NotServedCode
 from imdsproxy.network.listeners.apply import HostTable, apply_links, apply_ops, haproxy_name
 from imdsproxy.network.listeners.endpoints import plan_binds, plan_links
 from imdsproxy.network.listeners.host import SystemHost
 from imdsproxy.network.listeners.plan import ListenerPlan, plan_listeners
-from imdsproxy.network.listeners.rules import plan_arp_guard
+from imdsproxy.network.listeners.rules import plan_arp_filter
 from imdsproxy.network.operations import DeleteLink, DeleteNamespace
 from support.guest import inside
 from support.hostlab import HostLab
@@ -103,7 +103,7 @@ async def test_managed_addresses_are_put_on_the_device_and_only_ours_are_taken_a
     plan = await host.settle(_blue(listener))
 
     assert [one.device for one in plan.endpoints] == [device, device]
-    assert plan.left_out == ()
+    assert plan.not_served == ()
     # A fresh process that does not know the network knows the addresses for ours.
     seen = await host.system.observe([_blue(listener)])
     gone = plan_listeners({}, seen, lab.naming, managed=[(name, device)])
@@ -150,10 +150,10 @@ async def test_a_foreign_listener_leaves_the_family_out_and_is_named_until_it_en
     plan = await host.plan(_blue(NamespaceListener(name)))
 
     assert [one.address.version for one in plan.endpoints] == [6] * (2 - len(blocked))
-    assert [(one.family, one.code) for one in plan.left_out] == [
-        (family, LeftOutCode.PORT_BUSY) for family in blocked
+    assert [(one.family, one.code) for one in plan.not_served] == [
+        (family, NotServedCode.PORT_BUSY) for family in blocked
     ]
-    assert all(f"(pid {server.pid})" in one.reason for one in plan.left_out)
+    assert all(f"(pid {server.pid})" in one.reason for one in plan.not_served)
     assert {(one.effect, one.socket.owners[0].pid) for one in plan.foreign} == {
         (Effect.BLOCKS, server.pid)
     }
@@ -205,7 +205,7 @@ async def test_a_bind_that_is_not_listening_yet_is_noticed_all_the_same(
     with inside(name, socket.socket) as held:
         held.bind(("169.254.169.254", 80))
         plan = await host.plan(_blue(NamespaceListener(name)))
-    assert [one.code for one in plan.left_out] == [LeftOutCode.PORT_BUSY]
+    assert [one.code for one in plan.not_served] == [NotServedCode.PORT_BUSY]
 
 
 async def test_a_neighbour_is_known_by_its_address_on_one_device_or_on_all(
@@ -292,7 +292,7 @@ async def test_a_guest_of_a_bridge_outside_of_every_subnet_that_we_know_reaches_
     plan = await host.settle(*_networks(blue=bridge), everything=True)
     name, device = lab.own_namespace("blue"), lab.naming.inner_device
     assert [one.namespace and one.namespace.name for one in plan.endpoints] == [name, name]
-    assert plan.left_out == ()
+    assert plan.not_served == ()
     lab.serve(name, "169.254.169.254", device=device, reuse_port=True, word="hello")
     assert lab.ask(stray, "169.254.169.254") == "hello 192.0.2.77"
 
@@ -437,21 +437,21 @@ def _is_answered(lab: HostLab, guest: str) -> bool:
 def test_only_the_device_of_an_interface_listener_answers(lab: HostLab, guests: list[str]) -> None:
     host = within(lab.name("host"))
 
-    def guard(*devices: str) -> None:
+    def filter_arp(*devices: str) -> None:
         """As a fresh process does."""
         networks = [Network(NetworkId(one), InterfaceListener(one)) for one in devices]
 
         def apply() -> None:
             with contextlib.closing(NamespaceThread(NamespaceDirectory())) as thread:
                 table = HostTable(thread, "imdst", ARP, "", "")
-                assert asyncio.run(table.apply(plan_arp_guard(networks))) == ()
+                assert asyncio.run(table.apply(plan_arp_filter(networks))) == ()
 
         inside(lab.name("host"), apply)
 
     assert [_is_answered(lab, guest) for guest in guests] == [True, True]
-    guard("tap0")
+    filter_arp("tap0")
     assert [_is_answered(lab, guest) for guest in guests] == [True, False]
     # A process that needs no rule removes what an earlier one left.
-    guard()
+    filter_arp()
     assert [_is_answered(lab, guest) for guest in guests] == [True, True]
     assert lab.run(*host, "nft", "list", "tables") == ""

@@ -41,9 +41,9 @@ class _Watched:
     events: asyncio.Queue[tuple[str, Collection[NetworkId] | None]]
     running: asyncio.Task[None]
 
-    async def expect(self, *left_out: NetworkId) -> None:
+    async def expect(self, *not_served: NetworkId) -> None:
         self.host.seen = await self.host.observe(self.networks.values())
-        self.watch.expect(self.networks, left_out)
+        self.watch.expect(self.networks, not_served)
 
     async def quiet(self) -> None:
         """Take what is reported until nothing has been for a while."""

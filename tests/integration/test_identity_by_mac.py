@@ -131,14 +131,14 @@ def test_an_address_that_leaves_its_guest_is_forgotten_by_an_event(world: World)
 
 
 @pytest.mark.parametrize("to", [IPV4, IPV6])
-def test_a_connection_that_the_filter_has_not_seen_begin_is_answered_after_its_network_is_let_go(
+def test_a_connection_that_the_filter_has_not_seen_begin_is_answered_after_its_network_is_release_networks(
     world: World, to: str
 ) -> None:
     guest = world.lab.guest("red", 105)
     world.daemon.put(instances=[by_mac(guest, "bare")])
     try:
         with guest.connect(to=to) as connection:
-            world.daemon.admin.request("POST", "/v1/let-go", body={"networks": ["red"]})
+            world.daemon.admin.request("POST", "/v1/release", body={"networks": ["red"]})
             reply = connection.request(_TARGET)
             assert (reply.status, reply.body) == (200, user_data_of("bare"))
     finally:

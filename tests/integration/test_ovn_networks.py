@@ -106,7 +106,7 @@ def test_a_network_whose_mtu_is_too_small_for_ipv6_is_served_over_ipv4(world: Ov
     assert addresses(network) == {"10.0.0.2/24", f"{IPV4}/32"}
     status = world.daemon.status()
     assert status["readiness"]["ready"]
-    assert status["left_out"] == status["problems"] == []
+    assert status["not_served"] == status["problems"] == []
 
 
 def test_a_metadata_port_that_is_given_another_address_has_it_and_not_the_old_one(

@@ -353,7 +353,7 @@ def test_a_host_that_is_a_cloud_s_guest_keeps_its_own_metadata(
         host.nat_network("virbr0")
         added = daemon.command("network", "add", "nat", "--interface", "virbr0")
         assert (added.status, "of its own" in added.out) == (75, True)
-        left = daemon.left_out()["nat"]
+        left = daemon.not_served()["nat"]
         assert (left["code"], "--bridge virbr0" in left["hint"]) == ("host-metadata", True)
         assert _ask(host.lab.host) == _CLOUD
         _told(daemon, "network", "set", "nat", "--bridge", "virbr0")

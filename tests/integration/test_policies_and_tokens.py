@@ -250,10 +250,10 @@ def test_no_token_is_good_any_more_once_its_instance_was_removed_though_the_id_c
     assert _read(world.red, _HOSTNAME, take_token(world.red)) == 200
 
 
-def test_a_damaged_guard_file_stops_the_start_and_guests_are_served_on(world: World) -> None:
+def test_a_damaged_override_file_stops_the_start_and_guests_are_served_on(world: World) -> None:
     old = take_token(world.red)
     _do(world, "token", "revoke", "red-5")
-    path = world.daemon.state / "guards.json"
+    path = world.daemon.state / "overrides.json"
     assert path.stat().st_mode & 0o777 == 0o600
     world.daemon.kill_controller()
     try:

@@ -30,7 +30,7 @@ from imdsproxy.haproxy.rules.request_log import (
     read_audit,
 )
 from imdsproxy.model.policy import Policy, TokenMode
-from imdsproxy.model.wire import HEADER_LOGGED, HEADER_OPERATOR, ONE_IN
+from imdsproxy.model.wire import HEADER_AUDITED, HEADER_OPERATOR, ONE_IN
 from support.access_table import META, TOKEN, USER_DATA
 from support.guest import Lost, with_token
 from support.haproxy_alone import KEY, WAYS, Alone, open_alone
@@ -91,7 +91,7 @@ def test_a_line_has_who_asked_what_and_what_became_of_it(alone: Alone, way: str)
     agent = f"Cloud-Init/24.1 {way}"
     reply = alone.ask(f"{USER_DATA}?a=b", way=way, headers=(f"User-Agent: {agent}",), kept=False)
     # What the resolver sends on has its line here, and no second one where it came from.
-    assert reply.headers.get(HEADER_LOGGED) == ("yes" if way == "found" else None)
+    assert reply.headers.get(HEADER_AUDITED) == ("yes" if way == "found" else None)
     line = _line(alone, agent)
     assert begun - 1 <= line.pop("time") <= time.time() + 1
     assert line.pop("number") > 0

@@ -45,7 +45,7 @@ def _reload(world: World, *flags: str) -> Command:
     return world.daemon.command("reload", "--socket", socket, *flags)
 
 
-def _hang_up(world: World) -> None:
+def _send_sighup(world: World) -> None:
     assert world.daemon.process is not None
     before = len(world.daemon.log_entries())
     world.daemon.process.send_signal(signal.SIGHUP)
@@ -91,7 +91,7 @@ def test_settings_that_were_cut_short_emptied_or_removed_are_refused_and_those_b
         file.write_text("# nothing\n")
         if how == "removed":
             file.unlink()
-    _hang_up(world)
+    _send_sighup(world)
     _is_refused(world)
 
 
@@ -110,10 +110,10 @@ def test_policies_are_dropped_where_the_operator_allows_it_and_the_alarm_ends(wo
 def test_a_reload_that_finds_the_file_broken_is_in_status_until_one_succeeds(world: World) -> None:
     text = world.daemon.config.read_text()
     world.daemon.config.write_text(f"{text}haproxy: [\n")
-    _hang_up(world)
+    _send_sighup(world)
     assert any("not YAML" in line for line in world.daemon.status()["readiness"]["degraded"])
     world.daemon.config.write_text(text)
-    _hang_up(world)
+    _send_sighup(world)
     assert world.daemon.status()["readiness"]["degraded"] == []
 
 

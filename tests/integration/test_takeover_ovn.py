@@ -76,7 +76,7 @@ def _forged_agent(machine: Machine) -> Iterator[int]:
 
 def _shows_beside(world: AgentWorld, proxies: list[int]) -> bool:
     """Whether `status` has imdsproxy's listeners, and each of the agent's HAProxies beside them."""
-    seen = world.daemon.status()["left_out"]
+    seen = world.daemon.status()["not_served"]
     shown = {f"haproxy (pid {pid})" for pid in proxies}
     named = {one for one in shown if any(one in each["reason"] for each in seen)}
     return named == shown and {one["code"] for one in seen} == {"foreign-listener"}

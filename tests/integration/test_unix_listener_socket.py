@@ -63,7 +63,7 @@ def _served(world: AgentWorld) -> None:
     until(lambda: world.metric("imdsproxy_unix_listener_serving") == 1, within_s=_WITHIN_S)
 
 
-def _left_out(world: AgentWorld, what: str) -> None:
+def _not_served(world: AgentWorld, what: str) -> None:
     until(lambda: what in world.problem(), within_s=_WITHIN_S, what=f"the problem {what}")
     assert world.report()["serving"] is False
     until(lambda: not world.daemon.status()["readiness"]["ready"], within_s=_WITHIN_S)
@@ -207,7 +207,7 @@ def test_a_process_that_has_bound_the_path_keeps_it_until_it_ends(
             world.take_over()
         elif when == "no controller runs":
             world.daemon.start(ready=False)
-        _left_out(world, f"pid {agent.pid}")
+        _not_served(world, f"pid {agent.pid}")
         assert world.socket.ask().body == b"foreign"
         if when == "it is off":
             with _others_served(world):
@@ -273,14 +273,14 @@ def test_a_setting_that_this_host_cannot_follow_disables_this_listener_only(
     world.daemon.configure(world.choose(**fields))
     done = world.daemon.command("reload")
     assert done.status == 0, done.err
-    _left_out(world, reason)
+    _not_served(world, reason)
     assert not world.path.exists()
     with _others_served(world):
         assert reason in world.problem()
     # Nor does it keep a daemon from starting.
     world.daemon.stop()
     world.daemon.start(ready=False)
-    _left_out(world, reason)
+    _not_served(world, reason)
     world.take_over()
     world.wait_serving()
     assert precious.read_text() == "precious"

@@ -11,7 +11,7 @@ from imdsproxy.sources.fleet.known import FleetKnown, Position
 
 _NUMBERS = st.integers(-1, 9) | st.just(2.5)
 _WORDS = st.sampled_from(
-    ["", "a", "instance/a", "network/n", "guard/a", "keys/a", "password/a", "policy/fleet"]
+    ["", "a", "instance/a", "network/n", "override/a", "keys/a", "password/a", "policy/fleet"]
 )
 _KNOWN_KEYS = st.sampled_from(
     [

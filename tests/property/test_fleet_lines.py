@@ -30,7 +30,8 @@ _JSON = st.recursive(
     max_leaves=6,
 )
 _ITEMS = st.dictionaries(
-    _TEXTS | st.sampled_from(["network/n", "policy/host/h", "keys/", "instance/a\n", "guard/../x"]),
+    _TEXTS
+    | st.sampled_from(["network/n", "policy/host/h", "keys/", "instance/a\n", "override/../x"]),
     _JSON,
     max_size=3,
 )

@@ -82,7 +82,7 @@ _GOOD: dict[str, bytes] = {
         StoredNetwork({"id": "blue", "listener": {"bridge": "blue"}}, "r")
     ),
     layout.password_key(WEB): render_password(StoredPassword(b"1\0sealed", "r")),
-    layout.guard_key(WEB): layout.render_guard(OperatorOverride(3, 9)),
+    layout.override_key(WEB): layout.render_override(OperatorOverride(3, 9)),
     f"{layout.POLICIES}fleet": codec.encode({"tokens": "required"}),
     f"{layout.POLICIES}project/p": codec.encode({}),
     host_key(A): render_host(StoredHost(HostState.ENROLLED, ("1",), None, 0, "0f")),
@@ -215,7 +215,7 @@ class _Looks:
             state.count_records(prefix)
 
     def _of_hosts(self) -> None:
-        have = {f"{kind}/web": 2 for kind in ("instance", "guard", "keys")} | {"network/blue": 2}
+        have = {f"{kind}/web": 2 for kind in ("instance", "override", "keys")} | {"network/blue": 2}
         for hello in (Hello(), Hello(self.state.meta.fleet, 0, 0, have), Hello("f", 2, 1, have)):
             found = self.state.compare(A, hello)
             if isinstance(found, Bye):
@@ -237,7 +237,7 @@ class _Looks:
         plans: tuple[Callable[[], object], ...] = (
             lambda: plan_writes.plan_removal(view, WEB, terms),
             lambda: plan_writes.plan_network_removal(view, BLUE, terms, ()),
-            lambda: plan_writes.plan_guard(view, WEB, lambda old: old, terms),
+            lambda: plan_writes.plan_override(view, WEB, lambda old: old, terms),
             lambda: plan_writes.plan_policy(view, "fleet", lambda _: {}, terms),
             lambda: plan_writes.plan_hosts(view, WEB, lambda _: (A,), terms),
             lambda: plan_writes.plan_grant(view, "p", lambda _: NO_GRANT, terms),

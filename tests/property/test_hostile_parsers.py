@@ -202,7 +202,7 @@ def test_token_keys_are_read_or_refused_without_a_word_of_them(text: str) -> Non
     assert not any(line in said for line in text.split() if len(line) > 8)
 
 
-_GUARDS: Final = st.one_of(
+_OVERRIDES: Final = st.one_of(
     _trees("format instances a").map(lambda tree: json.dumps(tree, default=str)),
     st.dictionaries(st.text(max_size=4), _trees("a")).map(
         lambda told: json.dumps({"format": 1, "instances": told}, default=str)
@@ -211,7 +211,7 @@ _GUARDS: Final = st.one_of(
 
 
 @_FIXED
-@given(text=_broken(_GUARDS))
+@given(text=_broken(_OVERRIDES))
 @example(text="[" * 100_000)
 @example(text='{"format": 1, "instances": {"a": [' + "9" * 5_000 + ", 0]}}")
 @example(text='{"format": 1, "instances": {"a": [1e999, 0]}}')
@@ -219,7 +219,7 @@ _GUARDS: Final = st.one_of(
 @example(text='{"format": 1, "instances": {"a": 1}}')
 @example(text='{"format": 1, "instances": null}')
 @example(text="null")
-def test_guards_are_read_or_refused_as_damaged(text: str) -> None:
+def test_overrides_are_read_or_refused_as_damaged(text: str) -> None:
     def read(path: Path) -> None:
         with contextlib.suppress(HostRefused):
             overrides, departed = read_overrides(path)

@@ -59,7 +59,7 @@ from imdsproxy.model.observation import Observation
 from imdsproxy.model.tokens import render_key_map
 from imdsproxy.model.wire import MapRecord
 from imdsproxy.network.anti_spoofing.claims import ForgedClaims
-from imdsproxy.network.endpoints import Endpoint, LeftOut, LeftOutCode
+from imdsproxy.network.endpoints import Endpoint, NotServed, NotServedCode
 from imdsproxy.network.listeners.plan import ListenerPlan
 from imdsproxy.reconcile.reconciler import Tickets
 from imdsproxy.sources.sqlite.source import SqliteSource
@@ -86,7 +86,7 @@ class Listeners:
     """A listener loop whose rounds end at once: all networks are served but those that a test leaves out."""
 
     inventory: Inventory
-    left_out: dict[str, LeftOut] = field(default_factory=dict)
+    not_served: dict[str, NotServed] = field(default_factory=dict)
     tickets: Tickets = field(default_factory=Tickets)
     seen: ObservedHost = field(default_factory=ObservedHost)
     now: ObservedHost = field(default_factory=ObservedHost)
@@ -98,14 +98,14 @@ class Listeners:
 
     @property
     def report(self) -> ListenerPlan:
-        served = self.inventory.networks.keys() - self.left_out.keys()
+        served = self.inventory.networks.keys() - self.not_served.keys()
         ref = NamespaceRef("x", 1)
         return ListenerPlan(
             tuple(Endpoint(one, METADATA_IPV4, 80, None, ref) for one in sorted(served))
         )
 
-    def degraded(self) -> tuple[LeftOut, ...]:
-        return tuple(self.left_out.values())
+    def degraded(self) -> tuple[NotServed, ...]:
+        return tuple(self.not_served.values())
 
     @property
     def host(self) -> Listeners:
@@ -172,9 +172,13 @@ class AdminServer:
         return self.client.get(f"/v1/instances/{name}")["record"]
 
     def leave_out(
-        self, network: str, reason: str, hint: str = "", code: LeftOutCode = LeftOutCode.PORT_BUSY
+        self,
+        network: str,
+        reason: str,
+        hint: str = "",
+        code: NotServedCode = NotServedCode.PORT_BUSY,
     ) -> None:
-        self.listeners.left_out[network] = LeftOut(NetworkId(network), None, code, reason, hint)
+        self.listeners.not_served[network] = NotServed(NetworkId(network), None, code, reason, hint)
 
     def answer(self, target: str, body: bytes, *headers: tuple[bytes, bytes]) -> None:
         self.answers[target] = Answer(200, headers, body)
@@ -212,7 +216,7 @@ class AdminServer:
         real = {name: getattr(controller, name) for name in ("inventory", "records", "sources")}
         one = fake_controller(**HEALTHY, **real)
         one.listeners.degraded = self.listeners.degraded
-        one.listeners.serving = len(self.networks) - len(self.listeners.left_out)
+        one.listeners.serving = len(self.networks) - len(self.listeners.not_served)
         return replace(await report_status(one), **self.status)
 
     async def reload(self, _controller: object, *, allow_dropped: bool) -> SettingsReload:

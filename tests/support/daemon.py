@@ -319,10 +319,10 @@ class Daemon:
             document_workers=tuple(documents[1:]),
         )
 
-    def left_out(self) -> dict[str, Shape]:
+    def not_served(self) -> dict[str, Shape]:
         """What is reported of listeners, by network; the first entry of each."""
         found: dict[str, Shape] = {}
-        for one in self.status()["left_out"]:
+        for one in self.status()["not_served"]:
             found.setdefault(one["network"], one)
         return found
 

@@ -17,11 +17,11 @@ from imdsproxy.host.state import Effect
 from imdsproxy.model.entities import NetworkId
 from imdsproxy.model.identity import Denial
 from imdsproxy.model.inventory import Report
-from imdsproxy.network.endpoints import LeftOut, LeftOutCode
+from imdsproxy.network.endpoints import NotServed, NotServedCode
 from imdsproxy.nova.upstream import NovaEndpointReport
 from imdsproxy.reconcile.progress import Durations, Step
 
-_BUSY = LeftOut(NetworkId("red"), None, LeftOutCode.PORT_BUSY, "nginx has port 80", "stop it")
+_BUSY = NotServed(NetworkId("red"), None, NotServedCode.PORT_BUSY, "nginx has port 80", "stop it")
 
 
 def row(network: str, requests: int, denied: int = 0, errors: int = 0) -> dict[str, str]:
@@ -123,13 +123,13 @@ def _usual() -> dict[str, object]:
         "sources.fleet.certificate_end": 1_800_000_000.0,
         "sources.fleet.serves_for_s": 3600.0,
         "policy_store.keys.failure": None,
-        "policy_store.for_nobody": lambda _: ("policy.networks.bleu",),
+        "policy_store.find_unmatched": lambda _: ("policy.networks.bleu",),
         "counting.recalled": True,
         "counting.problem": None,
         "counting.ledger.read": {"blue": 8, "red": 1},
         "counting.ledger.refused": {"blue": 2},
         "audit.written": 40,
-        "audit.left_out": 4,
+        "audit.lost": 4,
         "audit.problem": Problem("audit.destination", "/x: disk full"),
         "audit.settings": lambda: _tree({"one_in": 1, "mode": "all", "destination": "/x"}),
         "ovn": None,
@@ -167,7 +167,7 @@ HEALTHY: Mapping[str, object] = {
     "mac_filters.refused": (),
     "audit.problem": None,
     "audit.settings": lambda: _tree({"one_in": 0}),
-    "policy_store.for_nobody": lambda _: (),
+    "policy_store.find_unmatched": lambda _: (),
 }
 """Without problems, and with no more than every controller has."""
 

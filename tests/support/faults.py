@@ -174,7 +174,7 @@ def _no_reader_of_the_audit_log(host: Monitored) -> Iterator[None]:
             where = within(host.world.guests["grey"].namespace)
             subprocess.run((*where, *words), check=True, capture_output=True)
         audit = host.daemon.status()["audit"]
-        return bool(audit["left_out"])
+        return bool(audit["lost"])
 
     until(lost, within_s=30, what="lines that are lost")
     yield

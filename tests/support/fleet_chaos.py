@@ -29,7 +29,7 @@ from imdsproxy.errors import (
     SourceUnavailable,
 )
 from imdsproxy.fleet.identity import parse_invitation
-from imdsproxy.fleet.layout import guard_key, parse_guard
+from imdsproxy.fleet.layout import override_key, parse_override
 from imdsproxy.model.entities import InstanceId
 from support.fleet_faults import FAULTS
 from support.fleet_history import Answer, History, Outcome, Write
@@ -280,9 +280,9 @@ class Chaos:
             for spare in self.revoked:
                 if spare.is_admitted(hub.url):
                     self.complain(f"{when} {hub.name} admits {spare.name}, which was revoked")
-        key = guard_key(InstanceId(_WATCHED))
+        key = override_key(InstanceId(_WATCHED))
         found = self.world.ask(lambda etcd: etcd.read(key)).kvs
-        epoch = parse_guard(found[0].value).epoch if found else 0
+        epoch = parse_override(found[0].value).epoch if found else 0
         # Before the acceptance the hubs have just begun to put it back.
         if epoch < self.epoch and "acceptance" in when:
             self.complain(f"{when} the epoch is {epoch}, and it was {self.epoch}")

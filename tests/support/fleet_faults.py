@@ -263,7 +263,7 @@ def _damaged(chaos: Chaos) -> Iterator[None]:
     everything = (
         *(layout.META, layout.BEAT, layout.SUSPECT, layout.ENVELOPE, layout.TOKEN_KEYS),
         *(instance_key(InstanceId(name)) for name in chaos.instances),
-        *(layout.guard_key(InstanceId(name)) for name in chaos.instances),
+        *(layout.override_key(InstanceId(name)) for name in chaos.instances),
         *(layout.password_key(InstanceId(name)) for name in chaos.instances),
         *(layout.network_key(NetworkId(name)) for name in chaos.networks),
         *(f"{layout.POLICIES}fleet", f"{layout.POLICIES}host/{host.name}", layout.grant_key("p")),

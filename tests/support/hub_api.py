@@ -209,7 +209,7 @@ def open_hub(lab: EtcdLab, name: str = "hub-1") -> Iterator[Hub]:
         restores = Restores(etcd, state, name, journal, clock)
         random = Random(7)  # noqa: S311
         replica = Replica(etcd, state, streams, name, "https://hub", clock, random, restores)
-        streams.suspect, streams.raise_guards = restores.suspect, restores.raise_guards
+        streams.suspect, streams.raise_overrides = restores.suspect, restores.raise_overrides
         writes = Writes(etcd, state, ENVELOPE, clock, keep=journal.keep)
         peers = Peers(state, name, clock)
         operations = Operations(

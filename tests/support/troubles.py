@@ -243,15 +243,15 @@ TROUBLES: Final[Mapping[str, Trouble]] = {
         "failed",
         by_hand="systemctl stop other",
     ),
-    "it does not start: `guards.json` is damaged": Trouble(
+    "it does not start: `overrides.json` is damaged": Trouble(
         """
-        cp --preserve /var/lib/imdsproxy/guards.json /root 2>/dev/null || true
+        cp --preserve /var/lib/imdsproxy/overrides.json /root 2>/dev/null || true
         systemctl stop imdsproxy
-        echo '{' >/var/lib/imdsproxy/guards.json
+        echo '{' >/var/lib/imdsproxy/overrides.json
         """,
         "fails systemctl start imdsproxy",
         "failed",
-        by_hand="rm /var/lib/imdsproxy/guards.json; mv /root/guards.json /var/lib/imdsproxy 2>/dev/null || true",
+        by_hand="rm /var/lib/imdsproxy/overrides.json; mv /root/overrides.json /var/lib/imdsproxy 2>/dev/null || true",
     ),
     "`admin.sock is not open to this account`": Trouble(
         "useradd alice",

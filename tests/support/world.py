@@ -117,9 +117,9 @@ class World:
         serving = len(self.networks)
         until(lambda: self.daemon.status()["serving"] == serving, what="all networks' service")
         try:
-            until(lambda: not self.daemon.left_out(), what="no left-out listener")
+            until(lambda: not self.daemon.not_served(), what="no left-out listener")
         except AssertionError as error:
-            error.add_note(f"not served: {self.daemon.left_out()}")
+            error.add_note(f"not served: {self.daemon.not_served()}")
             error.add_note(self.daemon.log.read_text()[-4000:])
             raise
         until(self.daemon.resolver_up, what="the resolver's return")

@@ -8,7 +8,7 @@ from imdsproxy.network import endpoints
 
 
 @dataclass(frozen=True, slots=True)
-class LeftOut:
+class NotServed:
     """A network that is configured and not served now.
 
     Attributes:
@@ -23,7 +23,7 @@ class LeftOut:
     hint: str = ""
 
     @classmethod
-    def of(cls, one: endpoints.LeftOut) -> Self:
+    def of(cls, one: endpoints.NotServed) -> Self:
         """Convert the core's value."""
         family = "" if one.family is None else f"IPv{one.family.value}: "
         return cls(one.network, one.code.value, f"{family}{one.reason}", one.hint)

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, create_model
 from starlette.requests import Request
 from starlette.responses import JSONResponse, StreamingResponse
 
-from imdsproxy.api.answers import LeftOut
+from imdsproxy.api.answers import NotServed
 from imdsproxy.errors import Problem, RequestRefused
 from imdsproxy.model import matching, records
 from imdsproxy.model.addresses import normalise_address
@@ -127,7 +127,7 @@ class NetworkView(_Record):
     source: str
     instances: int
     serving: bool
-    left_out: LeftOut | None
+    not_served: NotServed | None
 
 
 class InstanceView(_Record):

@@ -21,7 +21,7 @@ from imdsproxy.model.inventory import Inventory
 from imdsproxy.model.observation import AddressKey, Claimant, Expired, SourceName
 from imdsproxy.model.path_rules import PathRules
 from imdsproxy.model.policy_report import Decided, PolicyInForce, decide_read, report_policy
-from imdsproxy.model.wire import HEADER_LOGGED, MISMATCH_TEXT, NovaRecord, hide_signatures
+from imdsproxy.model.wire import HEADER_AUDITED, MISMATCH_TEXT, NovaRecord, hide_signatures
 from imdsproxy.network.anti_spoofing.plan import ANY_MAC, plan_pair
 from imdsproxy.network.listeners.endpoints import networks_of
 from imdsproxy.network.listeners.loop import ListenerLoop
@@ -55,7 +55,7 @@ class PairReport:
 
 
 @dataclass(frozen=True, slots=True)
-class CardReport:
+class NicReport:
     """A NIC of the record.
 
     Attributes:
@@ -105,7 +105,7 @@ class Explanation:
             answer.
         policy: Settings that apply to the guest's requests, by name (dialects, endpoint, hold).
         pair: The address and its MAC; `None` if the network does not check MACs.
-        cards: The record's NICs, if an instance was found.
+        nics: The record's NICs, if an instance was found.
         rules: The guest's read permissions and the scopes that set them, if an instance was found.
         decision: The policy's decision, if a path was given and an instance was found.
         probe: The result of the GET, if a probe was requested.
@@ -126,7 +126,7 @@ class Explanation:
     claimants: tuple[Claimant, ...] = ()
     policy: Mapping[str, str] = field(default_factory=dict)
     pair: PairReport | None = None
-    cards: tuple[CardReport, ...] = ()
+    nics: tuple[NicReport, ...] = ()
     rules: PolicyInForce | None = None
     decision: PathDecision | None = None
     probe: Probe | None = None
@@ -214,7 +214,7 @@ async def get_document(
     request = GuestRequest(key, "GET", path.encode("utf-8"), by_operator=True)
     await controller.forward(outcome, request, answer.take)
     sent = ([name.decode("latin-1"), value.decode("latin-1")] for name, value in answer.headers)
-    headers = [header for header in sent if header[0] != HEADER_LOGGED]
+    headers = [header for header in sent if header[0] != HEADER_AUDITED]
     body = DocumentBody.of(bytes(answer.body))
     return DocumentView(status=answer.status, headers=headers, body=body)
 
@@ -270,7 +270,7 @@ async def explain(
     if probe:
         asked = path or _common_path(inventory, found.instance)
         found.probe = Probe(asked, (await get_document(controller, key, asked)).status)
-    found.cards = await _cards(lookup, found.instance)
+    found.nics = await _nics(lookup, found.instance)
     found.installed = await _installed(controller, key)
     return found
 
@@ -438,14 +438,14 @@ async def _explain_pair(lookup: Lookup, key: AddressKey, found: Explanation) -> 
     return PairReport(seen, wanted, granted, filtered)
 
 
-async def _cards(lookup: Lookup, instance: entities.InstanceId | None) -> tuple[CardReport, ...]:
-    known, cards = instance and lookup.inventory.instances.get(instance), []
+async def _nics(lookup: Lookup, instance: entities.InstanceId | None) -> tuple[NicReport, ...]:
+    known, nics = instance and lookup.inventory.instances.get(instance), []
     for port in known.ports if known else ():
         if port.mac is not None:
             met = [await lookup.neighbour((port.network, one)) for one in port.addresses]
             seen = tuple(dict.fromkeys(mac for mac in met if mac is not None))
-            cards.append(CardReport(port.network, port.mac, seen))
-    return tuple(cards)
+            nics.append(NicReport(port.network, port.mac, seen))
+    return tuple(nics)
 
 
 async def _installed(controller: Controller, key: AddressKey) -> str | None:

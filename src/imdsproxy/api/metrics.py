@@ -136,7 +136,7 @@ class Metrics(Exposed, prefix="imdsproxy_"):
         """Networks that are served as configured."""
         return self.one.listeners.serving
 
-    def networks_left_out(self) -> Annotated[By, "gauge", "code"]:
+    def networks_not_served(self) -> Annotated[By, "gauge", "code"]:
         """Configured networks that are not served now, by the code of the reason."""
         degraded = {(one.network, one.code.value) for one in self.one.listeners.degraded()}
         return Counter(code for _, code in degraded)
@@ -290,10 +290,10 @@ class Metrics(Exposed, prefix="imdsproxy_"):
         """Addresses that the MAC filter lets through to HAProxy's maps with one MAC only, or with any."""
         return status.report_macs(self.one).pairs
 
-    def gates(self) -> Annotated[By, "gauge", "state"]:
+    def mac_filters(self) -> Annotated[By, "gauge", "state"]:
         """Networks with a MAC filter: open, or refused if the kernel should check MACs and cannot."""
         macs = status.report_macs(self.one)
-        return {"open": macs.gates, "refused": macs.refused}
+        return {"open": macs.mac_filters, "refused": macs.refused}
 
     def unix_listener_serving(self) -> Gauge:
         """1 while HAProxy's socket is at unix_listener.path; no series if the unix listener is disabled."""
@@ -321,9 +321,9 @@ class Metrics(Exposed, prefix="imdsproxy_"):
         """Lines written to the audit log."""
         return self.one.audit.written
 
-    def audit_left_out(self) -> Count:
+    def audit_lines_lost(self) -> Count:
         """Requests without a line in the audit log, because HAProxy's ring or the journal had no room."""
-        return self.one.audit.left_out
+        return self.one.audit.lost
 
     def audit_failing(self) -> Gauge:
         """1 while the audit log cannot be written; `imdsproxy status` has the reason. Guests are served."""

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mappi
 from dataclasses import replace
 from typing import Any, TypeAlias, TypeVar, cast
 
-from imdsproxy.api.answers import LeftOut, Written
+from imdsproxy.api.answers import NotServed, Written
 from imdsproxy.api.bodies import choose_named
 from imdsproxy.controller.controller import UNCONFIRMED, Controller
 from imdsproxy.controller.in_force import find_unserved, wait_confirmed
@@ -77,14 +77,16 @@ def report_network(controller: Controller, network: NetworkId) -> Report:
 def _describe_networks(controller: Controller, networks: Sequence[Network]) -> list[Report]:
     inventory = controller.inventory
     # The first of several reasons wins.
-    left_out = {one.network: LeftOut.of(one) for one in reversed(controller.listeners.degraded())}
+    not_served = {
+        one.network: NotServed.of(one) for one in reversed(controller.listeners.degraded())
+    }
     return [
         {
             "record": network,
             "source": ", ".join(inventory.sources_of_network(network.id)),
             "instances": len(inventory.instances_in(network.id)),
-            "serving": network.id not in left_out,
-            "left_out": left_out.get(network.id),
+            "serving": network.id not in not_served,
+            "not_served": not_served.get(network.id),
         }
         for network in networks
     ]
@@ -222,10 +224,10 @@ async def put_records(
     coming = {one.id for one in networks}
     for network in networks:
         _refuse_foreign(controller, "network", network.id, create=create)
-    strangers: list[Problem] = []
+    unknown: list[Problem] = []
     async for place, instance in _enumerated(instances):
         _refuse_foreign(controller, "instance", instance.id, create=create)
-        strangers += [
+        unknown += [
             Problem(
                 f"{prefix.format('instances', place)}ports[{number}].network",
                 f"there is no network {port.network}",
@@ -234,8 +236,8 @@ async def put_records(
             for number, port in enumerate(instance.ports)
             if port.network not in coming and not controller.inventory.knows(port.network)
         ]
-    if strangers:
-        raise SourceRefused("a port is in a network that does not exist", problems=strangers)
+    if unknown:
+        raise SourceRefused("a port is in a network that does not exist", problems=unknown)
     async with controller.claiming if networks else contextlib.nullcontext():
         await _refuse_shared(controller, networks, prefix)
         await store.put(networks, instances, bulk=bulk)

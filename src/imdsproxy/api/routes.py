@@ -77,7 +77,7 @@ class ReloadBody(_Order):
     )
 
 
-class LetGoBody(_Order):
+class ReleaseBody(_Order):
     """Networks in which another process shall listen."""
 
     networks: list[str]
@@ -193,11 +193,11 @@ async def reload(controller: _Uses, body: ReloadBody | None = None) -> SettingsR
     return await reload_settings(controller, allow_dropped=body is not None and body.allow_dropped)
 
 
-@router.post("/let-go")
-async def let_go(body: LetGoBody, controller: _Uses) -> LetGoBody:
+@router.post("/release")
+async def release_networks(body: ReleaseBody, controller: _Uses) -> ReleaseBody:
     """Stop listening in these networks until the controller restarts; open connections are answered."""
     found = [records.find_network(controller.inventory, one) for one in body.networks]
-    await controller.listeners.let_go(found)
+    await controller.listeners.release_networks(found)
     return body
 
 
@@ -210,13 +210,13 @@ async def stop(body: StopBody, controller: _Uses) -> Stopping:
 
 
 @router.post("/instances/{instance}/revoke-tokens")
-async def revoke_tokens(instance: _Instance, controller: _Uses) -> tokens.GuardChange:
+async def revoke_tokens(instance: _Instance, controller: _Uses) -> tokens.OverrideChange:
     """Revoke the instance's tokens; tokens issued later are valid."""
     return await tokens.revoke_tokens(controller, instance)
 
 
 @router.post("/instances/{instance}/reopen")
-async def reopen_instance(instance: _Instance, controller: _Uses) -> tokens.GuardChange:
+async def reopen_instance(instance: _Instance, controller: _Uses) -> tokens.OverrideChange:
     """Begin the instance's boot again: access that ends with the boot is open until the new boot is over."""
     return await tokens.reopen_boot(controller, instance)
 

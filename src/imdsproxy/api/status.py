@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from imdsproxy import __version__
-from imdsproxy.api.answers import LeftOut, Readiness
+from imdsproxy.api.answers import NotServed, Readiness
 from imdsproxy.controller.controller import Controller
 from imdsproxy.documents.dialects.ec2 import list_warnings
 from imdsproxy.errors import DataplaneError, Problem
@@ -112,7 +112,7 @@ class MacsReport:
     """Guests' MACs and the filters that check them.
 
     Attributes:
-        gates: Networks with a MAC filter.
+        mac_filters: Networks with a MAC filter.
         refused: Networks that should have a MAC filter and cannot: guests with a MAC in their records get no answer.
         pairs: Addresses that a MAC filter lets through with one MAC, or with any.
         learned: Addresses under which guests are known by their MAC alone.
@@ -123,7 +123,7 @@ class MacsReport:
         claimed: Addresses claimed in the last ten minutes, and the MACs that claimed them; the first twenty.
     """
 
-    gates: int = 0
+    mac_filters: int = 0
     refused: int = 0
     pairs: int = 0
     learned: int = 0
@@ -139,14 +139,14 @@ class AuditReport:
     Attributes:
         mode: `sampled` or `all`.
         written: Lines since the controller started.
-        left_out: Requests without a line since then, because HAProxy's ring or the journal had no room.
+        lost: Requests without a line since then, because HAProxy's ring or the journal had no room.
         problem: Reason if no lines are written now.
     """
 
     mode: str
     destination: str
     written: int = 0
-    left_out: int = 0
+    lost: int = 0
     problem: str = ""
 
 
@@ -189,8 +189,8 @@ class StatusReport:
         unix_listener: `None` if the unix listener is disabled.
         warnings: Names in records that documents change or lack; twenty at most, then how many more.
         foreign: Other programs that listen at a network's address and get no request; twenty at most, then how many
-            more. Programs that get requests are in `left_out`.
-        policy_for_nobody: Policy settings for a network, project or instance that no source reports.
+            more. Programs that get requests are in `not_served`.
+        unmatched_policies: Policy settings for a network, project or instance that no source reports.
         busiest: Instances that are limited now, then the busiest others; ten at most.
         audit: `None` if there is no audit log.
         fleet: `None` if this host belongs to no fleet.
@@ -206,7 +206,7 @@ class StatusReport:
     serving: int
     instances: int
     addresses: int
-    left_out: tuple[LeftOut, ...] = ()
+    not_served: tuple[NotServed, ...] = ()
     sources: tuple[SourceReport, ...] = ()
     conflicts: tuple[Conflict, ...] = ()
     problems: tuple[Problem, ...] = ()
@@ -218,7 +218,7 @@ class StatusReport:
     macs: MacsReport = field(default_factory=MacsReport)
     warnings: tuple[str, ...] = ()
     foreign: tuple[str, ...] = ()
-    policy_for_nobody: tuple[str, ...] = ()
+    unmatched_policies: tuple[str, ...] = ()
     busiest: tuple[limits.Asker, ...] = ()
     audit: AuditReport | None = None
     fleet: FleetReport | None = None
@@ -242,7 +242,7 @@ def report_readiness(controller: Controller) -> Readiness:
 
 def _list_degraded(controller: Controller) -> list[str]:
     """Return a line for each of the first twenty networks that are not served, and the number of the others."""
-    found = [LeftOut.of(one) for one in controller.listeners.degraded()]
+    found = [NotServed.of(one) for one in controller.listeners.degraded()]
     lines = [
         f"network {one.network}: {one.reason} ({one.code})" + (f"; {one.hint}" if one.hint else "")
         for one in found[:_SHOWN]
@@ -277,7 +277,7 @@ async def report_status(controller: Controller) -> StatusReport:
         serving=listeners.serving,
         instances=len(inventory.instances),
         addresses=inventory.address_count,
-        left_out=tuple(map(LeftOut.of, listeners.degraded())),
+        not_served=tuple(map(NotServed.of, listeners.degraded())),
         sources=tuple(_report_source(controller, *report) for report in inventory.reports.items()),
         conflicts=inventory.conflicts(),
         problems=(*controller.own_problems(), *controller.unnoticed_problems()),
@@ -295,7 +295,7 @@ async def report_status(controller: Controller) -> StatusReport:
             each for found in records.compiler.warnings.values() for each in found
         ),
         foreign=_list_idle(plan.foreign),
-        policy_for_nobody=controller.policy_store.for_nobody(inventory),
+        unmatched_policies=controller.policy_store.find_unmatched(inventory),
         busiest=await find_busiest(controller),
         audit=_report_audit(controller),
         fleet=report_fleet(controller),
@@ -332,7 +332,7 @@ def _report_audit(controller: Controller) -> AuditReport | None:
     settings, problem = audit.settings(), _reason(audit.problem)
     if not settings.one_in:
         return None
-    return AuditReport(settings.mode, settings.destination, audit.written, audit.left_out, problem)
+    return AuditReport(settings.mode, settings.destination, audit.written, audit.lost, problem)
 
 
 def report_fleet(controller: Controller) -> FleetReport | None:
@@ -357,7 +357,7 @@ def report_macs(controller: Controller) -> MacsReport:
     filters, learned = controller.mac_filters, controller.records.learned.values()
     claims = controller.forged_claims
     return MacsReport(
-        gates=len(filters.plan.filters),
+        mac_filters=len(filters.plan.filters),
         refused=len(filters.refused),
         pairs=filters.pair_count,
         learned=sum(entry.mac is not None for entry in learned),

@@ -20,7 +20,7 @@ _APPLY_DEADLINE_S: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class GuardChange:
+class OverrideChange:
     """An operator's change to one instance, stored on disk and kept over restarts.
 
     Attributes:
@@ -61,7 +61,7 @@ class KeyRotation:
     of_fleet: int = 0
 
 
-async def revoke_tokens(controller: Controller, instance: InstanceId) -> GuardChange:
+async def revoke_tokens(controller: Controller, instance: InstanceId) -> OverrideChange:
     """Revoke the instance's current session tokens; tokens issued later are valid.
 
     Raises:
@@ -74,7 +74,7 @@ async def revoke_tokens(controller: Controller, instance: InstanceId) -> GuardCh
     return replace(change, shared=None if shared is None else str(shared))
 
 
-async def reopen_boot(controller: Controller, instance: InstanceId) -> GuardChange:
+async def reopen_boot(controller: Controller, instance: InstanceId) -> OverrideChange:
     """Begin the boot again: access that ends with the boot is open until it is over. Raises as `revoke_tokens`."""
     now = int(controller.clock.now().timestamp())
     reopen = partial(controller.policy_store.reopen, now=now)
@@ -101,7 +101,7 @@ async def rotate_keys(controller: Controller) -> KeyRotation:
 
 async def _override(
     controller: Controller, instance: InstanceId, change: Callable[..., OperatorOverride]
-) -> GuardChange:
+) -> OverrideChange:
     records, inventory = controller.records, controller.inventory
     overridden = instance in controller.policy_store.overrides
     if not (overridden or inventory.sources_of_instance(instance)):
@@ -125,7 +125,7 @@ async def _override(
         kept = "no source that is in sync reports it: HAProxy keeps the record that it has"
         pending = (*pending, kept)
     reopened_at = override.reopened_at or None
-    return GuardChange(instance, override.epoch, reopened_at, not pending, pending)
+    return OverrideChange(instance, override.epoch, reopened_at, not pending, pending)
 
 
 def _was_in_force(records: RecordLoop, instance: InstanceId, keys: frozenset[AddressKey]) -> bool:

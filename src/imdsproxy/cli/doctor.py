@@ -21,7 +21,7 @@ from imdsproxy.cli import options
 from imdsproxy.cli.output import Output, Shape, clean, decode_bytes
 from imdsproxy.errors import RequestRefused, spell_count
 from imdsproxy.model.entities import METADATA_IPV4, METADATA_IPV6
-from imdsproxy.tools.doctor import Card, Severity, Surroundings
+from imdsproxy.tools.doctor import Nic, Severity, Surroundings
 from imdsproxy.tools.doctor.checks_documents import examine
 from imdsproxy.tools.doctor.crawl import Answer, Ask, crawl
 
@@ -90,11 +90,11 @@ def doctor(
 
 def _look_at_guest(daemon: AdminClient, network: str, address: str) -> Surroundings:
     guest = daemon.get("/v1/explain", {"network": network, "address": address})
-    nics = guest.get("cards", ())
-    cards = tuple(Card(one["network"], one["mac"], frozenset(one["seen"])) for one in nics)
+    nics = guest.get("nics", ())
+    nics = tuple(Nic(one["network"], one["mac"], frozenset(one["seen"])) for one in nics)
     return Surroundings(
-        macs=machine_macs(frozenset(mac for card in cards for mac in (card.mac, *card.seen))),
-        cards=cards,
+        macs=machine_macs(frozenset(mac for nic in nics for mac in (nic.mac, *nic.seen))),
+        nics=nics,
         instance=guest["instance"],
         verdict=guest["verdict"],
         why=tuple(guest["why"]),

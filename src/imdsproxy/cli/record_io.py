@@ -41,7 +41,7 @@ def show_rows(output: Output, kind: str, shapes: Iterable[Shape]) -> None:
 
 def _network_row(shape: Shape) -> dict[str, str]:
     """Return a network's row: listener, and the reason if the network is not served."""
-    record, left_out = shape["record"], shape["left_out"]
+    record, not_served = shape["record"], shape["not_served"]
     kind, value = next(iter(record["listener"].items()))
     return {
         "NETWORK": clean(record["id"]),
@@ -49,7 +49,7 @@ def _network_row(shape: Shape) -> dict[str, str]:
         "LISTENER": clean(f"{kind} {value}"),
         "INSTANCES": str(shape["instances"]),
         **_where(shape),
-        "STATE": f"[red]{clean(left_out['code'])}[/]" if left_out else _served(shape),
+        "STATE": f"[red]{clean(not_served['code'])}[/]" if not_served else _served(shape),
     }
 
 
@@ -127,10 +127,10 @@ def _placed(kind: str, shape: Shape) -> dict[str, Any]:
 
 
 def _network_notes(shape: Shape) -> Iterator[tuple[str, object]]:
-    left_out = shape["left_out"]
+    not_served = shape["not_served"]
     state = "on no host" if shape.get("hosts") == [] else "serving"
-    if left_out:
-        state = f"not served: {left_out['reason']} ({left_out['code']})"
+    if not_served:
+        state = f"not served: {not_served['reason']} ({not_served['code']})"
     yield from {"source": shape["source"], "state": state, "instances": shape["instances"]}.items()
     if "hosts" in shape:  # only a fleet's records have hosts
         yield from {"hosts": " ".join(shape["hosts"]), "revision": shape["revision"]}.items()
@@ -286,7 +286,7 @@ def import_domain(daemon: Client, uri: str, name: str, network: str | None) -> d
                 hint = f"`imdsproxy network add --bridge {device}` makes one; {hint} else"
             raise RequestRefused(
                 f"no network is reached through {device or interface.network}, "
-                f"where {domain.name} has its card {interface.mac}",
+                f"where {domain.name} has its NIC {interface.mac}",
                 hint=hint,
             )
         hosts = () if plugged is None else plugged.hosts

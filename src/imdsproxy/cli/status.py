@@ -119,16 +119,16 @@ def _show_status(output: Output, answer: Shape) -> None:
         for one in report["busiest"]
     )
     output.table(busiest, apart=True, keep=("ASKS FOR MOST",), right=numbers)
-    left_out = (
+    not_served = (
         {
             "NOT SERVED": one["network"],
             "CODE": f"[red]{one['code']}[/]",
             "REASON": one["reason"] + (f"\n[dim]{one['hint']}[/]" if one["hint"] else ""),
         }
-        for one in report["left_out"][:MOST_SHOWN]
+        for one in report["not_served"][:MOST_SHOWN]
     )
-    output.table(left_out, apart=True, keep=("NOT SERVED", "CODE"))
-    output.styled(*and_more(len(report["left_out"])))
+    output.table(not_served, apart=True, keep=("NOT SERVED", "CODE"))
+    output.styled(*and_more(len(report["not_served"])))
     _show_problems(output, answer)
 
 
@@ -150,12 +150,12 @@ def _facts(report: Shape) -> Iterator[tuple[str, list[str]]]:
             line = f"{unix['path']}, {owner}, [green]serving[/]{taken}"
         yield "unix listener", [line]
     yield "macs", list(_macs(report["macs"]))
-    if unmatched := ", ".join(report["policy_for_nobody"]):
+    if unmatched := ", ".join(report["unmatched_policies"]):
         yield "policy", [f"[yellow]for names that are not known[/]: {unmatched}"]
     if (audit := report["audit"]) is not None:
-        left_out = f", [yellow]{audit['left_out']} skipped[/]" if audit["left_out"] else ""
+        lost = f", [yellow]{audit['lost']} skipped[/]" if audit["lost"] else ""
         problem = [f"[red]not written[/] {audit['problem']}"] if audit["problem"] else []
-        line = f"{audit['mode']}, to {audit['destination']}, {audit['written']} lines{left_out}"
+        line = f"{audit['mode']}, to {audit['destination']}, {audit['written']} lines{lost}"
         yield "audit log", [line, *problem]
     if (fleet := report.get("fleet")) is not None:
         yield "fleet", list(_fleet(fleet))
@@ -214,9 +214,9 @@ def _fleet(fleet: Shape) -> Iterator[str]:
 
 
 def _macs(macs: Shape) -> Iterator[str]:
-    if macs["gates"] or macs["refused"]:
+    if macs["mac_filters"] or macs["refused"]:
         pairs = f"{macs['pairs']} pairs, {macs['learned']} by MAC alone"
-        yield f"checked in {macs['gates']} networks, {pairs}"
+        yield f"checked in {macs['mac_filters']} networks, {pairs}"
         if macs["refused"]:
             yield f"[red]cannot be checked in {macs['refused']}[/]"
         if most := ", ".join(f"{name} {count}" for name, count in macs["mismatches"].items()):

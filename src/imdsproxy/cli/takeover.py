@@ -155,11 +155,11 @@ def _lacks_commands(kind: Kind, seen: Seen, *, back: bool = False) -> Iterator[P
 
 def _lacks_belief(seen: Seen) -> Iterator[Problem]:
     """Yield a problem for each untrusted process if no agent was found; only the operator can decide."""
-    for stranger in () if seen.agents else seen.strangers:
+    for suspect in () if seen.agents else seen.suspects:
         yield Problem(
-            f"process {stranger.pid}",
-            f"looks like {stranger.program}, and is not believed: {stranger.reason}",
-            f"--agent {stranger.pid} if it is the agent, else end it",
+            f"process {suspect.pid}",
+            f"looks like {suspect.program}, and is not believed: {suspect.reason}",
+            f"--agent {suspect.pid} if it is the agent, else end it",
         )
 
 
@@ -224,8 +224,8 @@ def _show_plan(output: Output, plan: _Plan) -> None:
         output.styled(f"[dim]agent:[/] {clean(shown)}")
     for path in plan.seen.files:
         output.styled(f"[dim]its settings, which are read:[/] {clean(path)}")
-    for stranger in plan.seen.strangers:
-        shown = f"process {stranger.pid}, which looks like {stranger.program}: {stranger.reason}"
+    for suspect in plan.seen.suspects:
+        shown = f"process {suspect.pid}, which looks like {suspect.program}: {suspect.reason}"
         output.styled(f"[yellow]ignored:[/] {clean(shown)}")
     for number, step in enumerate(plan.steps, 1):
         output.styled(f"{number}. {clean(step.words)}")

@@ -62,7 +62,7 @@ def _daemon(status: Mapping[str, Any]) -> Iterator[Trouble]:
 
 
 def _networks(status: Mapping[str, Any]) -> Iterator[Trouble]:
-    for one in status["left_out"]:
+    for one in status["not_served"]:
         what = f"not served: {one['reason']} ({one['code']})"
         yield Trouble("bad", one["network"], what, one["hint"], "network")
     for network, count in status["macs"]["mismatches"].items():
@@ -100,7 +100,7 @@ def _records(status: Mapping[str, Any]) -> Iterator[Trouble]:
 
 
 def _names(status: Mapping[str, Any]) -> Iterator[Trouble]:
-    for one in status["policy_for_nobody"]:
+    for one in status["unmatched_policies"]:
         yield Trouble("warn", "policy", f"{one} is for a name that is not known", "mend the name")
     for one in status["warnings"]:
         yield Trouble(

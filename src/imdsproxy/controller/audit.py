@@ -23,7 +23,7 @@ import structlog
 
 from imdsproxy.config.policy import AuditSettings
 from imdsproxy.errors import Problem
-from imdsproxy.haproxy.rules.request_log import left_out_line, read_audit
+from imdsproxy.haproxy.rules.request_log import lost_line, read_audit
 from imdsproxy.host.files import open_log
 from imdsproxy.host.process import start_thread
 
@@ -76,13 +76,13 @@ class Journal:
     Source: https://systemd.io/JOURNAL_NATIVE_PROTOCOL/
 
     Attributes:
-        left_out: Number of dropped lines.
+        lost: Number of dropped lines.
     """
 
     address: Path = _JOURNAL_SOCKET
     clock: Callable[[], float] = time.monotonic
     per_second: int = _PER_SECOND
-    left_out: int = 0
+    lost: int = 0
     _second: int = 0
     _written: int = 0
     _skipped: int = 0
@@ -101,14 +101,14 @@ class Journal:
         second = int(self.clock())
         if second != self._second:
             if self._skipped:
-                channel.send(_ENTRY % left_out_line(self._skipped, time.time()))
+                channel.send(_ENTRY % lost_line(self._skipped, time.time()))
             self._second, self._written, self._skipped = second, 0, 0
         if self._written < self.per_second:
             channel.send(_ENTRY % line)
             self._written += 1
         else:
             self._skipped += 1
-            self.left_out += 1
+            self.lost += 1
 
 
 def advise(destination: str, error: OSError) -> str:
@@ -149,7 +149,7 @@ class Audit:
 
     Attributes:
         written: Lines of requests since this controller started.
-        left_out: Requests without a line, because HAProxy's ring or the journal had no room.
+        lost: Requests without a line, because HAProxy's ring or the journal had no room.
     """
 
     settings: Callable[[], AuditSettings]
@@ -157,7 +157,7 @@ class Audit:
     clock: Callable[[], float] = time.monotonic
     journal: Journal = field(default_factory=Journal)
     written: int = 0
-    left_out: int = 0
+    lost: int = 0
     _failure: Problem | None = None
     _begun: float | None = None
     _workers: dict[asyncio.Task[None], _Worker] = field(default_factory=dict)
@@ -280,19 +280,19 @@ class Audit:
                 break
             self._failure = None
         self.written += lines.requests
-        self.left_out += lines.left_out
+        self.lost += lines.lost
 
     def _write_now(self, destination: str, lines: bytearray) -> None:
         if destination != _JOURNAL:
             append_lines(Path(destination), lines)
             return
-        before = self.journal.left_out
+        before = self.journal.lost
         try:
             self.journal.write(lines)
         finally:
-            left_out = self.journal.left_out - before
-            self.left_out += left_out
-            self.written -= left_out
+            lost = self.journal.lost - before
+            self.lost += lost
+            self.written -= lost
 
     def _fail(self, destination: str, error: OSError) -> None:
         reason, hint = f"{destination}: {error.strerror or error}", advise(destination, error)

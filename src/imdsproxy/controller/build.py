@@ -95,8 +95,8 @@ def build_filters(
     layout: Layout, host: SystemHost, inventory: Inventory, clock: Clock
 ) -> tuple[MacFilters, HopLimits]:
     """Return the MAC filters and hop limits of this host."""
-    gates = table_journal(layout.gates_journal)
-    mac_filters = MacFilters(KernelMacFilters(host.thread), inventory, host.naming, gates, clock)
+    journal = table_journal(layout.mac_filters_journal)
+    mac_filters = MacFilters(KernelMacFilters(host.thread), inventory, host.naming, journal, clock)
     kernel = KernelHopLimits(host.thread, f"{host.naming.prefix}-hops")
     return mac_filters, HopLimits(kernel, table_journal(layout.hops_journal))
 

@@ -214,7 +214,7 @@ class Controller:
         change, records = self.policy_store.take_fleet(fleet), self.records
         if change.rules:
             records.resync()
-        for instance in change.guards:
+        for instance in change.overrides:
             for key in records.addresses_of(instance):
                 records.touch(key)
         return records.wake() if change else records.tickets.given

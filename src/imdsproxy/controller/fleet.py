@@ -53,8 +53,8 @@ class FleetHost:
             reasons.append(_UNCONFIRMED)
         unserved = {}
         if networks and not reasons:
-            left_out = await find_unserved(controller.listeners, frozenset(networks))
-            unserved = {one.network: f"{one.reason} ({one.code.value})" for one in left_out}
+            not_served = await find_unserved(controller.listeners, frozenset(networks))
+            unserved = {one.network: f"{one.reason} ({one.code.value})" for one in not_served}
         found: dict[ItemKey, str] = dict.fromkeys(gone, "; ".join(reasons)) if reasons else {}
         for item in items:
             kind, name = _parts(item)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from imdsproxy.model.entities import NetworkId
 from imdsproxy.network import endpoints
-from imdsproxy.network.endpoints import LeftOutCode
+from imdsproxy.network.endpoints import NotServedCode
 from imdsproxy.network.listeners.loop import ListenerLoop
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ _APPLY_DEADLINE_S: Final = 10.0
 
 _LISTENER_DEADLINE_S: Final = 2.0
 _POLL_S: Final = 0.05
-_COMING: Final = frozenset({LeftOutCode.PENDING, LeftOutCode.ADDRESS_TENTATIVE})
+_COMING: Final = frozenset({NotServedCode.PENDING, NotServedCode.ADDRESS_TENTATIVE})
 
 
 async def wait_confirmed(controller: Controller, *, listeners: bool) -> bool:
@@ -56,7 +56,7 @@ async def wait_confirmed(controller: Controller, *, listeners: bool) -> bool:
 
 async def find_unserved(
     listeners: ListenerLoop, networks: frozenset[NetworkId]
-) -> list[endpoints.LeftOut]:
+) -> list[endpoints.NotServed]:
     """Return why these networks are not served, after a wait for pending ones."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + _LISTENER_DEADLINE_S

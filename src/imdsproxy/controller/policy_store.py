@@ -13,7 +13,7 @@ from typing import Final, cast
 from imdsproxy.config.schema import Settings
 from imdsproxy.controller.token_keys import TokenKeys
 from imdsproxy.errors import HostRefused
-from imdsproxy.fleet.policies import FleetPolicies, join_guards
+from imdsproxy.fleet.policies import FleetPolicies, join_fleet_overrides
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import write_atomic
 from imdsproxy.model.entities import InstanceId, NetworkId
@@ -73,17 +73,17 @@ class FleetChange:
 
     Attributes:
         rules: Rules changed; any guest may be affected.
-        guards: Instances whose override in force changed.
+        overrides: Instances whose override in force changed.
         keys: Token keys changed; HAProxy's keys need an update.
     """
 
     rules: bool = False
-    guards: frozenset[InstanceId] = frozenset()
+    overrides: frozenset[InstanceId] = frozenset()
     keys: bool = False
 
     def __bool__(self) -> bool:
         """Return whether anything changed."""
-        return self.rules or self.keys or bool(self.guards)
+        return self.rules or self.keys or bool(self.overrides)
 
 
 @dataclass(slots=True)
@@ -179,7 +179,7 @@ class PolicyStore:
         }
         text = json.dumps(content, indent=1)
         # If a power cut undid a revocation, revoked tokens would be valid again.
-        _write(self.keys.layout.guards, text.encode())
+        _write(self.keys.layout.overrides, text.encode())
         self._unsaved = False
 
     def take_fleet(self, fleet: FleetPolicies) -> FleetChange:
@@ -196,7 +196,7 @@ class PolicyStore:
         }
         changed = {
             instance
-            for instance in {*before.guards, *fleet.guards, *self.overrides, *retired}
+            for instance in {*before.overrides, *fleet.overrides, *self.overrides, *retired}
             if book.override(instance) != in_force.override(instance)
         }
         return FleetChange(
@@ -233,11 +233,11 @@ class PolicyStore:
         """
         self.read(settings)
         # Starting without unreadable overrides would make revoked tokens valid again.
-        self.overrides, self.departed = read_overrides(self.keys.layout.guards)
+        self.overrides, self.departed = read_overrides(self.keys.layout.overrides)
         self.keys.load()
         self.keys.preload()
 
-    def for_nobody(self, inventory: Inventory) -> tuple[str, ...]:
+    def find_unmatched(self, inventory: Inventory) -> tuple[str, ...]:
         """Return settings sections for a network, project or instance that no source reports.
 
         A section with a mistyped name has no effect, so the instance it should protect stays open.
@@ -260,7 +260,7 @@ class PolicyStore:
         made_of = self._book, self.overrides, self.fleet
         # Each part is replaced as a whole when it changes, so its identity tells.
         if [id(one) for one in made_of] != [id(one) for one in self._made_of]:
-            overrides = join_guards(self.overrides, self.fleet)
+            overrides = join_fleet_overrides(self.overrides, self.fleet)
             self._in_force = replace(self._book, overrides=overrides, fleet=self.fleet.rules)
             self._made_of = made_of
         return self._in_force

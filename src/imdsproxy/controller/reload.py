@@ -34,7 +34,7 @@ async def reload_settings(controller: Controller, *, allow_dropped: bool) -> Set
     return replace(result, haproxy_reloaded=False, pending=(UNCONFIRMED, *reasons))
 
 
-def hang_up(controller: Controller) -> None:
+def on_sighup(controller: Controller) -> None:
     """Handle SIGHUP like `imdsproxy reload`, with the result in the log."""
     try:
         result, _ = _begin(controller)

@@ -113,7 +113,7 @@ class HaproxyWatchdog:
             self.answering = answered or full is not None
             self._report_full(full)
             if answered:
-                await self._look_for_strangers(before)
+                await self._look_for_reloads(before)
             if self.answering or self.haproxy.processes is not before or before.worker is None:
                 doubt = Doubt()
                 continue
@@ -171,7 +171,7 @@ class HaproxyWatchdog:
         )
         await self.haproxy.launcher.kill(processes)
 
-    async def _look_for_strangers(self, before: Processes) -> None:
+    async def _look_for_reloads(self, before: Processes) -> None:
         """Adopt the worker of a reload that we did not order: bring its maps to the files' present state."""
         if self.haproxy.records.lock.locked():
             return

@@ -124,7 +124,7 @@ class Worker:
             self.failures += 1
         self.due = now + (self.backoff.fail() if self.failures > 1 else 0.0)
 
-    def hang_up(self) -> None:
+    def close_question(self) -> None:
         """Close the connection of the last probe."""
         if self.question is not None:
             self.question.close()
@@ -332,7 +332,7 @@ class DocumentServer:
     def _check(self, worker: Worker, pid: int, *, look: bool) -> None:
         """Read a worker's answer and, once a second, probe the worker again; kill a worker that does not answer."""
         if worker.has_answered():
-            worker.hang_up()
+            worker.close_question()
             worker.doubt = process.Doubt()
             if not worker.answers:
                 worker.answers = True
@@ -342,14 +342,14 @@ class DocumentServer:
             return
         if worker.question is not None:
             worker.doubt = worker.doubt.after_silence(pid, process.read_stat(pid))
-            worker.hang_up()
+            worker.close_question()
         worker.ask()
         if worker.doubt.hung:
             _log.error("a worker does not answer: ending it", pid=pid, socket=str(worker.path))
             signal_all([pid], signal.SIGKILL)
 
     def _fork(self, worker: Worker) -> None:
-        worker.hang_up()
+        worker.close_question()
         with refusing("start a worker"):
             pid = os.fork()
         if pid == 0:
@@ -366,7 +366,7 @@ class DocumentServer:
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
             for other in self._workers:
-                other.hang_up()
+                other.close_question()
                 if other is not worker:
                     other.listener.close()
             os.close(self._lock.descriptor)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Final
 
-from imdsproxy.fleet.layout import CERTIFICATES, GUARDS, HOSTS, parse_guard, render_guard
+from imdsproxy.fleet.layout import CERTIFICATES, HOSTS, OVERRIDES, parse_override, render_override
 from imdsproxy.fleet.members import HostState, StoredHost, parse_host, parse_operator
 from imdsproxy.model.policy import OperatorOverride
 
-LASTING: Final = (HOSTS, CERTIFICATES, GUARDS)
+LASTING: Final = (HOSTS, CERTIFICATES, OVERRIDES)
 """Prefixes of keys whose values must survive a restore."""
 
 EPOCHS: Final = 2**40
@@ -33,11 +33,11 @@ def join_values(key: str, known: bytes, found: bytes) -> bytes:
     if key.startswith(HOSTS):
         newer = _order(parse_host(found)) >= _order(parse_host(known))
         return found if newer else known
-    if key.startswith(GUARDS):
-        before, after = parse_guard(known), parse_guard(found)
+    if key.startswith(OVERRIDES):
+        before, after = parse_override(known), parse_override(found)
         joined = join_overrides(before, after)
         # An equal value stays byte for byte, so that hubs agree on the value that etcd must have.
-        return found if joined == after else known if joined == before else render_guard(joined)
+        return found if joined == after else known if joined == before else render_override(joined)
     parse_operator(found)
     return found
 
@@ -59,9 +59,9 @@ def describe_regained(key: str, value: bytes, *, absent: bool) -> tuple[str, str
         value: Value that hubs restored.
         absent: Whether etcd had no value at all.
     """
-    if key.startswith(GUARDS):
+    if key.startswith(OVERRIDES):
         return (
-            f"instance {key.removeprefix(GUARDS)}",
+            f"instance {key.removeprefix(OVERRIDES)}",
             "tokens that were revoked, or the boot that was reopened, stay so",
         )
     if key.startswith(CERTIFICATES):

@@ -55,7 +55,7 @@ POLICIES: Final = f"{PREFIX}pol/"
 GRANTS: Final = f"{PREFIX}grant/"
 """Prefix of a project: resources that its operators may use, as `model.records.grant.GRANT` encodes them."""
 
-GUARDS: Final = f"{PREFIX}guard/"
+OVERRIDES: Final = f"{PREFIX}override/"
 PASSWORDS: Final = f"{PREFIX}pass/"
 """Prefix of an instance: the sealed password that its guest posted."""
 
@@ -185,9 +185,9 @@ def password_key(instance: InstanceId) -> str:
     return f"{PASSWORDS}{instance}"
 
 
-def guard_key(instance: InstanceId) -> str:
+def override_key(instance: InstanceId) -> str:
     """Return the key of an instance's operator override."""
-    return f"{GUARDS}{instance}"
+    return f"{OVERRIDES}{instance}"
 
 
 def import_key(request: str) -> str:
@@ -255,7 +255,7 @@ _HOSTS: Final = list_of(
 _REMOVED: Final = omissible(nullable(NUMBER))
 
 _META: Final = Codec(Meta, fleet=ID, incarnation=NUMBER, format=NUMBER)
-_GUARD: Final = Codec(OperatorOverride, epoch=NUMBER, reopened_at=NUMBER)
+_OVERRIDE: Final = Codec(OperatorOverride, epoch=NUMBER, reopened_at=NUMBER)
 _NETWORK: Final = Codec(
     StoredNetwork,
     record=Kind(_read_record),
@@ -274,6 +274,6 @@ _INSTANCE: Final = Codec(
 """Without a check of the record itself."""
 
 parse_meta, render_meta = _META.parse, _META.render
-parse_guard, render_guard = _GUARD.parse, _GUARD.render
+parse_override, render_override = _OVERRIDE.parse, _OVERRIDE.render
 parse_network, render_network = _NETWORK.parse, _NETWORK.render
 parse_instance, render_instance = _INSTANCE.parse, _INSTANCE.render

@@ -20,16 +20,16 @@ class FleetPolicies:
     """Fleet's policies for guests of this host.
 
     Attributes:
-        guards: Overrides of the fleet's operators by instance.
+        overrides: Overrides of the fleet's operators by instance.
         keys: Token keys of each fleet instance on this host (`model.tokens.instance_key`), the key in force first.
     """
 
     rules: FleetRules = field(default_factory=FleetRules)
-    guards: Mapping[str, OperatorOverride] = field(default_factory=dict)
+    overrides: Mapping[str, OperatorOverride] = field(default_factory=dict)
     keys: InstanceKeys = field(default_factory=dict, repr=False)
 
 
-def join_guards(own: Overrides, fleet: FleetPolicies) -> Overrides:
+def join_fleet_overrides(own: Overrides, fleet: FleetPolicies) -> Overrides:
     """Merge the overrides of this host's operators and of the fleet's.
 
     The later reopening starts the boot. If an instance has keys of the fleet, only the fleet's epoch counts. A maximum
@@ -37,8 +37,8 @@ def join_guards(own: Overrides, fleet: FleetPolicies) -> Overrides:
     tokens signed by this host's keys, which are not valid for the instance. Without such keys, both epochs are added.
     """
     joined = dict(own.listed)
-    for instance in {*fleet.guards, *(name for name in fleet.keys if name in own)}:
-        theirs, ours = fleet.guards.get(instance, UNTOUCHED), own.get(instance, UNTOUCHED)
+    for instance in {*fleet.overrides, *(name for name in fleet.keys if name in own)}:
+        theirs, ours = fleet.overrides.get(instance, UNTOUCHED), own.get(instance, UNTOUCHED)
         epoch = theirs.epoch if instance in fleet.keys else theirs.epoch + ours.epoch
         joined[instance] = OperatorOverride(epoch, max(theirs.reopened_at, ours.reopened_at))
     return Overrides(joined, own.retired)

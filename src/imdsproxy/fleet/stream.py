@@ -63,7 +63,7 @@ CONNECT_S: Final = 2.0
 """Time for a hub to accept a connection and answer that it runs; then the host tries another hub."""
 
 ItemKey: TypeAlias = str
-"""`network/ID`, `instance/ID`, `policy/fleet`, `policy/host/ID`, `policy/project/ID`; for an instance also `guard/ID`,
+"""`network/ID`, `instance/ID`, `policy/fleet`, `policy/host/ID`, `policy/project/ID`; for an instance also
 `keys/ID` and `password/ID`.
 """
 
@@ -107,7 +107,7 @@ class Hello:
         revision: Highest revision that the host has applied; 0 for none.
         items: Revision of each of the host's items.
         level: Level of records that the host reads (`model.records.levels`).
-        guards: Operator overrides in force on the host: a restored etcd may have lost them.
+        overrides: Operator overrides in force on the host: a restored etcd may have lost them.
     """
 
     fleet: str | None = None
@@ -116,7 +116,7 @@ class Hello:
     items: Mapping[ItemKey, int] = field(default_factory=dict)
     format: int = FORMAT
     level: int = 1
-    guards: Mapping[InstanceId, OperatorOverride] = field(default_factory=dict)
+    overrides: Mapping[InstanceId, OperatorOverride] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +211,7 @@ def digest_items(items: Mapping[ItemKey, int]) -> str:
 
 _ITEM: Final = matching(
     re.compile(
-        f"(?:network|instance|guard|keys|password)/{ID_SHAPE}|policy/(?:fleet|(?:host|project)/{ID_SHAPE})"
+        f"(?:network|instance|override|keys|password)/{ID_SHAPE}|policy/(?:fleet|(?:host|project)/{ID_SHAPE})"
     ),
     "name of an item",
 )
@@ -228,7 +228,7 @@ _CODECS: Final[dict[type, tuple[str, Codec[Any]]]] = {
             items=omissible(mapping_of(_ITEM, NUMBER)),
             format=NUMBER,
             level=omissible(NUMBER),
-            guards=omissible(mapping_of(ID, row_of(OperatorOverride, NUMBER, NUMBER))),
+            overrides=omissible(mapping_of(ID, row_of(OperatorOverride, NUMBER, NUMBER))),
         ),
     ),
     Ack: (

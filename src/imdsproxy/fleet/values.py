@@ -203,7 +203,7 @@ _SINGLE: Final[dict[str, Callable[[bytes], Value]]] = {
 _BELOW: Final[dict[str, Callable[[bytes], Value]]] = {
     layout.INSTANCES: layout.parse_instance,
     layout.NETWORKS: layout.parse_network,
-    layout.GUARDS: layout.parse_guard,
+    layout.OVERRIDES: layout.parse_override,
     layout.PASSWORDS: parse_password,
     layout.POLICIES: parse_policy,
     layout.GRANTS: parse_grant,

@@ -120,7 +120,7 @@ class Layout:
     managed_journal = _Below("managed.json")
     """Devices to which we have added the metadata addresses."""
 
-    gates_journal = _Below("gates.json")
+    mac_filters_journal = _Below("mac-filters.json")
     """Namespaces and names of our MAC filter tables, by network."""
 
     hops_journal = _Below("hops.json")
@@ -141,7 +141,7 @@ class Layout:
     token_counts = _Below("token-counts.sqlite", state=True)
     """Counts of reads without session tokens."""
 
-    guards = _Below("guards.json", state=True)
+    overrides = _Below("overrides.json", state=True)
     """Operators' overrides of instances."""
 
     passwords = _Below("passwords", state=True)

@@ -175,7 +175,7 @@ def build_hub(settings: HubSettings, clock: Clock) -> Hub:
     restores = Restores(etcd, state, name, journal, clock)
     replica = Replica(etcd, state, streams, name, url, clock, SystemRandom(), restores)
     streams.suspect, streams.age_s = restores.suspect, replica.age_s
-    streams.raise_guards = restores.raise_guards
+    streams.raise_overrides = restores.raise_overrides
     streams.expect = replica.expect
     hub = Hub(
         settings=settings,

@@ -305,7 +305,7 @@ class Replica:
                 for host, items in draft.apply(revision, part).items():
                     touched.setdefault(host, set()).update(items)
                 keys += (one.key for one in part if one.key.startswith(_REVIEWED))
-            # Hosts may have reported guards between two slices.
+            # Hosts may have reported overrides between two slices.
             draft.regain(self.state)
             draft.doubted |= self.state.doubted and not accepted
             self.state.become(draft)

@@ -45,7 +45,7 @@ class Retired:
         return [self.epoch, base64.b64encode(self.bits).decode()]
 
 
-_NOBODY: Final = Retired()
+_EMPTY: Final = Retired()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Overrides(Mapping[str, OperatorOverride]):
     """
 
     listed: Mapping[str, OperatorOverride] = field(default_factory=dict)
-    retired: Retired = _NOBODY
+    retired: Retired = _EMPTY
 
     def __getitem__(self, instance: str) -> OperatorOverride:
         """Return the override in force for an instance."""

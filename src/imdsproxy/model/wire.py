@@ -70,7 +70,7 @@ together yet.
 HEADER_REFUSED: Final = "x-imdsproxy-refused"
 """From the resolver back to HAProxy: the answer holds no instance's data, and any guest may read it."""
 
-HEADER_LOGGED: Final = "x-imdsproxy-told"
+HEADER_AUDITED: Final = "x-imdsproxy-audited"
 """From HAProxy through the resolver back to HAProxy: the audit log already has a line of this request."""
 
 HEADER_FORWARDED: Final = "x-imdsproxy-forwarded"

@@ -32,7 +32,7 @@ class Endpoint:
     device_index: int = 0
 
 
-class LeftOutCode(StrEnum):
+class NotServedCode(StrEnum):
     """Reason why a network (or one of its families) is not served."""
 
     PENDING = "pending"
@@ -62,16 +62,16 @@ class LeftOutCode(StrEnum):
         There are events for namespaces, devices and addresses, and none for sockets and refusals.
         """
         return self in {
-            LeftOutCode.PORT_BUSY,
-            LeftOutCode.BIND_REFUSED,
-            LeftOutCode.NAMESPACE_UNUSABLE,
-            LeftOutCode.NAME_TAKEN,
-            LeftOutCode.HOST_REFUSED,
+            NotServedCode.PORT_BUSY,
+            NotServedCode.BIND_REFUSED,
+            NotServedCode.NAMESPACE_UNUSABLE,
+            NotServedCode.NAME_TAKEN,
+            NotServedCode.HOST_REFUSED,
         }
 
 
 @dataclass(frozen=True, slots=True)
-class LeftOut:
+class NotServed:
     """Network that is not served now.
 
     Attributes:
@@ -83,14 +83,14 @@ class LeftOut:
 
     network: NetworkId
     family: Family | None
-    code: LeftOutCode
+    code: NotServedCode
     reason: str
     hint: str = ""
     sockets: tuple[ListeningSocket, ...] = ()
 
     def __str__(self) -> str:
         over = "" if self.family is None else f" over IPv{self.family.value}"
-        alone = " by imdsproxy alone" if self.code is LeftOutCode.FOREIGN_LISTENER else ""
+        alone = " by imdsproxy alone" if self.code is NotServedCode.FOREIGN_LISTENER else ""
         hint = f" ({self.hint})" if self.hint else ""
         return f"network {self.network} is not served{over}{alone}: {self.reason}{hint}"
 

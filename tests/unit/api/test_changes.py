@@ -21,7 +21,7 @@ from imdsproxy.model.identity import Learned
 from imdsproxy.model.observation import Observation
 from imdsproxy.model.policy import OperatorOverride
 from imdsproxy.model.tokens import TokenKey, instance_key
-from imdsproxy.network.endpoints import LeftOutCode
+from imdsproxy.network.endpoints import NotServedCode
 from imdsproxy.sources.sqlite.source import SqliteSource
 from support.admin_server import AdminServer
 from support.record_builders import instance, key, port
@@ -179,15 +179,15 @@ def test_a_change_reports_only_of_its_own_networks_why_they_are_not_served(
 ) -> None:
     _put(server, "red", "red")
     for name in ("red", "blue"):
-        server.leave_out(name, f"no namespace {name}", code=LeftOutCode.NAMESPACE_MISSING)
+        server.leave_out(name, f"no namespace {name}", code=NotServedCode.NAMESPACE_MISSING)
     written = _put(server, "red", "other")
     assert not written["applied"]
     assert written["pending"] == ["network red is not served: no namespace red"]
 
 
 def test_a_listener_that_is_coming_is_waited_for(server: AdminServer) -> None:
-    server.leave_out("blue", "being made", code=LeftOutCode.PENDING)
-    threading.Timer(0.2, server.listeners.left_out.clear).start()
+    server.leave_out("blue", "being made", code=NotServedCode.PENDING)
+    threading.Timer(0.2, server.listeners.not_served.clear).start()
     assert _put(server, "blue", "other")["applied"]
 
 
@@ -200,8 +200,8 @@ _REFUSED = (
 
 def _leave_out_both_families(server: AdminServer) -> None:
     server.leave_out("blue", "there is no device br0")
-    other = replace(server.listeners.left_out["blue"], reason="port 80 is taken")
-    server.listeners.left_out["blue again"] = other
+    other = replace(server.listeners.not_served["blue"], reason="port 80 is taken")
+    server.listeners.not_served["blue again"] = other
 
 
 def _pending(server: AdminServer, name: str = "web-1") -> list[str]:
@@ -242,14 +242,14 @@ def test_a_record_that_is_not_in_force_has_the_reason(
     assert _pending(server) == [reason]
     shown = server.client.get("/v1/networks/blue")
     assert shown["serving"] is not ("br0" in reason)
-    assert shown["serving"] or shown["left_out"]["reason"] == "there is no device br0"
+    assert shown["serving"] or shown["not_served"]["reason"] == "there is no device br0"
 
 
 def test_a_family_that_is_left_out_keeps_no_record_from_guests_of_the_other(
     server: AdminServer,
 ) -> None:
     server.leave_out("blue", "port 80 is taken")
-    server.listeners.left_out["IPv6 of blue"] = server.listeners.left_out.pop("blue")
+    server.listeners.not_served["IPv6 of blue"] = server.listeners.not_served.pop("blue")
     assert _pending(server) == []
 
 
@@ -345,7 +345,7 @@ _KEY = TokenKey(b"f" * 32)
 def _of_fleet(epoch: int = 0, *names: str) -> FleetPolicies:
     """A fleet that has revoked web-1's tokens so often, and has keys for these beside it."""
     keys = {InstanceId(name): (instance_key(_KEY, name),) for name in ("web-1", *names)}
-    return FleetPolicies(guards={"web-1": OperatorOverride(epoch)}, keys=keys)
+    return FleetPolicies(overrides={"web-1": OperatorOverride(epoch)}, keys=keys)
 
 
 @pytest.mark.parametrize("what", ["revoke-tokens", "reopen"])

@@ -27,7 +27,7 @@ from imdsproxy.haproxy.rules.runtime import WorkerTotals
 from imdsproxy.model.entities import InstanceId, NetworkId
 from imdsproxy.model.inventory import Report
 from imdsproxy.model.observation import StrandedPort
-from imdsproxy.network.endpoints import LeftOut, LeftOutCode
+from imdsproxy.network.endpoints import NotServed, NotServedCode
 from imdsproxy.reconcile.progress import Durations
 from support.fake_controller import HEALTHY, fake_controller, fake_metrics, row
 
@@ -43,8 +43,8 @@ async def test_every_part_is_in_the_report() -> None:
     counts = [report[name] for name in ("networks", "serving", "instances", "addresses")]
     assert counts == [3, 2, 3, 4]
     assert report["uptime_s"] == 93_784.0
-    assert report["left_out"][0]["reason"] == "nginx has port 80"
-    assert report["policy_for_nobody"] == ("policy.networks.bleu",)
+    assert report["not_served"][0]["reason"] == "nginx has port 80"
+    assert report["unmatched_policies"] == ("policy.networks.bleu",)
     assert report["problems"][-1]["reason"] == "/x: disk full"
     assert report["progress"] == ({"what": "storing instances", "done": 1, "of": 2},)
     assert [one["endpoint"] for one in report["nova"]] == ["192.0.2.1:8775", "192.0.2.2:8775"]
@@ -262,27 +262,27 @@ async def test_what_is_no_request_is_400(request_bytes: bytes) -> None:
 
 
 def test_many_degraded_networks_are_counted_and_the_first_are_named() -> None:
-    busy, one = LeftOutCode.PORT_BUSY, fake_controller(**HEALTHY)
-    left_out = [
-        LeftOut(NetworkId(f"m{number:04}"), None, busy, "no device", "add it")
+    busy, one = NotServedCode.PORT_BUSY, fake_controller(**HEALTHY)
+    not_served = [
+        NotServed(NetworkId(f"m{number:04}"), None, busy, "no device", "add it")
         for number in range(1000)
     ]
-    one.listeners.degraded = lambda: left_out
+    one.listeners.degraded = lambda: not_served
     lines = report_readiness(one).degraded
     assert lines[0] == "network m0000: no device (port-busy); add it"
     assert (len(lines), lines[-1]) == (21, "and 980 more networks: imdsproxy status")
-    one.listeners.degraded = lambda: left_out[:20]
+    one.listeners.degraded = lambda: not_served[:20]
     assert len(report_readiness(one).degraded) == 20
 
 
 FIGURES = f"""
 build_info{{version="{__version__}"}} 1.0
 ready 0.0
-networks_left_out{{code="port-busy"}} 1.0
+networks_not_served{{code="port-busy"}} 1.0
 foreign_listeners{{effect="blocks"}} 2.0
 source_in_sync{{source="sqlite"}} 1.0
 source_records{{kind="instance",source="sqlite"}} 3.0
-gates{{state="refused"}} 4.0
+mac_filters{{state="refused"}} 4.0
 unix_listener_serving 1.0
 unix_listener_denied_total 2.0
 unix_listener_taken_over_total 2.0
@@ -312,7 +312,7 @@ resolver_requests_total{{outcome="unknown"}} 2.0
 network_connections_total{{network="blue"}} 100.0
 network_denied_total{{network="blue"}} 3.0
 audit_lines_total 40.0
-audit_left_out_total 4.0
+audit_lines_lost_total 4.0
 audit_failing 1.0
 metadata_no_token_total{{network="blue"}} 8.0
 metadata_no_token_rejected_total{{network="blue"}} 2.0

@@ -369,7 +369,7 @@ def test_the_first_key_is_made_at_the_start(tmp_path: Path) -> None:
 
 def test_a_damaged_file_of_overrides_is_found_before_the_start(tmp_path: Path) -> None:
     on = subject({"paths": {"state_dir": str(tmp_path)}})
-    path = on.layout.guards
+    path = on.layout.overrides
     assert check_overrides(on) == []
     path.write_text(
         '{"format": 3, "instances": {"web": [1, 0]}, "retired": [0, ""], "departed": {}}'

@@ -380,7 +380,7 @@ _BUSY = UnixListenerReport(_PATH, serving=False, problem="agent (pid 7) is there
         ),
         (
             "policy",
-            {"policy_for_nobody": ("policy.instances.web1", "policy.networks.bleu")},
+            {"unmatched_policies": ("policy.instances.web1", "policy.networks.bleu")},
             "for names that are not known: policy.instances.web1, policy.networks.bleu",
         ),
         ("unix listener", {"unix_listener": _LISTENER}, f"{_PATH}, mode 0644 64055:64056, serving"),

@@ -14,7 +14,7 @@ from imdsproxy.fleet.policies import FleetPolicies
 from imdsproxy.model.entities import InstanceId
 from imdsproxy.model.policy import FleetRules, OperatorOverride, PolicyBook, PolicyRules, TokenMode
 from imdsproxy.model.tokens import TokenKey
-from imdsproxy.model.wire import HEADER_LOGGED
+from imdsproxy.model.wire import HEADER_AUDITED
 from imdsproxy.nova.routing import EndpointSet, NovaRouting
 from support.admin_server import NOW
 from support.cli import Cli, Ran
@@ -44,7 +44,7 @@ def test_get_shows_headers_and_json_where_asked_and_exits_1_from_status_400_up(
         "headers": [["content-type", "text/plain"]],
         "body": {"base64": "/wAK"},
     }
-    documented.server.answer("/x", b"body", (b"a", b"b"), (HEADER_LOGGED.encode(), b"1"))
+    documented.server.answer("/x", b"body", (b"a", b"b"), (HEADER_AUDITED.encode(), b"1"))
     assert documented("get", "/x", *GUEST, "--json").json["body"] == {"text": "body"}
     assert documented("get", "/x", *GUEST, "-i").out == "HTTP/1.1 200 OK\na: b\n\nbody"
     missing = documented("get", "/none", *GUEST)

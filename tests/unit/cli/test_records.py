@@ -20,7 +20,7 @@ from imdsproxy.model.entities import BridgeListener, Dialect, InstanceId, Namesp
 from imdsproxy.model.path_rules import PathWord
 from imdsproxy.model.policy import NO_RULES, RULES, PolicyRules, TokenMode
 from imdsproxy.model.records import parse_network
-from imdsproxy.network.endpoints import LeftOutCode
+from imdsproxy.network.endpoints import NotServedCode
 from imdsproxy.reconcile.progress import Step
 from imdsproxy.sources.libvirt.xml import METADATA_URI
 from support.cli import Cli, on_a_terminal
@@ -209,7 +209,9 @@ def test_several_are_removed_until_one_cannot_be(filled: Cli) -> None:
 
 
 def test_a_change_that_is_not_in_force_yet_names_the_reason(filled: Cli) -> None:
-    filled.server.leave_out("blue", "namespace blue is missing", code=LeftOutCode.NAMESPACE_MISSING)
+    filled.server.leave_out(
+        "blue", "namespace blue is missing", code=NotServedCode.NAMESPACE_MISSING
+    )
     ran = filled("network", "set", "blue", "--mtu", "1400")
     assert ran.status == 75
     assert ran.out.splitlines() == [

@@ -178,13 +178,13 @@ def test_another_users_process_with_an_agents_command_line_is_no_agent(tmp_path:
     evil = tmp_path / "evil.conf"
     evil.write_text("[DEFAULT]\nnova_metadata_host = 192.0.2.66\n")
     with _running(_NOBODY, "--config-file", str(evil)) as pid:
-        agents, strangers = find_agents(["neutron-l3-agent"])
+        agents, suspects = find_agents(["neutron-l3-agent"])
         assert pid not in [agent.pid for agent in agents]
-        assert pid in [stranger.pid for stranger in strangers]
-        agents, strangers = find_agents(["neutron-l3-agent"], pid)
+        assert pid in [suspect.pid for suspect in suspects]
+        agents, suspects = find_agents(["neutron-l3-agent"], pid)
         assert agents == ()
-        (stranger,) = strangers
-        assert f"runs as user {_NOBODY}" in stranger.reason
+        (suspect,) = suspects
+        assert f"runs as user {_NOBODY}" in suspect.reason
 
 
 @pytest.mark.root

@@ -97,12 +97,12 @@ def test_a_handback_puts_back_the_option_that_a_takeover_has_set_and_waits_for_n
         _SEEN, present="", source=True, proxies=(), stand_in=render_stand_in(""), marked=True
     )
     steps = [type(one).__name__ for one in KIND.handback(seen)]
-    assert steps == ["EditSettings", "StartAgent", "RemoveStandIn", "LetGo"]
+    assert steps == ["EditSettings", "StartAgent", "RemoveStandIn", "ReleaseNetworks"]
     # The agent may be stopped meanwhile.
     stopped = replace(seen, agents=(), commands=Commands(start="systemctl enable --now X"))
     assert [type(one).__name__ for one in KIND.handback(stopped)] == steps
     unmarked = [type(one).__name__ for one in KIND.handback(replace(seen, marked=False))]
-    assert unmarked == ["RemoveStandIn", "WaitProxies", "LetGo"]
+    assert unmarked == ["RemoveStandIn", "WaitProxies", "ReleaseNetworks"]
 
 
 def test_a_stand_in_is_what_the_agent_looks_for_and_ends_on_request(tmp_path: Path) -> None:

@@ -84,8 +84,8 @@ def test_only_an_agent_that_is_a_unit_is_held_still_before_it_is_stopped() -> No
 
 def test_a_handback_waits_for_the_agent_before_imdsproxy_lets_go() -> None:
     taken = replace(_SERVING, agents=(), proxies=(), nova=True, present="…", source=True)
-    assert _kinds(taken, back=True) == ["StartAgent", "WaitProxies", "LetGo"]
-    assert _kinds(replace(taken, agents=(_AGENT,)), back=True) == ["WaitProxies", "LetGo"]
+    assert _kinds(taken, back=True) == ["StartAgent", "WaitProxies", "ReleaseNetworks"]
+    assert _kinds(replace(taken, agents=(_AGENT,)), back=True) == ["WaitProxies", "ReleaseNetworks"]
     assert _kinds(_SERVING, back=True) == []
 
 

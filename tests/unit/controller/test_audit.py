@@ -66,7 +66,7 @@ async def test_lines_of_several_workers_are_whole_and_counted_wherever_they_are_
             await until(lambda: content(path) == LINE)
             two.send(LINE[3:])
             one.send(LINE[5:] + b"7 events dropped\x00\n")
-            await until(lambda: (audit.written, audit.left_out) == (3, 7))
+            await until(lambda: (audit.written, audit.lost) == (3, 7))
             assert content(path).count(LINE) == 3
             path = tmp_path / "two"
             one.send(LINE * 1000)
@@ -227,13 +227,13 @@ async def test_the_journal_gets_a_line_each_and_what_it_has_no_room_for_is_count
     async with serving(audit, tmp_path / "s"):
         with connect(tmp_path / "s") as worker:
             worker.send(LINE * 5)
-            await until(lambda: (audit.written, audit.left_out) == (2, 3))
+            await until(lambda: (audit.written, audit.lost) == (2, 3))
             now = 101.2
             worker.send(LINE)
             await until(lambda: audit.written == 3)
-    first, second, left_out, last = (journal.recv(4096) for _ in range(4))
+    first, second, lost, last = (journal.recv(4096) for _ in range(4))
     assert {first, second, last} == {ENTRY + LINE}
-    assert json.loads(left_out.removeprefix(ENTRY))["left_out"] == 3
+    assert json.loads(lost.removeprefix(ENTRY))["lost"] == 3
 
 
 def test_lines_that_the_journal_has_come_no_second_time(

@@ -91,7 +91,7 @@ def test_the_file_of_a_host_whose_instances_come_and_go_does_not_grow(tmp_path: 
     store = _open(tmp_path)
     store.overrides = Overrides({f"gone-{number}": OperatorOverride(1) for number in range(5_000)})
     store.revoke(_WEB, here={_WEB, "other"})
-    assert (tmp_path / "guards.json").stat().st_size < 20_000
+    assert (tmp_path / "overrides.json").stat().st_size < 20_000
     assert _open(tmp_path).overrides == store.overrides
     assert store.book().override(_WEB) == OperatorOverride(1)
     # A token of any epoch that it had stays bad.
@@ -108,9 +108,9 @@ def test_a_retired_instance_of_a_fleet_has_the_fleets_epoch(tmp_path: Path) -> N
     store.revoke(_WEB, here=())
     keys = {InstanceId("gone-7"): (TokenKey(b"f" * 32),)}
     change = store.take_fleet(FleetPolicies(keys=keys))
-    assert change.guards == {"gone-7"}
+    assert change.overrides == {"gone-7"}
     assert store.book().override("gone-7").epoch == 0
-    assert store.take_fleet(FleetPolicies()).guards == {"gone-7"}
+    assert store.take_fleet(FleetPolicies()).overrides == {"gone-7"}
     assert store.book().override("gone-7").epoch > 1
 
 
@@ -141,7 +141,7 @@ def _text(instances: object, version: object = 2, retired: object = (0, "")) -> 
     ],
 )
 def test_a_damaged_file_is_refused_by_name_with_what_helps(tmp_path: Path, data: bytes) -> None:
-    path = tmp_path / "guards.json"
+    path = tmp_path / "overrides.json"
     path.write_bytes(data)
     with pytest.raises(HostRefused) as refused:
         _open(tmp_path)
@@ -150,9 +150,9 @@ def test_a_damaged_file_is_refused_by_name_with_what_helps(tmp_path: Path, data:
 
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "guards.json").mkdir()
-    with pytest.raises(HostRefused, match=r"^cannot read .*guards\.json: Is a directory$"):
-        read_overrides(tmp_path / "guards.json")
+    (tmp_path / "overrides.json").mkdir()
+    with pytest.raises(HostRefused, match=r"^cannot read .*overrides\.json: Is a directory$"):
+        read_overrides(tmp_path / "overrides.json")
 
 
 # A fleet
@@ -167,13 +167,13 @@ def test_what_differs_of_what_a_fleet_says_is_reported_and_it_takes_the_place_of
     store = _open(tmp_path)
     store.revoke(_WEB)
     assert not store.take_fleet(FleetPolicies())
-    rules, guards = FleetRules(host=_REQUIRED), {"web": OperatorOverride(4)}
+    rules, overrides = FleetRules(host=_REQUIRED), {"web": OperatorOverride(4)}
     steps = (
         (FleetPolicies(rules), FleetChange(rules=True), OperatorOverride(1)),
-        (FleetPolicies(rules, keys=_KEYS), FleetChange(guards=frozenset({_WEB}), keys=True), OperatorOverride(0)),
-        (FleetPolicies(rules, guards, _KEYS), FleetChange(guards=frozenset({_WEB})), OperatorOverride(4)),
-        (FleetPolicies(FleetRules(), guards, _KEYS), FleetChange(rules=True), OperatorOverride(4)),
-        (FleetPolicies(), FleetChange(guards=frozenset({_WEB}), keys=True), OperatorOverride(1)),
+        (FleetPolicies(rules, keys=_KEYS), FleetChange(overrides=frozenset({_WEB}), keys=True), OperatorOverride(0)),
+        (FleetPolicies(rules, overrides, _KEYS), FleetChange(overrides=frozenset({_WEB})), OperatorOverride(4)),
+        (FleetPolicies(FleetRules(), overrides, _KEYS), FleetChange(rules=True), OperatorOverride(4)),
+        (FleetPolicies(), FleetChange(overrides=frozenset({_WEB}), keys=True), OperatorOverride(1)),
     )  # fmt: skip
     for fleet, change, override in steps:
         assert store.take_fleet(fleet) == change

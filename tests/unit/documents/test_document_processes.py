@@ -119,7 +119,7 @@ def test_a_worker_is_doubted_only_when_it_had_a_second_to_answer(tmp_path: Path)
         worker.started -= 2
         server._check(worker, os.getpid(), look=True)
         assert worker.doubt.silent == 1
-        worker.hang_up()
+        worker.close_question()
 
 
 def test_the_first_death_costs_no_time_and_further_ones_ever_more_up_to_a_bound(

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from imdsproxy.fleet.codec import Unreadable
 from imdsproxy.fleet.lasting import describe_regained, join_values
-from imdsproxy.fleet.layout import GUARDS, HostId, parse_guard, render_guard
+from imdsproxy.fleet.layout import OVERRIDES, HostId, parse_override, render_override
 from imdsproxy.fleet.members import (
     HostState,
     StoredHost,
@@ -25,7 +25,7 @@ from imdsproxy.fleet.members import (
 )
 from imdsproxy.model.policy import OperatorOverride
 
-HOST, GUARD = host_key(HostId("a")), f"{GUARDS}web"
+HOST, OVERRIDE = host_key(HostId("a")), f"{OVERRIDES}web"
 _SMALL = st.integers(0, 3)
 _HOSTS = st.builds(
     StoredHost,
@@ -33,7 +33,7 @@ _HOSTS = st.builds(
     revocations=_SMALL,
     version=_SMALL,
 ).map(render_host)
-_GUARDS = st.builds(OperatorOverride, _SMALL, _SMALL).map(render_guard)
+_OVERRIDES = st.builds(OperatorOverride, _SMALL, _SMALL).map(render_override)
 
 
 def _rank(value: bytes) -> tuple[int, int, bool]:
@@ -51,15 +51,17 @@ def test_of_two_values_of_a_host_the_one_with_more_revocations_counts_then_the_l
     assert _rank(join_values(HOST, other, one)) == _rank(joined)
 
 
-@given(_GUARDS, _GUARDS, _GUARDS)
-def test_guards_only_grow_in_whatever_order_they_come(one: bytes, two: bytes, three: bytes) -> None:
-    joined = join_values(GUARD, join_values(GUARD, one, two), three)
-    again = join_values(GUARD, three, join_values(GUARD, two, one))
-    assert parse_guard(joined) == parse_guard(again)
+@given(_OVERRIDES, _OVERRIDES, _OVERRIDES)
+def test_overrides_only_grow_in_whatever_order_they_come(
+    one: bytes, two: bytes, three: bytes
+) -> None:
+    joined = join_values(OVERRIDE, join_values(OVERRIDE, one, two), three)
+    again = join_values(OVERRIDE, three, join_values(OVERRIDE, two, one))
+    assert parse_override(joined) == parse_override(again)
     for value in (one, two, three):
-        assert parse_guard(joined).epoch >= parse_guard(value).epoch
-        assert parse_guard(joined).reopened_at >= parse_guard(value).reopened_at
-        assert join_values(GUARD, value, joined) == joined
+        assert parse_override(joined).epoch >= parse_override(value).epoch
+        assert parse_override(joined).reopened_at >= parse_override(value).reopened_at
+        assert join_values(OVERRIDE, value, joined) == joined
 
 
 def test_a_revoked_host_stays_revoked_though_a_restored_backup_renewed_it_often() -> None:
@@ -90,11 +92,11 @@ def test_a_count_that_could_not_grow_is_not_readable() -> None:
         assert parse_host(render_host(revoked)).state is HostState.REVOKED
 
 
-@pytest.mark.parametrize("key", [HOST, GUARD, operator_key("anna")])
+@pytest.mark.parametrize("key", [HOST, OVERRIDE, operator_key("anna")])
 def test_what_cannot_be_read_is_no_newer_value(key: str) -> None:
     known = {
         HOST: render_host(StoredHost(HostState.ENROLLED)),
-        GUARD: render_guard(OperatorOverride(1, 1)),
+        OVERRIDE: render_override(OperatorOverride(1, 1)),
     }.get(key, render_operator(StoredOperator(5)))
     for value in (b"", b"[]", b"{}", b"\xff"):
         with pytest.raises(Unreadable):
@@ -109,7 +111,7 @@ def test_operators_read_what_was_put_back() -> None:
             (HOST, render_host(StoredHost(HostState.ENROLLED)), False),
             (HOST, render_host(StoredHost(HostState.ENROLLED)), True),
             (operator_key("anna"), render_operator(StoredOperator(5)), True),
-            (GUARD, render_guard(OperatorOverride(1, 0)), True),
+            (OVERRIDE, render_override(OperatorOverride(1, 0)), True),
         )
     ]
     assert said == [

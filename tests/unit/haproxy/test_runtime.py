@@ -264,8 +264,13 @@ def test_what_haproxy_has_left_out_is_told_and_what_it_says_of_itself_is_not() -
     )
     read = read_audit(text, _NOW)
     one, many, single, other = map(json.loads, read.text.splitlines())
-    assert (one["number"], many["left_out"], single["left_out"], other["number"]) == (1, 1234, 1, 1)
-    assert (many["time"], read.requests, read.left_out) == (_NOW, 2, 1235)
+    assert (one["number"], many["lost"], single["lost"], other["number"]) == (
+        1,
+        1234,
+        1,
+        1,
+    )
+    assert (many["time"], read.requests, read.lost) == (_NOW, 2, 1235)
 
 
 def test_text_beyond_ascii_stays_and_what_is_none_is_marked() -> None:
@@ -295,7 +300,7 @@ def test_every_line_is_json_whatever_a_guest_says(agents: list[bytes]) -> None:
     lines = read.text.split(b"\n")
     assert lines.pop() == b""
     assert [list(json.loads(line)) for line in lines] == [["agent"]] * len(agents)
-    assert (read.requests, read.left_out) == (len(agents), 0)
+    assert (read.requests, read.lost) == (len(agents), 0)
 
 
 @given(st.binary(max_size=200))

@@ -215,7 +215,7 @@ async def test_what_haproxy_refuses_is_left_out_and_tried_again_ever_more_slowly
     waited: list[float] = []
     for _ in range(6):
         assert await rig.choose() == (True, False)
-        assert rig.unix.blame(rig.refusal())
+        assert rig.unix.disable_if_rejected(rig.refusal())
         began = rig.clock.time
         while not (await rig.choose())[0]:
             assert "cannot bind" in rig.reason
@@ -227,13 +227,13 @@ async def test_what_haproxy_refuses_is_left_out_and_tried_again_ever_more_slowly
 async def test_other_settings_are_tried_at_once_and_other_refusals_do_not_count(rig: _Rig) -> None:
     other = ReloadFailed("[ALERT] for frontend guests: cannot bind [169.254.169.254:80]")
     await rig.unix.choose()
-    assert not rig.unix.blame(other)
-    assert rig.unix.blame(rig.refusal())
+    assert not rig.unix.disable_if_rejected(other)
+    assert rig.unix.disable_if_rejected(rig.refusal())
     refused = rig.settings
     rig.settings = refused.model_copy(update={"mode": "all"})
     await rig.unix.choose()
     assert rig.unix.bind == UnixBind(str(rig.path), "0666", 0, 0)
-    assert rig.unix.blame(rig.refusal())
+    assert rig.unix.disable_if_rejected(rig.refusal())
     rig.clock.time += 5
     assert await rig.choose() == (True, False), "the delay begins anew"
     rig.settings = refused
@@ -346,7 +346,7 @@ async def test_a_process_that_takes_it_back_each_time_keeps_it_for_a_while(takin
 async def test_what_haproxy_did_not_take_does_not_count(taking: _Rig, *, refused: bool) -> None:
     await taking.unix.choose()
     if refused:
-        assert taking.unix.blame(taking.refusal())
+        assert taking.unix.disable_if_rejected(taking.refusal())
     else:
         # Something else kept it back; then HAProxy is started anew with what it had.
         taking.haproxy.bound, taking.haproxy.now = taking.unix.bind, None

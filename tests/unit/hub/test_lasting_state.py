@@ -1,4 +1,4 @@
-"""What a hub's copy makes of an etcd that has lost memberships, revocations and guards."""
+"""What a hub's copy makes of an etcd that has lost memberships, revocations and overrides."""
 
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.lasting import EPOCHS
@@ -11,14 +11,14 @@ from imdsproxy.model.policy import OperatorOverride
 
 A, B = HostId("a"), HostId("b")
 WEB = InstanceId("web")
-KEY, GUARD = host_key(A), layout.guard_key(WEB)
+KEY, OVERRIDE = host_key(A), layout.override_key(WEB)
 MEMBER = render_host(StoredHost(HostState.ENROLLED, ("1",), version=2))
 REVOKED = render_host(StoredHost(HostState.REVOKED, revocations=1, version=3))
 NOW = 1_000_000.0
 
 
-def _guard(epoch: int, reopened_at: int = 0) -> bytes:
-    return layout.render_guard(OperatorOverride(epoch, reopened_at))
+def _override(epoch: int, reopened_at: int = 0) -> bytes:
+    return layout.render_override(OperatorOverride(epoch, reopened_at))
 
 
 def _fleet(*changes: Change) -> FleetState:
@@ -61,75 +61,75 @@ def test_what_a_journal_remembers_is_in_force_before_etcd_is_read_and_what_etcd_
     None
 ):
     state = FleetState()
-    state.remember({KEY: REVOKED, host_key(B): MEMBER, GUARD: _guard(7)})
+    state.remember({KEY: REVOKED, host_key(B): MEMBER, OVERRIDE: _override(7)})
     assert state.enrolled() == [B]
     newer = render_host(StoredHost(HostState.REVOKED, revocations=1, version=3))
     state.apply(9, [Change(KEY, MEMBER, 3), Change(host_key(B), newer, 4)])
     assert state.enrolled() == []
-    assert state.ahead == {KEY: 3, GUARD: 0}
+    assert state.ahead == {KEY: 3, OVERRIDE: 0}
 
 
 def test_an_acceptance_takes_back_no_lasting_value_and_every_other_one() -> None:
-    state = _fleet(Change(KEY, REVOKED, 7), Change(GUARD, _guard(7, 3), 8))
+    state = _fleet(Change(KEY, REVOKED, 7), Change(OVERRIDE, _override(7, 3), 8))
     after = state.successor()
-    after.apply(5, [Change(KEY, MEMBER, 3), Change(GUARD, _guard(2, 9), 4)])
+    after.apply(5, [Change(KEY, MEMBER, 3), Change(OVERRIDE, _override(2, 9), 4)])
     assert after.value(layout.instance_key(WEB)) is None
     assert after.value(KEY) == (REVOKED, 3)
-    assert after.value(GUARD) == (_guard(7, 9), 4)
-    assert after.ahead == {KEY: 3, GUARD: 4}
+    assert after.value(OVERRIDE) == (_override(7, 9), 4)
+    assert after.ahead == {KEY: 3, OVERRIDE: 4}
 
 
-def test_a_guard_that_is_put_back_at_a_lower_revision_reaches_hosts_with_the_acceptance_only() -> (
+def test_an_override_that_is_put_back_at_a_lower_revision_reaches_hosts_with_the_acceptance_only() -> (
     None
 ):
-    state = _fleet(Change(GUARD, _guard(7), 8))
-    state.apply(9, [Change(GUARD, _guard(2), 4)])
-    state.apply(9, [Change(GUARD, _guard(7), 6)])
+    state = _fleet(Change(OVERRIDE, _override(7), 8))
+    state.apply(9, [Change(OVERRIDE, _override(2), 4)])
+    state.apply(9, [Change(OVERRIDE, _override(7), 6)])
     assert not state.ahead
     # Hosts have revision 8, and would refuse 6 as older.
-    assert state.item(f"guard/{WEB}") == (8, {"epoch": 7, "reopened_at": 0})
+    assert state.item(f"override/{WEB}") == (8, {"epoch": 7, "reopened_at": 0})
     after = state.successor()
-    after.apply(9, [Change(GUARD, _guard(7), 6)])
-    assert after.item(f"guard/{WEB}") == (6, {"epoch": 7, "reopened_at": 0})
+    after.apply(9, [Change(OVERRIDE, _override(7), 6)])
+    assert after.item(f"override/{WEB}") == (6, {"epoch": 7, "reopened_at": 0})
 
 
-def test_a_guard_that_is_put_back_comes_to_each_host_of_its_instance_with_its_new_revision() -> (
+def test_an_override_that_is_put_back_comes_to_each_host_of_its_instance_with_its_new_revision() -> (
     None
 ):
-    state = _fleet(Change(GUARD, _guard(5), 8))
-    assert state.raise_guards(A, {WEB: OperatorOverride(7)}, NOW) == [GUARD]
-    assert state.apply(20, [Change(GUARD, _guard(7), 20)]) == {A: {f"guard/{WEB}"}}
-    assert state.item(f"guard/{WEB}") == (20, {"epoch": 7, "reopened_at": 0})
+    state = _fleet(Change(OVERRIDE, _override(5), 8))
+    assert state.raise_overrides(A, {WEB: OperatorOverride(7)}, NOW) == [OVERRIDE]
+    assert state.apply(20, [Change(OVERRIDE, _override(7), 20)]) == {A: {f"override/{WEB}"}}
+    assert state.item(f"override/{WEB}") == (20, {"epoch": 7, "reopened_at": 0})
 
 
 def test_a_state_that_takes_the_place_of_another_has_what_that_learned_meanwhile() -> None:
-    state = _fleet(Change(GUARD, _guard(5), 8), Change(KEY, MEMBER, 7))
+    state = _fleet(Change(OVERRIDE, _override(5), 8), Change(KEY, MEMBER, 7))
     draft = state.successor()
-    draft.apply(9, [Change(GUARD, _guard(5), 8), Change(KEY, MEMBER, 7)])
+    draft.apply(9, [Change(OVERRIDE, _override(5), 8), Change(KEY, MEMBER, 7)])
     assert not draft.ahead
-    state.raise_guards(A, {WEB: OperatorOverride(7)}, NOW)
+    state.raise_overrides(A, {WEB: OperatorOverride(7)}, NOW)
     state.apply(9, [Change(host_key(B), REVOKED, 9)])
     draft.regain(state)
-    assert draft.value(GUARD) == (_guard(7), 8)
+    assert draft.value(OVERRIDE) == (_override(7), 8)
     assert draft.value(KEY) == (MEMBER, 7)
-    assert draft.ahead == {GUARD: 8, host_key(B): 0}
+    assert draft.ahead == {OVERRIDE: 8, host_key(B): 0}
 
 
-def test_a_host_raises_guards_of_its_own_instances_as_far_as_numbers_have_room() -> None:
-    state = _fleet(Change(GUARD, _guard(5, 5), 8))
-    for host, guard in (
+def test_a_host_raises_overrides_of_its_own_instances_as_far_as_numbers_have_room() -> None:
+    state = _fleet(Change(OVERRIDE, _override(5, 5), 8))
+    for host, override in (
         (B, OperatorOverride(7, 7)),
         (A, OperatorOverride(5, 5)),
         (A, OperatorOverride(2**62, 7)),
         (A, OperatorOverride(1002 * EPOCHS + 1, 7)),
         (A, OperatorOverride(7, int(NOW) + 86_401)),
     ):
-        assert state.raise_guards(host, {WEB: guard}, NOW) == []
-    assert state.raise_guards(A, {InstanceId("other"): OperatorOverride(7, 7)}, NOW) == []
+        assert state.raise_overrides(host, {WEB: override}, NOW) == []
+    assert state.raise_overrides(A, {InstanceId("other"): OperatorOverride(7, 7)}, NOW) == []
     assert not state.ahead
-    assert state.raise_guards(A, {WEB: OperatorOverride(7, 3)}, NOW) == [GUARD]
-    assert state.value(GUARD) == (_guard(7, 5), 8)
-    assert state.ahead == {GUARD: 8}
+    assert state.raise_overrides(A, {WEB: OperatorOverride(7, 3)}, NOW) == [OVERRIDE]
+    assert state.value(OVERRIDE) == (_override(7, 5), 8)
+    assert state.ahead == {OVERRIDE: 8}
 
 
 def test_a_hub_without_the_fleets_own_key_tells_no_host_that_a_restore_was_accepted() -> None:

@@ -30,9 +30,9 @@ from imdsproxy.hub.store.plan_writes import (
     claims_of,
     next_epoch,
     plan_acceptance,
-    plan_guard,
     plan_hosts,
     plan_network_removal,
+    plan_override,
     plan_policy,
     plan_put,
     plan_removal,
@@ -281,8 +281,8 @@ def test_a_record_that_cannot_be_read_is_written_over_by_an_operator_of_all_proj
 
 def test_no_token_of_an_instance_that_was_removed_is_good_for_one_that_comes_under_its_id() -> None:
     def epoch() -> int:
-        found = store.keys.get(layout.guard_key(_WEB))
-        return 0 if found is None else layout.parse_guard(found[0]).epoch
+        found = store.keys.get(layout.override_key(_WEB))
+        return 0 if found is None else layout.parse_override(found[0]).epoch
 
     store = _written(_blue(), ("web", []))
     _written(store, ("web", []))
@@ -306,8 +306,8 @@ def test_a_record_that_cannot_be_read_is_removed() -> None:
     assert layout.parse_network(store.keys[key][0]).removed_at is not None
 
 
-@pytest.mark.parametrize("key", [layout.guard_key(_WEB), layout.instance_key(_WEB)])
-def test_tokens_are_revoked_though_the_record_or_the_guard_cannot_be_read(key: str) -> None:
+@pytest.mark.parametrize("key", [layout.override_key(_WEB), layout.instance_key(_WEB)])
+def test_tokens_are_revoked_though_the_record_or_the_override_cannot_be_read(key: str) -> None:
     store = _written(_blue(), ("web", []))
     store.keys[layout.META] = layout.render_meta(Meta("f", 1)), 1
 
@@ -315,7 +315,7 @@ def test_tokens_are_revoked_though_the_record_or_the_guard_cannot_be_read(key: s
         def change(old: OperatorOverride) -> OperatorOverride:
             return replace(old, epoch=next_epoch(old.epoch, 1))
 
-        planned, epoch = plan_guard(store.keys.get, _WEB, change, _ALL)
+        planned, epoch = plan_override(store.keys.get, _WEB, change, _ALL)
         assert store.commit(planned) is None
         return epoch
 

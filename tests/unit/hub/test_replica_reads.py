@@ -143,7 +143,7 @@ async def test_no_acknowledgement_from_before_an_accepted_restore_counts_for_wha
     assert await waiting == {"b": "not connected"}
 
 
-async def test_a_guard_that_a_host_reports_while_an_acceptance_is_read_stays_and_the_journal_is_right(
+async def test_an_override_that_a_host_reports_while_an_acceptance_is_read_stays_and_the_journal_is_right(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "AT_ONCE", 1)
@@ -156,12 +156,12 @@ async def test_a_guard_that_a_host_reports_while_an_acceptance_is_read_stays_and
     while replica._incarnation != 2:
         await asyncio.sleep(0)
     assert replica.state.meta.incarnation == 1
-    guard = OperatorOverride(7, 0)
-    replica.restores.raise_guards(HostId("a"), {InstanceId("i1"): guard})
+    override = OperatorOverride(7, 0)
+    replica.restores.raise_overrides(HostId("a"), {InstanceId("i1"): override})
     await reading
-    found = replica.state.value(layout.guard_key(InstanceId("i1")))
+    found = replica.state.value(layout.override_key(InstanceId("i1")))
     assert found is not None
-    assert layout.parse_guard(found[0]) == guard
+    assert layout.parse_override(found[0]) == override
     assert replica.restores.journal.position.revision == 20
 
 

@@ -21,9 +21,9 @@ from imdsproxy.hub.store.plan_writes import (
     Terms,
     Transaction,
     claims_of,
-    plan_guard,
     plan_hosts,
     plan_network_removal,
+    plan_override,
     plan_policy,
     plan_put,
     plan_removal,
@@ -119,7 +119,7 @@ WRITES = st.one_of(
     PUTS,
     st.tuples(st.just("remove"), NAMES, st.none()),
     st.tuples(st.just("move"), NAMES, HOSTS_OF),
-    st.tuples(st.just("guard"), NAMES, st.none()),
+    st.tuples(st.just("override"), NAMES, st.none()),
     st.tuples(st.just("remove network"), st.sampled_from((*NETWORKS, "new")), st.none()),
     st.tuples(st.just("policy"), st.sampled_from(("fleet", "host/a", "project/red")), st.none()),
 )
@@ -165,7 +165,7 @@ def _fleet() -> _Keys:
     anna = Terms("anna", now=1_700_000_000)
     _commit(keys, plan_put(keys.get, networks, puts, anna))
     _commit(keys, plan_put(keys.get, [_network("red-gone", "red", "br-gone")], [], anna))
-    _commit(keys, plan_guard(keys.get, InstanceId("red-gone"), _reopen, anna)[0])
+    _commit(keys, plan_override(keys.get, InstanceId("red-gone"), _reopen, anna)[0])
     _commit(keys, plan_removal(keys.get, InstanceId("red-gone"), anna))
     _commit(keys, plan_network_removal(keys.get, NetworkId("red-gone"), anna, ()))
     return keys
@@ -192,8 +192,8 @@ def _plan(keys: _Keys, write: tuple[str, Any, Any], terms: Terms) -> Transaction
         case "move":
             hosts = tuple(map(HostId, second))
             return plan_hosts(keys.get, InstanceId(first), lambda _: hosts, terms)
-        case "guard":
-            return plan_guard(keys.get, InstanceId(first), _reopen, terms)[0]
+        case "override":
+            return plan_override(keys.get, InstanceId(first), _reopen, terms)[0]
         case "remove network":
             return plan_network_removal(keys.get, NetworkId(first), terms, ())
         case _:
@@ -215,7 +215,7 @@ def _check(before: _Keys, planned: Transaction, grant: Grant) -> None:
             assert key not in before or key in own
             assert _project_of(planned.puts[key]) == "shop"
         else:
-            assert layout.instance_key(InstanceId(key.removeprefix(layout.GUARDS))) in own
+            assert layout.instance_key(InstanceId(key.removeprefix(layout.OVERRIDES))) in own
     for key, value in planned.puts.items():
         if key.startswith(layout.INSTANCES):
             _check_instance(before, key, value, grant)
@@ -269,7 +269,8 @@ def test_no_write_of_a_projects_operator_changes_what_others_have_or_uses_what_w
 
 
 @pytest.mark.parametrize(
-    "write", [("remove", "red-web", None), ("move", "red-web", ["a"]), ("guard", "red-web", None)]
+    "write",
+    [("remove", "red-web", None), ("move", "red-web", ["a"]), ("override", "red-web", None)],
 )
 def test_a_record_of_another_project_is_not_looked_into_however_large_it_is(
     write: tuple[str, Any, Any], monkeypatch: pytest.MonkeyPatch

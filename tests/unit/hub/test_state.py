@@ -125,7 +125,7 @@ def test_nothing_of_another_host_is_in_an_item() -> None:
 
 def test_a_record_that_says_that_it_went_is_removed() -> None:
     state = fleet(network("blue", 2), instance("web", 4, B), instance("db", 5))
-    have = {"instance/web": 3, "instance/db": 3, "guard/db": 3, "network/blue": 2}
+    have = {"instance/web": 3, "instance/db": 3, "override/db": 3, "network/blue": 2}
     batch = compare(state, have, revision=3)
     assert set(batch.remove) == have.keys()
     assert not batch.held
@@ -142,7 +142,7 @@ def test_a_host_that_asks_for_what_it_never_had_learns_nothing() -> None:
     state = fleet(network("red", 2), instance("db", 30, B, on="red", left=()))
     state.apply(90, [])
     answers = []
-    for kind in ("instance", "guard", "keys", "network", "policy/project"):
+    for kind in ("instance", "override", "keys", "network", "policy/project"):
         for revision in (0, 7, 30, 80):
             there, absent = ("red", "none") if kind == "network" else ("db", "none")
             found = [compare(state, {f"{kind}/{one}": revision}) for one in (there, absent)]
@@ -162,7 +162,7 @@ def test_what_etcd_has_of_an_older_revision_is_held_whether_placed_here_or_not()
         "instance/web": 50,
         "keys/web": 50,
         "instance/db": 50,
-        "guard/db": 50,
+        "override/db": 50,
         "network/blue": 2,
     }
     batch = compare(state, have, revision=60)
@@ -333,7 +333,7 @@ def test_a_digest_is_that_of_what_a_host_gets_and_of_nothing_else() -> None:
 # What cannot be read
 
 _HAS = {
-    "instance/web": 3, "guard/web": 4, "keys/web": 5, "network/blue": 2, "policy/project/of-web": 2,
+    "instance/web": 3, "override/web": 4, "keys/web": 5, "network/blue": 2, "policy/project/of-web": 2,
 }  # fmt: skip
 
 
@@ -383,7 +383,7 @@ def test_a_host_keeps_what_a_hub_that_starts_afresh_cannot_read_and_nothing_is_s
     ("key", "item"),
     [
         (layout.network_key(NetworkId("blue")), "network/blue"),
-        (layout.guard_key(WEB), "guard/web"),
+        (layout.override_key(WEB), "override/web"),
         (f"{layout.POLICIES}project/of-web", "policy/project/of-web"),
     ],
 )

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imdsproxy.fleet.policies import FleetPolicies, join_guards
+from imdsproxy.fleet.policies import FleetPolicies, join_fleet_overrides
 from imdsproxy.model.entities import InstanceId
 from imdsproxy.model.path_rules import PathRules, PathWord, set_id
 from imdsproxy.model.policy import (
@@ -166,11 +166,11 @@ def test_of_one_scope_a_fleet_sets_rule_by_rule_and_each_names_whose_it_is() -> 
 
 # What operators do
 
-_GUARDS = st.builds(OperatorOverride, st.integers(0, 3), st.integers(0, 3))
+_OVERRIDES = st.builds(OperatorOverride, st.integers(0, 3), st.integers(0, 3))
 _KEYS = (TokenKey(b"k" * 32),)
 
 
-@given(ours=_GUARDS, theirs=_GUARDS, keyed=st.booleans())
+@given(ours=_OVERRIDES, theirs=_OVERRIDES, keyed=st.booleans())
 def test_each_revocation_of_a_fleet_ends_the_tokens_of_before_whatever_this_host_has_revoked(
     ours: OperatorOverride, theirs: OperatorOverride, *, keyed: bool
 ) -> None:
@@ -178,7 +178,7 @@ def test_each_revocation_of_a_fleet_ends_the_tokens_of_before_whatever_this_host
 
     def in_force(one: OperatorOverride) -> OperatorOverride:
         own = Overrides({"web": ours, "other": ours})
-        joined = join_guards(own, FleetPolicies(guards={"web": one}, keys=keys))
+        joined = join_fleet_overrides(own, FleetPolicies(overrides={"web": one}, keys=keys))
         assert joined["other"] == ours
         return joined["web"]
 
@@ -195,7 +195,7 @@ def test_what_this_host_revoked_before_an_instance_came_to_a_fleet_is_none_of_it
 ):
     fleet = FleetPolicies(keys={InstanceId("web"): _KEYS})
     own = Overrides({"web": OperatorOverride(3, 7)})
-    assert join_guards(own, fleet) == Overrides({"web": OperatorOverride(0, 7)})
+    assert join_fleet_overrides(own, fleet) == Overrides({"web": OperatorOverride(0, 7)})
 
 
 @pytest.mark.parametrize(

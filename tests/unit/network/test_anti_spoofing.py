@@ -69,7 +69,7 @@ class Rig:
             self.kernel,
             self.inventory,
             Naming(),
-            table_journal(directory / "gates.json"),
+            table_journal(directory / "mac-filters.json"),
             self.clock,
             self.changed.append,
             self.missing.append,
@@ -212,7 +212,7 @@ async def test_a_filter_that_is_not_needed_is_removed(rig: Rig, *, check: bool) 
     rig.say(_MAC, check=check)
     await rig.round(listening=not check)
     assert rig.kernel.tables == {}
-    assert (rig.directory / "gates.json").read_text() == "{}"
+    assert (rig.directory / "mac-filters.json").read_text() == "{}"
 
 
 async def test_a_filter_that_goes_is_released_first_and_removed_when_its_connections_have_ended(
@@ -320,8 +320,8 @@ async def test_where_macs_are_not_checked_yet_haproxy_does_not_know_an_address_w
 
 
 async def test_a_journal_that_cannot_be_read_is_an_error(rig: Rig) -> None:
-    (rig.directory / "gates.json").write_text("[")
-    with pytest.raises(HostRefused, match=r"gates\.json"):
+    (rig.directory / "mac-filters.json").write_text("[")
+    with pytest.raises(HostRefused, match=r"mac-filters\.json"):
         await rig.round()
 
 

@@ -40,7 +40,7 @@ from imdsproxy.model.entities import (
 )
 from imdsproxy.model.inventory import Inventory
 from imdsproxy.model.observation import Observation
-from imdsproxy.network.endpoints import LeftOutCode
+from imdsproxy.network.endpoints import NotServedCode
 from imdsproxy.network.listeners.apply import HostTable
 from imdsproxy.network.listeners.host import KeptNetworks, SystemHost
 from imdsproxy.network.listeners.loop import ListenerLoop
@@ -71,7 +71,7 @@ class FakeHost(SystemHost):
         self.refusal = ""
         self.done: list[HostOp] = []
         self.during: Callable[[], object] = lambda: None
-        self.arp_guard, self.diverter = self.tables = [
+        self.arp_filter, self.diverter = self.tables = [
             Mock(apply=AsyncMock(return_value=())) for _ in range(2)
         ]
 
@@ -159,10 +159,10 @@ class Rig:
             if line.startswith("  bind 169.254.169.254:80")
         }
 
-    def left_out(self) -> dict[str, LeftOutCode]:
+    def not_served(self) -> dict[str, NotServedCode]:
         return {
             one.network: one.code
-            for one in self.loop.report.left_out
+            for one in self.loop.report.not_served
             if one.family is None or one.family.value == 4
         }
 
@@ -220,11 +220,11 @@ async def test_a_missing_namespace_leaves_out_its_network_and_no_other_and_is_lo
     assert [(one["network"], one["code"]) for one in left] == [("blue", "namespace-missing")]
     assert rig.bound() == {"red"}
     assert [str(one.readlink()) for one in rig.host.links.iterdir()] == ["/nowhere/red"]
-    assert rig.left_out() == {"blue": LeftOutCode.NAMESPACE_MISSING}
+    assert rig.not_served() == {"blue": NotServedCode.NAMESPACE_MISSING}
     rig.host.make("blue", 8)
     await rig.settle("namespace-came", "blue")
     assert rig.bound() == {"red", "blue"}
-    assert rig.left_out() == {}
+    assert rig.not_served() == {}
 
 
 async def test_only_what_may_have_changed_is_looked_at_and_what_has_not_reloads_nothing(
@@ -276,7 +276,7 @@ async def test_a_network_that_was_let_go_is_listened_in_no_more_and_its_records_
     rig: Rig,
 ) -> None:
     await rig.serve("red", "blue")
-    await rig.loop.let_go([NetworkId("red")])
+    await rig.loop.release_networks([NetworkId("red")])
     assert rig.bound() == {"blue"}
     assert rig.inventory.networks.keys() == {"red", "blue"}
 
@@ -287,10 +287,10 @@ async def test_what_the_host_refuses_is_told_and_tried_again(rig: Rig) -> None:
     rig.host.refusal = "no permission"
     await rig.settle("networks changed", "red")
     assert {problem.reason for problem in rig.loop.report.problems} == {"no permission"}
-    assert rig.left_out() == {"red": LeftOutCode.HOST_REFUSED}
+    assert rig.not_served() == {"red": NotServedCode.HOST_REFUSED}
     assert rig.host.operations["failed"] >= 1
     rig.host.refusal = ""
-    await until(lambda: not rig.left_out())
+    await until(lambda: not rig.not_served())
 
 
 async def test_what_was_made_is_looked_at_and_planned_with_in_the_same_round(rig: Rig) -> None:
@@ -300,7 +300,7 @@ async def test_what_was_made_is_looked_at_and_planned_with_in_the_same_round(rig
     await rig.settle("networks changed", "red")
     assert rig.host.asked == [(False, frozenset({NetworkId("red")}))] * 2
     report = rig.loop.report
-    assert (report.left_out, len(report.endpoints), report.operations) == ((), 2, 2)
+    assert (report.not_served, len(report.endpoints), report.operations) == ((), 2, 2)
 
 
 @pytest.mark.parametrize("fails", [True, False])
@@ -341,12 +341,12 @@ async def test_an_exporter_whose_port_is_taken_costs_no_guest_anything(rig: Rig)
 async def test_the_host_answers_arp_only_where_a_network_listens_on_its_device_or_says_why(
     rig: Rig,
 ) -> None:
-    guard = rig.host.tables[0].apply
-    assert "virbr0" not in str(guard.call_args)
+    arp_filter = rig.host.tables[0].apply
+    assert "virbr0" not in str(arp_filter.call_args)
     rig.add(InterfaceListener("virbr0"))
     await rig.settle("networks changed", "red")
-    assert "virbr0" in str(guard.call_args)
-    guard.return_value = (Problem("host", "no nft"),)
+    assert "virbr0" in str(arp_filter.call_args)
+    arp_filter.return_value = (Problem("host", "no nft"),)
     await rig.serve("red")
     assert [problem.reason for problem in rig.loop.report.problems] == ["no nft"]
     assert rig.bound() == {"red"}

@@ -33,7 +33,7 @@ from imdsproxy.model.entities import (
     NetworkId,
     Subnet,
 )
-from imdsproxy.network.endpoints import Endpoint, Foreign, LeftOut, LeftOutCode
+from imdsproxy.network.endpoints import Endpoint, Foreign, NotServed, NotServedCode
 from imdsproxy.network.listeners.endpoints import find_degraded
 from imdsproxy.network.listeners.plan import (
     ListenerPlan,
@@ -155,7 +155,7 @@ def test_both_addresses_of_a_namespace_are_bound_ipv6_to_its_device() -> None:
 
 
 @pytest.mark.parametrize(
-    ("listener", "host", "bound", "family", "left_out"),
+    ("listener", "host", "bound", "family", "not_served"),
     [
         (ON_TAP, _ns(), ["tap0", "tap0"], None, ""),
         (ON_TAP, _ns(addresses=(replace(V4, device="lo"), V6)), ["tap0", "tap0"], None, ""),
@@ -213,14 +213,14 @@ def test_what_can_be_bound_is_and_what_cannot_is_left_out_with_the_reason(
     host: ObservedHost,
     bound: list[str | None],
     family: int | None,
-    left_out: str,
+    not_served: str,
 ) -> None:
     plan = plan_listeners(_blue(listener), host)
     assert [one.device for one in plan.endpoints] == bound
-    assert [one.family for one in plan.left_out] == ([family] if left_out else [])
-    assert all(f"{one.code}: {one.reason}".startswith(left_out) for one in plan.left_out)
+    assert [one.family for one in plan.not_served] == ([family] if not_served else [])
+    assert all(f"{one.code}: {one.reason}".startswith(not_served) for one in plan.not_served)
     assert all(one.effect is Effect.BLOCKS for one in plan.foreign)
-    assert [one.sockets for one in plan.left_out if one.sockets] == [
+    assert [one.sockets for one in plan.not_served if one.sockets] == [
         (one.socket,) for one in plan.foreign
     ]
     assert plan.ops == ()
@@ -244,8 +244,8 @@ def test_what_a_listener_lacks_is_added_and_pending_meanwhile(
 ) -> None:
     plan = plan_listeners(_blue(listener), host)
     assert list(plan.ops) == ops
-    assert [one.family for one in plan.left_out] == pending
-    assert all(one.code is LeftOutCode.PENDING for one in plan.left_out)
+    assert [one.family for one in plan.not_served] == pending
+    assert all(one.code is NotServedCode.PENDING for one in plan.not_served)
 
 
 @pytest.mark.parametrize(
@@ -365,8 +365,8 @@ def test_of_two_networks_with_one_listener_the_one_in_force_keeps_it(
 
     assert plan.endpoints == plan_listeners(in_force, host).endpoints
     assert plan.ops == plan_listeners(in_force, host).ops
-    (left,) = (left for left in plan.left_out if left.network != first)
-    assert left.code is LeftOutCode.LISTENER_SHARED
+    (left,) = (left for left in plan.not_served if left.network != first)
+    assert left.code is NotServedCode.LISTENER_SHARED
     assert f"network {first} " in left.reason
 
 
@@ -405,10 +405,10 @@ def test_what_is_pending_because_an_operation_failed_has_the_failure_as_its_reas
         networks = _networks({"blue": INTERFACE, "red": InterfaceListener("tap1")})
     plan = plan_listeners(networks, host)
     explained = explain_pending(plan, {failed: Problem("host", "IPv6 is off", "switch it on")})
-    found = [(one.code, one.reason, one.hint) for one in explained.left_out]
-    wanted = (LeftOutCode.HOST_REFUSED, "IPv6 is off", "switch it on")
+    found = [(one.code, one.reason, one.hint) for one in explained.not_served]
+    wanted = (NotServedCode.HOST_REFUSED, "IPv6 is off", "switch it on")
     assert [one == wanted for one in found] == refused
-    assert replace(explained, left_out=plan.left_out) == plan
+    assert replace(explained, not_served=plan.not_served) == plan
 
 
 @given(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True).map(NetworkId))
@@ -512,29 +512,29 @@ _BOTH = (*_V6_ONLY, Subnet(ip_network("10.0.0.0/24")))
 @pytest.mark.parametrize(
     ("code", "missing", "served", "subnets", "degraded"),
     [
-        *((code, None, (), (), True) for code in LeftOutCode),
-        (LeftOutCode.ADDRESS_MISSING, Family.IPV6, (), (), True),
+        *((code, None, (), (), True) for code in NotServedCode),
+        (NotServedCode.ADDRESS_MISSING, Family.IPV6, (), (), True),
         # A network that is served over IPv4 needs no IPv6 address, and every other fault counts.
-        (LeftOutCode.ADDRESS_MISSING, Family.IPV6, (_FOUR,), (), False),
-        (LeftOutCode.ADDRESS_ON_LOOPBACK, Family.IPV6, (_FOUR,), (), False),
-        (LeftOutCode.ADDRESS_MISSING, Family.IPV4, (_SIX,), (), True),
-        (LeftOutCode.PORT_BUSY, Family.IPV4, (_SIX,), (), True),
-        (LeftOutCode.PORT_BUSY, Family.IPV6, (_FOUR,), (), True),
-        (LeftOutCode.ADDRESS_DUPLICATE, Family.IPV6, (_FOUR,), (), True),
+        (NotServedCode.ADDRESS_MISSING, Family.IPV6, (_FOUR,), (), False),
+        (NotServedCode.ADDRESS_ON_LOOPBACK, Family.IPV6, (_FOUR,), (), False),
+        (NotServedCode.ADDRESS_MISSING, Family.IPV4, (_SIX,), (), True),
+        (NotServedCode.PORT_BUSY, Family.IPV4, (_SIX,), (), True),
+        (NotServedCode.PORT_BUSY, Family.IPV6, (_FOUR,), (), True),
+        (NotServedCode.ADDRESS_DUPLICATE, Family.IPV6, (_FOUR,), (), True),
         # One of IPv6 subnets needs no IPv4 address.
-        (LeftOutCode.ADDRESS_MISSING, Family.IPV4, (_SIX,), _V6_ONLY, False),
-        (LeftOutCode.ADDRESS_MISSING, Family.IPV4, (_SIX,), _BOTH, True),
+        (NotServedCode.ADDRESS_MISSING, Family.IPV4, (_SIX,), _V6_ONLY, False),
+        (NotServedCode.ADDRESS_MISSING, Family.IPV4, (_SIX,), _BOTH, True),
     ],
 )
 def test_a_network_is_degraded_where_its_guests_need_what_is_left_out(
-    code: LeftOutCode,
+    code: NotServedCode,
     missing: Family | None,
     served: tuple[Endpoint, ...],
     subnets: tuple[Subnet, ...],
     *,
     degraded: bool,
 ) -> None:
-    left = LeftOut(BLUE, missing, code, "why")
+    left = NotServed(BLUE, missing, code, "why")
     networks = {BLUE: Network(BLUE, IN_NS, subnets=subnets)}
     assert find_degraded(networks, (), served, (left,), ()) == (left,) * degraded
 
@@ -547,15 +547,15 @@ def test_a_program_that_shares_the_port_is_named_and_one_that_yields_is_not(
 ) -> None:
     foreign = Foreign(BLUE, Family.IPV4, effect, _socket("169.254.169.254"))
     found = find_degraded(_blue(IN_NS), (), (_FOUR, _SIX), (), (foreign,))
-    assert [one.code for one in found] == [LeftOutCode.FOREIGN_LISTENER] * degraded
+    assert [one.code for one in found] == [NotServedCode.FOREIGN_LISTENER] * degraded
     assert all("nginx (pid 41)" in one.reason for one in found)
 
 
 def test_networks_that_no_round_has_seen_and_contradictory_ones_are_degraded_in_order() -> None:
     found = find_degraded(_blue(IN_NS), (NetworkId("another"),), (), (), ())
     assert [(one.network, one.code) for one in found] == [
-        (NetworkId("another"), LeftOutCode.NETWORK_CONFLICT),
-        (BLUE, LeftOutCode.PENDING),
+        (NetworkId("another"), NotServedCode.NETWORK_CONFLICT),
+        (BLUE, NotServedCode.PENDING),
     ]
 
 

@@ -39,7 +39,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FleetHub]:
     limits = {
         f"{layout.POLICIES}{scope}": b"{}" for scope in ("fleet", f"host/{HOST}", "project/p")
     }
-    made.write({**limits, f"{layout.GUARDS}a": b'{"epoch": 1, "reopened_at": 0}'})
+    made.write({**limits, f"{layout.OVERRIDES}a": b'{"epoch": 1, "reopened_at": 0}'})
     yield made
     made.close()
 
@@ -76,7 +76,7 @@ async def test_user_data_that_is_damaged_on_disk_is_not_given_and_comes_again_fr
 
 _VALUE: Final = """UPDATE items SET value = '{"tokens": 1}' WHERE key = ?"""
 _EARLIER: Final = "UPDATE items SET revision = revision - 1 WHERE key = ?"
-_NAME: Final = "UPDATE items SET key = 'guard/z' WHERE key = ?"
+_NAME: Final = "UPDATE items SET key = 'override/z' WHERE key = ?"
 
 
 @pytest.mark.parametrize(
@@ -84,12 +84,12 @@ _NAME: Final = "UPDATE items SET key = 'guard/z' WHERE key = ?"
     [
         (_VALUE, "instance/a", {"b"}),
         (_EARLIER, "instance/a", {"b"}),
-        (_VALUE, "guard/a", {"b"}),
+        (_VALUE, "override/a", {"b"}),
         (_VALUE, "keys/a", {"b"}),
         (_VALUE, "policy/project/p", {"b"}),
         (_VALUE, "policy/fleet", set()),
         (_VALUE, f"policy/host/{HOST}", set()),
-        (_NAME, "guard/a", set()),
+        (_NAME, "override/a", set()),
     ],
 )
 async def test_an_instance_is_not_taken_from_a_copy_that_is_damaged_in_its_record_or_in_what_limits_it(

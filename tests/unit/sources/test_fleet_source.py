@@ -455,11 +455,11 @@ async def test_user_data_that_comes_late_delays_neither_a_revocation_nor_another
     source.take_policies, source.fetch_s = taken.append, 0.5
     async with running(source) as heard:
         hub.gives_blobs.clear()
-        revoked = {layout.GUARDS + "a": b'{"epoch": 1, "reopened_at": 0}'}
+        revoked = {layout.OVERRIDES + "a": b'{"epoch": 1, "reopened_at": 0}'}
         late = instance("c", "10.0.0.7", text="late")
         revision = hub.write({**revoked, **_put(hub, B), **_put(hub, late)})
         await heard.until(lambda each: names(each).keys() == {"a", "b"})
-        assert taken[-1].guards == {"a": OperatorOverride(1, 0)}
+        assert taken[-1].overrides == {"a": OperatorOverride(1, 0)}
         assert "instance/c: its user data is on its way" in await refusal(hub, revision)
         # An address that is not known may be the one that is late.
         await heard.until(lambda each: not each.last.in_sync)
@@ -616,12 +616,12 @@ async def _limit_pages(source: FleetSource, most: int) -> None:
     )
 
 
-async def test_guards_never_go_back_whatever_a_store_says(
+async def test_overrides_never_go_back_whatever_a_store_says(
     hubs: Callable[..., FleetHub], kept: Path
 ) -> None:
     hub, taken = hubs(), list[FleetPolicies]()
     key, keys = (
-        layout.GUARDS + "a",
+        layout.OVERRIDES + "a",
         {"current": "k", "keys": {"k": base64.b64encode(bytes(32)).decode()}},
     )
     hub.write({key: b'{"epoch": 2, "reopened_at": 7}', **_put(hub, A)})
@@ -631,7 +631,7 @@ async def test_guards_never_go_back_whatever_a_store_says(
     hub.write({layout.POLICIES + "fleet": b'{"tokens": "required"}'})
     async with running(source):
         (policies,) = taken
-        assert policies.guards == {"a": OperatorOverride(2, 7)}
+        assert policies.overrides == {"a": OperatorOverride(2, 7)}
         assert policies.rules.everywhere.tokens == "required"
         assert [one.secret for one in policies.keys[A.id]] == [bytes(32)]
         assert "AAAA" not in repr(policies)
@@ -641,7 +641,7 @@ async def test_guards_never_go_back_whatever_a_store_says(
     source.take_policies = taken.append
     async with running(source) as heard:
         await heard.until(lambda each: each.last.in_sync)
-    assert taken[-1].guards == {"a": OperatorOverride(2, 9)}
+    assert taken[-1].overrides == {"a": OperatorOverride(2, 9)}
 
 
 async def test_a_hub_that_does_not_hear_from_etcd_and_one_of_another_time_are_reported(

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from imdsproxy.model.entities import Dialect
-from imdsproxy.tools.doctor import Card, Finding, Severity, Surroundings
-from imdsproxy.tools.doctor.checks_documents import check_gate, examine
+from imdsproxy.tools.doctor import Finding, Nic, Severity, Surroundings
+from imdsproxy.tools.doctor.checks_documents import check_smbios, examine
 from imdsproxy.tools.doctor.crawl import GOOGLE, TOKEN, Answer, crawl
 from support.demonstration import REPOSITORY
 from support.metadata_server import GOOD, MetadataServer, Reply
@@ -171,18 +171,18 @@ def test_a_mac_that_no_nic_has_is_found_in_every_dialect(
 
 
 @pytest.mark.parametrize(
-    ("cards", "code"),
+    ("nics", "code"),
     [
-        ([Card("red", MAC, frozenset({MAC}))], None),
-        ([Card("red", MAC, frozenset({"52:54:00:ff:ff:ff"}))], "mac-mismatch"),
-        ([Card("red", "52:54:00:ff:ff:ff", frozenset({"52:54:00:ff:ff:ff"})), Card("blue", MAC)], "card-unseen"),
-        ([Card("red", MAC)], None),
+        ([Nic("red", MAC, frozenset({MAC}))], None),
+        ([Nic("red", MAC, frozenset({"52:54:00:ff:ff:ff"}))], "mac-mismatch"),
+        ([Nic("red", "52:54:00:ff:ff:ff", frozenset({"52:54:00:ff:ff:ff"})), Nic("blue", MAC)], "nic-not-seen"),
+        ([Nic("red", MAC)], None),
     ],
 )  # fmt: skip
 def test_the_hosts_own_view_of_macs_counts_where_the_guests_is_not_known(
-    cards: list[Card], code: str | None
+    nics: list[Nic], code: str | None
 ) -> None:
-    findings = found(server(), Surroundings(cards=tuple(cards)))
+    findings = found(server(), Surroundings(nics=tuple(nics)))
     assert set(findings) == ({code} if code else set())
     assert all(MAC in one.what for one in findings.values())
 
@@ -333,26 +333,26 @@ NOVA = replace(QEMU, dmi={"product_name": "OpenStack Nova"})
         (replace(QEMU, sources=("OpenStack", "None")), None),
         (replace(QEMU, environment={"product_name": "OpenStack Nova"}, container=True), None),
         (Surroundings(), None),
-        (QEMU, ("gate-shut", "error")),
-        (replace(NOVA, container=True), ("gate-shut", "error")),
-        (replace(NOVA, kernel="ds=None"), ("gate-shut", "error")),
-        (replace(NOVA, kernel="ds=OpenStack ds=None"), ("gate-shut", "error")),
-        (replace(NOVA, sources=()), ("gate-shut", "error")),
-        (Surroundings(dmi={}), ("gate-shut", "error")),
+        (QEMU, ("smbios-mismatch", "error")),
+        (replace(NOVA, container=True), ("smbios-mismatch", "error")),
+        (replace(NOVA, kernel="ds=None"), ("smbios-mismatch", "error")),
+        (replace(NOVA, kernel="ds=OpenStack ds=None"), ("smbios-mismatch", "error")),
+        (replace(NOVA, sources=()), ("smbios-mismatch", "error")),
+        (Surroundings(dmi={}), ("smbios-mismatch", "error")),
         # A serial number that may not be read leaves it open.
-        (replace(QEMU, dmi_complete=False), ("gate-unseen", "note")),
+        (replace(QEMU, dmi_complete=False), ("smbios-unreadable", "note")),
     ],
 )
 def test_a_guest_asks_for_what_is_served_or_that_is_an_error(
     around: Surroundings, found: tuple[str, str] | None
 ) -> None:
     done = crawl(MetadataServer().fetch, direct=True)
-    findings = [(one.code, one.severity.value) for one in check_gate(done, around)]
+    findings = [(one.code, one.severity.value) for one in check_smbios(done, around)]
     assert findings == ([found] if found else [])
 
 
 def test_a_guest_that_asks_for_what_is_not_served_is_an_error() -> None:
     server = MetadataServer()
     server.replies = {path: one for path, one in server.replies.items() if "/nocloud" in path}
-    (finding,) = check_gate(crawl(server.fetch, direct=True), NOVA)
-    assert finding.code == "gate-shut"
+    (finding,) = check_smbios(crawl(server.fetch, direct=True), NOVA)
+    assert finding.code == "smbios-mismatch"

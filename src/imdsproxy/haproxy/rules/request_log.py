@@ -130,12 +130,12 @@ class AuditLines:
 
     Attributes:
         requests: Number of lines for requests.
-        left_out: Number of requests for which HAProxy had no room.
+        lost: Number of requests for which HAProxy had no room.
     """
 
     text: bytes
     requests: int
-    left_out: int = 0
+    lost: int = 0
 
 
 def read_audit(read: bytes, now: float) -> AuditLines:
@@ -159,21 +159,21 @@ def read_audit(read: bytes, now: float) -> AuditLines:
     ):
         return AuditLines(read, count)
     lines: list[bytes] = []
-    requests = left_out = 0
+    requests = lost = 0
     for line in read.split(b"\n"):
         if line.startswith(b"{"):
             requests += 1
             lines.append(_valid(line))
         # Other lines are HAProxy's own messages, such as `Proxy guests stopped`.
         elif (dropped := _LEFT_OUT.search(line)) is not None:
-            left_out += int(dropped[1])
-            lines.append(left_out_line(int(dropped[1]), now))
-    return AuditLines(b"".join(line + b"\n" for line in lines), requests, left_out)
+            lost += int(dropped[1])
+            lines.append(lost_line(int(dropped[1]), now))
+    return AuditLines(b"".join(line + b"\n" for line in lines), requests, lost)
 
 
-def left_out_line(count: int, now: float) -> bytes:
+def lost_line(count: int, now: float) -> bytes:
     """Return the line that stands for `count` dropped lines, without its line end."""
-    return b'{"time":%.3f,"left_out":%d}' % (now, count)
+    return b'{"time":%.3f,"lost":%d}' % (now, count)
 
 
 def _begins_of_expiries(now: float) -> set[bytes]:

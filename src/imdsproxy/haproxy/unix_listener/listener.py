@@ -104,7 +104,7 @@ class UnixListener:
         self.rebind = seen.orphaned or (runs and has)
         return wanted, None
 
-    def blame(self, error: DataplaneError) -> bool:
+    def disable_if_rejected(self, error: DataplaneError) -> bool:
         """Disable the listener if it caused, or may have caused, HAProxy's refusal. Return whether it did."""
         bind = self.bind
         if bind is None:
@@ -123,7 +123,7 @@ class UnixListener:
         self.rebind = False
         return True
 
-    def acquit(self) -> None:
+    def clear_rejection(self) -> None:
         """Clear the rejection, because HAProxy refused the configuration without the listener too."""
         self._refused = None
 

@@ -47,7 +47,7 @@ _Host = Annotated[str | None, Query(description="Which host, where it is on seve
 
 
 @dataclass(frozen=True, slots=True)
-class FleetGuardChange:
+class FleetOverrideChange:
     """Result of changing an instance's operator override on all its hosts.
 
     Attributes:
@@ -81,34 +81,34 @@ class FleetPolicy:
 @guests.post("/instances/{instance}/revoke-tokens")
 async def revoke_tokens(
     instance: InstanceOf, operations: Uses, terms: TermsOf, _: Operator
-) -> FleetGuardChange:
+) -> FleetOverrideChange:
     """Revoke the instance's tokens; wait until every host of the instance has confirmed that."""
     done, epoch = await operations.writes.revoke_tokens(instance, terms)
-    return await _guarded(operations, instance, done, epoch)
+    return await _confirm_override(operations, instance, done, epoch)
 
 
 @guests.post("/instances/{instance}/reopen")
 async def reopen_instance(
     instance: InstanceOf, operations: Uses, terms: TermsOf, _: Operator
-) -> FleetGuardChange:
+) -> FleetOverrideChange:
     """Restart the instance's boot grace now, on all its hosts."""
     done, epoch = await operations.writes.reopen(instance, terms)
-    return await _guarded(operations, instance, done, epoch)
+    return await _confirm_override(operations, instance, done, epoch)
 
 
-async def _guarded(
+async def _confirm_override(
     operations: Operations, instance: InstanceId, done: Done, epoch: int
-) -> FleetGuardChange:
+) -> FleetOverrideChange:
     state = operations.state
     # If the record is unreadable, the copy may still know the instance's hosts.
     hosts = done.hosts | set(state.hosts_of(instance))
-    found = await operations.confirm(Done(done.revision, hosts), {f"guard/{instance}"})
+    found = await operations.confirm(Done(done.revision, hosts), {f"override/{instance}"})
     pending = found.pending
     if not hosts and (why := state.unread(f"instance/{instance}")) is not None:
         pending = (
             f"instance {instance} is not readable in etcd ({why}): hosts get this once it is written again",
         )
-    return FleetGuardChange(instance, epoch, not pending, pending, found.revision, found.hosts)
+    return FleetOverrideChange(instance, epoch, not pending, pending, found.revision, found.hosts)
 
 
 @guests.post("/token-keys/rotate")
@@ -400,7 +400,7 @@ _NOT_EXPLAINED: Final[Json] = {
     "why": [WITHHELD],
     "claimants": [],
     "policy": {},
-    "cards": [],
+    "nics": [],
 }
 
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
-from imdsproxy.api.answers import LeftOut
+from imdsproxy.api.answers import NotServed
 from imdsproxy.api.bodies import choose_named
 from imdsproxy.errors import SourceCorrupt
 from imdsproxy.fleet import codec, layout
@@ -210,7 +210,7 @@ class Views:
             "source": _SOURCE,
             "instances": use.total(),
             "serving": not failed,
-            "left_out": LeftOut(network, "not-in-force", failed[0]) if failed else None,
+            "not_served": NotServed(network, "not-in-force", failed[0]) if failed else None,
             "hosts": hosts,
             "revision": known[1],
         }

@@ -43,7 +43,7 @@ UNVERIFIED_OF_MEMBERS: Final = 1024
 CONNECTS: Final = 3000
 """Maximum new connections of a prefix in ten seconds: a thousand hosts, three times each."""
 
-STRANGERS: Final = 64
+ANONYMOUS: Final = 64
 """Maximum established TLS connections without a certificate per prefix."""
 
 ENROLMENTS_A_MINUTE: Final = 240
@@ -67,7 +67,7 @@ CONNECTIONS_OF_OPERATOR: Final = 512
 HANDSHAKE_S: Final = 10
 """Timeout for the TLS handshake."""
 
-SHARE_OF_STRANGERS: Final = 0.15
+SHARE_OF_ANONYMOUS: Final = 0.15
 """Limit of all unverified connections, as a share of the maximum, for an address that has not shown a certificate."""
 
 SHARE_OF_UNVERIFIED: Final = 0.3
@@ -181,7 +181,7 @@ def render_front(spec: FrontSpec) -> str:
         "connects": CONNECTS,
         "unverified": UNVERIFIED,
         "unverified_of_members": UNVERIFIED_OF_MEMBERS,
-        "share_of_strangers": int(SHARE_OF_STRANGERS * spec.maxconn),
+        "share_of_anonymous": int(SHARE_OF_ANONYMOUS * spec.maxconn),
         "share_of_unverified": int(SHARE_OF_UNVERIFIED * spec.maxconn),
         "share_of_hosts": int(SHARE_OF_HOSTS * spec.maxconn),
         "connections_of_host": CONNECTIONS_OF_HOST,
@@ -189,7 +189,7 @@ def render_front(spec: FrontSpec) -> str:
         "connections_of_operator": CONNECTIONS_OF_OPERATOR,
         "requests_of_host": REQUESTS_OF_HOST,
         "writes_of_host": WRITES_OF_HOST,
-        "strangers": STRANGERS,
+        "anonymous": ANONYMOUS,
         "enrolments": ENROLMENTS_A_MINUTE,
         "enrolment_bytes": _ENROLMENT_BYTES,
         "maxconn": spec.maxconn,

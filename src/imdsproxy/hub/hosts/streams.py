@@ -102,7 +102,7 @@ class Streams:
         clock: Monotonic time, and Unix time for pings.
         admits: Returns whether a host's certificate with this serial number is valid now.
         suspect: Called with evidence that etcd was restored from a backup: a host has items that etcd lacks.
-        raise_guards: Called with a host and the guards that the host has in force.
+        raise_overrides: Called with a host and the overrides that the host has in force.
         age_s: Returns the seconds since the last answer of etcd.
         expect: Called with a revision that a client waits for and that this hub has not received.
         unready: Returns the reason why this hub may not serve hosts.
@@ -117,8 +117,8 @@ class Streams:
     clock: Clock
     admits: Callable[[HostId, str], bool]
     suspect: Callable[[Evidence], object] = lambda _: None
-    raise_guards: Callable[[HostId, Mapping[InstanceId, OperatorOverride]], object] = (
-        lambda _host, _guards: None
+    raise_overrides: Callable[[HostId, Mapping[InstanceId, OperatorOverride]], object] = (
+        lambda _host, _overrides: None
     )
     age_s: Callable[[], float] = lambda: 0.0
     expect: Callable[[int], object] = lambda _revision: None
@@ -549,7 +549,7 @@ class HostStream(asyncio.Protocol):
             self.leave(ByeCode.STOPPING, unready)
             return
         if hello.fleet == streams.state.meta.fleet:
-            streams.raise_guards(self.host, hello.guards)
+            streams.raise_overrides(self.host, hello.overrides)
         found = streams.state.compare(self.host, hello)
         if isinstance(found, Bye):
             if (evidence := _evidence_of(self.host, hello, found.code)) is not None:

@@ -149,7 +149,7 @@ def _parts(instances: Sequence[PlacedInstance]) -> Iterator[Sequence[PlacedInsta
     """Yield parts of the instances that fit into one transaction of etcd."""
     begin, operations, size = 0, 0, 0
     for number, one in enumerate(instances):
-        # The record, and the guard of a removed instance with the same id.
+        # The record, and the override of a removed instance with the same id.
         most = 2 + len(plan_writes.claims_of(one)) + len({port.network for port in one.ports})
         # Only the vendor data in a record can be large.
         length = 1024 + len(one.vendor_data or b"") * 2

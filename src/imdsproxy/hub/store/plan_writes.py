@@ -408,7 +408,7 @@ def plan_hosts(
     return draft.finish()
 
 
-def plan_guard(
+def plan_override(
     view: View,
     instance: InstanceId,
     change: Callable[[OperatorOverride], OperatorOverride],
@@ -423,16 +423,16 @@ def plan_guard(
     """
     refuse_suspect(view)
     view = _only_own(view, terms.scope)
-    key, known = layout.guard_key(instance), _owned_or_unread(view, instance, terms)
+    key, known = layout.override_key(instance), _owned_or_unread(view, instance, terms)
     found, there = view(key), layout.instance_key(instance)
     gone = _last_record(view, there, layout.parse_instance) or {}
     unread = is_unread(view, there, layout.parse_instance)
     if known is None and ((found is None and not unread) or not in_scope(gone, terms.scope)):
         raise no_such("instance", instance)
-    new = change(_read_guard(view, key))
+    new = change(_read_override(view, key))
     draft = _Draft(view, terms, hosts=set() if known is None else set(known[0].hosts))
     draft.hold(key)
-    draft.puts[key] = layout.render_guard(new)
+    draft.puts[key] = layout.render_override(new)
     return draft.finish(), new.epoch
 
 
@@ -699,11 +699,11 @@ def _put_instance(
 
 def _end_tokens(draft: _Draft, instance: InstanceId) -> None:
     """Revoke the tokens of the removed instance that had this id."""
-    key = layout.guard_key(instance)
-    guard = _read_guard(draft.view, key)
-    epoch = next_epoch(guard.epoch, _incarnation(draft.view))
+    key = layout.override_key(instance)
+    override = _read_override(draft.view, key)
+    epoch = next_epoch(override.epoch, _incarnation(draft.view))
     draft.hold(key)
-    draft.puts[key] = layout.render_guard(replace(guard, epoch=epoch))
+    draft.puts[key] = layout.render_override(replace(override, epoch=epoch))
 
 
 def _stored(
@@ -938,13 +938,13 @@ def _is_void(view: View, key: str, holder: InstanceId) -> bool:
     return not isinstance(parsed, Refused) and key not in claims_of(parsed)
 
 
-def _read_guard(view: View, key: str) -> OperatorOverride:
+def _read_override(view: View, key: str) -> OperatorOverride:
     """Return an operator override; if it is unreadable, one that revokes all tokens."""
     found = view(key)
     if found is None:
         return OperatorOverride()
     try:
-        return layout.parse_guard(found[0])
+        return layout.parse_override(found[0])
     except codec.Unreadable:
         # Each revocation was a write, so there were fewer revocations than revisions.
         return OperatorOverride(next_epoch(0, _incarnation(view)) + found[1])

@@ -140,9 +140,11 @@ class Restores:
         self._settled.clear()
         self._noticed.set()
 
-    def raise_guards(self, host: HostId, guards: Mapping[InstanceId, OperatorOverride]) -> None:
-        """Join guards that a host has in force, and put guards back that etcd has lost."""
-        raised = self.state.raise_guards(host, guards, self.clock.now().timestamp())
+    def raise_overrides(
+        self, host: HostId, overrides: Mapping[InstanceId, OperatorOverride]
+    ) -> None:
+        """Join overrides that a host has in force, and put overrides back that etcd has lost."""
+        raised = self.state.raise_overrides(host, overrides, self.clock.now().timestamp())
         if raised:
             self._write_down(raised)
             regained = self._regained(raised)

@@ -44,7 +44,7 @@ _FLEET_POLICY: Final = "policy/fleet"
 _KINDS: Final[Mapping[str, str]] = {
     "network": layout.NETWORKS,
     "instance": layout.INSTANCES,
-    "guard": layout.GUARDS,
+    "override": layout.OVERRIDES,
     "password": layout.PASSWORDS,
     "policy": layout.POLICIES,
 }
@@ -52,7 +52,7 @@ _SWEPT: Final = (layout.INSTANCES, layout.NETWORKS, layout.POLICIES, layout.PASS
 _DAY_S: Final = 86_400
 """Maximum lead of a hub's clock when it reopens a boot; a later time is refused."""
 
-_OF_INSTANCE: Final = ("instance", "guard", "keys", "password")
+_OF_INSTANCE: Final = ("instance", "override", "keys", "password")
 _NEEDED: Final = ("network/", "policy/")
 """Prefixes of the items that hosts get because their instances need them."""
 
@@ -293,7 +293,7 @@ class FleetState:
     ) -> None:
         """Join etcd's value of a lasting key with the known value."""
         key, joined = change.key, join_values(change.key, before.value, value)
-        # Hosts refuse a guard of a lower revision than their own.
+        # Hosts refuse an override of a lower revision than their own.
         revision = max(change.mod_revision, before.mod_revision)
         if joined != value:
             self.ahead[key] = change.mod_revision
@@ -306,25 +306,25 @@ class FleetState:
             self._fold(key, parse_value(key, joined), touched)
         self._kin(key)[key] = _Entry(joined, revision, change.version)
 
-    def raise_guards(
-        self, host: HostId, guards: Mapping[InstanceId, OperatorOverride], now: float
+    def raise_overrides(
+        self, host: HostId, overrides: Mapping[InstanceId, OperatorOverride], now: float
     ) -> list[str]:
-        """Join guards that a host has in force; return the keys of the guards that etcd has lost.
+        """Join overrides that a host has in force; return the keys of the overrides that etcd has lost.
 
-        The host may be captured, so guards count only for its own instances and only within plausible bounds.
+        The host may be captured, so overrides count only for its own instances and only within plausible bounds.
         """
         raised: list[str] = []
         epochs, latest = (self.meta.incarnation + MOST_AHEAD) * EPOCHS, int(now) + _DAY_S
-        for instance in sorted(guards.keys() & self._placed.get(host, set())):
-            key, guard = layout.guard_key(instance), guards[instance]
+        for instance in sorted(overrides.keys() & self._placed.get(host, set())):
+            key, override = layout.override_key(instance), overrides[instance]
             entry = self._kin(key).get(key)
-            before = OperatorOverride() if entry is None else layout.parse_guard(entry.value)
-            joined = join_overrides(before, guard)
+            before = OperatorOverride() if entry is None else layout.parse_override(entry.value)
+            joined = join_overrides(before, override)
             if joined == before or joined.epoch > epochs or joined.reopened_at > latest:
                 continue
             revision = 0 if entry is None else entry.mod_revision
             self.ahead.setdefault(key, revision)
-            self._kin(key)[key] = _Entry(layout.render_guard(joined), revision)
+            self._kin(key)[key] = _Entry(layout.render_override(joined), revision)
             raised.append(key)
         return raised
 
@@ -345,7 +345,7 @@ class FleetState:
             case StoredPassword():
                 self._touch(f"password/{key.removeprefix(layout.PASSWORDS)}", touched)
             case OperatorOverride():
-                self._touch(f"guard/{key.removeprefix(layout.GUARDS)}", touched)
+                self._touch(f"override/{key.removeprefix(layout.OVERRIDES)}", touched)
             case StoredPolicy():
                 self._touch(f"policy/{key.removeprefix(layout.POLICIES)}", touched)
             case SealedKeys():
@@ -572,7 +572,7 @@ class FleetState:
     ) -> str | None:
         """Return the reason why unreadable instances keep an item on a host; `None` if they do not."""
         kind, _, rest = item.partition("/")
-        if kind in {"guard", "keys", "password"}:
+        if kind in {"override", "keys", "password"}:
             return unread.get(f"instance/{rest}")
         if kind == "instance":
             return None if doubt is None else self.unread(item)
@@ -602,7 +602,7 @@ class FleetState:
         A host that claims an item it never had gets the same answer whether the instance exists or not.
         """
         kind, _, rest = item.partition("/")
-        if kind in {"guard", "keys", "password"}:
+        if kind in {"override", "keys", "password"}:
             return held.get(f"instance/{rest}")
         if kind == "instance":
             left = self._placements.get(InstanceId(rest), _NOWHERE).left

@@ -28,7 +28,7 @@ from imdsproxy.errors import (
 )
 from imdsproxy.fleet import codec, layout
 from imdsproxy.fleet.lasting import join_overrides
-from imdsproxy.fleet.layout import HostId, StoredInstance, UserData, View, parse_guard
+from imdsproxy.fleet.layout import HostId, StoredInstance, UserData, View, parse_override
 from imdsproxy.fleet.suspicion import read_suspicion
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub.store import plan_writes
@@ -368,29 +368,31 @@ class Writes:
             epoch = plan_writes.next_epoch(old.epoch, self.state.meta.incarnation)
             return replace(old, epoch=epoch)
 
-        return await self._guard(instance, revoke, terms)
+        return await self._override(instance, revoke, terms)
 
     async def reopen(self, instance: InstanceId, terms: Terms) -> tuple[Done, int]:
         """Restart an instance's boot grace now; returns and raises as `revoke_tokens`."""
-        return await self._guard(instance, lambda old: replace(old, reopened_at=terms.now), terms)
+        return await self._override(
+            instance, lambda old: replace(old, reopened_at=terms.now), terms
+        )
 
-    async def _guard(
+    async def _override(
         self,
         instance: InstanceId,
         change: Callable[[OperatorOverride], OperatorOverride],
         terms: Terms,
     ) -> tuple[Done, int]:
-        epoch, key = 0, layout.guard_key(instance)
+        epoch, key = 0, layout.override_key(instance)
         planned = Transaction()
 
         def raised(old: OperatorOverride) -> OperatorOverride:
             # After a restore, etcd may have an older override than this hub.
             known = self.state.value(key)
-            return change(old if known is None else join_overrides(old, parse_guard(known[0])))
+            return change(old if known is None else join_overrides(old, parse_override(known[0])))
 
         def plan(view: View) -> Transaction:
             nonlocal epoch, planned
-            planned, epoch = plan_writes.plan_guard(view, instance, raised, terms)
+            planned, epoch = plan_writes.plan_override(view, instance, raised, terms)
             return planned
 
         done = await self.write(plan)

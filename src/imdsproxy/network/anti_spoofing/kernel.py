@@ -254,7 +254,7 @@ class KernelMacFilters(KernelTables):
 
         def bind() -> bool:
             batch, flow = Batch(one.table), rules.flow_of(address, port)
-            batch.add_elements(f"told{address.version}", [(flow, rules.packed_mac(mac))])
+            batch.add_elements(f"confirmed{address.version}", [(flow, rules.packed_mac(mac))])
             with Ignoring(errno.EEXIST, errno.EBUSY):
                 commit(batch)
                 return True

@@ -44,7 +44,7 @@ The rules are shown in nft(8)'s syntax, for IPv4 (IPv6 is the same), where M is 
     chain mark4
       ether daddr set FLOW map @from4
       ip daddr @free4 return
-      ether daddr set FLOW map @told4 return
+      ether daddr set FLOW map @confirmed4 return
       drop
     chain back4
       ether daddr set ip daddr map @macs4 tcp sport set 80 return
@@ -109,7 +109,7 @@ _SYN_MS: Final = 10_000
 """Lifetime of an entry of a connection that has sent only its SYN."""
 
 _SECOND_MS: Final = 1_000
-_TOLD_MS: Final = 120_000
+_CONFIRMED_MS: Final = 120_000
 _CLAIMED_MS: Final = 600_000
 _FLOWS: Final = 2048
 """Size of the sets of connections. The kernel allocates memory for the whole size: 0.7 MB per network."""
@@ -255,7 +255,7 @@ def _make_sets(batch: Batch, layout: Layout) -> None:
     batch.make_set(name("from"), *flow, size=_FLOWS, timeout_ms=outlives, dynamic=True, value=mac)
     # `open` is larger than `from`, because each connection in `from` is also in `open`.
     batch.make_set(name("open"), *own, size=_MORE_FLOWS, timeout_ms=_OPEN_MS, dynamic=True)
-    batch.make_set(name("told"), *flow, size=_FLOWS, timeout_ms=_TOLD_MS, value=mac)
+    batch.make_set(name("confirmed"), *flow, size=_FLOWS, timeout_ms=_CONFIRMED_MS, value=mac)
     pair = (address, _ETHER), length + 8
     batch.make_set(name("claims"), *pair, size=_CLAIMANTS, timeout_ms=_CLAIMED_MS, dynamic=True)
 
@@ -358,7 +358,7 @@ def _outward(batch: Batch, layout: Layout) -> None:
         ("rest", target, _is_in(name("macs")), _DROP),
         ("mark", to_sender),
         ("mark", target, nft.lookup(name("free")), _RETURN),
-        ("mark", flow, nft.lookup(name("told"), into=words + 1), to, _RETURN),
+        ("mark", flow, nft.lookup(name("confirmed"), into=words + 1), to, _RETURN),
         ("mark", _DROP),
         ("back", to_owner, answer),
         ("back", to_sender),
@@ -474,7 +474,7 @@ def pair_of(name: str, key: bytes) -> tuple[IpAddress, MacAddress]:
 
 
 def flow_of(address: IpAddress, port: int) -> bytes:
-    """Return a connection as a key of `begun`, `from` and `told`."""
+    """Return a connection as a key of `begun`, `from` and `confirmed`."""
     return address.packed + struct.pack(">Hxx", port)
 
 

@@ -18,9 +18,9 @@ from imdsproxy.host.state import (
 )
 from imdsproxy.model.entities import METADATA_PORT, IpAddress, Network, NetworkId
 from imdsproxy.model.wire import REDIRECTED_PORT
-from imdsproxy.network.endpoints import LOOPBACK, Endpoint, Foreign, LeftOut, LeftOutCode
+from imdsproxy.network.endpoints import LOOPBACK, Endpoint, Foreign, NotServed, NotServedCode
 
-_NO_ADDRESS = frozenset({LeftOutCode.ADDRESS_MISSING, LeftOutCode.ADDRESS_ON_LOOPBACK})
+_NO_ADDRESS = frozenset({NotServedCode.ADDRESS_MISSING, NotServedCode.ADDRESS_ON_LOOPBACK})
 
 
 def listen(
@@ -30,7 +30,7 @@ def listen(
     *,
     device: str | None,
     managed: bool,
-) -> Iterator[Endpoint | LeftOut | Foreign]:
+) -> Iterator[Endpoint | NotServed | Foreign]:
     """Yield the endpoints for one family in an observed namespace.
 
     IPv4 is bound to `device` if given, else to every device. IPv6 is always bound to a device: to each device with
@@ -50,26 +50,28 @@ def listen(
         carriers = [one for one in reachable if device in (None, one.device)]
     usable = [one for one in carriers if one.state is AddressState.USABLE]
     if not usable:
-        where, code = f"on device {device}" if device else "on any device", LeftOutCode.PENDING
+        where, code = f"on device {device}" if device else "on any device", NotServedCode.PENDING
         if carriers:
-            where, code = carriers[0].device, LeftOutCode(f"address-{carriers[0].state.value}")
+            where, code = carriers[0].device, NotServedCode(f"address-{carriers[0].state.value}")
         elif not managed:
-            code = LeftOutCode.ADDRESS_ON_LOOPBACK if on_loopback else LeftOutCode.ADDRESS_MISSING
+            code = (
+                NotServedCode.ADDRESS_ON_LOOPBACK if on_loopback else NotServedCode.ADDRESS_MISSING
+            )
         text, hint = _UNUSABLE[code]
-        yield LeftOut(network, family, code, text.format(family.metadata_address, where), hint)
+        yield NotServed(network, family, code, text.format(family.metadata_address, where), hint)
         return
     devices = [device] if family is Family.IPV4 else dict.fromkeys(one.device for one in usable)
     found = [one for name in devices for one in _bind(network, seen, family, name)]
     # A listener is served if one device serves it. Foreign sockets on the other devices are still reported.
-    left_out = [one for one in found if isinstance(one, LeftOut)]
+    not_served = [one for one in found if isinstance(one, NotServed)]
     served = any(isinstance(one, Endpoint) for one in found)
-    yield from () if served else left_out[:1]
-    yield from (one for one in found if not isinstance(one, LeftOut))
+    yield from () if served else not_served[:1]
+    yield from (one for one in found if not isinstance(one, NotServed))
 
 
 def listen_redirected(
     network: NetworkId, seen: ObservedNamespace, family: Family
-) -> Iterator[Endpoint | LeftOut | Foreign]:
+) -> Iterator[Endpoint | NotServed | Foreign]:
     """Yield the endpoints for one family in a namespace whose rules redirect requests to a port of ours.
 
     While our rules exist, processes on the ports that other programs' rules redirect to get no requests.
@@ -82,7 +84,7 @@ def listen_redirected(
     error = seen.trials.get((family, REDIRECTED), 0)
     if error in _NO_FAMILY:
         reason = f"the kernel has no IPv{family.value} there"
-        yield LeftOut(network, family, LeftOutCode.ADDRESS_MISSING, reason)
+        yield NotServed(network, family, NotServedCode.ADDRESS_MISSING, reason)
     elif error:
         at = (family.any_address, REDIRECTED_PORT)
         yield _refused(network, family, error, others, at)
@@ -94,17 +96,17 @@ def listen_redirected(
 _NO_FAMILY: Final = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
 
 _UNUSABLE: Final = {
-    LeftOutCode.PENDING: ("{} is being added {}", ""),
-    LeftOutCode.ADDRESS_TENTATIVE: ("{} on {} is still tentative", "add it with nodad"),
-    LeftOutCode.ADDRESS_DUPLICATE: (
+    NotServedCode.PENDING: ("{} is being added {}", ""),
+    NotServedCode.ADDRESS_TENTATIVE: ("{} on {} is still tentative", "add it with nodad"),
+    NotServedCode.ADDRESS_DUPLICATE: (
         "{} on {} is also used by another host of the link",
         "take it away there, then add it here again, with nodad",
     ),
-    LeftOutCode.ADDRESS_ON_LOOPBACK: (
+    NotServedCode.ADDRESS_ON_LOOPBACK: (
         "{} is on lo, where no guest can reach it",
         "put it on the device that leads to the guests, with nodad",
     ),
-    LeftOutCode.ADDRESS_MISSING: (
+    NotServedCode.ADDRESS_MISSING: (
         "{} is not {}",
         "add it, or name a device and set manage_addresses",
     ),
@@ -114,7 +116,7 @@ _UNUSABLE: Final = {
 
 def _bind(
     network: NetworkId, seen: ObservedNamespace, family: Family, device: str | None
-) -> Iterator[Endpoint | LeftOut | Foreign]:
+) -> Iterator[Endpoint | NotServed | Foreign]:
     address = family.metadata_address
     others = [
         Foreign(network, family, effect, one)
@@ -139,16 +141,16 @@ def _refused(
     error: int,
     others: Iterable[Foreign],
     at: tuple[IpAddress, int],
-) -> LeftOut:
+) -> NotServed:
     address, port = at
     if error != errno.EADDRINUSE:
         name = errno.errorcode.get(error, str(error))
         reason = f"the kernel refuses to bind {address}: {name}"
-        return LeftOut(network, family, LeftOutCode.BIND_REFUSED, reason)
+        return NotServed(network, family, NotServedCode.BIND_REFUSED, reason)
     sockets = tuple(one.socket for one in others if one.socket.port == port)
     reason = f"{address} port {port} is in use by {owners_of(sockets)}"
     hint = "stop it; the listener comes back within a second"
-    return LeftOut(network, family, LeftOutCode.PORT_BUSY, reason, hint, sockets)
+    return NotServed(network, family, NotServedCode.PORT_BUSY, reason, hint, sockets)
 
 
 def owners_of(sockets: Iterable[ListeningSocket]) -> str:
@@ -182,9 +184,9 @@ def find_degraded(
     networks: Mapping[NetworkId, Network],
     contradictory: Iterable[NetworkId],
     endpoints: Iterable[Endpoint],
-    left_out: Iterable[LeftOut],
+    not_served: Iterable[NotServed],
     foreign: Iterable[Foreign],
-) -> tuple[LeftOut, ...]:
+) -> tuple[NotServed, ...]:
     """Return networks whose guests get no answer, or another program's, over a family that they use; sorted by id.
 
     A network served over IPv4 does not need the IPv6 address: a router's namespace often has none. A network served
@@ -194,7 +196,7 @@ def find_degraded(
         networks: Networks with a listener.
         contradictory: Networks without a listener because sources contradict each other.
         endpoints: Endpoints that HAProxy listens on.
-        left_out: Endpoints that HAProxy cannot listen on.
+        not_served: Endpoints that HAProxy cannot listen on.
         foreign: Other processes' sockets there.
     """
     served: dict[NetworkId, set[int]] = {}
@@ -202,24 +204,24 @@ def find_degraded(
         served.setdefault(endpoint.network, set()).add(endpoint.address.version)
     found = [
         one
-        for one in left_out
+        for one in not_served
         if one.code not in _NO_ADDRESS or _needs(networks, one, served.get(one.network, set()))
     ]
     found += [_shared(one) for one in foreign if one.effect is Effect.SHARES]
     differ = "sources give it different listeners"
     mend = "leave it in one source only, or make its records equal"
-    code = LeftOutCode.NETWORK_CONFLICT
-    found += [LeftOut(network, None, code, differ, mend) for network in contradictory]
+    code = NotServedCode.NETWORK_CONFLICT
+    found += [NotServed(network, None, code, differ, mend) for network in contradictory]
     known = served.keys() | {one.network for one in found}
-    coming, code = "HAProxy does not listen there yet", LeftOutCode.PENDING
+    coming, code = "HAProxy does not listen there yet", NotServedCode.PENDING
     found += [
-        LeftOut(network, None, code, coming, "imdsproxy status")
+        NotServed(network, None, code, coming, "imdsproxy status")
         for network in networks.keys() - known
     ]
     return tuple(sorted(found, key=lambda one: one.network))
 
 
-def _needs(networks: Mapping[NetworkId, Network], missing: LeftOut, served: set[int]) -> bool:
+def _needs(networks: Mapping[NetworkId, Network], missing: NotServed, served: set[int]) -> bool:
     """Return whether guests need the family whose address is missing."""
     network = networks.get(missing.network)
     if not served or network is None or missing.family is None:
@@ -230,12 +232,12 @@ def _needs(networks: Mapping[NetworkId, Network], missing: LeftOut, served: set[
     return versions != {Family.IPV6.value}
 
 
-def _shared(foreign: Foreign) -> LeftOut:
+def _shared(foreign: Foreign) -> NotServed:
     socket = foreign.socket
-    return LeftOut(
+    return NotServed(
         foreign.network,
         foreign.family,
-        LeftOutCode.FOREIGN_LISTENER,
+        NotServedCode.FOREIGN_LISTENER,
         f"{owners_of([socket])} also listens on {socket.address} port {socket.port}: guests may get its answers",
         "end it",
         (socket,),

@@ -67,7 +67,7 @@ from imdsproxy.network.listeners.plan import (
     place_of,
     plan_listeners,
 )
-from imdsproxy.network.listeners.rules import plan_arp_guard, plan_diversions
+from imdsproxy.network.listeners.rules import plan_arp_filter, plan_diversions
 from imdsproxy.network.names import Naming
 from imdsproxy.network.operations import (
     AddAddress,
@@ -129,7 +129,7 @@ class SystemHost:
         looking: Lock held during an observation. When it is released, `seen` includes all earlier changes.
         our_pids: Returns the pids of HAProxy's master and workers.
         operations: Number of ops so far, by `ok` and `failed`.
-        arp_guard: Drops ARP requests for the metadata address on devices that no network listens on.
+        arp_filter: Drops ARP requests for the metadata address on devices that no network listens on.
         diverter: Redirects frames for the metadata address to our veths on bridges that have one.
         ovn: Needs of OVN's networks, and Open vSwitch's database; `None` without that source.
     """
@@ -159,7 +159,7 @@ class SystemHost:
         self.ovn: OvnHost | None = None
         self._waits: dict[NetworkId, float] = {}
         self.our_pids: Callable[[], Collection[int]] = tuple
-        self.arp_guard = HostTable(
+        self.arp_filter = HostTable(
             thread,
             naming.prefix,
             ARP,
@@ -206,14 +206,14 @@ class SystemHost:
             HostRefused: The host's own namespace cannot be observed, or our journal cannot be read.
         """
         # The ARP table comes first: the host answers for an address as soon as a device has it. Observing is harmless.
-        guarding = self.arp_guard.apply(plan_arp_guard(networks.values()))
+        filtering = self.arp_filter.apply(plan_arp_filter(networks.values()))
         wanted = None if self.ovn is None else self.ovn.wanted()
         if wanted is not None:
             unseen = (
                 n for n, p in wanted.places.items() if p.namespace not in self.seen.namespaces
             )
             self._cleared |= {ovn_place(network) for network in (*unseen, *self._waits)}
-        problems, _ = await asyncio.gather(guarding, self._observe(networks))
+        problems, _ = await asyncio.gather(filtering, self._observe(networks))
         now = asyncio.get_running_loop().time()
         overdue = {network for network, since in self._waits.items() if now - since > _LISTENED_S}
         failures: dict[HostOp, Problem] = {}
@@ -237,7 +237,7 @@ class SystemHost:
             if not ops:
                 break
             tried.update(ops)
-            self._dirty.update(one.network for one in plan.left_out)
+            self._dirty.update(one.network for one in plan.not_served)
             # The place of such an operation may belong to no network, so `_dirty` does not cover it.
             self._cleared |= {place for one in ops if (place := _place_of(one)) is not None}
             refused = await self.apply(ops)

@@ -23,7 +23,7 @@ from imdsproxy.model.inventory import Inventory
 from imdsproxy.network.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.network.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.network.anti_spoofing.plan import MacFilterPlan
-from imdsproxy.network.endpoints import Endpoint, LeftOut, LeftOutCode
+from imdsproxy.network.endpoints import Endpoint, NotServed, NotServedCode
 from imdsproxy.network.listeners.apply import apply_links, haproxy_name
 from imdsproxy.network.listeners.endpoints import (
     compute_maxconn,
@@ -72,8 +72,8 @@ class ListenerLoop:
     durations: Durations = field(default_factory=Durations)
     watch: HostWatch = field(init=False)
     _listening: MacFilterPlan = field(default_factory=MacFilterPlan)
-    _degraded: frozenset[LeftOut] = frozenset()
-    _let_go: frozenset[NetworkId] = frozenset()
+    _degraded: frozenset[NotServed] = frozenset()
+    _released: frozenset[NetworkId] = frozenset()
     _reasons: set[str] = field(default_factory=set)
     _rounds: Reconciler = field(
         default_factory=partial(Reconciler, "listeners", "listeners not applied", 0.2, 5.0)
@@ -101,19 +101,19 @@ class ListenerLoop:
         self._rounds.wake()
         return self.tickets.take()
 
-    async def let_go(self, networks: Iterable[NetworkId]) -> None:
+    async def release_networks(self, networks: Iterable[NetworkId]) -> None:
         """Stop listening in these networks for as long as this controller runs: another process listens there.
 
         Their records stay in force: open connections still get answers. Returns once the change is in force.
         """
-        self._let_go |= frozenset(networks)
-        await self.tickets.wait(self.touch("let go", self._let_go))
+        self._released |= frozenset(networks)
+        await self.tickets.wait(self.touch("released", self._released))
 
-    def degraded(self) -> tuple[LeftOut, ...]:
+    def degraded(self) -> tuple[NotServed, ...]:
         """Return networks that are configured but not served, as of the last round."""
         known, last = self.inventory, self.report
         return find_degraded(
-            known.networks, known.contradictory, last.endpoints, last.left_out, last.foreign
+            known.networks, known.contradictory, last.endpoints, last.not_served, last.foreign
         )
 
     @property
@@ -197,7 +197,7 @@ class ListenerLoop:
         reasons, self._reasons = tuple(sorted(self._reasons)), set()
         if not reasons:
             # No event, but time has passed.
-            self.host.touch(one.network for one in self.report.left_out)
+            self.host.touch(one.network for one in self.report.not_served)
         self.working = True
         try:
             await self._round(reasons or ("recheck",))
@@ -222,13 +222,15 @@ class ListenerLoop:
                 if attempt == 0:
                     # An object may have gone between observation and load: observe everything again, once.
                     self.host.touch(None)
-                elif attempt == 1 and not self.unix.blame(error):
+                elif attempt == 1 and not self.unix.disable_if_rejected(error):
                     raise
                 elif attempt > 1:
-                    self.unix.acquit()
+                    self.unix.clear_rejection()
                     raise
         # Networks that lost a shared listener are not kept: the network that has the listener keeps it next round too.
-        shared = {one.network for one in plan.left_out if one.code is LeftOutCode.LISTENER_SHARED}
+        shared = {
+            one.network for one in plan.not_served if one.code is NotServedCode.LISTENER_SHARED
+        }
         self.kept.keep({key: one for key, one in networks.items() if key not in shared})
         own = (one for one in (self.unexported, self.unix.problem) if one is not None)
         no_tables = (self.mac_filters.refused, self.hop_limits.refused)
@@ -236,7 +238,7 @@ class ListenerLoop:
             *(some[network] for some in no_tables for network in sorted(some)),
             *self.routers.problems.values(),
         )
-        self.watch.expect(networks, {one.network for one in plan.left_out if one.code.silent})
+        self.watch.expect(networks, {one.network for one in plan.not_served if one.code.silent})
         self.rounds += 1
         self.durations.add(self.clock.monotonic() - began)
         before, known = self.report, self._degraded
@@ -259,7 +261,7 @@ class ListenerLoop:
         """Return the networks to listen in; until all sources are in sync, also those of the earlier process."""
         before = {} if self.inventory.in_sync else self.kept.load()
         known = {**before, **self.inventory.networks}
-        return {name: one for name, one in known.items() if name not in self._let_go}
+        return {name: one for name, one in known.items() if name not in self._released}
 
     async def _apply(
         self, endpoints: tuple[Endpoint, ...], reasons: tuple[str, ...]
@@ -294,12 +296,12 @@ class ListenerLoop:
             )
         return endpoints
 
-    def _log_new(self, before: ListenerPlan, known: frozenset[LeftOut]) -> None:
+    def _log_new(self, before: ListenerPlan, known: frozenset[NotServed]) -> None:
         """Log networks, foreign listeners and problems that are new since the last round."""
         log = structlog.get_logger()
         for left in sorted(self._degraded - known, key=lambda one: one.network):
             # Pending listeners resolve by themselves; foreign listeners have their own line.
-            if left.code not in {LeftOutCode.PENDING, LeftOutCode.FOREIGN_LISTENER}:
+            if left.code not in {NotServedCode.PENDING, NotServedCode.FOREIGN_LISTENER}:
                 why = {"code": left.code.value, "reason": left.reason, "hint": left.hint}
                 log.warning("listener not served", network=left.network, **why)
         for foreign in self.report.foreign:

@@ -1,11 +1,11 @@
 """Planner for listeners: host objects that the networks need, endpoints and reasons for missing ones. Pure.
 
 `plan_listeners` compares the networks with the observed host. Its plan lists the endpoints that HAProxy can bind now
-(`Endpoint`), those that it cannot bind, with reasons (`LeftOut`), other processes that listen there (`Foreign`), and
+(`Endpoint`), those that it cannot bind, with reasons (`NotServed`), other processes that listen there (`Foreign`), and
 operations on the host (`HostOp`). Planning never waits: an endpoint whose namespace or address does not exist yet is
 pending, and appears in the plan after the next observation.
 
-Every network and family has at least one endpoint or exactly one `LeftOut`.
+Every network and family has at least one endpoint or exactly one `NotServed`.
 
 imdsproxy creates the listener of a bridge:
 
@@ -32,7 +32,14 @@ from imdsproxy.model.entities import (
     Network,
     NetworkId,
 )
-from imdsproxy.network.endpoints import ENSLAVING, LOOPBACK, Endpoint, Foreign, LeftOut, LeftOutCode
+from imdsproxy.network.endpoints import (
+    ENSLAVING,
+    LOOPBACK,
+    Endpoint,
+    Foreign,
+    NotServed,
+    NotServedCode,
+)
 from imdsproxy.network.listeners.endpoints import listen, listen_redirected
 from imdsproxy.network.names import Naming
 from imdsproxy.network.operations import (
@@ -55,7 +62,7 @@ class ListenerPlan:
 
     Attributes:
         endpoints: Endpoints to bind.
-        left_out: Endpoints that cannot be bound, with reasons; `ops` resolve the `PENDING` ones.
+        not_served: Endpoints that cannot be bound, with reasons; `ops` resolve the `PENDING` ones.
         foreign: Other processes' sockets at those addresses, and their effect.
         ops: Operations on the host, in this order: removals first.
         waiting: OVN's networks without ports here whose namespaces another process still listens in.
@@ -67,7 +74,7 @@ class ListenerPlan:
     """
 
     endpoints: tuple[Endpoint, ...] = ()
-    left_out: tuple[LeftOut, ...] = ()
+    not_served: tuple[NotServed, ...] = ()
     foreign: tuple[Foreign, ...] = ()
     ops: tuple[HostOp, ...] = ()
     waiting: frozenset[NetworkId] = frozenset()
@@ -143,7 +150,7 @@ def ovn_place(network: NetworkId) -> Place:
 ManagedPlace: TypeAlias = tuple[str | None, str]
 """Namespace (`None`: the host's own) and device to which imdsproxy added the metadata addresses."""
 
-Planned: TypeAlias = Endpoint | LeftOut | Foreign | HostOp
+Planned: TypeAlias = Endpoint | NotServed | Foreign | HostOp
 
 PlanMemo: TypeAlias = dict[NetworkId, tuple[Network, ObservedNamespace | None, tuple[Planned, ...]]]
 """Plans of networks in namespaces, with the inputs of each plan. For one `Naming` only."""
@@ -182,7 +189,7 @@ def plan_listeners(
         if network_id in shared:
             reason = f"network {shared[network_id]} has this listener"
             hint = "give each network a listener of its own, or remove one of the two"
-            planned.append(LeftOut(network_id, None, LeftOutCode.LISTENER_SHARED, reason, hint))
+            planned.append(NotServed(network_id, None, NotServedCode.LISTENER_SHARED, reason, hint))
         else:
             planned += _plan_again(networks[network_id], observed, naming, memo)
     for gone in memo.keys() - networks.keys():
@@ -196,7 +203,7 @@ def plan_listeners(
         of_ovn, waiting = plan_ovn(ovn, observed, naming, overdue)
     return ListenerPlan(
         endpoints=tuple(one for one in planned if isinstance(one, Endpoint)),
-        left_out=tuple(one for one in planned if isinstance(one, LeftOut)),
+        not_served=tuple(one for one in planned if isinstance(one, NotServed)),
         foreign=tuple(one for one in planned if isinstance(one, Foreign)),
         ops=(*removals, *lacking, *of_ovn),
         waiting=waiting,
@@ -211,16 +218,16 @@ def explain_pending(plan: ListenerPlan, failures: Mapping[HostOp, Problem]) -> L
         failures: Failed ops.
     """
 
-    def explain(left: LeftOut) -> LeftOut:
-        for op, failure in failures.items() if left.code is LeftOutCode.PENDING else ():
+    def explain(left: NotServed) -> NotServed:
+        for op, failure in failures.items() if left.code is NotServedCode.PENDING else ():
             # A bridge is attached in steps: a failure explains each pending part.
             version = op.address.version if isinstance(op, AddAddress) else left.family
             if op.network == left.network and left.family in (None, version):
-                code = LeftOutCode.HOST_REFUSED
+                code = NotServedCode.HOST_REFUSED
                 return replace(left, code=code, reason=failure.reason, hint=failure.hint)
         return left
 
-    return replace(plan, left_out=tuple(map(explain, plan.left_out)))
+    return replace(plan, not_served=tuple(map(explain, plan.not_served)))
 
 
 def _plan_again(
@@ -247,12 +254,12 @@ def plan_network(network: Network, observed: ObservedHost, naming: Naming) -> It
     if place.bridge is not None:
         refusals = _refuse_bridge(place, seen, root, naming.alias(network.id))
     if refusal := next(refusals, None):
-        yield LeftOut(network.id, None, *refusal)
+        yield NotServed(network.id, None, *refusal)
         return
     yield from _lacks(network.id, place, seen, root, naming)
     if place.bridge is not None and place.device not in seen.devices:
         reason = f"namespace {place.namespace} is being made"
-        yield LeftOut(network.id, None, LeftOutCode.PENDING, reason)
+        yield NotServed(network.id, None, NotServedCode.PENDING, reason)
         return
     if place.namespace is None:
         here = tuple(one for one in root.addresses if one.device == place.device)
@@ -266,18 +273,18 @@ def plan_network(network: Network, observed: ObservedHost, naming: Naming) -> It
 
 _NOTHING = ObservedNamespace(None)
 
-Refusal: TypeAlias = tuple[LeftOutCode, str, str]
-"""Code, reason and hint of a network that is not served (see `LeftOut`)."""
+Refusal: TypeAlias = tuple[NotServedCode, str, str]
+"""Code, reason and hint of a network that is not served (see `NotServed`)."""
 
 
 def _refuse_place(place: Place, seen: ObservedNamespace) -> Iterator[Refusal]:
     where = f" in namespace {place.namespace}" if place.namespace else ""
     if seen.problem:
-        yield LeftOutCode.NAMESPACE_UNUSABLE, seen.problem, ""
+        yield NotServedCode.NAMESPACE_UNUSABLE, seen.problem, ""
     if place.namespace is not None and seen.ref is None:
         hint = "it is noticed within a second once it is made"
         reason = f"there is no network namespace {place.namespace}"
-        yield LeftOutCode.NAMESPACE_MISSING, reason, hint
+        yield NotServedCode.NAMESPACE_MISSING, reason, hint
     if place.device is None:
         return
     device = seen.devices.get(place.device)
@@ -285,7 +292,7 @@ def _refuse_place(place: Place, seen: ObservedNamespace) -> Iterator[Refusal]:
         yield from _refuse_device(device, seen, where)
     else:
         hint = "it is noticed within a second once it is there"
-        yield LeftOutCode.DEVICE_MISSING, f"there is no device {place.device}{where}", hint
+        yield NotServedCode.DEVICE_MISSING, f"there is no device {place.device}{where}", hint
 
 
 def _refuse_device(
@@ -294,11 +301,11 @@ def _refuse_device(
     """Also refuse a device whose packets a master takes, and one whose address would hide the host's own metadata."""
     name = device.name
     if not device.up:
-        yield LeftOutCode.DEVICE_DOWN, f"device {name}{where} is down", f"ip link set {name} up"
+        yield NotServedCode.DEVICE_DOWN, f"device {name}{where} is down", f"ip link set {name} up"
     for master in seen.devices.values():
         if master.index == device.master and master.kind in ENSLAVING:
             reason = f"device {name}{where} belongs to {master.kind} {master.name}, which takes its packets"
-            yield LeftOutCode.DEVICE_ENSLAVED, reason, f"name {master.name} in its place"
+            yield NotServedCode.DEVICE_ENSLAVED, reason, f"name {master.name} in its place"
     if seen.own_metadata and METADATA_IPV4 not in _addresses_on(seen, name):
         reason = (
             f"with {METADATA_IPV4} on {name} this host would not reach metadata of its own any more, "
@@ -308,7 +315,7 @@ def _refuse_device(
             f"if {name} is a bridge, name it as a bridge (--bridge {name}): that leaves the host alone; "
             f"if the host needs none: ip address add {METADATA_IPV4}/32 dev {name}"
         )
-        yield LeftOutCode.HOST_METADATA, reason, hint
+        yield NotServedCode.HOST_METADATA, reason, hint
 
 
 def _refuse_bridge(
@@ -319,21 +326,21 @@ def _refuse_bridge(
     bridge, link = root.devices.get(name), root.devices.get(link_name)
     if bridge is None:
         hint = "create it; it is noticed within a second"
-        yield LeftOutCode.DEVICE_MISSING, f"there is no bridge {name}", hint
+        yield NotServedCode.DEVICE_MISSING, f"there is no bridge {name}", hint
     elif bridge.kind != "bridge":
         what = f"a device of kind {bridge.kind}" if bridge.kind else "a plain device"
         hint = "use an interface listener, or a namespace for an Open vSwitch bridge"
-        yield LeftOutCode.NOT_A_BRIDGE, f"{name} is {what}, not a Linux bridge", hint
+        yield NotServedCode.NOT_A_BRIDGE, f"{name} is {what}, not a Linux bridge", hint
     elif not bridge.up:
-        yield LeftOutCode.DEVICE_DOWN, f"bridge {name} is down", f"ip link set {name} up"
+        yield NotServedCode.DEVICE_DOWN, f"bridge {name} is down", f"ip link set {name} up"
     if link is not None and link.alias != alias and not _is_unmarked_veth(link):
         reason = f"a link {link.name} that is not ours is there"
-        yield LeftOutCode.NAME_TAKEN, reason, f"ip link del {link.name}"
+        yield NotServedCode.NAME_TAKEN, reason, f"ip link del {link.name}"
     if seen.problem:
-        yield LeftOutCode.NAMESPACE_UNUSABLE, seen.problem, ""
+        yield NotServedCode.NAMESPACE_UNUSABLE, seen.problem, ""
     if _alias_of(seen) != alias and not _is_unmarked(seen):
         reason = f"a namespace {place.namespace} that is not ours is there"
-        yield LeftOutCode.NAME_TAKEN, reason, f"ip netns del {place.namespace}"
+        yield NotServedCode.NAME_TAKEN, reason, f"ip netns del {place.namespace}"
 
 
 def _is_unmarked_veth(link: ObservedDevice) -> bool:

@@ -170,7 +170,7 @@ def _led_to(
     return bridge, veth.mac, naming.link(network.id)
 
 
-def plan_arp_guard(networks: Iterable[Network]) -> tuple[Change, ...]:
+def plan_arp_filter(networks: Iterable[Network]) -> tuple[Change, ...]:
     """Return the content of our table of family `arp`; empty without interface listeners."""
     listeners = (one.listener for one in networks)
     devices = {one.device for one in listeners if isinstance(one, InterfaceListener)}

@@ -58,7 +58,7 @@ class HostWatch:
     _networks: Mapping[NetworkId, Network] = field(default_factory=dict)
     _namespaces: dict[str | None, set[NetworkId]] = field(default_factory=dict)
     _devices: dict[str, set[NetworkId]] = field(default_factory=dict)
-    _left_out: tuple[NetworkId, ...] = ()
+    _not_served: tuple[NetworkId, ...] = ()
     _new: list[Network] = field(default_factory=list)
     _nsids: dict[int, NamespaceRef] = field(default_factory=dict)
     _wanted_ids: asyncio.Event = field(default_factory=asyncio.Event)
@@ -93,7 +93,7 @@ class HostWatch:
             for name in self._peeked.keys() - self._namespaces.keys():
                 del self._peeked[name]
             self._wanted_ids.set()
-        self._left_out = tuple(sorted(networks.keys() & silent))
+        self._not_served = tuple(sorted(networks.keys() & silent))
 
     async def __aenter__(self) -> Self:
         directory = self.host.thread.directory
@@ -202,7 +202,7 @@ class HostWatch:
             due = min(due + self.audits_per_s() * self.every_s, len(self._networks))
             await self._peek(self._next("audit", tuple(self._networks), int(due)))
             due -= int(due)
-            for some in _batches(self._next("recheck", self._left_out, self.rechecks)):
+            for some in _batches(self._next("recheck", self._not_served, self.rechecks)):
                 await self._look(some)
 
     async def _audit_ovn(self) -> None:

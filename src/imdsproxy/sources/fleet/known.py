@@ -118,13 +118,13 @@ class FleetKnown:
     def hello(self) -> Hello:
         """Return the greeting for a hub: this host's position, items and operator overrides."""
         at = self.position
-        guards = {
-            InstanceId(key.partition("/")[2]): guard
-            for key, guard in self._others.items()
-            if isinstance(guard, OperatorOverride)
+        overrides = {
+            InstanceId(key.partition("/")[2]): override
+            for key, override in self._others.items()
+            if isinstance(override, OperatorOverride)
         }
         items, level = dict(self.items), self.schema.level
-        return Hello(at.fleet, at.incarnation, at.revision, items, level=level, guards=guards)
+        return Hello(at.fleet, at.incarnation, at.revision, items, level=level, overrides=overrides)
 
     def digest(self, without: Collection[ItemKey]) -> str:
         """Return `digest_items` of the items in force, except `without`."""
@@ -136,7 +136,12 @@ class FleetKnown:
 
     def policies(self) -> FleetPolicies:
         """Return the policies, operator overrides and token keys in force."""
-        others: dict[str, dict[str, Any]] = {"guard": {}, "keys": {}, "password": {}, "policy": {}}
+        others: dict[str, dict[str, Any]] = {
+            "override": {},
+            "keys": {},
+            "password": {},
+            "policy": {},
+        }
         for key, value in self._others.items():
             kind, _, name = key.partition("/")
             others[kind][name] = value
@@ -152,7 +157,7 @@ class FleetKnown:
                     if name.startswith("project/")
                 },
             ),
-            others["guard"],
+            others["override"],
             {InstanceId(name): one for name, one in others["keys"].items()},
         )
 
@@ -433,7 +438,7 @@ def _limits_of(key: ItemKey, value: Json) -> set[ItemKey | None]:
     ports = record.get("ports")
     owned = [record, *(ports if isinstance(ports, list) else ())]
     projects = {f"policy/project/{one.get('project')}" for one in owned if isinstance(one, dict)}
-    return {None, f"guard/{name}", f"keys/{name}", "policy/fleet", _OF_HOST, *projects}
+    return {None, f"override/{name}", f"keys/{name}", "policy/fleet", _OF_HOST, *projects}
 
 
 def merge(before: Batch | None, batch: Batch) -> Batch:
@@ -463,7 +468,7 @@ def _parse_other(schema: Schema, kind: str, value: Json, before: object) -> obje
             if isinstance(rules, Refused):
                 raise _Unreadable("; ".join(map(str, rules.problems)))
             return rules
-        case "guard", {"epoch": int(epoch), "reopened_at": int(reopened_at)}:
+        case "override", {"epoch": int(epoch), "reopened_at": int(reopened_at)}:
             # Neither value ever decreases, whatever backup a fleet was restored from.
             known = before if isinstance(before, OperatorOverride) else OperatorOverride()
             return OperatorOverride(max(epoch, known.epoch), max(reopened_at, known.reopened_at))

@@ -49,7 +49,7 @@ def check_records(on: Subject) -> list[Finding]:
 def check_networks(on: Subject) -> list[Finding]:
     """Report networks that the running daemon does not serve."""
     status = on.status if isinstance(on.status, Mapping) else {}
-    return [found("not-served", **one) for one in status.get("left_out", ())]
+    return [found("not-served", **one) for one in status.get("not_served", ())]
 
 
 def check_daemon(on: Subject) -> list[Finding]:
@@ -92,11 +92,11 @@ def check_macs(on: Subject) -> list[Finding]:
 
 
 def _of_bridge(bridge: GuestBridge) -> Iterator[Finding]:
-    if unguarded := [port for port, guard in bridge.macs.items() if not guard]:
-        yield found("bridge-open", bridge=bridge.name, ports=", ".join(unguarded))
+    if unprotected := [port for port, protection in bridge.macs.items() if not protection]:
+        yield found("bridge-open", bridge=bridge.name, ports=", ".join(unprotected))
     elif bridge.macs:
-        guarded = ", ".join(f"{port} ({guard})" for port, guard in bridge.macs.items())
-        yield found("bridge", bridge=bridge.name, ports=guarded)
+        protected = ", ".join(f"{port} ({protection})" for port, protection in bridge.macs.items())
+        yield found("bridge", bridge=bridge.name, ports=protected)
     if bridge.posing:
         yield found("bridge-poses", bridge=bridge.name, ports=", ".join(bridge.posing))
 
@@ -268,7 +268,7 @@ def check_token_keys(on: Subject) -> list[Finding]:
 def check_overrides(on: Subject) -> list[Finding]:
     """Check that the file of operator overrides is readable; otherwise `run` does not start."""
     try:
-        overrides, _ = read_overrides(on.layout.guards)
+        overrides, _ = read_overrides(on.layout.overrides)
     except ImdsproxyError as error:
         return refused(error)
     number = spell_count(len(overrides), "instance")

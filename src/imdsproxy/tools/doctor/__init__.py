@@ -86,7 +86,7 @@ def seen(code: str, paths: Iterable[str], **values: Any) -> Iterator[Finding]:  
 
 
 @dataclass(frozen=True, slots=True)
-class Card:
+class Nic:
     """NIC of the record.
 
     Attributes:
@@ -103,7 +103,7 @@ class Surroundings:
     """Known facts about the guest.
 
     Attributes:
-        cards: NICs of the record, if the daemon was asked.
+        nics: NICs of the record, if the daemon was asked.
         macs: MACs of the guest's NICs, in lower case; `None` if unknown.
         dmi: Names below /sys/class/dmi/id and their values; `None` if unknown.
         dmi_complete: Whether all of DMI was readable; only root may read the serial number.
@@ -117,7 +117,7 @@ class Surroundings:
     """
 
     macs: frozenset[str] | None = None
-    cards: tuple[Card, ...] = ()
+    nics: tuple[Nic, ...] = ()
     dmi: Mapping[str, str] | None = None
     dmi_complete: bool = True
     sources: tuple[str, ...] | None = None

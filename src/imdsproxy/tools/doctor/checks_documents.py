@@ -46,7 +46,7 @@ def examine(crawl: Crawl, around: Surroundings) -> tuple[Finding, ...]:
         return (found("refused", why=f": {why}" if why else ""),)
     findings = [
         *checks_http.check_transport(crawl),
-        *check_gate(crawl, around),
+        *check_smbios(crawl, around),
         *check_openstack(crawl),
         *check_network_data(crawl, around),
         *checks_http.check_listings(crawl),
@@ -83,7 +83,7 @@ def asked_by(around: Surroundings) -> frozenset[Dialect]:
     return frozenset(dialect for dialect, sign in signs.items() if sign)
 
 
-def check_gate(crawl: Crawl, around: Surroundings) -> Iterator[Finding]:
+def check_smbios(crawl: Crawl, around: Surroundings) -> Iterator[Finding]:
     """Compare the served dialects with those for which the guest would ask."""
     command = _HOST_COMMAND.format(around.instance or "INSTANCE")
     if not crawl.served:
@@ -91,14 +91,14 @@ def check_gate(crawl: Crawl, around: Surroundings) -> Iterator[Finding]:
             yield found("nothing-served", why=": " + "; ".join(around.why) if around.why else "")
     elif around.dmi is None:
         if not crawl.direct:
-            yield found("gate", command=command)
+            yield found("smbios-unknown", command=command)
     elif not (asked := asked_by(around)).intersection(crawl.served):
         if around.sources is None and not around.dmi_complete:
-            yield found("gate-unseen")
+            yield found("smbios-unreadable")
             return
         shows = [f"{name} {around.dmi[name]!r}" for name in _SHOWN if around.dmi.get(name)]
         yield found(
-            "gate-shut",
+            "smbios-mismatch",
             wanted=f"asks for {', '.join(sorted(asked))}" if asked else "stays off",
             served=", ".join(sorted(crawl.served)),
             shows=", ".join(shows) or "nothing",
@@ -211,14 +211,14 @@ def _guest_macs(crawl: Crawl, nics: _Objects, macs: frozenset[str], path: str) -
 
 def _host_macs(around: Surroundings, path: str) -> Iterator[Finding]:
     """Check the record's NICs by the host's data, for use if the guest's are unknown."""
-    answering = any(card.mac in card.seen for card in around.cards)
-    for card in around.cards:
-        nic: dict[str, Any] = {"mac": card.mac, "network": card.network}
-        if card.seen and card.mac not in card.seen:
-            has = ", ".join(sorted(card.seen))
-            yield found("mac-mismatch", path, case="answering", has=has, **nic)
-        elif answering and not card.seen:
-            yield found("card-unseen", path, **nic)
+    answering = any(nic.mac in nic.seen for nic in around.nics)
+    for nic in around.nics:
+        shown: dict[str, Any] = {"mac": nic.mac, "network": nic.network}
+        if nic.seen and nic.mac not in nic.seen:
+            has = ", ".join(sorted(nic.seen))
+            yield found("mac-mismatch", path, case="answering", has=has, **shown)
+        elif answering and not nic.seen:
+            yield found("nic-not-seen", path, **shown)
 
 
 def check_nocloud(crawl: Crawl) -> Iterator[Finding]:

@@ -23,7 +23,7 @@ from imdsproxy.tools.takeover.genuine import (
     read_group,
     unit_in,
 )
-from imdsproxy.tools.takeover.seen import Agent, Reach, Stranger
+from imdsproxy.tools.takeover.seen import Agent, Reach, Suspect
 
 _BETWEEN_WORDS: Final = re.compile(r"[()\[\]]")
 _IDS: Final = re.compile(r"^(Uid|Gid):\t(.*)$", re.MULTILINE)
@@ -44,7 +44,7 @@ def unit_of(pid: int) -> str:
 
 def find_agents(
     programs: Sequence[str], named: int | None = None
-) -> tuple[tuple[Agent, ...], tuple[Stranger, ...]]:
+) -> tuple[tuple[Agent, ...], tuple[Suspect, ...]]:
     """Find running agents of these names, and processes that only look like agents.
 
     An agent with several processes is found by its main process.
@@ -77,12 +77,12 @@ def find_agents(
         for pid, (_, words, parent) in found.items()
         if pid in believed and parent not in believed
     )
-    strangers = tuple(
-        Stranger(pid, program, doubts[pid])
+    suspects = tuple(
+        Suspect(pid, program, doubts[pid])
         for pid, (program, _, parent) in found.items()
         if pid not in believed and parent not in found
     )
-    return agents, strangers
+    return agents, suspects
 
 
 def _candidates(programs: Sequence[str]) -> Iterator[tuple[int, tuple[str, list[str], int]]]:

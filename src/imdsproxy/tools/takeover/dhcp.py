@@ -20,7 +20,7 @@ from imdsproxy.tools.takeover.stand_in import is_stand_in, render_stand_in
 from imdsproxy.tools.takeover.steps import (
     EditSettings,
     EndProxies,
-    LetGo,
+    ReleaseNetworks,
     Restart,
     StartAgent,
     Step,
@@ -196,7 +196,7 @@ def _handback(seen: Seen) -> Iterator[Step]:
     words = (
         f"remove {seen.drop_in}, and restart imdsproxy's controller: its listeners there end softly"
     )
-    yield LetGo.of(seen, words, "dhcp", _PREFIX)
+    yield ReleaseNetworks.of(seen, words, "dhcp", _PREFIX)
 
 
 def _is_on(seen: Seen) -> bool:

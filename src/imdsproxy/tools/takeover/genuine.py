@@ -118,6 +118,6 @@ def explain_doubt(candidate: Candidate, *, named: bool) -> str:
     ):
         place = candidate.container or candidate.group.partition("/")[0] or "no control group"
         return f"it belongs to {place}, which is no unit or container of the agent's"
-    if strangers := sorted(candidate.users - candidate.accounts):
-        return f"it runs as user {strangers[0]}, which is neither root nor Neutron's account"
+    if others := sorted(candidate.users - candidate.accounts):
+        return f"it runs as user {others[0]}, which is neither root nor Neutron's account"
     return ""

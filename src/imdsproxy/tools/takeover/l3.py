@@ -13,7 +13,7 @@ from imdsproxy.tools.takeover.seen import Seen, option_of
 from imdsproxy.tools.takeover.steps import (
     EditSettings,
     EndProxies,
-    LetGo,
+    ReleaseNetworks,
     Restart,
     StartAgent,
     Step,
@@ -70,7 +70,7 @@ def _handback(seen: Seen) -> Iterator[Step]:
     port = int(option_of(seen, "DEFAULT", "metadata_port") or DEFAULT_PORT)
     yield WaitProxies.of(_PREFIX, "behind each router that has addresses here", port=port)
     words = f"remove {seen.drop_in}, and restart imdsproxy's controller: its rules go, then its listeners, softly"
-    yield LetGo.of(seen, words, "l3", _PREFIX)
+    yield ReleaseNetworks.of(seen, words, "l3", _PREFIX)
 
 
 def _refuse(seen: Seen) -> Iterator[Problem]:

@@ -161,7 +161,7 @@ def observe(
         RequestRefused: The named process is not an agent.
     """
     status = daemon.get("/v1/status")
-    agents, strangers = find_agents(kind.programs, named)
+    agents, suspects = find_agents(kind.programs, named)
     drop_in = directory / "conf.d" / f"{kind.name}.yaml"
     own = unit_of(status["controller"])
     unit = next((one.unit for one in agents if one.unit), "")
@@ -174,7 +174,7 @@ def observe(
     state_path = find_option(options, "DEFAULT", "state_path") or DEFAULT_STATE_PATH
     return Seen(
         agents=agents,
-        strangers=strangers,
+        suspects=suspects,
         proxies=find_proxies(kind.prefix),
         files=files,
         reach=reach,

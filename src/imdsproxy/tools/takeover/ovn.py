@@ -17,7 +17,7 @@ from imdsproxy.tools.takeover.seen import Agent, Seen, option_of
 from imdsproxy.tools.takeover.steps import (
     SETTINGS_MODE,
     EndProxies,
-    LetGo,
+    ReleaseNetworks,
     Restart,
     StartAgent,
     Step,
@@ -147,7 +147,7 @@ def _handback(seen: Seen) -> Iterator[Step]:
     words = (
         f"end imdsproxy's listeners there softly, remove {seen.drop_in}, and restart its controller"
     )
-    yield LetGo.of(seen, words, "ovn", _PREFIX)
+    yield ReleaseNetworks.of(seen, words, "ovn", _PREFIX)
 
 
 def _refuse(seen: Seen) -> Iterator[Problem]:

@@ -45,7 +45,7 @@ class Agent:
 
 
 @dataclass(frozen=True, slots=True)
-class Stranger:
+class Suspect:
     """Process with an agent's command line that is not trusted.
 
     Attributes:
@@ -82,7 +82,7 @@ class Seen:
     Attributes:
         agents: Running agents of the kind.
         proxies: HAProxies in the kind's namespaces.
-        strangers: Processes that look like agents of the kind and are not trusted.
+        suspects: Processes that look like agents of the kind and are not trusted.
         files: Settings files of the agent. After a takeover they are also known for a stopped agent.
         reach: Access to these files.
         options: Options in each of these files.
@@ -103,7 +103,7 @@ class Seen:
     """
 
     agents: tuple[Agent, ...] = ()
-    strangers: tuple[Stranger, ...] = ()
+    suspects: tuple[Suspect, ...] = ()
     proxies: tuple[Proxy, ...] = ()
     files: tuple[str, ...] = ()
     reach: Reach = Reach()

@@ -190,9 +190,9 @@ class WaitServed(Step):
             if missing := sorted({one.namespace for one in found} - places):
                 return f"imdsproxy does not know namespace {missing[0]}"
             for network, one in known.items():
-                left_out = one["left_out"]
-                if left_out is not None and left_out["code"] != _FOREIGN:
-                    return f"network {network} is not served: {left_out['reason']}"
+                not_served = one["not_served"]
+                if not_served is not None and not_served["code"] != _FOREIGN:
+                    return f"network {network} is not served: {not_served['reason']}"
             served.update(known)
             return _ask_in_each(actor, known.keys() - answered, answered)
 
@@ -299,7 +299,7 @@ def _ask_inside(thread: NamespaceThread, namespace: str, port: int) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class LetGo(Step):
+class ReleaseNetworks(Step):
     """Release the networks gracefully, as `EndProxies` does; then remove a settings file and restart imdsproxy."""
 
     path: str
@@ -324,7 +324,7 @@ class LetGo(Step):
         networks = sorted(actor.networks_in(self.prefix))
         with migrating(self.prefix):
             # Open connections need their records, so the listeners end first.
-            actor.daemon.request("POST", "/v1/let-go", body={"networks": networks})
+            actor.daemon.request("POST", "/v1/release", body={"networks": networks})
             draining = old_workers()
             with contextlib.suppress(HostRefused):
                 actor.wait(

@@ -31,7 +31,7 @@ def shared_world() -> Iterator[World]:
 def _reported(world: World, network: str, code: str) -> None:
     """Wait until a network is reported as left out."""
     until(
-        lambda: world.daemon.left_out().get(network, {}).get("code") == code,
+        lambda: world.daemon.not_served().get(network, {}).get("code") == code,
         within_s=RIGHT_WITHIN_S,
         what=f"{network} reported as {code}",
     )
@@ -41,7 +41,7 @@ def _served(world: World, guest: Guest) -> None:
     """Wait until a guest reads its own over both families and nothing of its network is reported."""
     for to in (IPV4, IPV6):
         until(lambda to=to: reads_own(guest, to), within_s=RIGHT_WITHIN_S, what=guest.name)  # type: ignore[misc] # mypy cannot see the default's type
-    until(lambda: guest.network not in world.daemon.left_out(), within_s=RIGHT_WITHIN_S)
+    until(lambda: guest.network not in world.daemon.not_served(), within_s=RIGHT_WITHIN_S)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_a_program_on_the_port_is_named_in_every_report_and_blocks_no_other_chan
     assert (again.status, json.loads(again.out)["applied"]) == (_NOT_IN_FORCE, False)
     _reported(world, "busy", code)
     for figure in (
-        f'networks_left_out{{code="{code}"}}',
+        f'networks_not_served{{code="{code}"}}',
         f'foreign_listeners{{effect="{effect}"}}',
     ):
         line = f"\nimdsproxy_{figure} 1.0\n"
@@ -81,7 +81,7 @@ def test_a_program_on_the_port_is_named_in_every_report_and_blocks_no_other_chan
     world.daemon.put([good], [instance("good-5", "good")])
     assert own(guest, guest.ask("/latest/user-data")) is None
     assert time.monotonic() - started < RIGHT_WITHIN_S * patience()
-    assert "busy" in world.daemon.left_out()
+    assert "busy" in world.daemon.not_served()
     intruder.stop()
     until(lambda: not json.loads(ask_operator(world.lab, "/readyz").text)["degraded"])
     world.wait_all_right()
