@@ -11,7 +11,7 @@ from imdsproxy.config.schema import Settings
 from imdsproxy.haproxy.layout import Layout
 from imdsproxy.network.endpoints import NotServedCode
 from support.demonstration import REPOSITORY
-from support.pages import each_page, prose
+from support.pages import each_page, each_page_of_now, prose
 
 _ADR: Final = REPOSITORY / "docs/adr"
 _LINK: Final = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -66,7 +66,7 @@ def test_every_path_of_the_repository_that_is_named_exists(page: Path) -> None:
     assert [name for name in named if not (REPOSITORY / name).exists()] == []
 
 
-@each_page
+@each_page_of_now
 def test_every_setting_that_is_named_exists(page: Path) -> None:
     sections = tuple(f"{name}." for name in Settings.model_fields)
     named = [code for code in words_in_code(page) if code.startswith(sections)]
@@ -80,7 +80,7 @@ def has_setting(name: str) -> bool:
     return find_setting(name.split(".")) is not None
 
 
-@each_page
+@each_page_of_now
 def test_every_metric_that_is_named_exists(page: Path) -> None:
     # The names and variables of the Ansible roles look like metrics.
     roles = (REPOSITORY / "packaging/ansible/roles").glob("*/meta/*.yml")

@@ -25,7 +25,7 @@ from imdsproxy.model.records import parse_records
 from imdsproxy.network.endpoints import NotServedCode
 from imdsproxy.tools.namespace_proxy.command import run_parser
 from support.demonstration import REPOSITORY
-from support.pages import PAGES, code_blocks, each_page, inline_code
+from support.pages import PAGES, code_blocks, each_page, each_page_of_now, inline_code
 
 _CALL: Final = re.compile(
     r"(?:^|[;|&(]\s*|\b(?:until|while|if|exec \S+) )imdsproxy ((?:-c \S+ )?[a-z-][^|;>)&\n]*)"
@@ -142,7 +142,7 @@ def codes() -> frozenset[str]:
     return frozenset(computed | {*_WORD.findall(shipped())})
 
 
-@each_page
+@each_page_of_now
 def test_every_code_is_one_that_the_program_has(page: Path) -> None:
     named = {code for code in inline_code(page) if _WORD.fullmatch(code)}
     assert named - codes() - _FOREIGN_WORDS - _EXAMPLES == set()
@@ -204,7 +204,7 @@ def routes() -> frozenset[str]:
     return frozenset(re.sub(r"\{\w+\}", "X", path) for path in paths)
 
 
-@each_page
+@each_page_of_now
 def test_every_route_of_an_api_is_there(page: Path) -> None:
     named = {re.sub(r"\{\w+\}|[A-Z]{2,}", "X", path) for path in _ROUTE.findall(page.read_text())}
     assert named - routes() == set()
