@@ -64,7 +64,7 @@ CONNECT_S: Final = 2.0
 
 ItemKey: TypeAlias = str
 """`network/ID`, `instance/ID`, `policy/fleet`, `policy/host/ID`, `policy/project/ID`; for an instance also
-`keys/ID` and `password/ID`.
+`override/ID`, `keys/ID` and `password/ID`.
 """
 
 
