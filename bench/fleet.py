@@ -204,7 +204,7 @@ class Crowd:
         return found
 
     @staticmethod
-    def _ask(process: subprocess.Popen[bytes], words: str) -> Any:  # noqa: ANN401 - what it answers
+    def _ask(process: subprocess.Popen[bytes], words: str) -> Any:
         assert process.stdin is not None  # noqa: S101 - they are pipes
         assert process.stdout is not None  # noqa: S101 - as above
         process.stdin.write(f"{words}\n".encode())

@@ -74,7 +74,7 @@ class Operator:
             raise BenchError(f"{method} {path}: {str(answer['pending'])[:300]}")
         return Written(answer["revision"], sent, time.monotonic())
 
-    def ask(self, method: str, path: str, body: object = None) -> Any:  # noqa: ANN401 - JSON
+    def ask(self, method: str, path: str, body: object = None) -> Any:
         """Send a request; return the decoded answer.
 
         Raises:

@@ -106,7 +106,7 @@ def render_cli_page() -> str:
     return _page(lines)
 
 
-def _parameters(command: Any) -> list[tuple[str, str]]:  # noqa: ANN401 - typer keeps its command classes private
+def _parameters(command: Any) -> list[tuple[str, str]]:
     """Return options and arguments as written, `--config, -c FILE`, with their meanings."""
     rows = []
     for parameter in command.params:

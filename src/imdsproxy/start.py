@@ -171,7 +171,7 @@ async def _live(
             for work in controller.work()
         ]
         (metrics, resolver), _ = await asyncio.gather(loading, controller.probe.ask())
-        from imdsproxy.documents.http import serve  # noqa: PLC0415 - it is there now
+        from imdsproxy.documents.http import serve
 
         resolving = group.create_task(serve(resolver, resolver_socket))
         tasks.append(group.create_task(_count(metrics, layout.haproxy_log)))
@@ -240,8 +240,8 @@ async def _load_http(controller: Controller) -> tuple[Metrics, AsgiApp]:
     """
 
     def make() -> tuple[Metrics, AsgiApp]:
-        from imdsproxy.api.metrics import Metrics  # noqa: PLC0415 - see above
-        from imdsproxy.documents.resolver_app import resolver_app  # noqa: PLC0415 - as above
+        from imdsproxy.api.metrics import Metrics
+        from imdsproxy.documents.resolver_app import resolver_app
 
         return Metrics(controller), resolver_app(controller.resolver, controller.forward)
 
@@ -251,7 +251,7 @@ async def _load_http(controller: Controller) -> tuple[Metrics, AsgiApp]:
 
 def _load_admin(controller: Controller) -> AsgiApp:
     """Import and build the admin API, the slowest import."""
-    from imdsproxy.api.app import admin_app  # noqa: PLC0415 - the resolver does not wait for it
+    from imdsproxy.api.app import admin_app  # the resolver does not wait for it
 
     return admin_app(controller)
 

@@ -405,7 +405,7 @@ def test_a_posted_password_moves_with_its_instance_and_unreadable_user_data_dela
     hub = FleetClient(world.operator("paul"), urls=tuple(world.urls))
     port = {"network": "pink", "addresses": [here.addresses[0]]}
 
-    def ask(method: str, path: str, body: object = None) -> Any:  # noqa: ANN401 - JSON
+    def ask(method: str, path: str, body: object = None) -> Any:
         with world.etcd.entered():
             return hub.request(method, path, body=body)
 

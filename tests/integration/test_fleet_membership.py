@@ -102,7 +102,7 @@ def files(tmp_path: Path) -> HostFiles:
     return HostFiles.of(tmp_path / "fleet")
 
 
-def _invitation(front: Fronted, **changed: Any) -> Invitation:  # noqa: ANN401 - of its fields
+def _invitation(front: Fronted, **changed: Any) -> Invitation:
     urls = (f"https://127.0.0.1:{front.port}",)
     prints = front.certificates.authority.fingerprint
     return replace(Invitation(HostId("host-1"), urls, prints, _TOKEN), **changed)

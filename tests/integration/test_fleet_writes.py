@@ -169,7 +169,7 @@ def test_a_write_whose_answer_is_lost_is_found_by_its_request(
     commit = hub.etcd.commit
     lost: list[Any] = []
 
-    async def lose(*args: Any, **more: Any) -> Any:  # noqa: ANN401 - as of `commit`
+    async def lose(*args: Any, **more: Any) -> Any:
         done = await commit(*args, **more)
         if not lost:
             lost.append(done)
@@ -331,7 +331,7 @@ def test_an_import_is_checked_as_a_whole_and_goes_on_where_it_broke_off(
     assert not any(one["record"]["id"] == "m1" for one in hub.client.get("/v1/instances"))
     commit, left = hub.etcd.commit, [3]
 
-    async def fail(*args: Any, **more: Any) -> Any:  # noqa: ANN401 - as of `commit`
+    async def fail(*args: Any, **more: Any) -> Any:
         left[0] -= 1
         if left[0] < 0:
             raise EtcdUnavailable("no member answers")

@@ -43,11 +43,11 @@ def open_files() -> int:
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
-def library() -> Any:  # noqa: ANN401 - libvirt has no types
+def library() -> Any:
     return importlib.import_module("libvirt")
 
 
-def start_network(libvirtd: Libvirtd, text: str) -> Any:  # noqa: ANN401 - libvirt has no types
+def start_network(libvirtd: Libvirtd, text: str) -> Any:
     network = libvirtd.connection.networkDefineXML(text)
     network.create()
     return network

@@ -86,19 +86,19 @@ class _Migrations:
         """Let the second host take over what migrates to it."""
         shutil.copy(self.mover, self.there.host.certificate.with_name("mover.pem"))
 
-    def ask(self, method: str, path: str, body: object = None) -> Any:  # noqa: ANN401 - JSON
+    def ask(self, method: str, path: str, body: object = None) -> Any:
         with self.world.etcd.entered():
             return self.operator.request(method, path, body=body)
 
     def hosts(self) -> list[str]:
         return list(self.ask("GET", "/v1/instances/web")["hosts"])
 
-    def start_domain(self) -> Any:  # noqa: ANN401 - libvirt has no types
+    def start_domain(self) -> Any:
         # Paused, so that it takes no processor; it migrates as one that runs.
         flags = importlib.import_module("libvirt").VIR_DOMAIN_START_PAUSED
         return self.here.libvirtd.connection.createXML(_XML, flags)
 
-    def migrate(self, domain: Any) -> Any:  # noqa: ANN401 - libvirt has no types
+    def migrate(self, domain: Any) -> Any:
         """Migrate it while it runs, over a socket."""
         library = importlib.import_module("libvirt")
         place = {library.VIR_MIGRATE_PARAM_URI: f"unix://{self.there.libvirtd.home}/migration"}

@@ -32,7 +32,7 @@ from support.snippets import (
 )
 
 
-def _run(*argv: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:  # noqa: ANN401 - passed on
+def _run(*argv: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False, **options)
 
 

@@ -51,7 +51,7 @@ _anything = st.sampled_from(
 )  # fmt: skip
 
 
-def _places(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:  # noqa: ANN401 - JSON
+def _places(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
     if path:
         yield path
     if isinstance(value, dict | list):
@@ -59,7 +59,7 @@ def _places(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str 
             yield from _places(part, (*path, step))
 
 
-def _with(document: object, path: tuple[str | int, ...], value: object) -> Any:  # noqa: ANN401 - JSON
+def _with(document: object, path: tuple[str | int, ...], value: object) -> Any:
     changed: Any = copy.deepcopy(document)
     place = changed
     for step in path[:-1]:
@@ -74,7 +74,7 @@ _NAMES: Final = sorted({"x", *(name for table in TABLES.values() for name in tab
 @settings(max_examples=250, deadline=None)
 @given(_documents, st.data())
 def test_whatever_is_changed_in_a_document_the_parser_takes_only_what_is_valid(
-    document: Any,  # noqa: ANN401 - JSON
+    document: Any,
     data: st.DataObject,
 ) -> None:
     path = data.draw(st.sampled_from(list(_places(document))))

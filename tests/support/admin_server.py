@@ -167,7 +167,7 @@ class AdminServer:
     def instances(self) -> Mapping[InstanceId, Instance]:
         return self.inventory.instances
 
-    def instance_record(self, name: str) -> Any:  # noqa: ANN401 - JSON
+    def instance_record(self, name: str) -> Any:
         """As the API shows it."""
         return self.client.get(f"/v1/instances/{name}")["record"]
 
@@ -210,7 +210,7 @@ class AdminServer:
         if self.failure is not None:
             raise self.failure
 
-    async def report(self, controller: Any) -> StatusReport:  # noqa: ANN401 - as `fake_controller` has it
+    async def report(self, controller: Any) -> StatusReport:
         """Of this server's records and networks, and else of the usual parts."""
         self._fail()
         real = {name: getattr(controller, name) for name in ("inventory", "records", "sources")}
@@ -245,7 +245,7 @@ class AdminServer:
 
 
 @contextlib.asynccontextmanager
-async def _served(directory: Path) -> Any:  # noqa: ANN401 - an asynchronous generator of one server
+async def _served(directory: Path) -> Any:
     layout = Layout(directory, directory, chroot=False)
     for made in (layout.records, layout.passwords):
         made.mkdir(exist_ok=True)

@@ -26,7 +26,7 @@ class Ran:
     err: str
 
     @property
-    def json(self) -> Any:  # noqa: ANN401 - as decoded
+    def json(self) -> Any:
         return json.loads(self.out)
 
     @property

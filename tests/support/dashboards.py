@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 
-def queries_of(of: Any) -> Iterator[str]:  # noqa: ANN401 - JSON
+def queries_of(of: Any) -> Iterator[str]:
     """Every query of a dashboard, wherever it is."""
     if isinstance(of, dict):
         yield from (value for key, value in of.items() if key == "expr")
@@ -23,7 +23,7 @@ def filled_in(query: str) -> str:
     return filled
 
 
-def layout_faults(board: Any) -> list[str]:  # noqa: ANN401 - JSON
+def layout_faults(board: Any) -> list[str]:
     """Ids that panels share, and places that they cover twice."""
     places = [one["gridPos"] for one in board["panels"]]
     taken = Counter(

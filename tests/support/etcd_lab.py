@@ -129,7 +129,7 @@ class EtcdLab:
         made = self._authority.issue(name, names=["DNS:hub"], subject=subject)
         return open_tls(self._authority.ca_file, made.certificate, made.key)
 
-    def client(self, *members: Member, **options: Any) -> Etcd:  # noqa: ANN401
+    def client(self, *members: Member, **options: Any) -> Etcd:
         """A client of these members, else of all."""
         urls = [self.endpoint(one) for one in members or self.members]
         order = Random(7)  # noqa: S311

@@ -172,7 +172,7 @@ HEALTHY: Mapping[str, object] = {
 """Without problems, and with no more than every controller has."""
 
 
-def fake_controller(**changed: object) -> Any:  # noqa: ANN401 - as much of a controller as is read
+def fake_controller(**changed: object) -> Any:
     """A controller in front of Neutron and Nova, of which everything is in use.
 
     Args:
@@ -189,7 +189,7 @@ async def _nothing() -> None:
     """HAProxy's counters are as they are."""
 
 
-def fake_metrics(controller: Any) -> Metrics:  # noqa: ANN401 - as `fake_controller` has it
+def fake_metrics(controller: Any) -> Metrics:
     """Its metrics, with what one worker has counted."""
     metrics = Metrics(controller, limited=2)
     agents = {**row("agents", 3, 2, 1), "pxname": "agents"}

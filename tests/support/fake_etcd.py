@@ -120,7 +120,7 @@ async def fake_members(*handlers: Handler) -> AsyncIterator[list[FakeEtcd]]:
 @contextlib.asynccontextmanager
 async def client_of(
     *handlers: Handler,
-    **options: Any,  # noqa: ANN401
+    **options: Any,
 ) -> AsyncIterator[tuple[Etcd, list[FakeEtcd]]]:
     """A client of such members; it begins with the first."""
     async with fake_members(*handlers) as members:

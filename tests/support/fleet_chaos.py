@@ -103,7 +103,7 @@ class Chaos:
             self._client = FleetClient(self.world.operator("op"), timeout_s=20, urls=urls)
         return self._client
 
-    def request(self, method: str, path: str, body: object = None) -> Any:  # noqa: ANN401 - JSON
+    def request(self, method: str, path: str, body: object = None) -> Any:
         """Ask a hub, as an operator on a machine of the hubs' network."""
         with self.world.etcd.entered():
             return self.client.request(method, path, body=body)

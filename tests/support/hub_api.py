@@ -64,7 +64,7 @@ class HubClient(AdminClient):
     key: str | None = None
     name: str = ""
 
-    def _ask(self, method: str, target: str, raw: bytes | None, headers: Mapping[str, str]) -> Any:  # noqa: ANN401 - JSON
+    def _ask(self, method: str, target: str, raw: bytes | None, headers: Mapping[str, str]) -> Any:
         name = self.name or f"{self.role}-1"
         said = {"role": self.role, "name": name, "serial": SERIAL}
         said |= {} if self.scope is None else {"scope": self.scope}

@@ -60,7 +60,7 @@ def domain_xml(
     )
 
 
-def define_domain(libvirtd: Libvirtd, name: str, *interfaces: tuple[str, str], inside: str) -> Any:  # noqa: ANN401 - libvirt has no types
+def define_domain(libvirtd: Libvirtd, name: str, *interfaces: tuple[str, str], inside: str) -> Any:
     """Define a domain whose element holds `inside`."""
     text = domain_xml(name, interfaces, _element(inside))
     return libvirtd.connection.defineXML(text)

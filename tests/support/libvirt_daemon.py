@@ -81,7 +81,7 @@ class Libvirtd:
         return f"qemu+unix:///system?socket={self.home}/socket/libvirt-sock-ro"
 
     @property
-    def connection(self) -> Any:  # noqa: ANN401 - libvirt has no types
+    def connection(self) -> Any:
         """A connection that may change things."""
         if self._connection is None or not self._connection.isAlive():
             library = importlib.import_module("libvirt")

@@ -76,7 +76,7 @@ class Prometheus:
     def __init__(self, namespace: str) -> None:
         self._place = Guest("prometheus", namespace, "", "", (), "lo", port=_PORT)
 
-    def get(self, route: str, **query: object) -> Any:  # noqa: ANN401 - JSON
+    def get(self, route: str, **query: object) -> Any:
         """The data of an answer of its API, which must be a success."""
         path = f"/api/v1/{route}?{urlencode(query)}"
         reply = self._place.ask(path, to="127.0.0.1")

@@ -46,13 +46,13 @@ class _Record(BaseModel):
 
 
 @cache
-def _model_of(table: Table[Any]) -> Any:  # noqa: ANN401 - a class that is made here
+def _model_of(table: Table[Any]) -> Any:
     """Build a model of one of the core's tables; the model only describes the table to clients."""
     fields = {key.name: _field(table, key) for key in table.keys if not key.only_in_files}
     return create_model(table.name, __base__=_Record, __doc__=table.help, **fields)
 
 
-def _field(table: Table[Any], key: Key) -> Any:  # noqa: ANN401 - as `create_model` takes it
+def _field(table: Table[Any], key: Key) -> Any:
     kind, description = _type_of(key.kind), key.help or None
     if key.required:
         return kind, Field(description=description)
@@ -62,7 +62,7 @@ def _field(table: Table[Any], key: Key) -> Any:  # noqa: ANN401 - as `create_mod
     return kind | None, Field(default=shown, description=description)
 
 
-def _type_of(kind: Kind) -> Any:  # noqa: ANN401 - as above
+def _type_of(kind: Kind) -> Any:
     if kind.item is not None:
         return list[_type_of(kind.item)]  # type: ignore[misc] # a type that is made here
     kinds = [_model_of(table) for table in kind.tables]
@@ -179,7 +179,7 @@ def _render(content: object) -> bytes:
     return text.encode()
 
 
-def _render_part(value: Any) -> object:  # noqa: ANN401 - a dataclass
+def _render_part(value: Any) -> object:
     return records.render_record(value) if isinstance(value, Network | Instance) else asdict(value)
 
 

@@ -76,13 +76,13 @@ class Client(ABC):
         default=_silently, kw_only=True
     )
 
-    def get(self, path: str, query: Mapping[str, str] | None = None) -> Any:  # noqa: ANN401 - JSON
+    def get(self, path: str, query: Mapping[str, str] | None = None) -> Any:
         """Send a GET and return the decoded answer."""
         return self.request("GET", path, query=query)
 
     def request(
         self, method: str, path: str, *, query: Mapping[str, str] | None = None, body: object = None
-    ) -> Any:  # noqa: ANN401 - JSON
+    ) -> Any:
         """Send a request and return the decoded answer; text if the answer is not JSON.
 
         Raises:
@@ -97,13 +97,13 @@ class Client(ABC):
         return self._when_started(lambda: self._ask(method, target, raw, headers))
 
     @abstractmethod
-    def _ask(self, method: str, target: str, raw: bytes | None, headers: Mapping[str, str]) -> Any:  # noqa: ANN401 - JSON
+    def _ask(self, method: str, target: str, raw: bytes | None, headers: Mapping[str, str]) -> Any:
         """Send the request once and return the decoded answer."""
 
     @abstractmethod
     def post_records(
         self, lines: Iterable[bytes], query: Mapping[str, str], on_wait: OnWait
-    ) -> Any:  # noqa: ANN401 - JSON
+    ) -> Any:
         """Store records, one a line; wait as long as the daemon reports its progress.
 
         Args:
@@ -115,7 +115,7 @@ class Client(ABC):
             ImdsproxyError: As `request`.
         """
 
-    def _when_started(self, ask: Callable[[], Any]) -> Any:  # noqa: ANN401 - JSON
+    def _when_started(self, ask: Callable[[], Any]) -> Any:
         """Return the answer; ask again as long as the daemon's start makes progress."""
         before, deadline = "", 0.0
         with contextlib.ExitStack() as stack:
@@ -141,14 +141,14 @@ class AdminClient(Client):
     of_host: ClassVar[bool] = True
     socket: Path
 
-    def _ask(self, method: str, target: str, raw: bytes | None, headers: Mapping[str, str]) -> Any:  # noqa: ANN401 - JSON
+    def _ask(self, method: str, target: str, raw: bytes | None, headers: Mapping[str, str]) -> Any:
         with self._connection() as connection:
             connection.request(method, target, raw, headers)
             return _decoded(connection.getresponse())
 
     def post_records(
         self, lines: Iterable[bytes], query: Mapping[str, str], on_wait: OnWait
-    ) -> Any:  # noqa: ANN401 - JSON
+    ) -> Any:
         # The lines can be sent only once, so wait for the start first.
         replace(self, waiting=lambda: nullcontext(lambda error: on_wait(error.steps))).get(
             path_to("progress")
@@ -206,7 +206,7 @@ def _start_command() -> str:
     return "systemctl start imdsproxy" if installed else "imdsproxy run"
 
 
-def _decoded(response: http.client.HTTPResponse) -> Any:  # noqa: ANN401 - JSON
+def _decoded(response: http.client.HTTPResponse) -> Any:
     """Decode the answer; raise an error as the class that the daemon raised, for the same exit status."""
     answer = response.read()
     is_json = response.headers.get_content_type().endswith("json")
@@ -251,7 +251,7 @@ class FleetClient(Client):
     certificate: Path
     urls: tuple[str, ...]
 
-    def _ask(self, method: str, target: str, raw: bytes | None, headers: Mapping[str, str]) -> Any:  # noqa: ANN401 - JSON
+    def _ask(self, method: str, target: str, raw: bytes | None, headers: Mapping[str, str]) -> Any:
         named = {**headers, "idempotency-key": uuid.uuid4().hex}
         context, reasons, asked = self._context(), [], list[str]()
         for url in self.urls:
@@ -271,7 +271,7 @@ class FleetClient(Client):
 
     def post_records(
         self, lines: Iterable[bytes], query: Mapping[str, str], on_wait: OnWait
-    ) -> Any:  # noqa: ANN401 - JSON
+    ) -> Any:
         context, reasons = self._context(), []
         for url in self.urls:
             one = replace(self, urls=(url,))
@@ -353,7 +353,7 @@ def read_record(
     kind: str, parse: Callable[[object], _T | Refused], record: Mapping[str, Any]
 ) -> _T:
     """Parse a record from the daemon; raise `AdminError` if the record is invalid in this version."""
-    from imdsproxy.model.records import Refused  # noqa: PLC0415 - most commands need not load it
+    from imdsproxy.model.records import Refused
 
     read = parse(record)
     if isinstance(read, Refused):
@@ -366,7 +366,7 @@ def read_record(
 
 def read_networks(daemon: AdminClient) -> list[Network]:
     """Return all networks of the daemon; raise as `read_record`."""
-    from imdsproxy.model.records import parse_network  # noqa: PLC0415 - as above
+    from imdsproxy.model.records import parse_network
 
     return [
         read_record("network", parse_network, shape["record"])

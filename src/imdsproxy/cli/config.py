@@ -30,7 +30,7 @@ def show(
     origin: Annotated[bool, flag("--origin", "Say where each value was written.")] = False,
 ) -> None:
     """Show the settings, merged from defaults, the file, conf.d/ and the environment."""
-    from imdsproxy.config import render  # noqa: PLC0415 - `--help` need not load it
+    from imdsproxy.config import render
 
     loaded = run.load()
     dumped = loaded.settings.model_dump(mode="json")
@@ -46,7 +46,7 @@ def schema(
     records: Annotated[bool, flag("--records", "That of record files.")] = False,
 ) -> None:
     """Print the JSON Schema of the configuration file for editors, or with --records of record files."""
-    from imdsproxy.config import render  # noqa: PLC0415 - `--help` need not load it
+    from imdsproxy.config import render
 
     run.output.text(render.render_records_schema() if records else render.render_schema())
 
@@ -55,8 +55,8 @@ def schema(
 @options.json_command
 def sample(run: options.Invocation) -> None:
     """Print every setting with its default and purpose."""
-    from imdsproxy.config.render import render_sample  # noqa: PLC0415 - `--help` need not load it
-    from imdsproxy.config.schema import Settings  # noqa: PLC0415 - as above
+    from imdsproxy.config.render import render_sample
+    from imdsproxy.config.schema import Settings
 
     run.output.answer(Settings().model_dump(mode="json"), render_sample())
 
@@ -105,7 +105,7 @@ def import_settings(
 
     The settings go to standard output and the report to standard error; with --output, the report to standard output.
     """
-    from imdsproxy.config import neutron_import  # noqa: PLC0415 - `--help` need not load it
+    from imdsproxy.config import neutron_import
 
     if not neutron:
         raise RequestRefused("whose files are these?", hint="add --neutron")
@@ -143,7 +143,7 @@ def _read(file: Path) -> tuple[IniOption, ...]:
 
 def _write(files: Mapping[Path, tuple[bytes, int]], *, force: bool) -> None:
     """Write all files with their modes; refuse all if one would replace a different file, unless forced."""
-    from imdsproxy.host.files import write_atomic  # noqa: PLC0415 - `--help` need not load it
+    from imdsproxy.host.files import write_atomic
 
     there = [path for path, (data, _) in files.items() if not force and _is_other(path, data)]
     if there:

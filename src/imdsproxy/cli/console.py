@@ -28,7 +28,7 @@ def console(
         raise RequestRefused(f"there is no port {port}", hint=f"0 to {_HIGHEST}")
     daemon = run.daemon()
     with optional_library("jinja2", _HINT):
-        from imdsproxy.console.server import run_console  # noqa: PLC0415 - `--help` need not load it
+        from imdsproxy.console.server import run_console
     # This request fails for accounts without access to the daemon.
     daemon.get("/v1/status")
     listener = open_tcp_socket("127.0.0.1", port)

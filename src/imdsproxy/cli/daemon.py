@@ -36,8 +36,8 @@ def run(
     """Run the controller in the foreground: apply sources to HAProxy and the documents."""
     # A start creates no garbage, and collecting takes 5 % of its time. The controller enables collection again.
     gc.disable()
-    import imdsproxy.host.logs  # noqa: F401, PLC0415 - before all that logs
-    from imdsproxy import start  # noqa: PLC0415 - the other commands need not load it
+    import imdsproxy.host.logs  # noqa: F401 - before all that logs
+    from imdsproxy import start
 
     show = None
     if sys.stderr.isatty() and not container:
@@ -55,13 +55,13 @@ def run(
 @options.config_command
 def documents(run: options.Invocation) -> None:
     """Run the document server in the foreground: answer guests from compiled records."""
-    import imdsproxy.host.logs  # noqa: F401, PLC0415 - before all that logs
-    from imdsproxy.documents.server import DocumentServer  # noqa: PLC0415 - as above
-    from imdsproxy.haproxy.layout import Layout  # noqa: PLC0415 - the others need not load it
-    from imdsproxy.host.account import find_account  # noqa: PLC0415 - as above
-    from imdsproxy.host.clock import Clock  # noqa: PLC0415 - as above
-    from imdsproxy.host.logs import open_logging  # noqa: PLC0415 - as above
-    from imdsproxy.host.notify import ServiceNotifier, is_journal  # noqa: PLC0415 - as above
+    import imdsproxy.host.logs  # noqa: F401 - before all that logs
+    from imdsproxy.documents.server import DocumentServer
+    from imdsproxy.haproxy.layout import Layout
+    from imdsproxy.host.account import find_account
+    from imdsproxy.host.clock import Clock
+    from imdsproxy.host.logs import open_logging
+    from imdsproxy.host.notify import ServiceNotifier, is_journal
 
     settings = run.settings
     log, journal = settings.log, is_journal(sys.stderr, os.environ)
@@ -90,7 +90,7 @@ def namespace_proxy(
     ] = None,
 ) -> int:
     """Run the metadata proxy of one network, as Neutron's agents spawn it in each namespace."""
-    from imdsproxy.tools.namespace_proxy import main  # noqa: PLC0415 - the others need not load it
+    from imdsproxy.tools.namespace_proxy import main
 
     return main(words or [], program="imdsproxy namespace-proxy", config=run.config)
 
@@ -101,7 +101,7 @@ def check(run: options.Invocation) -> None:
 
     The exit status is that of the first problem; warnings do not count.
     """
-    from imdsproxy.tools.checks.every import run_checks  # noqa: PLC0415 - `--help` need not load it
+    from imdsproxy.tools.checks.every import run_checks
 
     # SIGTERM also ends the processes that the checks started, as Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda _number, _frame: signal.raise_signal(signal.SIGINT))
@@ -209,10 +209,10 @@ def stop(
 
 
 def _stop_orphaned_data_plane(run: options.Invocation, asked: Path) -> None:
-    import asyncio  # noqa: PLC0415 - `--help` need not load it
+    import asyncio
 
-    from imdsproxy.host.socket_file import find_socket_holder  # noqa: PLC0415 - as above
-    from imdsproxy.start import stop_data_plane  # noqa: PLC0415 - as above
+    from imdsproxy.host.socket_file import find_socket_holder
+    from imdsproxy.start import stop_data_plane
 
     settings = run.settings
     if settings.admin_socket != asked:
@@ -233,7 +233,7 @@ def _stop_orphaned_data_plane(run: options.Invocation, asked: Path) -> None:
 
 def _wait_until_gone(path: Path, pid: int) -> None:
     """Wait until the controller has removed its socket, its last action, or has died."""
-    from imdsproxy.host.process import read_stat  # noqa: PLC0415 - `--help` need not load it
+    from imdsproxy.host.process import read_stat
 
     deadline = time.monotonic() + _END_DEADLINE_S
     while path.exists() and read_stat(pid) is not None:

@@ -68,7 +68,7 @@ _on_hub = partial(options.command, shared=("as_json", "config"))
 
 def _refuse_host(run: options.Invocation, name: str) -> None:
     """Refuse a hub's or operator's name that belongs to a host, according to the journal of this machine's hub."""
-    from imdsproxy.hub.store.journal import FILE, find_host  # noqa: PLC0415 - `--help` need not load it
+    from imdsproxy.hub.store.journal import FILE, find_host
 
     if find_host(run.settings.hub.state_dir / FILE, name):
         raise AlreadyExists(
@@ -96,8 +96,8 @@ def init(
     The operator's name is `admin`. Only this account can read the files.
     """
     with optional_library("cryptography", LIBRARY_HINT):
-        from imdsproxy.hub.pki import files  # noqa: PLC0415 - `--help` need not load it
-    from imdsproxy.hub.pki.authority import parse_authority  # noqa: PLC0415 - as above
+        from imdsproxy.hub.pki import files
+    from imdsproxy.hub.pki.authority import parse_authority
 
     given = None
     if (ca_certificate is None) != (ca_key is None):
@@ -129,7 +129,7 @@ def hub_certificate(
 ) -> None:
     """Create the files for another hub, including its certificate; copy them there over ssh."""
     with optional_library("cryptography", LIBRARY_HINT):
-        from imdsproxy.hub.pki import files  # noqa: PLC0415 - `--help` need not load it
+        from imdsproxy.hub.pki import files
 
     _refuse_host(run, name)
     hub = files.HubNames(name, tuple(address))
@@ -163,7 +163,7 @@ def operator(
 ) -> None:
     """Create an operator's certificate, valid for a year: one file with key, certificate and CA certificate."""
     with optional_library("cryptography", LIBRARY_HINT):
-        from imdsproxy.hub.pki import files  # noqa: PLC0415 - `--help` need not load it
+        from imdsproxy.hub.pki import files
 
     if role not in OPERATOR_ROLES:
         raise RequestRefused(
@@ -243,8 +243,8 @@ def join(
     users of this host.
     """
     with optional_library("cryptography", LIBRARY_HINT):
-        from imdsproxy.sources.fleet import membership  # noqa: PLC0415 - `--help` need not load it
-    from imdsproxy.sources.fleet.client import HostFiles  # noqa: PLC0415 - as above
+        from imdsproxy.sources.fleet import membership
+    from imdsproxy.sources.fleet.client import HostFiles
 
     if source != _STANDARD_INPUT:
         raise RequestRefused(
@@ -439,7 +439,7 @@ def rotate_ca(
     `fleet status` names hosts that have not.
     """
     with optional_library("cryptography", LIBRARY_HINT):
-        from imdsproxy.hub.pki import files  # noqa: PLC0415 - `--help` need not load it
+        from imdsproxy.hub.pki import files
 
     made = files.FleetFiles(directory)
     match step:
@@ -468,7 +468,7 @@ def rotate_ca(
 def envelope_key(run: options.Invocation, *, directory: Directory = _DIRECTORY) -> None:
     """Add a key that seals secrets in etcd; hubs use it from the next `fleet reseal`."""
     with optional_library("cryptography", LIBRARY_HINT):
-        from imdsproxy.hub.pki import files  # noqa: PLC0415 - `--help` need not load it
+        from imdsproxy.hub.pki import files
 
     made = files.FleetFiles(directory)
     name = files.add_envelope_key(made)

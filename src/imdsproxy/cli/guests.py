@@ -189,7 +189,7 @@ def _policy(policy: Shape) -> Iterator[tuple[str, str]]:
         yield "tokens", ", ".join((*signed, *revoked))
 
 
-def _value(value: Any) -> str:  # noqa: ANN401 - JSON
+def _value(value: Any) -> str:
     if value is None:
         # Only limits may be unset here.
         return "as set in the section limits of the settings"

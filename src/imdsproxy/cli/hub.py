@@ -12,5 +12,5 @@ _HINT = "apt install python3-cryptography, or pip install 'imdsproxy[fleet]'"
 def hub(run: options.Invocation) -> None:
     """Run a hub of a fleet in the foreground: send each host its records, and answer operators."""
     with optional_library("cryptography", _HINT):
-        from imdsproxy.hub.hub import run as run_hub  # noqa: PLC0415 - the others need not load it
+        from imdsproxy.hub.hub import run as run_hub
     run_hub(run.settings, dict(os.environ))

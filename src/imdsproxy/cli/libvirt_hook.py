@@ -18,6 +18,6 @@ def libvirt_hook(
 
     Domains that are not instances of the fleet are ignored.
     """
-    from imdsproxy.tools.migration import follow  # noqa: PLC0415 - `--help` need not load it
+    from imdsproxy.tools.migration import follow
 
     follow(run.settings, domain, operation, suboperation, extra)

@@ -110,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _complete() -> int:
     """Print completions for a shell; typer reads the command line from the environment."""
-    import typer.completion  # noqa: PLC0415 - only a shell needs it
+    import typer.completion
 
     # Registers the completion protocol of each shell.
     getattr(typer.completion, "completion_init")()  # noqa: B009 - not in its list
@@ -156,7 +156,7 @@ def _usage(error: CommandLineError, invocation: options.Invocation) -> int:
     return options.USAGE
 
 
-def _find_meant(command: Any, kind: str, word: str) -> list[str]:  # noqa: ANN401 - as typer keeps its classes private
+def _find_meant(command: Any, kind: str, word: str) -> list[str]:
     """Return commands or options with a name similar to an unknown one, the likeliest first."""
     if kind == "option":
         known = [name for one in command.params for name in (*one.opts, *one.secondary_opts)]
@@ -172,7 +172,7 @@ def _find_meant(command: Any, kind: str, word: str) -> list[str]:  # noqa: ANN40
 
 
 def _similar(word: str, known: Sequence[str]) -> list[str]:
-    import difflib  # noqa: PLC0415 - only where something is wrong
+    import difflib
 
     return difflib.get_close_matches(word, known, n=1)
 
@@ -217,10 +217,10 @@ def _root(
 class _Program(typer.core.TyperGroup):
     """Root command that imports a command's module on lookup."""
 
-    def list_commands(self, _context: Any) -> list[str]:  # noqa: ANN401 - typer keeps its classes private
+    def list_commands(self, _context: Any) -> list[str]:
         return list(COMMANDS)
 
-    def get_command(self, _context: Any, cmd_name: str) -> Any:  # noqa: ANN401 - as above
+    def get_command(self, _context: Any, cmd_name: str) -> Any:
         """Return the command of a name; for an unknown name load all commands, because typer searches a similar one."""
         meant = _ALSO.get(cmd_name, cmd_name)
         for name in [meant] if meant in COMMANDS else COMMANDS:
@@ -229,7 +229,7 @@ class _Program(typer.core.TyperGroup):
         return self.commands.get(meant)
 
 
-def _load_command(name: str) -> Any:  # noqa: ANN401 - as above
+def _load_command(name: str) -> Any:
     """Import a command; add examples to its help and to the help of its subcommands."""
     identifier = name.replace("-", "_")
     module = importlib.import_module(f"imdsproxy.cli.{_MODULES.get(name, identifier)}")
@@ -258,7 +258,7 @@ def _example(path: str) -> str:
     return f"Example: {next(words)}"
 
 
-def build_program() -> Any:  # noqa: ANN401 - as above
+def build_program() -> Any:
     """Build the root command."""
     app = typer.Typer(
         name="imdsproxy",
@@ -276,14 +276,14 @@ def build_program() -> Any:  # noqa: ANN401 - as above
     return program
 
 
-def iterate_commands(command: Any, path: str = "") -> Iterator[tuple[str, Any]]:  # noqa: ANN401 - as above
+def iterate_commands(command: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Yield a command and its subcommands with their command paths, as `network add`; the root's path is empty."""
     yield path, command
     for name in command.list_commands(None) if hasattr(command, "list_commands") else ():
         yield from iterate_commands(command.get_command(None, name), f"{path} {name}".strip())
 
 
-def _show_as_written(argument: Any) -> None:  # noqa: ANN401 - as above
+def _show_as_written(argument: Any) -> None:
     """Show an argument as its metavar, as `[INSTANCE]`, without typer's brackets and type."""
     argument.get_usage_pieces = lambda *_, **_ignored: [argument.metavar]
     argument.display_type_rich = lambda *_, **_ignored: None
@@ -293,10 +293,10 @@ def _show_as_written(argument: Any) -> None:  # noqa: ANN401 - as above
         argument.type.name = argument.metavar
 
 
-def _hide_type_of_help(command: Any) -> None:  # noqa: ANN401 - as above
+def _hide_type_of_help(command: Any) -> None:
     make_help_option = command.get_help_option
 
-    def help_option(context: typer.Context) -> Any:  # noqa: ANN401 - as above
+    def help_option(context: typer.Context) -> Any:
         option = make_help_option(context)
         if option is not None:
             option.metavar = ""
@@ -318,7 +318,7 @@ def completion(
 
 def render_completion(shell: str) -> str:
     """Return the completion script for one of `SHELLS`."""
-    import typer.completion  # noqa: PLC0415 - only a shell needs it
+    import typer.completion
 
     make = getattr(typer.completion, "get_completion_script")  # noqa: B009 - not in its list
     return f"{make(prog_name='imdsproxy', complete_var=_VARIABLE, shell=shell)}\n"

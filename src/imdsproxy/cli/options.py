@@ -158,7 +158,7 @@ class Invocation:
 
     def load(self) -> Loaded:
         """Read the settings; raise `ConfigError` with every problem."""
-        from imdsproxy.config.load import load_settings  # noqa: PLC0415 - `--help` need not load it
+        from imdsproxy.config.load import load_settings
 
         return load_settings(self.config, os.environ)
 
@@ -175,7 +175,7 @@ class Invocation:
 
     def hubs(self) -> FleetClient:
         """Return a client of the fleet; raise `RequestRefused` if neither options nor settings name a hub."""
-        from imdsproxy.api.client import FleetClient  # noqa: PLC0415 - as below
+        from imdsproxy.api.client import FleetClient
 
         urls = self.fleet or tuple(self.settings.operator.hubs)
         if not urls:
@@ -192,7 +192,7 @@ class Invocation:
 
     def daemon(self) -> AdminClient:
         """Return a client of the daemon, at the socket from the options or settings."""
-        from imdsproxy.api.client import AdminClient  # noqa: PLC0415 - the daemon itself need not load it
+        from imdsproxy.api.client import AdminClient
 
         socket = self.socket or self.settings.admin_socket
         return AdminClient(socket, waiting=self.output.starting)
@@ -238,7 +238,7 @@ def command(
         own[-1:] = [_keyword(name, kind, None) for name, kind in flags.items()]
     own += [_keyword(name, *_SHARED[name]) for name in shared]
 
-    def run(context: typer.Context, **values: Any) -> int | None:  # noqa: ANN401 - of flags
+    def run(context: typer.Context, **values: Any) -> int | None:
         given = {name: values.pop(name) for name in shared}
         asked = invocation(context, **given)
         if asked.fleet and "fleet" not in shared:

@@ -46,7 +46,7 @@ class Output:
 
     as_json: bool = False
 
-    def answer(self, value: Any, show: str | Callable[[Output, Any], None]) -> None:  # noqa: ANN401 - JSON
+    def answer(self, value: Any, show: str | Callable[[Output, Any], None]) -> None:
         """Print a value: JSON for programs; for people the text `show`, or the output of the function `show`."""
         if self.as_json:
             self.json(value)
@@ -84,7 +84,7 @@ class Output:
 
     def facts(self, facts: Mapping[str, str | None], *, heading: str = "") -> None:
         """Print a line per name and value, with markup; skip `None` values and indent lines under a heading."""
-        from rich.table import Table  # noqa: PLC0415 - `--help` need not load it
+        from rich.table import Table
 
         self.styled(*([heading] if heading else []))
         grid = Table.grid(padding=(0, 2, 0, 0))
@@ -106,7 +106,7 @@ class Output:
         Raises:
             RequestRefused: Standard input or error is no terminal, or the output is JSON.
         """
-        from imdsproxy.errors import RequestRefused  # noqa: PLC0415 - as above
+        from imdsproxy.errors import RequestRefused
 
         if self.as_json or not (sys.stdin.isatty() and sys.stderr.isatty()):
             raise RequestRefused(
@@ -135,7 +135,7 @@ class Output:
         if not sys.stderr.isatty():
             yield _note_lines()
             return
-        from rich import progress  # noqa: PLC0415 - `--help` need not load it
+        from rich import progress
 
         columns = (
             progress.TextColumn("{task.description}"),
@@ -214,7 +214,7 @@ class Output:
         lines += [f"  {clean(line)}" for line in first_lines(list(map(str, problems)))]
         if hint:
             lines.append(f"[dim]hint:[/] {clean(hint)}")
-        from imdsproxy.host.notify import is_journal  # noqa: PLC0415 - only where something is wrong
+        from imdsproxy.host.notify import is_journal
 
         if is_journal(sys.stderr, os.environ):
             lines = [f"<3>{line}" for line in lines]
@@ -253,12 +253,12 @@ def decode_bytes(shape: Mapping[str, str]) -> bytes:
 
 def clean(text: object) -> str:
     """Escape markup and control characters in foreign text."""
-    from rich.markup import escape  # noqa: PLC0415 - `--help` need not load it
+    from rich.markup import escape
 
     return escape(_printable(str(text)))
 
 
-def clean_all(value: Any) -> Any:  # noqa: ANN401 - JSON
+def clean_all(value: Any) -> Any:
     """Apply `clean` to every text in the daemon's answer."""
     if isinstance(value, dict):
         return {clean(name): clean_all(one) for name, one in value.items()}
@@ -283,7 +283,7 @@ class BottomLine:
     def __init__(self, stream: TextIO) -> None:
         self._stream, self._line = stream, ""
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - the stream's own
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
@@ -334,8 +334,8 @@ def _table(
     keep: Collection[str],
     right: Collection[str],
 ) -> Table:
-    from rich import box  # noqa: PLC0415 - `--help` need not load it
-    from rich.table import Table  # noqa: PLC0415 - as above
+    from rich import box
+    from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold")
     for title in shown:
@@ -367,7 +367,7 @@ def _print_table(table: Table) -> None:
 
 
 def _console(stream: TextIO) -> Console:
-    from rich.console import Console  # noqa: PLC0415 - `--help` need not load it
+    from rich.console import Console
 
     return Console(
         file=stream,

@@ -53,7 +53,7 @@ def show(run: Invocation, place: Annotated[str, _PLACE]) -> None:
 
 @policy_app.command("set")
 @partial(fleet_command, flags={"place": Annotated[str, _PLACE], **dict(flags_of(POLICY)), **_CLEAR})
-def set_policy(run: Invocation, **values: Any) -> None:  # noqa: ANN401 - of flags
+def set_policy(run: Invocation, **values: Any) -> None:
     """Set rules of a scope; other rules stay."""
     place = values.pop("place")
     cleared = dict.fromkeys(key.replace("-", "_") for key in values.pop("clear") or ())

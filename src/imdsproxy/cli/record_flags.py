@@ -53,7 +53,7 @@ def flags_of(table: Table[Any], *, new: bool = False) -> Iterator[tuple[str, obj
                 yield key.name, annotation
 
 
-def _annotation(key: Key, default: Any) -> object:  # noqa: ANN401 - as the record has it
+def _annotation(key: Key, default: Any) -> object:
     name, schema = key.name.replace("_", "-"), key.kind.schema or {}
     text = key.summary.replace("`", "")
     if default not in (None, ""):

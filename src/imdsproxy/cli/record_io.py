@@ -101,7 +101,7 @@ def _size(number: int) -> str:
 
 def render_yaml(kind: str, shape: Shape) -> str:
     """Return a record as the YAML of a record file, below comments with its state."""
-    import yaml  # noqa: PLC0415 - `--help` need not load it
+    import yaml
 
     class Dumper(yaml.SafeDumper):
         """YAML dumper that writes multi-line texts in block style."""
@@ -196,7 +196,7 @@ def read_record_file(path: Path, note: Note, tables: Tables = TABLES) -> Records
 
     The command itself reads each `user_data_file`, relative to the record file: the daemon reads no file for a caller.
     """
-    from imdsproxy.sources.file.record_file import decode_records, payload_reader  # noqa: PLC0415 - `--help` need not load YAML
+    from imdsproxy.sources.file.record_file import decode_records, payload_reader
 
     name = "standard input" if path == STDIN else str(path)
     note(f"reading {name}", 0, 0)
@@ -250,7 +250,7 @@ def import_domain(daemon: Client, uri: str, name: str, network: str | None) -> d
     Raises:
         RequestRefused: The domain's metadata is invalid, or a NIC's network is not known.
     """
-    from imdsproxy.sources.libvirt.source import read_domain  # noqa: PLC0415 - only for libvirt
+    from imdsproxy.sources.libvirt.source import read_domain
 
     domain, networks = read_domain(uri, name)
     if domain.problems:

@@ -233,7 +233,7 @@ def _make_app(
 
         @app.command(verb, help=text)
         @partial(command, flags=given)
-        def change(run: Invocation, **values: Any) -> None:  # noqa: ANN401 - of flags
+        def change(run: Invocation, **values: Any) -> None:
             _change(run, kind, values, create=verb == "add")
 
     define_change(

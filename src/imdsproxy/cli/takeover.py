@@ -121,7 +121,7 @@ class _Plan:
 def _observe(
     run: options.Invocation, what: str, given: Commands, named: int | None
 ) -> "tuple[Takeover, Seen]":
-    from imdsproxy.tools.takeover.observe import observe  # noqa: PLC0415 - `--help` need not load it
+    from imdsproxy.tools.takeover.observe import observe
 
     if what not in KINDS:
         raise RequestRefused(f"there is no takeover of {what}", hint=f"one of {', '.join(KINDS)}")
@@ -165,7 +165,7 @@ def _lacks_belief(seen: Seen) -> Iterator[Problem]:
 
 def _carry_out(run: options.Invocation, plan: _Plan, timeout_s: float | None, *, asks: bool) -> int:
     """Print the plan, then ask, act and report, unless `timeout_s` is `None` (a dry run)."""
-    from imdsproxy.tools.takeover.observe import remember  # noqa: PLC0415 - `--help` need not load it
+    from imdsproxy.tools.takeover.observe import remember
 
     output = run.output
     if plan.problems:
@@ -198,7 +198,7 @@ def _carry_out(run: options.Invocation, plan: _Plan, timeout_s: float | None, *,
 
 
 def _act(run: options.Invocation, plan: _Plan, timeout_s: float) -> Iterator[Mapping[str, str]]:
-    from imdsproxy.tools.takeover.actor import Actor  # noqa: PLC0415 - `--help` need not load it
+    from imdsproxy.tools.takeover.actor import Actor
 
     actor = Actor(run.daemon(), run.load, timeout_s)
     for number, step in enumerate(plan.steps, 1):

@@ -54,8 +54,8 @@ def diff_settings(before: Settings, after: Settings) -> tuple[SettingChange, ...
 def _differences(
     setting: Setting,
     place: tuple[str | int, ...],
-    old: Any,  # noqa: ANN401 - a value of any setting
-    new: Any,  # noqa: ANN401 - as above
+    old: Any,
+    new: Any,
 ) -> Iterator[SettingChange]:
     if old == new:
         return

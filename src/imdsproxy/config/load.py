@@ -120,14 +120,14 @@ def _read(path: Path) -> Decoded:
     return document
 
 
-def _with_text_keys(value: Any) -> Any:  # noqa: ANN401 - as it is written
+def _with_text_keys(value: Any) -> Any:
     # YAML also allows numbers as keys; the schema refuses them as unknown settings.
     if not isinstance(value, dict):
         return value
     return {str(key): _with_text_keys(part) for key, part in value.items()}
 
 
-def _merge(old: Any, new: Any) -> Any:  # noqa: ANN401 - as above
+def _merge(old: Any, new: Any) -> Any:
     """Merge mappings key by key, and replace everything else."""
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return new
@@ -147,7 +147,7 @@ def _find_origin(layers: Sequence[_Layer], place: Place) -> tuple[str, int | Non
     return origin
 
 
-def _values_on_the_way(value: Any, place: Place) -> list[object]:  # noqa: ANN401 - as it is written
+def _values_on_the_way(value: Any, place: Place) -> list[object]:
     """Return the values at each step of a place, up to the first missing one."""
     found: list[object] = []
     with contextlib.suppress(KeyError, IndexError, TypeError):
@@ -189,7 +189,7 @@ def _read_environment(environment: Mapping[str, str]) -> tuple[list[_Layer], lis
     return layers, problems
 
 
-def _read_variable(text: str, name: str, kind: str) -> Any:  # noqa: ANN401 - as it is written
+def _read_variable(text: str, name: str, kind: str) -> Any:
     if text == _NULL:
         return None
     if kind in {"object", "array"}:

@@ -67,7 +67,7 @@ class PolicyRulesSettings(_Rules):
         return PolicyRules(**rules) if rules else NO_RULES
 
 
-def _of_core(rule: Rule, value: Any) -> Any:  # noqa: ANN401 - as pydantic checked it
+def _of_core(rule: Rule, value: Any) -> Any:
     if rule.kind is tuple:
         return tuple(sorted((path, PathWord(word)) for path, word in value.items())) or None
     return TokenMode(value) if rule.kind is TokenMode else value
@@ -124,7 +124,7 @@ class TokensSettings(Section):
         return {"off": 0, "sampled": ONE_IN, "all": 1}[self.count_reads]
 
 
-def _number(rule: str, default: int) -> Any:  # noqa: ANN401 - as `setting`
+def _number(rule: str, default: int) -> Any:
     """Build a limit with the bounds of a policy's rule."""
     least, most = RULES[rule].bounds or (None, None)
     return setting(default, Change.RELOAD, ge=least, le=most)

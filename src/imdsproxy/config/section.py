@@ -102,7 +102,7 @@ FORMS: dict[str, str] = {
 """Accepted texts in words, by their pattern or format in the JSON Schema."""
 
 
-def form(pattern: str, words: str) -> Any:  # noqa: ANN401 - as pydantic's Field
+def form(pattern: str, words: str) -> Any:
     """Build a text field with this pattern, and register `words` as its description for operators."""
     FORMS[pattern] = words
     return Field(pattern=pattern)
@@ -142,7 +142,7 @@ UnitName = Annotated[
 ]
 
 
-def setting(default: object, change: Change, **limits: Any) -> Any:  # noqa: ANN401 - as pydantic's Field
+def setting(default: object, change: Change, **limits: Any) -> Any:
     """Build one field. Its type stands beside it, and the docstring below it is its description.
 
     `limits` are pydantic's own. The first of `examples` goes into the sample; a computed `description` replaces the
@@ -151,7 +151,7 @@ def setting(default: object, change: Change, **limits: Any) -> Any:  # noqa: ANN
     return Field(default=default, json_schema_extra={"change": change.value}, **limits)
 
 
-def section(model: type[Section]) -> Any:  # noqa: ANN401 - as above
+def section(model: type[Section]) -> Any:
     """Build the field of a section inside another section, with its own defaults."""
     return Field(default_factory=model)
 

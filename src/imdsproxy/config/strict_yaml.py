@@ -135,7 +135,7 @@ class _Loader(Composer, CParser, BaseResolver):
         value, tree = self._decode(node, ())
         return Decoded(value, partial(find_part, tree), tuple(self.faults))
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:  # noqa: ANN401 - as PyYAML has it
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event: Any = self.peek_event()
         opens = isinstance(event, yaml.CollectionStartEvent)
         if opens and self._depth > _DEEPEST:

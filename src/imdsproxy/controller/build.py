@@ -181,7 +181,7 @@ def build_sources(
         found.append(sqlite)
     if wanted.file.enabled:
         # Import late: with its YAML parser this source takes a sixteenth of a start, and it is off by default.
-        from imdsproxy.sources.file.source import FileSource  # noqa: PLC0415 - see above
+        from imdsproxy.sources.file.source import FileSource
 
         # If a restart finds a broken record file, guests keep their documents.
         kept = state / "last-good.sqlite"
@@ -214,9 +214,9 @@ def build_sources(
 def build_fleet(settings: Settings, clock: Clock) -> "FleetSource":
     """Return the source that follows a fleet's hubs."""
     # Import late: most hosts do not need TLS and its libraries.
-    from imdsproxy.sources.fleet.client import HostFiles, HubClient  # noqa: PLC0415 - see above
-    from imdsproxy.sources.fleet.renewal import renew_apart  # noqa: PLC0415 - as above
-    from imdsproxy.sources.fleet.source import FleetSource  # noqa: PLC0415 - as above
+    from imdsproxy.sources.fleet.client import HostFiles, HubClient
+    from imdsproxy.sources.fleet.renewal import renew_apart
+    from imdsproxy.sources.fleet.source import FleetSource
 
     state, wanted = settings.paths.state_dir, settings.sources.fleet
     files = HostFiles.configured(wanted, state)

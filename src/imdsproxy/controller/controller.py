@@ -263,7 +263,9 @@ class Controller:
     @cached_property
     def forward(self) -> Forward:
         """Return the function that forwards a resolved request to HAProxy."""
-        from imdsproxy.documents.resolver_app import found_forwarder  # noqa: PLC0415 - known guests do not wait for it
+        from imdsproxy.documents.resolver_app import (
+            found_forwarder,
+        )  # known guests do not wait for it
 
         return found_forwarder(str(self.layout.found_socket), _FORWARD_S)
 
@@ -388,8 +390,8 @@ class Controller:
 
 def _serve_hubs(controller: Controller, source: FleetSource) -> FleetPasswords:
     # Import late: most hosts belong to no fleet and need none of this.
-    from imdsproxy.controller.fleet import FleetHost  # noqa: PLC0415 - see above
-    from imdsproxy.controller.fleet_passwords import FleetPasswords  # noqa: PLC0415 - see above
+    from imdsproxy.controller.fleet import FleetHost
+    from imdsproxy.controller.fleet_passwords import FleetPasswords
 
     host = FleetHost(controller)
     source.confirm, source.answer = host.confirm, host.answer

@@ -89,7 +89,7 @@ class Kind:
 def checked(accepts: Callable[[Any], bool], wanted: str) -> Kind:
     """Return the kind of values that a function accepts; `wanted` describes them."""
 
-    def read(value: object) -> Any:  # noqa: ANN401 - JSON
+    def read(value: object) -> Any:
         if not accepts(value):
             raise Unreadable(f"is no {wanted}")
         return value
@@ -139,13 +139,13 @@ def mapping_of(key: Kind, kind: Kind) -> Kind:
 def row_of(of: Callable[..., Any], *kinds: Kind) -> Kind:
     """Return the kind of a tuple or dataclass that JSON has as a list of all of its fields."""
 
-    def read(value: object) -> Any:  # noqa: ANN401 - as `of` has it
+    def read(value: object) -> Any:
         items = LIST.read(value)
         if len(items) != len(kinds):
             raise Unreadable(f"has not {len(kinds)} items")
         return of(*(kind.read(one) for kind, one in zip(kinds, items, strict=True)))
 
-    def write(found: Any) -> list[Any]:  # noqa: ANN401 - as `of` has it
+    def write(found: Any) -> list[Any]:
         items = (
             found
             if isinstance(found, tuple)

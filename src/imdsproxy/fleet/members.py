@@ -175,7 +175,7 @@ def plan_revocation(host: HostId, stored: StoredHost | None) -> StoredHost:
     )
 
 
-def _next(stored: StoredHost, **changes: Any) -> StoredHost:  # noqa: ANN401 - as of `replace`
+def _next(stored: StoredHost, **changes: Any) -> StoredHost:
     return replace(stored, version=stored.version + 1, **changes)
 
 

@@ -235,7 +235,7 @@ def _compress(value: object) -> bytes:
     return packing.compress(text) + packing.flush()
 
 
-def _decompress(packed: bytes) -> Any:  # noqa: ANN401 - whatever was put in
+def _decompress(packed: bytes) -> Any:
     return _DECODER.raw_decode(_DECOMPRESS.copy().decompress(packed).decode("ascii"))[0]
 
 

@@ -73,7 +73,7 @@ class Rule:
     limits: bool = True
 
 
-def _rule(default: object, text: str, **more: Any) -> Any:  # noqa: ANN401 - as dataclasses.field: it takes the type it stands beside
+def _rule(default: object, text: str, **more: Any) -> Any:
     """Return a field of `_Rules`, with the attributes of its `Rule`."""
     return field(default=default, metadata={"help": text, **more})
 
@@ -175,7 +175,7 @@ class PolicyRules(_Rules[None]):
 
     __slots__ = ()
 
-    def __init__(self, **rules: Any) -> None:  # noqa: ANN401 - as the rule has it
+    def __init__(self, **rules: Any) -> None:
         super().__init__(**dict.fromkeys(RULES) | rules)
 
 

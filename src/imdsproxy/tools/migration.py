@@ -137,8 +137,8 @@ async def _ask(client: HubClient, hubs: tuple[str, ...], body: bytes) -> tuple[i
 
 def _name_of(certificate: Path) -> str:
     with optional_library("cryptography", LIBRARY_HINT):
-        from cryptography.x509.oid import NameOID  # noqa: PLC0415 - only some hosts have it
-    from imdsproxy.host.certificates import parse_certificate  # noqa: PLC0415 - as above
+        from cryptography.x509.oid import NameOID  # only some hosts have it
+    from imdsproxy.host.certificates import parse_certificate
 
     subject = parse_certificate(certificate.read_bytes(), str(certificate)).subject
     return str(subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value)

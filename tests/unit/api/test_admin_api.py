@@ -348,7 +348,7 @@ def test_the_openapi_document_describes_what_clients_rely_on_and_what_is_answere
         assert set(value) == set(document["components"]["schemas"][name]["properties"]), name
 
 
-def _bare(value: Any) -> Any:  # noqa: ANN401 - JSON
+def _bare(value: Any) -> Any:
     """Without words for people."""
     if isinstance(value, list):
         return [_bare(one) for one in value]

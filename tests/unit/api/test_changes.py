@@ -136,7 +136,7 @@ def written_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A write begins together with another one, if that comes."""
     write, writing = SqliteSource.put, asyncio.Barrier(2)
 
-    async def write_beside_the_other(store: SqliteSource, *records: Any, bulk: bool) -> None:  # noqa: ANN401 - passed on
+    async def write_beside_the_other(store: SqliteSource, *records: Any, bulk: bool) -> None:
         with contextlib.suppress(TimeoutError, asyncio.BrokenBarrierError):
             await asyncio.wait_for(writing.wait(), 0.5)
         await write(store, *records, bulk=bulk)

@@ -34,7 +34,7 @@ from support.fake_controller import HEALTHY, fake_controller, fake_metrics, row
 _RELOAD = ("number", "at", "reason", "ok", "result", "took_s")
 
 
-async def _report(controller: Any) -> dict[str, Any]:  # noqa: ANN401 - as `fake_controller` has it
+async def _report(controller: Any) -> dict[str, Any]:
     return asdict(await report_status(controller))
 
 

@@ -424,9 +424,9 @@ def _slow_down(monkeypatch: pytest.MonkeyPatch, steps: Sequence[Step]) -> None:
     store = records.put_records
 
     async def put(
-        controller: Any,  # noqa: ANN401 - as `fake_controller` has it
-        *records: Any,  # noqa: ANN401 - passed on
-        **how: Any,  # noqa: ANN401 - passed on
+        controller: Any,
+        *records: Any,
+        **how: Any,
     ) -> Written:
         progress = controller.records.progress
         for step in steps:

@@ -71,7 +71,7 @@ def test_a_form_that_is_sent_as_it_was_shown_changes_nothing(kind: str) -> None:
 @pytest.mark.parametrize(("kind", "table"), [("instance", INSTANCE), ("network", NETWORK)])
 def test_a_form_has_every_key_of_its_record_but_those_that_are_named_here(
     kind: str,
-    table: Any,  # noqa: ANN401 - of two types
+    table: Any,
 ) -> None:
     elsewhere = {"id", "user_data", "user_data_file", "vendor_data", "created_at", "scope"}
     assert {*table.names} - edited_keys(kind) <= elsewhere

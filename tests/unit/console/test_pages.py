@@ -25,7 +25,7 @@ from support.record_builders import key
 _MAC = MacAddress("52:54:00:12:34:56")
 
 
-def _explained(**fields: Any) -> list[Step]:  # noqa: ANN401 - of an explanation
+def _explained(**fields: Any) -> list[Step]:
     found = Explanation(*key("blue", "10.0.0.5"), "found", 200, ("network blue comes from sqlite",))
     for name, value in fields.items():
         setattr(found, name, value)
@@ -107,7 +107,7 @@ def test_rules_that_a_scope_sets_are_on_the_path() -> None:
 # Problems
 
 
-async def _troubles(**fields: Any) -> list[tuple[str, str]]:  # noqa: ANN401 - of a status
+async def _troubles(**fields: Any) -> list[tuple[str, str]]:
     report = asdict(await report_status(fake_controller(**fields)))
     return [(one.level, f"{one.where}: {one.what}") for one in list_troubles(report)]
 

@@ -187,7 +187,7 @@ async def test_a_report_on_very_many_instances_takes_turns_with_other_work(host:
     known = {name: Instance(name, name, name, project="shop") for name in names}
 
     class Watched(dict[InstanceId, Instance]):
-        def get(self, *asked: Any) -> Any:  # noqa: ANN401 - as of a mapping
+        def get(self, *asked: Any) -> Any:
             turns.append(turn)
             return super().get(*asked)
 

@@ -470,11 +470,11 @@ V6: Final = {
 }
 
 
-def _network_data(asked: Guest) -> Any:  # noqa: ANN401 - JSON
+def _network_data(asked: Guest) -> Any:
     return asked.json("/openstack/latest/network_data.json")
 
 
-def _network_config(asked: Guest) -> Any:  # noqa: ANN401 - YAML
+def _network_config(asked: Guest) -> Any:
     return yaml.safe_load(asked.read("/nocloud/network-config"))
 
 

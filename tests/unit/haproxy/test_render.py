@@ -177,7 +177,7 @@ _ALL = replace(
 """A configuration that has every text but the path of short documents, which Nova has none of."""
 
 
-def _with_another_text(value: Any, text: str) -> Iterator[tuple[str, Any]]:  # noqa: ANN401 - any part of a specification
+def _with_another_text(value: Any, text: str) -> Iterator[tuple[str, Any]]:
     """Copies that differ in one of the texts, each behind the place of that text."""
     if isinstance(value, str):
         yield "", text
@@ -278,7 +278,7 @@ def test_what_is_written_is_read_as_the_same_word(word: str) -> None:
 
 
 @pytest.mark.parametrize("value", [True, 1.5, b"x"])
-def test_what_is_no_text_or_not_there_is_refused(value: Any) -> None:  # noqa: ANN401 - anything
+def test_what_is_no_text_or_not_there_is_refused(value: Any) -> None:
     with pytest.raises(TypeError, match=r"<map> is .*, which can't be written"):
         fill("map_str(<map>)", {"map": value})
     with pytest.raises(KeyError, match="map"):

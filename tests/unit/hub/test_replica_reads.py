@@ -103,7 +103,7 @@ async def test_a_hub_that_reads_all_again_goes_on_with_other_work_and_shows_all_
     replica, folded, seen = etcd.replica(), list[int](), list[set[int]]()
     apply = FleetState.apply
 
-    def counted(self: FleetState, revision: int, changes: Sequence[Change]) -> Any:  # noqa: ANN401 - what it gives
+    def counted(self: FleetState, revision: int, changes: Sequence[Change]) -> Any:
         folded.append(len(changes))
         return apply(self, revision, changes)
 

@@ -35,7 +35,7 @@ def found(server: MetadataServer, around: Surroundings = NOWHERE) -> dict[str, F
     return {one.code: one for one in examine(crawl(server.fetch, direct=True), around)}
 
 
-def server(changes: Mapping[str, Reply | None] | None = None, **more: Any) -> MetadataServer:  # noqa: ANN401
+def server(changes: Mapping[str, Reply | None] | None = None, **more: Any) -> MetadataServer:
     """A server without a fault but for these replies; `None` takes a path away."""
     replies = {**GOOD, **(changes or {})}
     return MetadataServer(replies={path: one for path, one in replies.items() if one}, **more)

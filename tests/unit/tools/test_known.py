@@ -119,7 +119,7 @@ def test_each_setting_that_names_a_file_is_one_whose_secrets_are_known_or_has_no
     assert named - found == _NO_SECRET
 
 
-def _names(kind: Any) -> Iterator[str]:  # noqa: ANN401 - a type
+def _names(kind: Any) -> Iterator[str]:
     for name, field in getattr(kind, "model_fields", {}).items():
         yield name
         yield from _names(field.annotation)

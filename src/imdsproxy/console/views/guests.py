@@ -57,7 +57,7 @@ def _usage_of(console: Console, guest: str) -> dict[str, object]:
     return values
 
 
-def _size(payload: Any) -> int:  # noqa: ANN401 - text, or a mapping with base64
+def _size(payload: Any) -> int:
     if isinstance(payload, str):
         return len(payload.encode())
     return 0 if payload is None else len(payload.get("base64", "")) * 3 // 4

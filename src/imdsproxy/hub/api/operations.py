@@ -375,7 +375,7 @@ class Operations:
 
     async def ask_host(
         self, host: HostId, path: str, query: Mapping[str, str], method: str = "GET"
-    ) -> Any:  # noqa: ANN401 - JSON
+    ) -> Any:
         """Return the answer of a host's admin API (`status` and `body`), whichever hub the host is connected to.
 
         Raises:

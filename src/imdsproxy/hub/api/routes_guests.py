@@ -378,7 +378,7 @@ def _explained(caller: Caller, answer: Json, instance: InstanceId | None) -> Jso
     return {**dict.fromkeys(answer), **_NOT_EXPLAINED, **shown}
 
 
-def _body(host: HostId, answer: Json) -> Any:  # noqa: ANN401 - JSON
+def _body(host: HostId, answer: Json) -> Any:
     """Return the body of a host's answer, or raise the host's error.
 
     A host may be captured: the only guarantee is that the body can be rendered as JSON.

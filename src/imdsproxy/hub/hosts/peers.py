@@ -76,7 +76,7 @@ class Peers:
         query: Mapping[str, str],
         timeout_s: float,
         body: object = None,
-    ) -> Any:  # noqa: ANN401 - JSON
+    ) -> Any:
         """Return the decoded answer of a hub; `None` if the hub does not answer, or refuses.
 
         A slow request is sent only to a hub that shows within `CONNECT_S` that it runs.
@@ -92,7 +92,7 @@ class Peers:
 
     async def _send(
         self, url: str, path: str, query: Mapping[str, str], timeout_s: float, body: object
-    ) -> Any:  # noqa: ANN401 - JSON
+    ) -> Any:
         limits = dict.fromkeys(("read", "write", "pool"), timeout_s) | {"connect": CONNECT_S}
         method, raw = ("GET", None) if body is None else ("POST", json.dumps(body).encode())
         target = f"{url}{path}?{urlencode(query)}"

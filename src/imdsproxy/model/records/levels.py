@@ -34,13 +34,13 @@ class Schema:
         keys = (key for table in self.tables.values() for key in _every_key(table))
         return max((key.since for key in keys), default=1)
 
-    def needed(self, kind: str, record: Any) -> int:  # noqa: ANN401 - JSON
+    def needed(self, kind: str, record: Any) -> int:
         """Return the level that a host must read to observe all limits in a record."""
         if kind not in self.tables:
             return 1
         return max((key.since for key in _used(self.tables[kind], record) if key.limits), default=1)
 
-    def fit(self, kind: str, record: Any, level: int) -> Any:  # noqa: ANN401 - JSON
+    def fit(self, kind: str, record: Any, level: int) -> Any:
         """Return a record without keys above a level that only add a feature."""
         if kind not in self.tables or level >= self.level:
             return record

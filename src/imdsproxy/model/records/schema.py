@@ -332,7 +332,7 @@ class Table(Generic[_T]):
         parameters = signature(of).parameters.values()
         self._defaults = {one.name: one.default for one in parameters if one.default != one.empty}
 
-    def default(self, key: Key) -> Any:  # noqa: ANN401 - as the dataclass has it
+    def default(self, key: Key) -> Any:
         """Return the default of a missing key; `None` if it has no default."""
         return self._defaults.get(key.field)
 

@@ -46,7 +46,7 @@ def renew_here(order: str) -> None:
     files = HostFiles(*map(Path, paths))
     try:
         with optional_library("cryptography", LIBRARY_HINT):
-            from imdsproxy.sources.fleet.membership import end_of, renew_if_due  # noqa: PLC0415 - it may be missing
+            from imdsproxy.sources.fleet.membership import end_of, renew_if_due  # it may be missing
         client, now = HubClient(files, timeout_s), Clock().now()
         asyncio.run(renew_if_due(files, client, hubs, now))
         sys.stdout.write(str(end_of(files).timestamp()))

@@ -243,7 +243,7 @@ class LibvirtClient:
         with contextlib.suppress(self._library.libvirtError):
             self._undo.close()
 
-    def _read(self, described: Any, parse: Callable[[str], _T]) -> _T | None:  # noqa: ANN401 - libvirt has no types
+    def _read(self, described: Any, parse: Callable[[str], _T]) -> _T | None:
         """Parse the XML of a domain or network; `None` if libvirt removed it meanwhile."""
         text = self._present(lambda: str(described.XMLDesc(0)))
         return None if text is None else parse(text)

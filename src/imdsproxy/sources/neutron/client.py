@@ -69,7 +69,7 @@ def require_library() -> None:
         LibraryMissing: As `import_openstack`.
     """
     with import_openstack():
-        import keystoneauth1  # noqa: F401, PLC0415 - a part of openstacksdk that loads in no time
+        import keystoneauth1  # noqa: F401 - a part of openstacksdk that loads in no time
 
 
 def _connect(settings: NeutronSourceSettings) -> _Adapter:
@@ -82,18 +82,18 @@ def _connect(settings: NeutronSourceSettings) -> _Adapter:
         SourceUnavailable: The file or the cloud cannot be used.
     """
     with import_openstack():
-        from keystoneauth1.adapter import Adapter  # noqa: PLC0415 - see above
+        from keystoneauth1.adapter import Adapter
 
         if settings.cloud is None:
-            from keystoneauth1.noauth import NoAuth  # noqa: PLC0415 - as above
-            from keystoneauth1.session import Session  # noqa: PLC0415 - as above
+            from keystoneauth1.noauth import NoAuth
+            from keystoneauth1.session import Session
 
             auth = NoAuth(endpoint=settings.endpoint)
             return Adapter(Session(auth=auth, timeout=settings.timeout_s, app_name="imdsproxy"))
-        from keystoneauth1.exceptions import ClientException  # noqa: PLC0415 - as above
-        from openstack.config import OpenStackConfig  # noqa: PLC0415 - as above
-        from openstack.exceptions import SDKException  # noqa: PLC0415 - as above
-        from yaml import YAMLError  # noqa: PLC0415 - as above
+        from keystoneauth1.exceptions import ClientException
+        from openstack.config import OpenStackConfig
+        from openstack.exceptions import SDKException
+        from yaml import YAMLError
 
     clouds_file = settings.clouds_path
     try:
@@ -165,8 +165,8 @@ class NeutronClient:
             ) from error
 
     def _get(self, session: _Adapter, path: str, ends: float) -> bytes:
-        from keystoneauth1 import exceptions  # noqa: PLC0415 - see above
-        from urllib3 import exceptions as body_exceptions  # noqa: PLC0415 - as above
+        from keystoneauth1 import exceptions
+        from urllib3 import exceptions as body_exceptions
 
         try:
             root = session.get_endpoint()
@@ -208,7 +208,7 @@ class NeutronClient:
             raise _refused(answer.status_code, text)
         return body
 
-    def _read(self, answer: Any, ends: float) -> bytes:  # noqa: ANN401 - a `requests.Response`
+    def _read(self, answer: Any, ends: float) -> bytes:
         parts: list[bytes] = []
         size = 0
         # Read what has arrived, so that the deadline also stops an answer of a byte per second.

@@ -99,7 +99,7 @@ def _render(value: object) -> str:
     return f"[\n{lines}\n]\n"
 
 
-def without_payloads(value: Any) -> Any:  # noqa: ANN401 - JSON
+def without_payloads(value: Any) -> Any:
     """Return an admin API answer whose records contain only identity and placement."""
     match value:
         case dict():

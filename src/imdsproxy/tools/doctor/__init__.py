@@ -56,7 +56,7 @@ def found(
     severity: Severity | None = None,
     clients: Iterable[str] | None = None,
     case: str = "",
-    **values: Any,  # noqa: ANN401 - what a text shows
+    **values: Any,
 ) -> Finding:
     """Return a finding with the texts of its code.
 
@@ -79,7 +79,7 @@ def found(
     )
 
 
-def seen(code: str, paths: Iterable[str], **values: Any) -> Iterator[Finding]:  # noqa: ANN401 - as above
+def seen(code: str, paths: Iterable[str], **values: Any) -> Iterator[Finding]:
     """Yield a finding if there are any paths."""
     if where := tuple(paths):
         yield found(code, *where, **values)

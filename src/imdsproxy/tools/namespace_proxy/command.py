@@ -289,7 +289,7 @@ def read_settings(
         ConfigUnreadable: A file cannot be read.
         ConfigInvalid: Settings break the schema.
     """
-    from imdsproxy.config import files  # noqa: PLC0415 - see above
+    from imdsproxy.config import files
 
     default = default or files.DEFAULT_CONFIG
     prefix = f"{files.ENVIRONMENT_PREFIX}{_SECTION}".upper()
@@ -300,7 +300,7 @@ def read_settings(
                 return {}
         except OSError as error:
             raise files.unreadable(Path(str(error.filename)), error) from error
-    from imdsproxy.config.load import load_settings  # noqa: PLC0415 - see above
+    from imdsproxy.config.load import load_settings
 
     loaded = load_settings(config, environment, default=default)
     return loaded.settings.namespace_proxy.model_dump(exclude_unset=True)
@@ -323,7 +323,7 @@ def read_ini_files(
     """
     if not files and not directories:
         return {}
-    from imdsproxy.config import neutron_ini  # noqa: PLC0415 - see above
+    from imdsproxy.config import neutron_ini
 
     paths = [Path(name) for name in files]
     try:

@@ -501,7 +501,7 @@ def try_to_bind(port: int, *, dual_stack: bool) -> None:
         HostRefused: Another program listens there.
         PrivilegeMissing: The port requires root.
     """
-    import socket  # noqa: PLC0415 - HAProxy that goes into the background says it itself
+    import socket  # HAProxy that goes into the background says it itself
 
     family = socket.AF_INET6 if dual_stack else socket.AF_INET
     hint = f"see who does: ss -ltnp 'sport = :{port}'"

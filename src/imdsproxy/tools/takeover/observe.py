@@ -212,7 +212,7 @@ def _existing(paths: Sequence[str]) -> tuple[str, ...]:
 
 
 def _lacks_library() -> str:
-    import importlib  # noqa: PLC0415 - only here
+    import importlib
 
     try:
         with optional_library("python-ovs", "apt install python3-openvswitch"):

@@ -56,7 +56,7 @@ class ImportSettings(Step):
         )
 
     def run(self, actor: Actor) -> str:
-        from imdsproxy.config.neutron_import import plan_import  # noqa: PLC0415 - only here
+        from imdsproxy.config.neutron_import import plan_import
 
         options = [read_options(path, self.agent.reach) for path in self.agent.files]
         imported = plan_import(options, Path(self.secret), behind_proxies=False)
