@@ -9,10 +9,15 @@ from types import SimpleNamespace
 from typing import Any
 
 from imdsproxy.api.metrics import Metrics, count_traffic
+from imdsproxy.config.policy import AuditSettings
+from imdsproxy.config.unix_listener import UnixListenerSettings
+from imdsproxy.controller.audit import Audit
 from imdsproxy.controller.controller import Controller
 from imdsproxy.errors import Problem
 from imdsproxy.haproxy.process import ReloadReport
+from imdsproxy.haproxy.rules.model import UnixBind
 from imdsproxy.haproxy.rules.runtime import Processes
+from imdsproxy.haproxy.unix_listener.listener import UnixListener
 from imdsproxy.host.state import Effect
 from imdsproxy.model.entities import NetworkId
 from imdsproxy.model.identity import Denial
@@ -39,6 +44,12 @@ def _tree(values: Mapping[str, object]) -> SimpleNamespace:
             part = vars(part).setdefault(step, SimpleNamespace())
         setattr(part, last, value)
     return root
+
+
+def _unix(settings: UnixListenerSettings, **state: Any) -> UnixListener:
+    """A listener that only reports."""
+    unused: Any = None
+    return UnixListener(lambda: settings, unused, unused, unused, **state)
 
 
 def _usual() -> dict[str, object]:
@@ -87,12 +98,13 @@ def _usual() -> dict[str, object]:
         "listeners.rounds": 9,
         "listeners.durations": Durations(Counter({0.025: 8, 0.1: 1}), 0.25),
         "host.operations": {"ok": 20},
-        "listeners.unix.settings": lambda: _tree({"enabled": True, "path": Path("/run/agent")}),
-        "listeners.unix.bind": _tree({"mode": "0644", "user": 1, "group": 2}),
-        "listeners.unix.problem": None,
-        "listeners.unix.serving": True,
-        "listeners.unix.taken_over": 2,
-        "listeners.unix.taken_from": "agent (pid 7)",
+        "listeners.unix": _unix(
+            UnixListenerSettings(enabled=True, path=Path("/run/agent")),
+            bind=UnixBind("/run/agent", "0644", 1, 2),
+            serving=True,
+            taken_over=2,
+            taken_from="agent (pid 7)",
+        ),
         "records.rounds": Durations(Counter({0.005: 9, 0.1: 1}), 0.125),
         "records.compiler.warnings": {},
         "records.compiler.failures": {},
@@ -128,10 +140,12 @@ def _usual() -> dict[str, object]:
         "counting.problem": None,
         "counting.ledger.read": {"blue": 8, "red": 1},
         "counting.ledger.refused": {"blue": 2},
-        "audit.written": 40,
-        "audit.lost": 4,
-        "audit.problem": Problem("audit.destination", "/x: disk full"),
-        "audit.settings": lambda: _tree({"one_in": 1, "mode": "all", "destination": "/x"}),
+        "audit": Audit(
+            lambda: AuditSettings(mode="all", destination="/x"),
+            written=40,
+            lost=4,
+            _failure=Problem("audit.destination", "/x: disk full"),
+        ),
         "ovn": None,
         "nova.problems": (),
         "nova_watch.endpoints": (
@@ -162,11 +176,10 @@ def _usual() -> dict[str, object]:
 
 HEALTHY: Mapping[str, object] = {
     "listeners.report.problems": (),
-    "listeners.unix.settings": lambda: _tree({"enabled": False}),
+    "listeners.unix": _unix(UnixListenerSettings()),
     "mac_filters.plan.filters": (),
     "mac_filters.refused": (),
-    "audit.problem": None,
-    "audit.settings": lambda: _tree({"one_in": 0}),
+    "audit": Audit(AuditSettings),
     "policy_store.find_unmatched": lambda _: (),
 }
 """Without problems, and with no more than every controller has."""

@@ -297,7 +297,7 @@ class Metrics(Exposed, prefix="imdsproxy_"):
 
     def unix_listener_serving(self) -> Gauge:
         """1 while HAProxy's socket is at unix_listener.path; no series if the unix listener is disabled."""
-        return None if (unix := status.report_unix_listener(self.one)) is None else unix.serving
+        return None if (unix := self.one.listeners.unix.report()) is None else unix.serving
 
     def unix_listener_taken_over(self) -> Count:
         """Times that HAProxy took unix_listener.path from a running process; grows each time that process takes it
@@ -327,8 +327,7 @@ class Metrics(Exposed, prefix="imdsproxy_"):
 
     def audit_failing(self) -> Gauge:
         """1 while the audit log cannot be written; `imdsproxy status` has the reason. Guests are served."""
-        audit = self.one.audit
-        return audit.problem is not None if audit.settings().one_in else None
+        return None if (audit := self.one.audit.report()) is None else bool(audit.problem)
 
     def nova_endpoint_up(self) -> Annotated[By, "gauge", "endpoint_set", "endpoint"]:
         """1 while HAProxy considers the endpoint of Nova up."""

@@ -8,6 +8,7 @@ from typing import Final
 
 from imdsproxy import __version__
 from imdsproxy.api.answers import NotServed, Readiness
+from imdsproxy.controller.audit import AuditReport
 from imdsproxy.controller.controller import Controller
 from imdsproxy.documents.dialects.ec2 import list_warnings
 from imdsproxy.errors import DataplaneError, Problem
@@ -15,6 +16,7 @@ from imdsproxy.haproxy.master import WorkerEnded
 from imdsproxy.haproxy.process import ReloadReport
 from imdsproxy.haproxy.rules import limits
 from imdsproxy.haproxy.rules.runtime import Processes
+from imdsproxy.haproxy.unix_listener.listener import UnixListenerReport
 from imdsproxy.host.state import Effect
 from imdsproxy.model.inventory import Report
 from imdsproxy.model.observation import Conflict, SourceName
@@ -73,30 +75,6 @@ class DocumentsReport:
 
 
 @dataclass(frozen=True, slots=True)
-class UnixListenerReport:
-    """The socket for Neutron's proxies, if it is enabled.
-
-    Attributes:
-        serving: HAProxy's socket is at the path.
-        mode: The socket's mode, as `0644`; empty if the socket is not served.
-        user: Its owner's uid.
-        group: Its group's gid.
-        problem: Reason if the socket is not served.
-        taken_over: How often HAProxy took the path from a running process since the controller started.
-        taken_from: The process that had the path last; empty for none.
-    """
-
-    path: str
-    serving: bool
-    mode: str = ""
-    user: int | None = None
-    group: int | None = None
-    problem: str = ""
-    taken_over: int = 0
-    taken_from: str = ""
-
-
-@dataclass(frozen=True, slots=True)
 class PlanReport:
     """The last plan: its operations, its reasons, and its failures (which are retried)."""
 
@@ -130,24 +108,6 @@ class MacsReport:
     mismatches: Mapping[str, int] = field(default_factory=dict)
     forged_claims: Mapping[str, int] = field(default_factory=dict)
     claimed: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class AuditReport:
-    """The audit log.
-
-    Attributes:
-        mode: `sampled` or `all`.
-        written: Lines since the controller started.
-        lost: Requests without a line since then, because HAProxy's ring or the journal had no room.
-        problem: Reason if no lines are written now.
-    """
-
-    mode: str
-    destination: str
-    written: int = 0
-    lost: int = 0
-    problem: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,7 +249,7 @@ async def report_status(controller: Controller) -> StatusReport:
             plan.at, plan.operations, plan.reasons, tuple(map(str, plan.problems)), plan.seconds
         ),
         nova=controller.nova_watch.endpoints,
-        unix_listener=report_unix_listener(controller),
+        unix_listener=listeners.unix.report(),
         macs=report_macs(controller),
         warnings=list_warnings(
             each for found in records.compiler.warnings.values() for each in found
@@ -297,7 +257,7 @@ async def report_status(controller: Controller) -> StatusReport:
         foreign=_list_idle(plan.foreign),
         unmatched_policies=controller.policy_store.find_unmatched(inventory),
         busiest=await find_busiest(controller),
-        audit=_report_audit(controller),
+        audit=controller.audit.report(),
         fleet=report_fleet(controller),
         progress=records.progress.steps,
     )
@@ -325,14 +285,6 @@ async def find_busiest(controller: Controller) -> tuple[limits.Asker, ...]:
         return ()
     table, connections = "\n".join(usual), allowed.connections
     return tuple(limits.busiest(table, own, requests=most, connections=connections, now=now))
-
-
-def _report_audit(controller: Controller) -> AuditReport | None:
-    audit = controller.audit
-    settings, problem = audit.settings(), _reason(audit.problem)
-    if not settings.one_in:
-        return None
-    return AuditReport(settings.mode, settings.destination, audit.written, audit.lost, problem)
 
 
 def report_fleet(controller: Controller) -> FleetReport | None:
@@ -381,24 +333,6 @@ def _report_source(controller: Controller, name: str, report: Report) -> SourceR
     networks, instances = len(report.networks), len(report.instances)
     problems = (*report.problems, *stranded)
     return SourceReport(name, report.in_sync, networks, instances, stale_s, problems)
-
-
-def report_unix_listener(controller: Controller) -> UnixListenerReport | None:
-    """Report the socket for Neutron's proxies; `None` if it is disabled."""
-    unix = controller.listeners.unix
-    settings, bind = unix.settings(), unix.bind
-    if not settings.enabled:
-        return None
-    return UnixListenerReport(
-        path=str(settings.path),
-        serving=unix.serving,
-        mode="" if bind is None else bind.mode,
-        user=None if bind is None else bind.user,
-        group=None if bind is None else bind.group,
-        problem=_reason(unix.problem),
-        taken_over=unix.taken_over,
-        taken_from=unix.taken_from,
-    )
 
 
 def _report_haproxy(controller: Controller) -> HaproxyReport:

@@ -125,6 +125,24 @@ def advise(destination: str, error: OSError) -> str:
     return {**advice, errno.ELOOP: link}.get(error.errno or 0, other)
 
 
+@dataclass(frozen=True, slots=True)
+class AuditReport:
+    """The audit log.
+
+    Attributes:
+        mode: `sampled` or `all`.
+        written: Lines since the controller started.
+        lost: Requests without a line since then, because HAProxy's ring or the journal had no room.
+        problem: Reason if no lines are written now.
+    """
+
+    mode: str
+    destination: str
+    written: int = 0
+    lost: int = 0
+    problem: str = ""
+
+
 @dataclass(slots=True)
 class _Worker:
     """Connection of one HAProxy worker.
@@ -175,6 +193,14 @@ class Audit:
             return self._failure
         reason = f"{settings.destination}: a write has not come back for {waited:.0f} s"
         return Problem(_FIELD, reason, "look at what it is stored on")
+
+    def report(self) -> AuditReport | None:
+        """Report the log; `None` if the settings have none."""
+        settings, problem = self.settings(), self.problem
+        if not settings.one_in:
+            return None
+        reason = "" if problem is None else problem.reason
+        return AuditReport(settings.mode, settings.destination, self.written, self.lost, reason)
 
     async def run(
         self, listener: socket.socket, last: socket.socket, kept: Sequence[socket.socket] = ()

@@ -145,7 +145,6 @@ class Sources:
         writable: Source that the admin API writes to.
         look_up: Source to query for addresses that were not reported.
         ovn: Source whose networks are provisioned.
-        namespaces: Source that reports namespaces of Neutron's agents.
         fleet: Source whose hub learns which records are in force.
     """
 
@@ -153,12 +152,15 @@ class Sources:
     writable: SqliteSource | None
     look_up: NeutronSource | None
     ovn: OvnSource | None
-    namespaces: NeutronNamespacesSource | None
     fleet: "FleetSource | None"
 
 
 def build_sources(
-    settings: Settings, clock: Clock, begin: Callable[[], Awaitable[object]], progress: Progress
+    settings: Settings,
+    clock: Clock,
+    begin: Callable[[], Awaitable[object]],
+    progress: Progress,
+    routers: Routers,
 ) -> Sources:
     """Return the sources that the settings enable.
 
@@ -167,12 +169,12 @@ def build_sources(
         clock: Clock for expiry times and ages.
         begin: Wait until sources may start work that is not urgent.
         progress: Progress of sources' long work.
+        routers: Tables that a router's namespace gets before it is reported.
     """
     state, wanted = settings.paths.state_dir, settings.sources
     sqlite: SqliteSource | None = None
     neutron: NeutronSource | None = None
     ovn: OvnSource | None = None
-    namespaces: NeutronNamespacesSource | None = None
     found: list[Source] = []
     if wanted.sqlite.enabled:
         sqlite = SqliteSource(
@@ -203,12 +205,13 @@ def build_sources(
         found.append(ovn)
     if wanted.neutron_namespaces.enabled:
         directory = NamespaceDirectory(settings.paths.netns_dir)
-        namespaces = NeutronNamespacesSource(wanted.neutron_namespaces, directory)
-        found.append(namespaces)
+        found.append(
+            NeutronNamespacesSource(wanted.neutron_namespaces, directory, routers.drop_others)
+        )
     fleet = build_fleet(settings, clock) if wanted.fleet.enabled else None
     if fleet is not None:
         found.append(fleet)
-    return Sources(tuple(found), sqlite, neutron, ovn, namespaces, fleet)
+    return Sources(tuple(found), sqlite, neutron, ovn, fleet)
 
 
 def build_fleet(settings: Settings, clock: Clock) -> "FleetSource":

@@ -131,15 +131,15 @@ class Controller:
         progress, group = Progress(), settings.documents.group
         reader = None if group is None else group_id(group)
         files = DiskFiles(layout.records, self.passwords, reader)
-        self.sources = build.build_sources(settings, clock, self.served.wait, progress)
+        self.routers = build.build_routers(settings, host)
+        self.sources = build.build_sources(
+            settings, clock, self.served.wait, progress, self.routers
+        )
         self.inventory = inventory = Inventory(source.name for source in self.sources.all)
         self.mac_filters, self.hop_limits = build.build_filters(layout, host, inventory, clock)
         self.mac_filters.on_change = self.hop_limits.on_change = self._trust_changed
         self.mac_filters.on_missing = lambda one: self.touch("MAC filter is gone", (one,))
         self.hop_limits.on_need = lambda networks: self.touch("hop limits", networks)
-        self.routers = build.build_routers(settings, host)
-        if self.sources.namespaces is not None:
-            self.sources.namespaces.prepare = self.routers.drop_others
         index = CompiledIndex(layout.compiled_index)
         sets = RuleSets(applier, clock)
         sets.load()

@@ -22,6 +22,8 @@ from imdsproxy.api.answers import Readiness
 from imdsproxy.api.health import HealthServer
 from imdsproxy.api.metrics import Metrics, count_traffic
 from imdsproxy.api.status import report_readiness, report_status
+from imdsproxy.config.policy import AuditSettings
+from imdsproxy.controller.audit import Audit
 from imdsproxy.errors import Problem
 from imdsproxy.haproxy.rules.runtime import WorkerTotals
 from imdsproxy.model.entities import InstanceId, NetworkId
@@ -352,7 +354,7 @@ def test_what_is_off_has_no_series() -> None:
     off = {
         "sources.look_up": None,
         "sources.fleet": None,
-        "audit.settings": lambda: SimpleNamespace(one_in=0),
+        "audit": Audit(AuditSettings),
     }
     names = _names(_exposed(**off, **{"companion.needed": False}))
     absent = ("audit_failing", "documents_processes")

@@ -19,8 +19,9 @@ from imdsproxy import __version__
 from imdsproxy.api import client as admin_client
 from imdsproxy.api.answers import Readiness
 from imdsproxy.api.client import AdminClient
-from imdsproxy.api.status import AuditReport, FleetReport, SourceReport, UnixListenerReport
+from imdsproxy.api.status import FleetReport, SourceReport
 from imdsproxy.cli.main import EXAMPLES, build_program, iterate_commands, main
+from imdsproxy.controller.audit import AuditReport
 from imdsproxy.errors import (
     AdminError,
     AdminUnavailable,
@@ -29,6 +30,7 @@ from imdsproxy.errors import (
     Problem,
     ReloadFailed,
 )
+from imdsproxy.haproxy.unix_listener.listener import UnixListenerReport
 from imdsproxy.reconcile.progress import Step
 from support.cli import Cli, Ran, run_main
 

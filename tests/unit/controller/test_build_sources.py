@@ -6,12 +6,19 @@ from imdsproxy.config.schema import Settings
 from imdsproxy.controller import build
 from imdsproxy.haproxy.layout import Layout
 from imdsproxy.host.clock import Clock
+from imdsproxy.host.namespaces import NamespaceDirectory
+from imdsproxy.network.routers.routers import Routers
 from imdsproxy.reconcile.progress import Progress
 from imdsproxy.sources.neutron.source import NeutronSource
 
 
 async def _begin() -> None:
     return
+
+
+def _build(settings: Settings) -> build.Sources:
+    routers = Routers(NamespaceDirectory(settings.paths.netns_dir), "imds", enabled=False)
+    return build.build_sources(settings, Clock(), _begin, Progress(), routers)
 
 
 def test_neutron_is_the_one_that_is_asked_for_addresses(tmp_path: Path) -> None:
@@ -23,11 +30,11 @@ def test_neutron_is_the_one_that_is_asked_for_addresses(tmp_path: Path) -> None:
         "nova": {"endpoint_sets": {"default": nova}},
     }
     settings = Settings.model_validate(values)
-    sources = build.build_sources(settings, Clock(), _begin, Progress())
+    sources = _build(settings)
     assert sources.all == (sources.look_up,)
     assert isinstance(sources.look_up, NeutronSource)
     assert sources.writable is None
-    assert build.build_sources(Settings(), Clock(), _begin, Progress()).look_up is None
+    assert _build(Settings()).look_up is None
 
 
 def test_a_document_server_finds_modules_where_its_controller_does() -> None:

@@ -51,12 +51,11 @@ def test_a_routers_namespace_is_a_network_that_is_redirected() -> None:
 async def test_namespaces_are_prepared_before_their_networks_are_reported(tmp_path: Path) -> None:
     directory, prepared = tmp_path / "netns", list[str]()
     settings = NeutronNamespacesSettings(routers=True)
-    source = NeutronNamespacesSource(settings, NamespaceDirectory(directory))
 
     async def prepare(some: Collection[NamespaceRef]) -> None:
         prepared.extend(ref.name.removeprefix("qrouter-") for ref in some)
 
-    source.prepare = prepare
+    source = NeutronNamespacesSource(settings, NamespaceDirectory(directory), prepare)
     names = [str(uuid.uuid4()) for _ in range(3)]
     async with running(source) as heard:
         # The directory need not exist.

@@ -37,6 +37,30 @@ SocketLook: TypeAlias = Callable[[Path, Collection[int]], SeenSocket]
 """Observes the file at a path; see `SocketFiles.observe`."""
 
 
+@dataclass(frozen=True, slots=True)
+class UnixListenerReport:
+    """The socket for Neutron's proxies, if it is enabled.
+
+    Attributes:
+        serving: HAProxy's socket is at the path.
+        mode: The socket's mode, as `0644`; empty if the socket is not served.
+        user: Its owner's uid.
+        group: Its group's gid.
+        problem: Reason if the socket is not served.
+        taken_over: How often HAProxy took the path from a running process since the controller started.
+        taken_from: The process that had the path last; empty for none.
+    """
+
+    path: str
+    serving: bool
+    mode: str = ""
+    user: int | None = None
+    group: int | None = None
+    problem: str = ""
+    taken_over: int = 0
+    taken_from: str = ""
+
+
 @dataclass(slots=True)
 class UnixListener:
     """Chooses the bind before each change of HAProxy's configuration, and checks the socket afterwards.
@@ -148,6 +172,22 @@ class UnixListener:
                 await self._confirm(bind)
         except DataplaneError as error:
             self.problem = Problem("unix_listener", error.message, error.hint)
+
+    def report(self) -> UnixListenerReport | None:
+        """Report the socket; `None` if it is disabled."""
+        settings, bind = self.settings(), self.bind
+        if not settings.enabled:
+            return None
+        return UnixListenerReport(
+            path=str(settings.path),
+            serving=self.serving,
+            mode="" if bind is None else bind.mode,
+            user=None if bind is None else bind.user,
+            group=None if bind is None else bind.group,
+            problem="" if self.problem is None else self.problem.reason,
+            taken_over=self.taken_over,
+            taken_from=self.taken_from,
+        )
 
     def changed(self) -> bool:
         """Return whether the socket file is no longer HAProxy's."""
