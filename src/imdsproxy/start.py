@@ -49,8 +49,8 @@ from imdsproxy.network.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.network.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.network.listeners.apply import apply_links
 from imdsproxy.network.listeners.host import SystemHost
+from imdsproxy.network.listeners.routers import Routers
 from imdsproxy.network.ovn.sweep import sweep_ovn
-from imdsproxy.network.routers.routers import Routers
 from imdsproxy.nova.upstream import NovaUpstream
 
 if TYPE_CHECKING:

@@ -24,8 +24,8 @@ from imdsproxy.network.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.network.anti_spoofing.kernel import KernelHopLimits, KernelMacFilters, table_journal
 from imdsproxy.network.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.network.listeners.host import SystemHost
+from imdsproxy.network.listeners.routers import Routers
 from imdsproxy.network.names import Naming
-from imdsproxy.network.routers.routers import Routers
 from imdsproxy.nova.upstream import NovaUpstream
 from imdsproxy.reconcile.progress import Backoff, Progress
 from imdsproxy.sources.api import Source

@@ -52,8 +52,8 @@ from imdsproxy.network.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.network.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.network.listeners.host import KeptNetworks, SystemHost
 from imdsproxy.network.listeners.loop import ListenerLoop
+from imdsproxy.network.listeners.routers import Routers
 from imdsproxy.network.ovn.host import OvnHost
-from imdsproxy.network.routers.routers import Routers
 from imdsproxy.nova.upstream import NovaUpstream, NovaWatch
 from imdsproxy.reconcile.progress import Progress
 

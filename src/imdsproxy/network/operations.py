@@ -6,8 +6,7 @@ from typing import ClassVar, TypeAlias
 
 from imdsproxy.model.entities import IpAddress, MacAddress, NetworkId
 from imdsproxy.network.names import Naming
-from imdsproxy.sources.ovn.chassis import BridgePort
-from imdsproxy.sources.ovn.ports import IpInterface, devices_of, namespace_of
+from imdsproxy.sources.ovn.ports import BridgePort, IpInterface, devices_of, namespace_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from imdsproxy.controller import build
 from imdsproxy.haproxy.layout import Layout
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.namespaces import NamespaceDirectory
-from imdsproxy.network.routers.routers import Routers
+from imdsproxy.network.listeners.routers import Routers
 from imdsproxy.reconcile.progress import Progress
 from imdsproxy.sources.neutron.source import NeutronSource
 

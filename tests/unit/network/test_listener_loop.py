@@ -45,6 +45,7 @@ from imdsproxy.network.listeners.apply import HostTable
 from imdsproxy.network.listeners.host import KeptNetworks, SystemHost
 from imdsproxy.network.listeners.loop import ListenerLoop
 from imdsproxy.network.listeners.plan import Place
+from imdsproxy.network.listeners.routers import Routers
 from imdsproxy.network.names import Naming
 from imdsproxy.network.operations import (
     AddAddress,
@@ -53,7 +54,6 @@ from imdsproxy.network.operations import (
     HostOp,
     RemoveAddress,
 )
-from imdsproxy.network.routers.routers import Routers
 from support.fake_haproxy import FakeHaproxy, control_fake
 from support.fake_mac_filters import no_hop_limits, no_mac_filters
 from support.tasks import until

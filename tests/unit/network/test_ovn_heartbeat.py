@@ -9,8 +9,7 @@ from typing import Any, Final, cast
 
 from imdsproxy.errors import SourceUnavailable
 from imdsproxy.network.ovn.heartbeat import OvnHeartbeat, agent_id, plan_registration
-from imdsproxy.sources.ovn.chassis import LocalChassis
-from imdsproxy.sources.ovn.ports import SouthboundView
+from imdsproxy.sources.ovn.ports import LocalChassis, SouthboundView
 from imdsproxy.sources.ovn.source import OvnSource
 from support.patience import patience
 

@@ -24,8 +24,7 @@ from imdsproxy.network.operations import (
     MetadataPlace,
 )
 from imdsproxy.network.ovn.plan import OvnWanted, plan_ovn
-from imdsproxy.sources.ovn.chassis import BridgePort, LocalChassis
-from imdsproxy.sources.ovn.ports import PortBinding
+from imdsproxy.sources.ovn.ports import BridgePort, LocalChassis, PortBinding
 from support.ovn_rows import METADATA, NETWORK, PORT, known
 
 LOCAL: Final = LocalChassis("c1", "host-1", "unix:/sb", "br-int", "system")

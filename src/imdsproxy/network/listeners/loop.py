@@ -34,8 +34,8 @@ from imdsproxy.network.listeners.endpoints import (
 )
 from imdsproxy.network.listeners.host import KeptNetworks, SystemHost
 from imdsproxy.network.listeners.plan import ListenerPlan
+from imdsproxy.network.listeners.routers import Routers
 from imdsproxy.network.listeners.watch import HostWatch
-from imdsproxy.network.routers.routers import Routers
 from imdsproxy.reconcile.progress import Durations
 from imdsproxy.reconcile.reconciler import Reconciler, Tickets
 

@@ -1,4 +1,4 @@
-"""Tables of nf_tables that keep guests of bridges and of the host's own devices on their listener, rule by rule. Pure.
+"""Tables of nf_tables that lead guests of bridges, routers and the host's own devices to their listener. Pure.
 
 ARP: by default the host answers for each of its addresses on every device, so a guest of any bridge could reach a
 listener on another device. The table lets the host answer for the metadata address only on devices of interface
@@ -27,6 +27,23 @@ The rules are shown in nft(8)'s syntax, for IPv4 (IPv6 is the same), where M is 
 
     chain input                                   # arp, input
       iifname != @devices arp operation request arp daddr ip M drop
+
+The namespace of a Neutron router has two tables. The first table exists as long as the namespace, so that no request
+ever reaches another router:
+
+    chain arriving                                # prerouting, after NAT: requests that no rule has redirected
+      ip daddr M drop
+    chain input
+      tcp dport 9254 ct status != dnat drop       # only redirected requests come in
+
+The second table exists while HAProxy listens in the namespace. Its chain runs before iptables' chains, which may
+redirect to the L3 agent's own proxy: the first rule that redirects a connection decides for the whole connection.
+Connections that another rule has already redirected stay there.
+
+    chain redirect                                # nat, prerouting
+      iifname "qr-*" ip daddr M tcp dport 80 redirect to :9254
+    chain output                                  # as in `network.anti_spoofing.rules`
+      tcp sport 9254 jump limit4
 """
 
 import socket
@@ -46,13 +63,20 @@ from imdsproxy.model.entities import (
     Network,
     NetworkId,
 )
-from imdsproxy.network.anti_spoofing.rules import LAYOUTS, Layout
+from imdsproxy.model.wire import REDIRECTED_PORT
+from imdsproxy.network.anti_spoofing.rules import LAYOUTS, Layout, fill_redirected_hop_limit
 from imdsproxy.network.names import Naming
 
 _GUEST_KINDS: Final = frozenset({"tun", "veth"})
 _ETHER: Final = 9
 _IFNAME_BYTES, _MAC_BYTES = 16, 6
 """A longer name was not valid UTF-8, and stands for another."""
+
+ROUTER_FORMAT: Final = 1
+"""Format number in the comment of each router's tables: a table with another number is replaced."""
+
+_ROUTER_DEVICES: Final = b"qr-"
+_BEFORE_IPTABLES, _AFTER_NAT = -101, -90
 
 _DPORT: Final = 2
 _TCP: Final = bytes((socket.IPPROTO_TCP,))
@@ -135,9 +159,8 @@ def plan_diversions(
 def _divert(batch: Batch, layout: Layout) -> None:
     family = nft.meta(nft.PROTOCOL) + nft.compare(layout.ethertype)
     source = family + layout.load(layout.source) + nft.compare(layout.metadata)
-    target = family + layout.load(layout.target) + nft.compare(layout.metadata)
-    port = nft.payload(TRANSPORT, _DPORT, 2) + nft.compare(struct.pack(">H", METADATA_PORT))
-    wanted = target + nft.meta(nft.L4_PROTOCOL) + nft.compare(_TCP) + port
+    target = family + _to_metadata(layout)
+    wanted = target + nft.meta(nft.L4_PROTOCOL) + nft.compare(_TCP) + _to_port(METADATA_PORT)
     to_mac = nft.store(LINK, 0, _MAC_BYTES)
     arrived = nft.meta(nft.INPUT_DEVICE)
     batch.make_rule("arriving", arrived + nft.lookup("guests"), source, _DROP)
@@ -193,3 +216,32 @@ def _make_names(batch: Batch, name: str, devices: Iterable[str]) -> None:
 
 def _pack(device: str) -> bytes:
     return device.encode().ljust(_IFNAME_BYTES, b"\0")
+
+
+def fill_drop(batch: Batch) -> None:
+    """Add the rules to a router's new table that keep packets for the metadata addresses from another router."""
+    batch.make_base_chain("arriving", nft.PREROUTING, _AFTER_NAT)
+    batch.make_base_chain("input", nft.INPUT, _FILTER)
+    for layout in LAYOUTS:
+        family = nft.meta(nft.FAMILY) + nft.compare(bytes((layout.protocol,)))
+        batch.make_rule("arriving", family, _to_metadata(layout), _DROP)
+        to_ours = _to_port(REDIRECTED_PORT)
+        batch.make_rule("input", layout.is_tcp, to_ours, nft.is_redirected(differs=True), _DROP)
+
+
+def fill_redirect(batch: Batch) -> None:
+    """Add the rules to a router's new table that redirect guests' requests to HAProxy."""
+    batch.make_base_chain("redirect", nft.PREROUTING, _BEFORE_IPTABLES, kind="nat")
+    inward = nft.meta(nft.INPUT_DEVICE) + nft.compare(_ROUTER_DEVICES)
+    for layout in LAYOUTS:
+        wanted = (layout.is_tcp, _to_metadata(layout), _to_port(METADATA_PORT))
+        batch.make_rule("redirect", inward, *wanted, nft.redirect(REDIRECTED_PORT))
+    fill_redirected_hop_limit(batch)
+
+
+def _to_metadata(layout: Layout) -> bytes:
+    return layout.load(layout.target) + nft.compare(layout.metadata)
+
+
+def _to_port(port: int) -> bytes:
+    return nft.payload(TRANSPORT, _DPORT, 2) + nft.compare(struct.pack(">H", port))

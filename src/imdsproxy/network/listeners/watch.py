@@ -2,7 +2,7 @@
 
 It has three inputs: namespaces that appear and disappear; devices and addresses, in the host's own namespace and in
 those that HAProxy listens in; and a paced audit for changes without events, such as other programs' listening sockets.
-Each audit checks the next networks in turn, and those that are not served. OVN's namespaces have an audit of their own.
+Each audit checks the next networks and the next of OVN's namespaces in turn, and all networks that are not served.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,11 +25,12 @@ from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
 from imdsproxy.host.state import NamespaceRef, ObservedHost, ObservedNamespace, merge_observed
 from imdsproxy.model.entities import Network, NetworkId
 from imdsproxy.network.listeners.host import Peek, SystemHost
-from imdsproxy.network.listeners.plan import place_of, plan_network
+from imdsproxy.network.listeners.plan import Place, place_of, plan_network
 
 T = TypeVar("T")
 
 _OVN_EVERY_S: Final = 10.0
+"""Seconds in which the audit checks each of OVN's namespaces once."""
 
 _AT_ONCE: Final = 64
 """Maximum number of networks or namespaces in a batch: the namespace thread is free for others every 20 ms."""
@@ -63,6 +65,8 @@ class HostWatch:
     _nsids: dict[int, NamespaceRef] = field(default_factory=dict)
     _wanted_ids: asyncio.Event = field(default_factory=asyncio.Event)
     _closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    _of_ovn: list[Place] = field(default_factory=list)
+    _ovn_step: int = 0
     _peeked: dict[str | None, Peek | None] = field(default_factory=dict)
     _turns: Counter[str] = field(default_factory=Counter)
     _namespace_watch: NamespaceWatch = field(init=False)
@@ -99,10 +103,7 @@ class HostWatch:
         directory = self.host.thread.directory
         self._namespace_watch = self._closing.enter_context(NamespaceWatch(directory))
         self._link_watch = self._closing.enter_context(watch_links())
-        works = (
-            *(self._follow_namespaces, self._follow_links, self._give_ids),
-            *(self._audit, self._audit_ovn),
-        )
+        works = (self._follow_namespaces, self._follow_links, self._give_ids, self._audit)
         self._tasks = [asyncio.create_task(work()) for work in works]
         return self
 
@@ -195,7 +196,7 @@ class HostWatch:
         return given
 
     async def _audit(self) -> None:
-        """Check the networks in turn, and those that are not served each time, until cancelled."""
+        """Check networks and OVN's namespaces in turn, and networks that are not served each time, until cancelled."""
         due = 0.0
         while True:
             await asyncio.sleep(self.every_s)
@@ -204,18 +205,21 @@ class HostWatch:
             due -= int(due)
             for some in _batches(self._next("recheck", self._not_served, self.rechecks)):
                 await self._look(some)
+            if self.host.ovn is not None:
+                await self._look_at_ovn()
 
-    async def _audit_ovn(self) -> None:
-        """Check the namespaces with the name of one of OVN's networks, also those of no network, until cancelled.
+    async def _look_at_ovn(self) -> None:
+        """Check the next namespaces with the name of one of OVN's networks, also those of no network.
 
         There are no events for them, nor for addresses other than the metadata addresses.
         """
-        while True:
-            await asyncio.sleep(_OVN_EVERY_S)
-            with contextlib.suppress(DataplaneError):  # the listener loop reports it
-                for some in _batches(self.host.ovn_places() if self.host.ovn is not None else ()):
-                    if await self.host.differs_for_ovn(some):
-                        self.touch("audit", ())
+        if not self._of_ovn:
+            self._of_ovn = self.host.ovn_places()
+            self._ovn_step = math.ceil(len(self._of_ovn) * self.every_s / _OVN_EVERY_S)
+        some, self._of_ovn = self._of_ovn[: self._ovn_step], self._of_ovn[self._ovn_step :]
+        with contextlib.suppress(DataplaneError):  # the listener loop reports it
+            if some and await self.host.differs_for_ovn(some):
+                self.touch("audit", ())
 
     def _next(self, which: str, ids: Sequence[NetworkId], count: int) -> list[Network]:
         turn = [ids[(self._turns[which] + n) % len(ids)] for n in range(min(count, len(ids)))]

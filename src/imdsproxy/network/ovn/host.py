@@ -1,18 +1,19 @@
 """OVN on this host, besides reporting its ports: the needs of its networks, their bridge ports, and the heartbeat."""
 
 import asyncio
-from collections.abc import Callable, Collection, Coroutine
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from random import SystemRandom
 from typing import Final
 
 from imdsproxy.errors import Problem, SourceUnavailable
+from imdsproxy.host.ovsdb import Row, Table, Transaction
 from imdsproxy.model.entities import NetworkId
-from imdsproxy.network.operations import ChangePorts
-from imdsproxy.network.ovn.bridge_ports import write_ports
+from imdsproxy.network.operations import ChangePorts, MetadataPlace
 from imdsproxy.network.ovn.heartbeat import OvnHeartbeat
 from imdsproxy.network.ovn.plan import OvnWanted
+from imdsproxy.sources.ovn.ports import NETWORK_KEY, namespace_of
 from imdsproxy.sources.ovn.source import OvnSource
 
 _TOGETHER_S: Final = 0.02
@@ -95,3 +96,55 @@ class OvnHost:
             except TimeoutError:
                 problem = Problem(_VSWITCH, f"no answer within {_WRITTEN_S:g} s", _NO_WRITE)
         return problem
+
+
+def write_ports(
+    places: Collection[MetadataPlace],
+    unplug: Collection[str],
+    tables: Mapping[str, Table],
+    transaction: Transaction,
+) -> None:
+    """Add and remove ports of Open vSwitch's bridges as planned; in the connection's thread."""
+    bridges = {row.name: row for row in tables["Bridge"].rows.values()}
+    ports = {row.name: row for row in tables["Port"].rows.values()}
+    interfaces = {row.name: row for row in tables["Interface"].rows.values()}
+    for place in places:
+        port, interface = ports.get(place.outer), interfaces.get(place.outer)
+        bridge = bridges.get(place.bridge)
+        if bridge is None:  # it was removed meanwhile: the next observation shows that
+            continue
+        if port is None or interface is None or port.uuid not in bridge.ports:
+            # Create a new port for another bridge: ovn-controller overlooks an interface that only changes its bridge.
+            _remove(port, bridges)
+            interface = transaction.insert(tables["Interface"])
+            interface.name = place.outer
+            port = transaction.insert(tables["Port"])
+            port.name = place.outer
+            port.interfaces = [interface.uuid]
+            bridge.addvalue("ports", port.uuid)
+        interface.setkey("external_ids", "iface-id", place.port)
+        interface.setkey("external_ids", NETWORK_KEY, place.network)
+    for name in unplug:
+        _remove(ports.get(name), bridges)
+
+
+def _remove(port: Row | None, bridges: Mapping[str, Row]) -> None:
+    for bridge in bridges.values():
+        if port is not None and port.uuid in bridge.ports:
+            bridge.delvalue("ports", port.uuid)
+
+
+def sweep_ports(
+    staying: Collection[str], tables: Mapping[str, Table], _transaction: Transaction
+) -> None:
+    """Remove all our ports, except those of namespaces that stay; remove our mark from these."""
+    bridges = {row.name: row for row in tables["Bridge"].rows.values()}
+    ports = {row.name: row for row in tables["Port"].rows.values()}
+    for interface in list(tables["Interface"].rows.values()):
+        network = interface.external_ids.get(NETWORK_KEY)
+        if network is None:
+            continue
+        if namespace_of(network) in staying:
+            interface.delkey("external_ids", NETWORK_KEY)
+        else:
+            _remove(ports.get(interface.name), bridges)

@@ -25,8 +25,13 @@ from imdsproxy.network.operations import (
     HostOp,
     MetadataPlace,
 )
-from imdsproxy.sources.ovn.chassis import LocalChassis
-from imdsproxy.sources.ovn.ports import IpInterface, OvnKnown, devices_of, namespace_of
+from imdsproxy.sources.ovn.ports import (
+    IpInterface,
+    LocalChassis,
+    OvnKnown,
+    devices_of,
+    namespace_of,
+)
 
 _NAMESPACE_PREFIX: Final = namespace_of(NetworkId(""))
 _DATAPATH_IN_USER_SPACE: Final = "netdev"

@@ -10,7 +10,7 @@ from imdsproxy.errors import HostRefused, SourceUnavailable
 from imdsproxy.host.ovsdb import Ovsdb
 from imdsproxy.network.listeners.host import SystemHost
 from imdsproxy.network.operations import DetachOvn
-from imdsproxy.network.ovn.bridge_ports import sweep_ports
+from imdsproxy.network.ovn.host import sweep_ports
 from imdsproxy.network.ovn.plan import is_listened, is_ours, network_of
 from imdsproxy.sources.ovn.source import OPEN_VSWITCH, read_chassis
 

@@ -1,10 +1,10 @@
-"""Rows of OVN's table Port_Binding: the rows served on this host, and their records.
+"""This chassis in Open vSwitch's database, and the rows of OVN's table Port_Binding with their records.
 
 Neutron copies all data that a metadata service needs into `external_ids` (`neutron:*`): the instance, its project, the
 network and the addresses (neutron/plugins/ml2/drivers/ovn/mech_driver/ovsdb/ovn_client.py, `create_port`). Tenants can
 write the instance's id on a port, so no value is trusted: `NeutronPort` refuses invalid values.
 
-Source for rows: ovn-sb(5), "Port_Binding TABLE".
+Source for rows: ovn-sb(5), "Port_Binding TABLE"; for the chassis: ovn-controller(8).
 """
 
 import re
@@ -40,6 +40,50 @@ _SWITCH: Final = "neutron-"
 _MAC: Final = re.compile(r"[0-9a-f]{2}(?::[0-9a-f]{2}){5}")
 _TAP_DIGITS: Final = 10
 _VIF_TYPES: Final = frozenset(("", "external"))
+
+
+NETWORK_KEY: Final = "imdsproxy-network"
+"""Key that marks our interfaces in Open vSwitch's database. They survive a reboot; their devices do not."""
+
+
+@dataclass(frozen=True, slots=True)
+class BridgePort:
+    """Port of a bridge with one interface.
+
+    Attributes:
+        interface_id: `external_ids:iface-id`, the logical port; empty without one.
+        network: `external_ids:imdsproxy-network`, the network that this interface of ours serves; else empty.
+    """
+
+    bridge: str
+    interface_id: str
+    network: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalChassis:
+    """This chassis, from ovn-controller's configuration.
+
+    Attributes:
+        name: `external_ids:system-id`; empty while Open vSwitch has none.
+        hostname: `external_ids:hostname`, Neutron's name of the host.
+        southbound: `external_ids:ovn-remote`.
+        bridge: Integration bridge; `br-int` by default.
+        datapath: `datapath_type` of the bridge: `netdev` is in user space; `None` without the bridge.
+        ports: Ports by device name.
+    """
+
+    name: str
+    hostname: str
+    southbound: str
+    bridge: str
+    datapath: str | None
+    ports: Mapping[str, BridgePort] = field(default_factory=dict)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of this chassis in OVN and Neutron."""
+        return frozenset(filter(None, (self.name, self.hostname)))
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,14 @@ from imdsproxy.errors import Problem, SourceUnavailable
 from imdsproxy.host.ovsdb import Change, Conditions, Ovsdb, Row, Rows, Schema, Tls
 from imdsproxy.model.observation import Observation, StrandedPort
 from imdsproxy.sources.api import Publish, Reports
-from imdsproxy.sources.ovn.chassis import NETWORK_KEY, BridgePort, LocalChassis
-from imdsproxy.sources.ovn.ports import OvnKnown, PortBinding, SouthboundView
+from imdsproxy.sources.ovn.ports import (
+    NETWORK_KEY,
+    BridgePort,
+    LocalChassis,
+    OvnKnown,
+    PortBinding,
+    SouthboundView,
+)
 
 _OPTIONAL_UUID: Final = {"key": "uuid", "min": 0, "max": 1}
 _UUIDS: Final = {"key": "uuid", "min": 0, "max": "unlimited"}

@@ -1,4 +1,4 @@
-"""Keeper of our tables in the namespaces of Neutron's routers (`network.routers.rules`)."""
+"""Keeper of our tables in the namespaces of Neutron's routers (`network.listeners.rules`)."""
 
 import contextlib
 from collections.abc import Callable, Collection, Iterable
@@ -14,7 +14,7 @@ from imdsproxy.host.state import NamespaceRef
 from imdsproxy.model.wire import REDIRECTED_PORT
 from imdsproxy.network.anti_spoofing.kernel import KernelTables, TableGone
 from imdsproxy.network.endpoints import Endpoint
-from imdsproxy.network.routers import rules
+from imdsproxy.network.listeners import rules
 from imdsproxy.sources.neutron_namespaces.records import router_of
 
 _log: Final = structlog.get_logger()
@@ -120,7 +120,7 @@ class Routers:
         wanted = tuple(routers)
         if not wanted:
             return frozenset()
-        comment = f"imdsproxy {rules.FORMAT}"
+        comment = f"imdsproxy {rules.ROUTER_FORMAT}"
 
         def ensure() -> None:
             with NetfilterSocket() as channel:

@@ -1,1 +1,0 @@
-"""Tables in the namespaces of Neutron's agents that let imdsproxy answer there."""
