@@ -12,7 +12,7 @@ from typing import Any, Final, Self
 
 from bench.fleet import Fleet
 from bench.place import BenchError
-from imdsproxy.fleet.identity import Role
+from imdsproxy.fleet.members import Role
 from imdsproxy.hub.pki.files import make_operator_pem
 
 __all__ = ["Operator", "Written"]

@@ -30,7 +30,7 @@ from imdsproxy.config.render import render_records_schema, render_schema
 from imdsproxy.config.schema import Settings
 from imdsproxy.config.strict_yaml import render_value
 from imdsproxy.errors import KINDS, ImdsproxyError
-from imdsproxy.fleet.identity import Role
+from imdsproxy.fleet.members import Role
 from imdsproxy.hub.api.app import ROUTERS, operators_app
 from imdsproxy.hub.api.callers import Admits
 from imdsproxy.hub.api.metrics import HubMetrics

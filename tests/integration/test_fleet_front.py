@@ -9,7 +9,7 @@ from typing import Final
 
 import pytest
 
-from imdsproxy.fleet.identity import Identity, Role, read_identity
+from imdsproxy.fleet.members import Identity, Role, read_identity
 from imdsproxy.fleet.stream import UPGRADE
 from imdsproxy.hub.front.haproxy import ANONYMOUS, ENROLMENTS_A_MINUTE
 from support.fleet_front import (

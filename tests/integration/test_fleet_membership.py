@@ -25,8 +25,8 @@ from imdsproxy.errors import (
     SourceRefused,
     SourceUnavailable,
 )
-from imdsproxy.fleet.identity import Invitation, read_identity, render_invitation
 from imdsproxy.fleet.layout import HostId
+from imdsproxy.fleet.members import Invitation, read_identity, render_invitation
 from imdsproxy.host.certificates import parse_certificate, render_certificate
 from imdsproxy.hub.pki.authority import parse_request
 from imdsproxy.hub.pki.enrolment import Certified

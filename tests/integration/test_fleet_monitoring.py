@@ -13,12 +13,11 @@ from typing import Final
 import pytest
 
 from imdsproxy.fleet import codec, layout
-from imdsproxy.fleet.identity import Role, spell_serial
 from imdsproxy.fleet.layout import HostId
-from imdsproxy.fleet.members import HostState, StoredHost, host_key, render_host
-from imdsproxy.fleet.suspicion import Claim, Suspicion, render_suspicion
+from imdsproxy.fleet.members import HostState, Role, StoredHost, host_key, render_host, spell_serial
+from imdsproxy.fleet.restores import Claim, Suspicion, render_suspicion
 from imdsproxy.host.certificates import make_key, render_certificate, render_key
-from imdsproxy.hub.hosts.token_keys import PLACE
+from imdsproxy.hub.hosts.sealed import PLACE
 from imdsproxy.hub.pki import authority
 from imdsproxy.model.entities import InstanceId
 from imdsproxy.sources.fleet.client import HostFiles

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from imdsproxy.fleet import layout
-from imdsproxy.fleet.identity import Role
+from imdsproxy.fleet.members import Role
 from imdsproxy.fleet.values import parse_password
-from imdsproxy.hub.hosts.token_keys import PLACE, sealed_keys
+from imdsproxy.hub.hosts.sealed import PLACE, sealed_keys
 from imdsproxy.hub.pki.files import FleetFiles
 from imdsproxy.hub.store.envelope import name_of
 from imdsproxy.hub.store.etcd_messages import prefix_end

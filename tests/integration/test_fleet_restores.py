@@ -12,7 +12,7 @@ import pytest
 from imdsproxy.api.client import FleetClient
 from imdsproxy.errors import AccessDenied, AlreadyExists, RestoreSuspected
 from imdsproxy.fleet import layout
-from imdsproxy.fleet.identity import parse_invitation
+from imdsproxy.fleet.members import parse_invitation
 from imdsproxy.fleet.stream import Batch, Bye, ByeCode, FromHub, Hello
 from imdsproxy.model.entities import InstanceId
 from imdsproxy.model.policy import OperatorOverride

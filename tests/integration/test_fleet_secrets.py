@@ -12,8 +12,8 @@ import pytest
 
 from imdsproxy.api.client import FleetClient
 from imdsproxy.errors import ImdsproxyError
-from imdsproxy.fleet.identity import Role, parse_invitation
-from imdsproxy.hub.hosts.token_keys import PLACE, open_keys
+from imdsproxy.fleet.members import Role, parse_invitation
+from imdsproxy.hub.hosts.sealed import PLACE, open_keys
 from imdsproxy.model.entities import InstanceId
 from support.cli import Ran, run_main
 from support.daemon import instance

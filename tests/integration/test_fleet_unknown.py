@@ -14,7 +14,7 @@ import pytest
 from fastapi.routing import APIRoute
 
 from imdsproxy.errors import AlreadyExists, NotFound, SourceRefused
-from imdsproxy.fleet.identity import OPERATOR_ROLES
+from imdsproxy.fleet.members import OPERATOR_ROLES
 from imdsproxy.hub.api import routes
 from imdsproxy.hub.api.app import ROUTERS
 from support.scoped_fleet import ScopedFleet, instance, network, open_scoped_fleet, port

@@ -27,10 +27,10 @@ from imdsproxy.errors import (
 )
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.layout import HostId
-from imdsproxy.fleet.suspicion import Claim, Suspicion, render_suspicion
+from imdsproxy.fleet.restores import Claim, Suspicion, render_suspicion
 from imdsproxy.hub.hosts import in_force
 from imdsproxy.hub.store.etcd_messages import prefix_end
-from imdsproxy.hub.store.sweep import REMOVED_S, UNUSED_S, Sweep
+from imdsproxy.hub.store.upkeep import REMOVED_S, UNUSED_S, Sweep
 from imdsproxy.model.entities import InstanceId
 from support.etcd_lab import EtcdLab, etcd_lab
 from support.hand_clock import HandClock

@@ -17,7 +17,7 @@ from typing import Any, Final
 import pytest
 
 from imdsproxy.api.client import FleetClient
-from imdsproxy.fleet.identity import LEAVE_PATH, Role
+from imdsproxy.fleet.members import LEAVE_PATH, Role
 from imdsproxy.sources.fleet.client import HostFiles, HubClient
 from support.daemon import instance
 from support.fleet_world import FleetHost, FleetWorld, fleet_world

@@ -26,8 +26,8 @@ from imdsproxy.fleet.members import (
     render_host,
     render_operator,
 )
+from imdsproxy.fleet.restores import Claim, Suspicion, read_suspicion, render_suspicion
 from imdsproxy.fleet.stream import Batch, Bye, Hello, parse_from_hub, render_line
-from imdsproxy.fleet.suspicion import Claim, Suspicion, read_suspicion, render_suspicion
 from imdsproxy.fleet.values import (
     Beat,
     HubPlace,
@@ -50,14 +50,14 @@ from imdsproxy.host.clock import Clock
 from imdsproxy.hub.api.metrics import HubMetrics
 from imdsproxy.hub.api.operations import Operations
 from imdsproxy.hub.api.views import Views, Wanted
-from imdsproxy.hub.hosts.peers import Peers
+from imdsproxy.hub.hosts.in_force import Peers
+from imdsproxy.hub.hosts.sealed import TokenKeyRing
 from imdsproxy.hub.hosts.streams import Streams
-from imdsproxy.hub.hosts.token_keys import TokenKeyRing
 from imdsproxy.hub.store import plan_writes
 from imdsproxy.hub.store.envelope import make_envelope, parse_envelope
 from imdsproxy.hub.store.scopes import read_scope
 from imdsproxy.hub.store.state import Change, FleetState
-from imdsproxy.hub.store.sweep import Sweep
+from imdsproxy.hub.store.upkeep import Sweep
 from imdsproxy.model.entities import InstanceId, NetworkId
 from imdsproxy.model.policy import OperatorOverride
 from imdsproxy.model.records.grant import NO_GRANT

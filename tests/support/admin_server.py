@@ -37,7 +37,7 @@ from imdsproxy.documents.http import Send, send_answer, serve
 from imdsproxy.documents.resolver_app import GuestRequest
 from imdsproxy.documents.store import DiskFiles, PasswordStore
 from imdsproxy.errors import Problem
-from imdsproxy.fleet.policies import FleetPolicies
+from imdsproxy.fleet.guests import FleetPolicies
 from imdsproxy.haproxy.launch import Launcher
 from imdsproxy.haproxy.layout import Layout
 from imdsproxy.haproxy.process import Haproxy

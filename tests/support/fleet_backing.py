@@ -10,7 +10,7 @@ from imdsproxy.fleet import layout
 from imdsproxy.model.entities import Instance, InstanceId, Network
 from imdsproxy.reconcile.progress import Backoff
 from imdsproxy.sources.fleet.client import HubClient
-from imdsproxy.sources.fleet.leaving import LeavingNetworks
+from imdsproxy.sources.fleet.known import LeavingNetworks
 from imdsproxy.sources.fleet.source import FleetSource
 from support.fleet_hub import HOST, FleetHub
 from support.source_runs import WholeRecords

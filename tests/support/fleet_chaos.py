@@ -28,8 +28,8 @@ from imdsproxy.errors import (
     NotFound,
     SourceUnavailable,
 )
-from imdsproxy.fleet.identity import parse_invitation
 from imdsproxy.fleet.layout import override_key, parse_override
+from imdsproxy.fleet.members import parse_invitation
 from imdsproxy.model.entities import InstanceId
 from support.fleet_faults import FAULTS
 from support.fleet_history import Answer, History, Outcome, Write

@@ -16,7 +16,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.x509.oid import NameOID
 
-from imdsproxy.fleet.identity import Role, spell_serial
+from imdsproxy.fleet.members import Role, spell_serial
 from imdsproxy.host.certificates import make_key, render_certificate, render_key
 from imdsproxy.hub.front.haproxy import FrontSpec, render_front
 from imdsproxy.hub.pki.authority import Authority, make_authority

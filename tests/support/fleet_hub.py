@@ -25,16 +25,16 @@ from typing import Any, Final, TypeVar, cast
 from imdsproxy.api.problems import answer_for
 from imdsproxy.errors import EtcdUnavailable, ImdsproxyError
 from imdsproxy.fleet import layout
-from imdsproxy.fleet.identity import AUTHORITY_PATH, RENEW_PATH, Identity, Role
 from imdsproxy.fleet.layout import HostId, Meta, StoredInstance, StoredNetwork, UserData
+from imdsproxy.fleet.members import AUTHORITY_PATH, RENEW_PATH, Identity, Role
 from imdsproxy.fleet.stream import BLOB_PATH, STREAM_PATH
 from imdsproxy.fleet.values import SealedKeys, render_sealed_keys
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub.api.callers import Caller
 from imdsproxy.hub.api.operations import Operations
 from imdsproxy.hub.api.routes_fleet import show_blob
-from imdsproxy.hub.hosts.passwords import password_item
-from imdsproxy.hub.hosts.peers import Peers
+from imdsproxy.hub.hosts.in_force import Peers
+from imdsproxy.hub.hosts.sealed import password_item
 from imdsproxy.hub.hosts.streams import Streams
 from imdsproxy.hub.pki.enrolment import Certified
 from imdsproxy.hub.store.envelope import make_envelope, parse_envelope

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
-from imdsproxy.fleet.identity import HEADER_NAME, HEADER_ROLE, HEADER_SERIAL
+from imdsproxy.fleet.members import HEADER_NAME, HEADER_ROLE, HEADER_SERIAL
 from imdsproxy.fleet.stream import STREAM_PATH
 
 

@@ -38,8 +38,8 @@ from imdsproxy.host.clock import Clock
 from imdsproxy.host.servers import open_unix_socket
 from imdsproxy.hub.api.app import operators_app
 from imdsproxy.hub.api.operations import Operations
-from imdsproxy.hub.hosts.passwords import password_item
-from imdsproxy.hub.hosts.peers import Peers
+from imdsproxy.hub.hosts.in_force import Peers
+from imdsproxy.hub.hosts.sealed import password_item
 from imdsproxy.hub.hosts.streams import Streams
 from imdsproxy.hub.replica import Replica
 from imdsproxy.hub.store.envelope import make_envelope, parse_envelope

@@ -23,7 +23,7 @@ from imdsproxy.errors import (
     optional_library,
     spell_count,
 )
-from imdsproxy.fleet.identity import (
+from imdsproxy.fleet.members import (
     LIBRARY_HINT,
     LONGEST_INVITATION_S,
     OPERATOR_ROLES,

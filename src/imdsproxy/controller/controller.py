@@ -31,7 +31,7 @@ from imdsproxy.controller.watching import Watching
 from imdsproxy.documents.resolver import Resolver
 from imdsproxy.documents.store import DiskFiles, PasswordStore
 from imdsproxy.errors import HostRefused, Problem
-from imdsproxy.fleet.policies import FLEET, FleetPolicies
+from imdsproxy.fleet.guests import FLEET, FleetPolicies
 from imdsproxy.haproxy.launch import HaproxyProgram, Launcher
 from imdsproxy.haproxy.layout import Layout
 from imdsproxy.haproxy.process import Haproxy

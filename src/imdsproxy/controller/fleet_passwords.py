@@ -11,7 +11,7 @@ import structlog
 
 from imdsproxy.documents.store import PasswordStore
 from imdsproxy.errors import ImdsproxyError, SourceRefused
-from imdsproxy.fleet.passwords import Forget, Keep, Send, plan_password
+from imdsproxy.fleet.guests import Forget, Keep, Send, plan_password
 from imdsproxy.model.entities import InstanceId
 from imdsproxy.reconcile.reconciler import Reconciler
 

@@ -13,7 +13,7 @@ from typing import Final, cast
 from imdsproxy.config.schema import Settings
 from imdsproxy.controller.token_keys import TokenKeys
 from imdsproxy.errors import HostRefused
-from imdsproxy.fleet.policies import FleetPolicies, join_fleet_overrides
+from imdsproxy.fleet.guests import FleetPolicies, join_fleet_overrides
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import write_atomic
 from imdsproxy.model.entities import InstanceId, NetworkId

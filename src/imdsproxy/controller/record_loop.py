@@ -18,7 +18,7 @@ from imdsproxy.controller.record_plan import RecordPlanner, parse_record_key, re
 from imdsproxy.controller.rule_sets import RuleSets
 from imdsproxy.controller.token_keys import TokenKeys
 from imdsproxy.errors import DataplaneError, Problem
-from imdsproxy.fleet.policies import FLEET
+from imdsproxy.fleet.guests import FLEET
 from imdsproxy.haproxy.records import RecordApplier
 from imdsproxy.haproxy.rules.maps import PackedMap
 from imdsproxy.host.clock import Clock

@@ -42,7 +42,7 @@ IMPORTS: Final = "/imds/import/"
 META: Final = f"{PREFIX}meta"
 BEAT: Final = f"{PREFIX}beat"
 SUSPECT: Final = f"{PREFIX}suspect"
-"""Claims that etcd was restored from a backup (`fleet.suspicion`)."""
+"""Claims that etcd was restored from a backup (`fleet.restores`)."""
 
 ENVELOPE: Final = f"{PREFIX}envelope"
 """Names the key with which hubs seal secrets; if absent, hubs use the first key in their file."""

@@ -28,7 +28,7 @@ from imdsproxy.fleet.codec import (
 )
 from imdsproxy.fleet.layout import Meta, StoredInstance, StoredNetwork
 from imdsproxy.fleet.members import StoredHost, StoredOperator, parse_host, parse_operator
-from imdsproxy.fleet.suspicion import Suspicion, parse_suspicion
+from imdsproxy.fleet.restores import Suspicion, parse_suspicion
 from imdsproxy.model.policy import OperatorOverride
 from imdsproxy.model.records import Refused
 from imdsproxy.model.records.grant import GRANT, Grant

@@ -38,7 +38,7 @@ from imdsproxy.hub.api.app import build_api, peers_of
 from imdsproxy.hub.api.metrics import HubMetrics
 from imdsproxy.hub.front.accounts import Accounts, Places, fill_places, find_accounts, give_places
 from imdsproxy.hub.front.haproxy import Front, FrontSpec, fitting_maxconn
-from imdsproxy.hub.hosts.token_keys import make_first_key
+from imdsproxy.hub.hosts.sealed import make_first_key
 from imdsproxy.hub.parts import Hub, build_hub
 from imdsproxy.hub.pki.authority import Authority
 from imdsproxy.hub.pki.files import (
@@ -47,7 +47,7 @@ from imdsproxy.hub.pki.files import (
     write_hub,
 )
 from imdsproxy.hub.store.journal import Journal
-from imdsproxy.hub.store.sweep import Sweep
+from imdsproxy.hub.store.upkeep import Sweep
 from imdsproxy.hub.store.writes import Writes
 
 _FIRST_READ_S: Final = 60.0

@@ -16,9 +16,8 @@ from imdsproxy.fleet.layout import HostId
 from imdsproxy.fleet.members import admits_host
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import read_secret
-from imdsproxy.hub.hosts.passwords import password_item
+from imdsproxy.hub.hosts.sealed import TokenKeyRing, password_item
 from imdsproxy.hub.hosts.streams import Streams
-from imdsproxy.hub.hosts.token_keys import TokenKeyRing
 from imdsproxy.hub.pki.authority import Authority
 from imdsproxy.hub.pki.files import (
     FleetFiles,

@@ -19,10 +19,9 @@ import structlog
 
 from imdsproxy.errors import EtcdUnavailable, Problem, SourceCorrupt
 from imdsproxy.fleet import codec, layout
-from imdsproxy.fleet.lasting import LASTING
 from imdsproxy.fleet.layout import HostId, Meta
+from imdsproxy.fleet.restores import LASTING, Evidence
 from imdsproxy.fleet.stream import ItemKey
-from imdsproxy.fleet.suspicion import Evidence
 from imdsproxy.fleet.values import (
     Beat,
     HubPlace,
@@ -37,9 +36,9 @@ from imdsproxy.hub.hosts.streams import Streams
 from imdsproxy.hub.store.etcd import Behind, Committed, Compacted, Conflict, Etcd, Snapshot
 from imdsproxy.hub.store.etcd_messages import Deleted, KeyValue, absent, prefix_end, unchanged
 from imdsproxy.hub.store.journal import Position
-from imdsproxy.hub.store.known_hubs import keep_hub_records
 from imdsproxy.hub.store.restores import Restores
 from imdsproxy.hub.store.state import Change, FleetState, change_of
+from imdsproxy.hub.store.upkeep import keep_hub_records
 from imdsproxy.reconcile.reconciler import Reconciler
 
 BEAT_S: Final = 5.0

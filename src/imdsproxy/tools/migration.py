@@ -28,7 +28,7 @@ from imdsproxy.errors import (
     SourceUnavailable,
     optional_library,
 )
-from imdsproxy.fleet.identity import LEAVE_PATH, LIBRARY_HINT
+from imdsproxy.fleet.members import LEAVE_PATH, LIBRARY_HINT
 from imdsproxy.model.records import Refused
 from imdsproxy.sources.fleet.client import HostFiles, HubClient
 from imdsproxy.sources.libvirt.xml import parse_domain

@@ -14,7 +14,7 @@ import pytest
 
 from imdsproxy.api import tokens
 from imdsproxy.errors import HostRefused, NotFound, Problem, SourceRefused
-from imdsproxy.fleet.policies import FleetPolicies
+from imdsproxy.fleet.guests import FleetPolicies
 from imdsproxy.host.state import NamespaceRef, ObservedHost, ObservedNamespace
 from imdsproxy.model.entities import InstanceId, NamespaceListener, Network, NetworkId
 from imdsproxy.model.identity import Learned

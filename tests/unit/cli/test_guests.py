@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from imdsproxy.cli import snippet
-from imdsproxy.fleet.policies import FleetPolicies
+from imdsproxy.fleet.guests import FleetPolicies
 from imdsproxy.model.entities import InstanceId
 from imdsproxy.model.policy import FleetRules, OperatorOverride, PolicyBook, PolicyRules, TokenMode
 from imdsproxy.model.tokens import TokenKey

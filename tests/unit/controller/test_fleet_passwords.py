@@ -10,7 +10,7 @@ import pytest
 from imdsproxy.controller.fleet_passwords import FleetPasswords
 from imdsproxy.documents.store import PasswordStore
 from imdsproxy.errors import SourceRefused, SourceUnavailable
-from imdsproxy.fleet.passwords import CLEARED
+from imdsproxy.fleet.guests import CLEARED
 from imdsproxy.model.entities import InstanceId
 
 WEB, DB = InstanceId("web"), InstanceId("db")

@@ -13,7 +13,7 @@ from imdsproxy.config.schema import Settings
 from imdsproxy.controller.policy_store import FleetChange, PolicyStore, read_overrides
 from imdsproxy.controller.token_keys import TokenKeys
 from imdsproxy.errors import HostRefused, RuntimeUnavailable, SecretUnreadable
-from imdsproxy.fleet.policies import FleetPolicies
+from imdsproxy.fleet.guests import FleetPolicies
 from imdsproxy.haproxy.layout import Layout
 from imdsproxy.haproxy.records import RecordApplier, write_table
 from imdsproxy.host.files import write_atomic

@@ -19,7 +19,7 @@ from imdsproxy.controller.token_keys import TokenKeys
 from imdsproxy.documents.compiled import CompiledRecord, compile_instance
 from imdsproxy.documents.store import PasswordStore
 from imdsproxy.errors import HostRefused, RuntimeUnavailable, host_refused
-from imdsproxy.fleet.policies import FLEET
+from imdsproxy.fleet.guests import FLEET
 from imdsproxy.haproxy import records as records_on_disk
 from imdsproxy.haproxy.layout import Layout
 from imdsproxy.haproxy.records import RecordApplier

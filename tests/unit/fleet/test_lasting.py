@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imdsproxy.fleet.codec import Unreadable
-from imdsproxy.fleet.lasting import describe_regained, join_values
 from imdsproxy.fleet.layout import OVERRIDES, HostId, parse_override, render_override
 from imdsproxy.fleet.members import (
     HostState,
@@ -23,6 +22,7 @@ from imdsproxy.fleet.members import (
     render_host,
     render_operator,
 )
+from imdsproxy.fleet.restores import describe_regained, join_values
 from imdsproxy.model.policy import OperatorOverride
 
 HOST, OVERRIDE = host_key(HostId("a")), f"{OVERRIDES}web"

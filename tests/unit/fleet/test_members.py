@@ -4,30 +4,28 @@ import pytest
 
 from imdsproxy.errors import AccessDenied, NotFound
 from imdsproxy.fleet.codec import Unreadable
-from imdsproxy.fleet.identity import (
-    Identity,
-    Invitation,
-    Role,
-    parse_invitation,
-    read_identity,
-    render_invitation,
-    spell_serial,
-)
 from imdsproxy.fleet.layout import HostId
 from imdsproxy.fleet.members import (
     HostState,
+    Identity,
+    Invitation,
+    Role,
     StoredHost,
     StoredOperator,
     admits_host,
     admits_operator,
     hash_token,
     parse_host,
+    parse_invitation,
     plan_enrolment,
     plan_invitation,
     plan_renewal,
     plan_revocation,
+    read_identity,
     render_host,
+    render_invitation,
     render_operator,
+    spell_serial,
 )
 
 _HOST = HostId("host-1")

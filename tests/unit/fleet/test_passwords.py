@@ -2,7 +2,7 @@
 
 import pytest
 
-from imdsproxy.fleet.passwords import CLEARED, Forget, Keep, PasswordStep, Send, plan_password
+from imdsproxy.fleet.guests import CLEARED, Forget, Keep, PasswordStep, Send, plan_password
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 from imdsproxy.fleet.codec import Unreadable
 from imdsproxy.fleet.layout import HostId
 from imdsproxy.fleet.members import HostState, StoredHost
-from imdsproxy.fleet.suspicion import (
+from imdsproxy.fleet.restores import (
     MOST_CLAIMS,
     Claim,
     Suspicion,

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import NameOID
 
 from imdsproxy.errors import ConfigInvalid, RequestRefused
-from imdsproxy.fleet.identity import Role
+from imdsproxy.fleet.members import Role
 from imdsproxy.host.certificates import (
     make_key,
     render_certificate,

@@ -9,10 +9,11 @@ import pytest
 from structlog.testing import capture_logs
 
 from imdsproxy.errors import AccessDenied, NotFound, RequestRefused, SourceUnavailable, WriteUnknown
-from imdsproxy.fleet.identity import Identity, Role, spell_serial
 from imdsproxy.fleet.layout import HostId
 from imdsproxy.fleet.members import (
     HostState,
+    Identity,
+    Role,
     StoredHost,
     admits_host,
     admits_operator,
@@ -21,6 +22,7 @@ from imdsproxy.fleet.members import (
     parse_host,
     read_host,
     render_host,
+    spell_serial,
 )
 from imdsproxy.host.certificates import make_key, parse_certificate, render_request
 from imdsproxy.hub.pki.authority import make_authority

@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.layout import HostId, Meta
 from imdsproxy.host.clock import Clock
-from imdsproxy.hub.hosts.in_force import InForce
-from imdsproxy.hub.hosts.peers import Peers
+from imdsproxy.hub.hosts.in_force import InForce, Peers
 from imdsproxy.hub.hosts.streams import HostStream, Streams
 from imdsproxy.hub.store.state import Change, FleetState
 

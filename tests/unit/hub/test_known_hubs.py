@@ -4,8 +4,8 @@ from imdsproxy.fleet import layout
 from imdsproxy.fleet.members import StoredOperator, operator_key, render_operator
 from imdsproxy.fleet.values import HubPlace, KnownHub, render_hub, render_known_hub
 from imdsproxy.hub.store.etcd_messages import absent, unchanged
-from imdsproxy.hub.store.known_hubs import HubRecord, list_hubs, plan_hub_records
 from imdsproxy.hub.store.state import Change, FleetState
+from imdsproxy.hub.store.upkeep import HubRecord, list_hubs, plan_hub_records
 
 _URLS = {name: f"https://{name}:8469" for name in ("hub-1", "hub-2")}
 

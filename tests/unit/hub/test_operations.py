@@ -9,7 +9,7 @@ from imdsproxy.fleet import layout
 from imdsproxy.fleet.members import HostState, StoredHost, render_host
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub.api.operations import Operations, _lost_quorum, _member
-from imdsproxy.hub.hosts.peers import Peers
+from imdsproxy.hub.hosts.in_force import Peers
 from imdsproxy.hub.hosts.streams import Streams
 from imdsproxy.hub.pki.authority import make_authority
 from imdsproxy.hub.store.etcd import MemberSilent

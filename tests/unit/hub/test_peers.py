@@ -9,8 +9,8 @@ import pytest
 
 from imdsproxy.fleet import codec, layout
 from imdsproxy.fleet.stream import CONNECT_S
-from imdsproxy.hub.hosts import peers as module
-from imdsproxy.hub.hosts.peers import Peers
+from imdsproxy.hub.hosts import in_force as module
+from imdsproxy.hub.hosts.in_force import Peers
 from imdsproxy.hub.store.state import Change, FleetState
 from support.hand_clock import HandClock
 from support.patience import patience

@@ -11,7 +11,7 @@ from imdsproxy.errors import EtcdUnavailable, SourceCorrupt
 from imdsproxy.fleet import codec, layout
 from imdsproxy.fleet.layout import HostId, Meta
 from imdsproxy.fleet.members import HostState, StoredHost, host_key, render_host
-from imdsproxy.fleet.suspicion import Claim, Evidence, Suspicion, parse_suspicion
+from imdsproxy.fleet.restores import Claim, Evidence, Suspicion, parse_suspicion
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub import replica as module
 from imdsproxy.hub.hosts.streams import Streams

@@ -16,6 +16,7 @@ from imdsproxy.errors import SourceUnavailable
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.layout import HostId, Meta, StoredInstance
 from imdsproxy.fleet.members import HostState, StoredHost, render_host
+from imdsproxy.fleet.restores import Evidence
 from imdsproxy.fleet.stream import (
     MAX_LINE,
     PING_S,
@@ -34,7 +35,6 @@ from imdsproxy.fleet.stream import (
     parse_from_hub,
     render_line,
 )
-from imdsproxy.fleet.suspicion import Evidence
 from imdsproxy.host.servers import open_unix_socket
 from imdsproxy.hub.hosts import streams as module
 from imdsproxy.hub.hosts.streams import AT_A_TIME_S, SHARE, WAITING, HostStream, Streams

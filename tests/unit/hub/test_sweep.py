@@ -9,10 +9,10 @@ import pytest
 from imdsproxy.errors import EtcdUnavailable, SourceRefused
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.layout import StoredInstance
-from imdsproxy.hub.store import sweep as module
+from imdsproxy.hub.store import upkeep as module
 from imdsproxy.hub.store.etcd import Committed, Compacted, Etcd, Snapshot
 from imdsproxy.hub.store.state import Change, FleetState
-from imdsproxy.hub.store.sweep import Sweep
+from imdsproxy.hub.store.upkeep import Sweep
 from imdsproxy.model.entities import InstanceId
 from support.hand_clock import HandClock
 from support.tasks import background, until

@@ -8,7 +8,7 @@ from imdsproxy.errors import SourceCorrupt
 from imdsproxy.fleet import codec
 from imdsproxy.fleet.codec import Json
 from imdsproxy.fleet.stream import Batch
-from imdsproxy.hub.hosts.token_keys import PLACE, FleetKeys, TokenKeyRing, open_keys, seal_keys
+from imdsproxy.hub.hosts.sealed import PLACE, FleetKeys, TokenKeyRing, open_keys, seal_keys
 from imdsproxy.hub.store.envelope import Envelope, make_envelope, parse_envelope
 from imdsproxy.hub.store.state import Change, FleetState
 from imdsproxy.model.entities import InstanceId

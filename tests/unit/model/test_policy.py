@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imdsproxy.fleet.policies import FleetPolicies, join_fleet_overrides
+from imdsproxy.fleet.guests import FleetPolicies, join_fleet_overrides
 from imdsproxy.model.entities import InstanceId
 from imdsproxy.model.path_rules import PathRules, PathWord, set_id
 from imdsproxy.model.policy import (

@@ -22,8 +22,8 @@ import pytest
 
 from imdsproxy.errors import AccessDenied, SourceUnavailable
 from imdsproxy.fleet import layout
+from imdsproxy.fleet.guests import FleetPolicies
 from imdsproxy.fleet.layout import Meta
-from imdsproxy.fleet.policies import FleetPolicies
 from imdsproxy.fleet.stream import Ask, Batch, ItemKey
 from imdsproxy.host.clock import Clock, Moment
 from imdsproxy.model.entities import Instance, InstanceId, StoredBytes

@@ -10,7 +10,7 @@ from typing import Final
 import pytest
 
 from imdsproxy.fleet import layout
-from imdsproxy.fleet.policies import FleetPolicies
+from imdsproxy.fleet.guests import FleetPolicies
 from imdsproxy.model.records.levels import Schema
 from imdsproxy.sources.fleet import source as source_module
 from imdsproxy.sources.fleet.source import FleetSource

@@ -2,7 +2,7 @@
 
 from imdsproxy.model.entities import BridgeListener, InstanceId, Network, NetworkId
 from imdsproxy.model.observation import Observation
-from imdsproxy.sources.fleet.leaving import LeavingNetworks
+from imdsproxy.sources.fleet.known import LeavingNetworks
 
 _BLUE, _RED, _GREEN = (NetworkId(one) for one in ("blue", "red", "green"))
 _WEB = InstanceId("web")

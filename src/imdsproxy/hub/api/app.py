@@ -1,6 +1,6 @@
 """API of a hub: the routes of a host's admin API for the whole fleet, and the routes below `/fleet`.
 
-HAProxy verifies the caller's certificate and sets headers (`fleet.identity`); the API has no other listener. Every
+HAProxy verifies the caller's certificate and sets headers (`fleet.members`); the API has no other listener. Every
 answer with status ≥ 400 is a `ProblemBody`.
 """
 
@@ -17,7 +17,7 @@ from imdsproxy.hub.api.routes_enrolment import enrolment
 from imdsproxy.hub.api.routes_fleet import fleet
 from imdsproxy.hub.api.routes_grants import grants
 from imdsproxy.hub.api.routes_guests import guests
-from imdsproxy.hub.hosts.peers import Peers
+from imdsproxy.hub.hosts.in_force import Peers
 from imdsproxy.hub.pki.enrolment import Enrolment
 from imdsproxy.hub.store.writes import Writes
 

@@ -18,16 +18,16 @@ from imdsproxy.errors import ConfigError
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.layout import HostId
 from imdsproxy.fleet.members import HostState
+from imdsproxy.fleet.restores import Suspicion, read_suspicion
 from imdsproxy.fleet.stream import CONNECT_S
-from imdsproxy.fleet.suspicion import Suspicion, read_suspicion
 from imdsproxy.host.certificates import parse_certificate
 from imdsproxy.hub.hosts.in_force import APPLIED_PATH
 from imdsproxy.hub.replica import SILENT_S
 from imdsproxy.hub.store.etcd_messages import MemberStatus
-from imdsproxy.hub.store.known_hubs import absent_hubs
+from imdsproxy.hub.store.upkeep import absent_hubs
 
 if TYPE_CHECKING:
-    from imdsproxy.hub.hosts.peers import Peers
+    from imdsproxy.hub.hosts.in_force import Peers
     from imdsproxy.hub.parts import Hub
     from imdsproxy.hub.store.etcd import MemberSilent
 

@@ -13,30 +13,29 @@ from imdsproxy.errors import EtcdUnavailable, NotFound, SourceUnavailable
 from imdsproxy.fleet import codec, layout
 from imdsproxy.fleet.layout import HostId
 from imdsproxy.fleet.members import HostState, host_key, operator_key
+from imdsproxy.fleet.restores import Suspicion, read_suspicion
 from imdsproxy.fleet.stream import CONNECT_S, ItemKey
-from imdsproxy.fleet.suspicion import Suspicion, read_suspicion
 from imdsproxy.fleet.values import Journal, parse_journal
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub.api.verdict import judge_fleet
-from imdsproxy.hub.hosts.in_force import COMING, NOT_CONNECTED, InForce, Reported
-from imdsproxy.hub.hosts.passwords import Passwords
-from imdsproxy.hub.hosts.peers import Peers
+from imdsproxy.hub.hosts.in_force import COMING, NOT_CONNECTED, InForce, Peers, Reported
+from imdsproxy.hub.hosts.sealed import Passwords
 from imdsproxy.hub.hosts.streams import Streams
 from imdsproxy.hub.pki.authority import Authority
 from imdsproxy.hub.replica import SILENT_S
 from imdsproxy.hub.store.etcd import Compacted, Etcd, MemberSilent
 from imdsproxy.hub.store.etcd_messages import MemberStatus, prefix_end
+from imdsproxy.hub.store.gateway import START_MEMBERS, spell_outage
 from imdsproxy.hub.store.imports import Import
-from imdsproxy.hub.store.known_hubs import list_hubs
-from imdsproxy.hub.store.members import START_MEMBERS, spell_outage
 from imdsproxy.hub.store.restores import Restores
 from imdsproxy.hub.store.state import FleetState
+from imdsproxy.hub.store.upkeep import list_hubs
 from imdsproxy.hub.store.writes import Done, Writes
 from imdsproxy.model.entities import NetworkId
 from imdsproxy.reconcile.progress import Step
 
 if TYPE_CHECKING:
-    from imdsproxy.hub.hosts.token_keys import TokenKeyRing
+    from imdsproxy.hub.hosts.sealed import TokenKeyRing
 
 ASK_PATH: Final = "/fleet/ask"
 _ASK_S: Final = 10.0

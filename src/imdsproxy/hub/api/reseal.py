@@ -17,8 +17,7 @@ from imdsproxy.fleet.layout import View
 from imdsproxy.fleet.stream import CONNECT_S
 from imdsproxy.fleet.values import Sealing, render_sealing
 from imdsproxy.hub.api.operations import Operations
-from imdsproxy.hub.hosts.passwords import reseal_password
-from imdsproxy.hub.hosts.token_keys import PLACE, open_keys, seal_keys, sealed_keys
+from imdsproxy.hub.hosts.sealed import PLACE, open_keys, reseal_password, seal_keys, sealed_keys
 from imdsproxy.hub.store.envelope import Envelope, name_of
 from imdsproxy.hub.store.etcd import Committed
 from imdsproxy.hub.store.etcd_messages import prefix_end, unchanged

@@ -13,8 +13,8 @@ from imdsproxy.api.answers import Written
 from imdsproxy.documents.dialects.respond import PASSWORD_LIMIT
 from imdsproxy.errors import NotFound, RequestRefused
 from imdsproxy.fleet import layout
-from imdsproxy.fleet.identity import Role
 from imdsproxy.fleet.layout import HostId
+from imdsproxy.fleet.members import Role
 from imdsproxy.fleet.stream import ALIVE_PATH
 from imdsproxy.hub.api.callers import (
     Admits,

@@ -19,8 +19,8 @@ from imdsproxy.errors import (
 )
 from imdsproxy.fleet import codec, layout
 from imdsproxy.fleet.codec import Json
-from imdsproxy.fleet.identity import Role
 from imdsproxy.fleet.layout import HostId
+from imdsproxy.fleet.members import Role
 from imdsproxy.hub.api.callers import (
     Caller,
     FleetOperator,

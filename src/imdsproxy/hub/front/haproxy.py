@@ -18,7 +18,7 @@ from typing import Final
 import structlog
 
 from imdsproxy.errors import ConfigRejected, HaproxyMissing, HostRefused, RuntimeUnavailable
-from imdsproxy.fleet import identity, stream
+from imdsproxy.fleet import members, stream
 from imdsproxy.haproxy.master import exchange
 from imdsproxy.haproxy.rules.runtime import parse_failure
 from imdsproxy.haproxy.rules.text import Block, Value, blocks_of, fill_sections, name_values, render
@@ -162,8 +162,8 @@ def render_front(spec: FrontSpec) -> str:
     template = (pkgutil.get_data(__package__, "front.cfg") or b"").decode()
     blocks = blocks_of(template)
     values: dict[str, Value] = {
-        **name_values(vars(identity)),
-        **{f"role_{role.name.lower()}": role.value for role in identity.Role},
+        **name_values(vars(members)),
+        **{f"role_{role.name.lower()}": role.value for role in members.Role},
         **{name: _problem(name) for name in _ANSWERS},
         "json": _JSON,
         # In PCRE `$` also matches before a line break at the end.

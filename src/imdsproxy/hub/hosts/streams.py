@@ -16,9 +16,9 @@ from typing import Any, Final, cast
 import structlog
 
 from imdsproxy.errors import SourceUnavailable
-from imdsproxy.fleet.identity import Role, read_identity
 from imdsproxy.fleet.layout import HostId
-from imdsproxy.fleet.members import HostState
+from imdsproxy.fleet.members import HostState, Role, read_identity
+from imdsproxy.fleet.restores import Evidence
 from imdsproxy.fleet.stream import (
     MAX_LINE,
     PING_S,
@@ -39,10 +39,9 @@ from imdsproxy.fleet.stream import (
     parse_from_host,
     render_line,
 )
-from imdsproxy.fleet.suspicion import Evidence
 from imdsproxy.host.clock import Clock
-from imdsproxy.hub.store.levels import fit_item
 from imdsproxy.hub.store.state import FleetState
+from imdsproxy.hub.store.write_checks import fit_item
 from imdsproxy.model.entities import InstanceId
 from imdsproxy.model.policy import OperatorOverride
 from imdsproxy.model.records.levels import SCHEMA, Schema

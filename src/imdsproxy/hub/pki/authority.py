@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from imdsproxy.errors import ConfigInvalid, RequestRefused
-from imdsproxy.fleet.identity import Role
+from imdsproxy.fleet.members import Role
 from imdsproxy.host.certificates import (
     PrivateKey,
     fingerprint,

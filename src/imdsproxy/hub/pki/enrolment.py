@@ -16,10 +16,10 @@ import structlog
 
 from imdsproxy.errors import AlreadyExists, SourceUnavailable, WriteUnknown
 from imdsproxy.fleet.codec import Unreadable
-from imdsproxy.fleet.identity import Identity, Invitation, spell_serial
-from imdsproxy.fleet.lasting import join_values
 from imdsproxy.fleet.layout import HostId, View
 from imdsproxy.fleet.members import (
+    Identity,
+    Invitation,
     StoredHost,
     StoredOperator,
     host_key,
@@ -32,7 +32,9 @@ from imdsproxy.fleet.members import (
     read_host,
     render_host,
     render_operator,
+    spell_serial,
 )
+from imdsproxy.fleet.restores import join_values
 from imdsproxy.host.certificates import render_certificate
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub.pki.authority import Authority, parse_request

@@ -14,7 +14,7 @@ from imdsproxy.errors import (
     ConfigUnreadable,
     RequestRefused,
 )
-from imdsproxy.fleet.identity import Role
+from imdsproxy.fleet.members import Role
 from imdsproxy.host.certificates import (
     make_key,
     parse_certificate,

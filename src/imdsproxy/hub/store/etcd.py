@@ -27,8 +27,7 @@ from imdsproxy.hub.store.etcd_messages import (
     Kind,
     MemberStatus,
 )
-from imdsproxy.hub.store.gateway import Failed, Gateway, failing
-from imdsproxy.hub.store.members import START_MEMBERS, Members
+from imdsproxy.hub.store.gateway import START_MEMBERS, Failed, Gateway, Members, failing
 
 T = TypeVar("T")
 

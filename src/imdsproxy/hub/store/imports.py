@@ -20,7 +20,7 @@ from imdsproxy.fleet.values import Journal, render_journal
 from imdsproxy.hub.store import plan_writes
 from imdsproxy.hub.store.etcd_messages import prefix_end
 from imdsproxy.hub.store.plan_writes import InstancePut, Terms, Transaction
-from imdsproxy.hub.store.shared_listeners import refuse_shared
+from imdsproxy.hub.store.write_checks import refuse_shared
 from imdsproxy.hub.store.writes import Done, Fresh, Writes
 from imdsproxy.model.entities import Network
 from imdsproxy.model.records import NETWORK, PLACED, PlacedInstance

@@ -1,6 +1,6 @@
 """Journal of a hub on its own disk, which outlives a restore of etcd from a backup.
 
-The journal has the fleet's lasting values (`fleet.lasting`), etcd's position, and names of hubs and operators.
+The journal has the fleet's lasting values (`fleet.restores`), etcd's position, and names of hubs and operators.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import structlog
 
 from imdsproxy.errors import ConfigInvalid, SourceError, SourceUnavailable
 from imdsproxy.fleet.codec import Unreadable
-from imdsproxy.fleet.lasting import is_lasting
 from imdsproxy.fleet.layout import HOSTS
+from imdsproxy.fleet.restores import is_lasting
 from imdsproxy.fleet.values import parse_value
 from imdsproxy.sources.sqlite_file import open_store, store_failures, transaction
 

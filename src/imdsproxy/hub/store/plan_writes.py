@@ -25,10 +25,9 @@ from imdsproxy.errors import (
     SourceRefused,
 )
 from imdsproxy.fleet import codec, layout
-from imdsproxy.fleet.lasting import EPOCHS
 from imdsproxy.fleet.layout import HostId, Meta, StoredInstance, StoredNetwork, UserData, View
 from imdsproxy.fleet.members import HostState, host_key, read_host
-from imdsproxy.fleet.suspicion import MOST_AHEAD, Suspicion, read_suspicion
+from imdsproxy.fleet.restores import EPOCHS, MOST_AHEAD, Suspicion, read_suspicion
 from imdsproxy.fleet.values import (
     StoredPassword,
     is_cleared,

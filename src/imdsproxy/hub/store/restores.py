@@ -1,6 +1,6 @@
 """Reaction of a hub to a restored etcd: claims of a restore, and lost values written back to etcd.
 
-The hub writes lasting values (`fleet.lasting`) back at once, since a revocation may not wait for an operator.
+The hub writes lasting values (`fleet.restores`) back at once, since a revocation may not wait for an operator.
 Records wait for `fleet accept-restore`.
 """
 
@@ -16,13 +16,14 @@ import structlog
 
 from imdsproxy.errors import EtcdUnavailable, SourceRefused
 from imdsproxy.fleet import codec, layout
-from imdsproxy.fleet.lasting import describe_regained, is_lasting
 from imdsproxy.fleet.layout import HostId, Meta
 from imdsproxy.fleet.members import StoredHost
-from imdsproxy.fleet.suspicion import (
+from imdsproxy.fleet.restores import (
     Claim,
     Evidence,
     Suspicion,
+    describe_regained,
+    is_lasting,
     member_in,
     parse_suspicion,
     render_suspicion,

@@ -13,11 +13,18 @@ from typing import Any, Final, TypeAlias
 
 from imdsproxy.fleet import codec, layout
 from imdsproxy.fleet.codec import Json, Unreadable
-from imdsproxy.fleet.lasting import EPOCHS, LASTING, is_lasting, join_overrides, join_values
 from imdsproxy.fleet.layout import ANYWHERE, HostId, Meta, StoredInstance, StoredNetwork
 from imdsproxy.fleet.members import HostState, StoredHost, host_key, parse_host, read_host
+from imdsproxy.fleet.restores import (
+    EPOCHS,
+    LASTING,
+    MOST_AHEAD,
+    is_lasting,
+    join_overrides,
+    join_values,
+    read_suspicion,
+)
 from imdsproxy.fleet.stream import Batch, Bye, ByeCode, Hello, ItemKey, digest_items
-from imdsproxy.fleet.suspicion import MOST_AHEAD, read_suspicion
 from imdsproxy.fleet.values import (
     SealedKeys,
     Sealing,
@@ -142,7 +149,7 @@ class FleetState:
         unreadable: Values that another program wrote, by key.
         lost: Reasons by key, for keys that were deleted or got an older value, as after a restore. The value from
             before stays in force.
-        ahead: Lasting keys (`fleet.lasting`) for which etcd has an older value or none, with the revision of
+        ahead: Lasting keys (`fleet.restores`) for which etcd has an older value or none, with the revision of
             etcd's value (0 for none). The newest value stays in force.
         doubted: This hub has noticed a restore that no operator has accepted.
         removed: Keys of removed records. They stay in etcd for a while, so that hosts learn about the removal.

@@ -27,19 +27,17 @@ from imdsproxy.errors import (
     WriteUnknown,
 )
 from imdsproxy.fleet import codec, layout
-from imdsproxy.fleet.lasting import join_overrides
 from imdsproxy.fleet.layout import HostId, StoredInstance, UserData, View, parse_override
-from imdsproxy.fleet.suspicion import read_suspicion
+from imdsproxy.fleet.restores import join_overrides, read_suspicion
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub.store import plan_writes
 from imdsproxy.hub.store.envelope import Envelope
 from imdsproxy.hub.store.etcd import Committed, Etcd
 from imdsproxy.hub.store.etcd_messages import Compare, KeyValue, prefix_end
 from imdsproxy.hub.store.journal import Keep, keep_nothing
-from imdsproxy.hub.store.levels import plan_levels, refuse_older
 from imdsproxy.hub.store.plan_writes import InstancePut, Terms, Transaction
-from imdsproxy.hub.store.shared_listeners import refuse_shared
 from imdsproxy.hub.store.state import FleetState
+from imdsproxy.hub.store.write_checks import plan_levels, refuse_older, refuse_shared
 from imdsproxy.model.entities import InstanceId, Network, NetworkId
 from imdsproxy.model.policy import OperatorOverride
 from imdsproxy.model.records import PlacedInstance

@@ -1,4 +1,4 @@
-"""A host's connection to a hub: TLS, an upgrade to the stream of lines, and separate requests."""
+"""A host's connection to a hub: TLS, an upgrade to the stream of lines, separate requests, and fetched user data."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import base64
 import contextlib
 import json
 import ssl
-from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from hashlib import sha256 as sha256_of
 from pathlib import Path
 from typing import Final, Self
@@ -26,7 +26,8 @@ from imdsproxy.errors import (
     SourceUnavailable,
     UserDataUnreadable,
 )
-from imdsproxy.fleet.identity import PASSWORD_PATH
+from imdsproxy.fleet.layout import UserData
+from imdsproxy.fleet.members import PASSWORD_PATH
 from imdsproxy.fleet.stream import (
     BLOB_PATH,
     CONNECT_S,
@@ -313,3 +314,42 @@ def _check_status(hub: str, head: bytes) -> None:
             hint="`imdsproxy fleet hosts` says whether it is revoked; `imdsproxy fleet enrol` admits it again",
         )
     raise SourceUnavailable(f"{hub} answers {' '.join(status) or 'no HTTP'}, and no stream")
+
+
+@dataclass(slots=True)
+class UserDataFetcher:
+    """Fetches user data from a hub and stores it.
+
+    Args:
+        keep: Stores user data on disk; raises `SourceError`.
+    """
+
+    keep: Callable[[bytes], Awaitable[None]]
+    _failures: dict[str, SourceError] = field(default_factory=dict)
+
+    async def fetch(self, stream: HubStream, wanted: Iterable[UserData]) -> None:
+        """Fetch user data one after the other, the smallest first."""
+        for data in sorted(wanted, key=lambda one: (one.size, one.sha256)):
+            try:
+                await self.keep(await stream.user_data(data.sha256, data.size))
+            except SourceError as error:
+                self._failures[data.sha256] = error
+            else:
+                self._failures.pop(data.sha256, None)
+
+    def reasons(self) -> Mapping[str, str]:
+        """Return the reasons of the last failed attempts, by SHA-256."""
+        return {
+            sha256: f"{error.message} ({error.hint})" if error.hint else error.message
+            for sha256, error in self._failures.items()
+        }
+
+    def is_refused(self, data: UserData) -> bool:
+        """Return whether the last attempt failed for a reason that lasts until an operator acts."""
+        return isinstance(self._failures.get(data.sha256), SourceRefused)
+
+    def forget(self, needed: Iterable[UserData]) -> None:
+        """Forget the failures of all user data except `needed`."""
+        left = {data.sha256 for data in needed}
+        for sha256 in self._failures.keys() - left:
+            del self._failures[sha256]

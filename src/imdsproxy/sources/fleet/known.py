@@ -2,6 +2,9 @@
 
 An older version never replaces a newer one. An item that cannot be read, or that claims an address of another instance,
 is refused, and its earlier version stays.
+
+A network leaves a host a while after its last instance: without the delay, the listener is removed at once, and open
+connections get no answer at all. Until then guests get 404.
 """
 
 from __future__ import annotations
@@ -15,12 +18,11 @@ from typing import Any, Final, TypeAlias, cast
 
 from imdsproxy.errors import Problem
 from imdsproxy.fleet.codec import Json
+from imdsproxy.fleet.guests import CLEARED, FleetPolicies
 from imdsproxy.fleet.layout import UserData
-from imdsproxy.fleet.passwords import CLEARED
-from imdsproxy.fleet.policies import FleetPolicies
 from imdsproxy.fleet.stream import Batch, Hello, ItemKey, digest_items
 from imdsproxy.model.claims import claim_places
-from imdsproxy.model.entities import Instance, InstanceId, StoredBytes
+from imdsproxy.model.entities import Instance, InstanceId, NetworkId, StoredBytes
 from imdsproxy.model.observation import Observation
 from imdsproxy.model.packed import PackedInstance
 from imdsproxy.model.policy import NO_RULES, FleetRules, OperatorOverride
@@ -162,7 +164,7 @@ class FleetKnown:
         )
 
     def passwords(self) -> dict[InstanceId, bytes | None]:
-        """Return the fleet's password of each instance here, in the form of `fleet.passwords.plan_password`."""
+        """Return the fleet's password of each instance here, in the form of `fleet.guests.plan_password`."""
         names = (key.partition("/")[2] for key in self.items if key.startswith("instance/"))
         return {InstanceId(name): self._others.get(f"password/{name}") for name in names}
 
@@ -512,3 +514,36 @@ def _where(listed: str, entry: Entry[Any]) -> tuple[Path, str]:
 
 def _place(key: ItemKey, revision: int) -> str:
     return f"{key} at revision {revision}"
+
+
+@dataclass(slots=True)
+class LeavingNetworks:
+    """Delays the removal of networks.
+
+    Args:
+        stay_s: Delay in seconds.
+    """
+
+    stay_s: float
+    _until: dict[NetworkId, float] = field(default_factory=dict)
+
+    def delay(self, changes: Observation, now: float) -> Observation:
+        """Return the changes without removed networks; `due` returns those later.
+
+        If a network is added or changed, all leaving networks are removed at once: it may take over a listener.
+        """
+        gone = dict.fromkeys(changes.networks_removed, now + self.stay_s)
+        if not changes.networks and self.stay_s:
+            self._until |= gone
+            return replace(changes, networks_removed=())
+        gone |= self._until
+        self._until.clear()
+        removed = tuple(one for one in gone if one not in changes.networks)
+        return replace(changes, networks_removed=removed)
+
+    def due(self, now: float) -> Observation:
+        """Return the networks whose delay is over, as removed."""
+        over = tuple(one for one, until in self._until.items() if until <= now)
+        for one in over:
+            del self._until[one]
+        return Observation(networks_removed=over)

@@ -20,7 +20,7 @@ from imdsproxy.errors import (
     SourceRefused,
     SourceUnavailable,
 )
-from imdsproxy.fleet.identity import AUTHORITY_PATH, ENROL_PATH, RENEW_PATH, Invitation
+from imdsproxy.fleet.members import AUTHORITY_PATH, ENROL_PATH, RENEW_PATH, Invitation
 from imdsproxy.fleet.stream import CONNECT_S
 from imdsproxy.host.certificates import (
     PrivateKey,

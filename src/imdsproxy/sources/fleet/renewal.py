@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from imdsproxy.errors import ImdsproxyError, SourceUnavailable, optional_library
-from imdsproxy.fleet.identity import LIBRARY_HINT
+from imdsproxy.fleet.members import LIBRARY_HINT
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.process import run_program
 from imdsproxy.sources.fleet.client import HostFiles, HubClient

@@ -20,8 +20,8 @@ from typing import Any, ClassVar, Final, TypeAlias, TypeVar
 import structlog
 
 from imdsproxy.errors import ImdsproxyError, Problem, SourceError, SourceUnavailable
+from imdsproxy.fleet.guests import FleetPolicies
 from imdsproxy.fleet.layout import UserData
-from imdsproxy.fleet.policies import FleetPolicies
 from imdsproxy.fleet.stream import (
     CONNECT_S,
     SILENCE_S,
@@ -41,11 +41,9 @@ from imdsproxy.model.observation import Observation, StrandedPort
 from imdsproxy.reconcile.progress import Backoff
 from imdsproxy.reconcile.reconciler import Reconciler
 from imdsproxy.sources.api import Publish, Reports, publish_in_pieces
-from imdsproxy.sources.fleet.client import HubClient, HubStream
-from imdsproxy.sources.fleet.fetching import UserDataFetcher
+from imdsproxy.sources.fleet.client import HubClient, HubStream, UserDataFetcher
 from imdsproxy.sources.fleet.kept import KeptItems
-from imdsproxy.sources.fleet.known import FleetKnown, merge
-from imdsproxy.sources.fleet.leaving import LeavingNetworks
+from imdsproxy.sources.fleet.known import FleetKnown, LeavingNetworks, merge
 
 _T = TypeVar("_T")
 
@@ -58,7 +56,7 @@ Renew: TypeAlias = Callable[[], Awaitable[float | None]]
 """Renews this host's certificate if renewal is due, and returns the end of the current one, in Unix time."""
 
 TakePasswords: TypeAlias = Callable[[Mapping[InstanceId, bytes | None]], Awaitable[None]]
-"""Stores passwords of guests for the document server; see `fleet.passwords`."""
+"""Stores passwords of guests for the document server; see `fleet.guests`."""
 
 AnswerTo: TypeAlias = Callable[[Ask], Awaitable[tuple[int, Any]]]
 """Answers a hub's GET of this host's admin API with status and body."""

@@ -1,10 +1,10 @@
-"""The fleet's rules, operator overrides and session token keys, as a host applies them."""
+"""The fleet's rules, overrides, token keys and passwords for guests of a host, as the host applies them. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, TypeAlias
 
 from imdsproxy.model.observation import SourceName
 from imdsproxy.model.policy import UNTOUCHED, FleetRules, OperatorOverride
@@ -42,3 +42,45 @@ def join_fleet_overrides(own: Overrides, fleet: FleetPolicies) -> Overrides:
         epoch = theirs.epoch if instance in fleet.keys else theirs.epoch + ours.epoch
         joined[instance] = OperatorOverride(epoch, max(theirs.reopened_at, ours.reopened_at))
     return Overrides(joined, own.retired)
+
+
+CLEARED: Final = b""
+"""Value of a password that an operator has cleared. No guest posts an empty password."""
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Write the fleet's password to the file."""
+
+    password: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """Remove the file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send the file's password to a hub: the guest has posted it on this host."""
+
+    password: bytes
+
+
+PasswordStep: TypeAlias = Keep | Forget | Send | None
+
+
+def plan_password(local: bytes | None, fleet: bytes | None, before: bytes | None) -> PasswordStep:
+    """Return the next step for the host's file, or `None`.
+
+    Args:
+        local: Password in the file; `None` without a file.
+        fleet: Value of the fleet: a password, `CLEARED`, or `None`.
+        before: Value of the fleet when this host last checked, or the password that this host has sent since.
+    """
+    if fleet:
+        return None if local == fleet else Keep(fleet)
+    if local is None:
+        return None
+    # A local password that differs from the cleared one is new: the guest may post again after the clearing.
+    return Forget() if fleet == CLEARED and local == before else Send(local)
