@@ -110,7 +110,8 @@ def until(
     Args:
         within_s: On a machine that is not busy with other things (see `patience`).
         what: It, in words.
-        pause_s: The longest pause: a look at a daemon's status costs it 4 ms of a processor.
+        pause_s: The longest pause at first: a look at a daemon's status costs it 4 ms of a processor.
+            A long wait pauses for a tenth of the time passed, so that looks do not keep processors busy.
     """
     start = time.monotonic()
     pause = 0.005
@@ -118,7 +119,7 @@ def until(
         passed = time.monotonic() - start
         assert passed < within_s * patience(), f"{what or 'it'} does not hold after {passed:.2f} s"
         time.sleep(pause)
-        pause = min(2 * pause, pause_s)
+        pause = min(2 * pause, max(pause_s, passed / 10))
     return time.monotonic() - start
 
 
