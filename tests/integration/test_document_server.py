@@ -250,7 +250,7 @@ def test_one_whose_files_are_removed_or_anothers_ends_with_its_workers_and_leave
     server.pid_file.unlink()
     assert first.wait(timeout=20) == 0
     assert not any(map(alive, workers))
-    assert "the pid file was removed, or is another document server's: ending" in server.text()
+    assert "ending: the pid file was removed or belongs to another document server" in server.text()
     second = server.start()
     for path in (server.pid_file, *server.sockets):
         path.unlink()
@@ -285,7 +285,7 @@ def test_a_second_one_is_refused_in_one_line_and_its_log_is_kept_short(server: S
     until(lambda: server.log.stat().st_size < MAX_LOG_BYTES, what="a short log")
     assert server.log.with_name("documents.log.1").stat().st_size == MAX_LOG_BYTES
     assert server.spawn().wait(timeout=60) == 71
-    refusal = f"error: a document server runs here already (pid {server.running.parent})\n"
+    refusal = f"error: a document server is already running (pid {server.running.parent})\n"
     assert server.text().endswith(refusal)
     assert server.answers()
 
@@ -297,7 +297,7 @@ def test_workers_that_never_come_up_are_an_error_with_their_reason_and_end_no_ot
     server = make()
     assert server.spawn(fault="no such luck").wait(timeout=60) == 71
     assert "no such luck" in server.text()
-    assert server.text().endswith("error: the document server's workers do not come up\n")
+    assert server.text().endswith("error: the document server's workers did not start\n")
     assert server.running.pids == ()
     server.start().kill()
     orphans = server.running.workers

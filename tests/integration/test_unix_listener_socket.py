@@ -259,7 +259,7 @@ def test_a_haproxy_that_ends_after_its_directory_does_not_stay_away(world: Agent
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        ({"path": "{directory}/precious"}, "is no socket"),
+        ({"path": "{directory}/precious"}, "is not a socket"),
         ({"user": "imdst-none"}, "there is no user imdst-none"),
         ({"path": "/proc/sys/imdst"}, "/proc/sys/imdst"),
     ],

@@ -315,7 +315,7 @@ async def read_records(
                 networks.append(network)
             case instance if instance.id in instances:
                 field = f"instances[{path[1]}].id"
-                problems.append(Problem(field, f"{instance.id} is there twice"))
+                problems.append(Problem(field, f"{instance.id} appears twice"))
             case instance:
                 instances[instance.id] = instance
     _refuse_bad(problems[:_MOST_PROBLEMS])

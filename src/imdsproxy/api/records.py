@@ -312,7 +312,7 @@ async def _refuse_shared(controller: Controller, networks: Sequence[Network], pr
         Problem(
             f"{prefix.format('networks', place)}listener",
             f"network {shared[network.id]} has this listener",
-            "give one of the two another, or remove one",
+            "change one of the two, or remove it",
         )
         for place, network in enumerate(networks)
         if network.id in shared

@@ -251,7 +251,7 @@ _SPECIAL: Final[Mapping[str, tuple[Callable[..., Json], Mapping[str, object]]]] 
         {
             "path_rule": _many(
                 f"--path-rule PATH={'|'.join(PathWord)}",
-                "Set a rule for a path and what is beneath it, as /latest/user-data=deny",
+                "Set a rule for a path and everything below it, as /latest/user-data=deny",
             ),
             "no_path_rule": _many("--no-path-rule PATH", "Remove the rule for a path"),
         },

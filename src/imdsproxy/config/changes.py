@@ -66,7 +66,7 @@ def _differences(
         yield SettingChange(join_place(place), old, new, setting.change)
 
 
-_ALLOW = "restore them; if they should go: `imdsproxy reload --allow-dropped`"
+_ALLOW = "restore them, or drop them by `imdsproxy reload --allow-dropped`"
 
 
 def refuse_dropped(before: Loaded | None, after: Loaded, *, allowed: bool = False) -> None:
@@ -91,7 +91,7 @@ def refuse_dropped(before: Loaded | None, after: Loaded, *, allowed: bool = Fals
         problems += _policies(before, after)
     if problems:
         raise SettingsDropped(
-            "settings are missing that were there before" if before else "a settings file is blank",
+            "settings in force before are missing" if before else "a settings file is blank",
             problems=problems,
             hint="" if before is None else _ALLOW,
         )
@@ -104,7 +104,7 @@ def _files(before: Loaded, after: Loaded) -> Iterator[Problem]:
         if path not in after.files:
             yield Problem("settings", "is gone", file=str(path))
         elif path in after.empty:
-            yield Problem("settings", "holds no settings any more", file=str(path))
+            yield Problem("settings", "has no settings any more", file=str(path))
 
 
 def _policies(before: Loaded, after: Loaded) -> Iterator[Problem]:

@@ -28,7 +28,7 @@ def parse_port(text: str | int) -> int:
     digits = str(text)
     if _PORT.fullmatch(digits) is None or not 0 < int(digits) <= MAX_PORT:
         raise RequestRefused(
-            f"{digits!r} is no port to listen on", hint=f"a port is a number from 1 to {MAX_PORT}"
+            f"{digits!r} is not a TCP port", hint=f"give a number from 1 to {MAX_PORT}"
         )
     return int(digits)
 
@@ -44,7 +44,7 @@ def parse_facility(text: str) -> str:
     name = {"authpriv": "auth2"}.get(name, name)
     if name not in FACILITIES:
         raise RequestRefused(
-            f"{text!r} is no facility of syslog",
-            hint="they are called LOG_USER, LOG_LOCAL0 and so on",
+            f"{text!r} is not a syslog facility",
+            hint="give LOG_USER, LOG_LOCAL0 or another facility",
         )
     return name

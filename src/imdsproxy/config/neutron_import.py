@@ -38,10 +38,10 @@ _SET: Final = f"nova.endpoint_sets.{DEFAULT_SET}"
 _CLIENT: Final = ("nova_client_cert", "nova_client_priv_key")
 
 _COLUMN: Final = 56
-_HEAD: Final = "# Made by `imdsproxy config import`. What is not here has its default: see `imdsproxy config sample`."
+_HEAD: Final = "# Made by `imdsproxy config import`. Other settings have their defaults: see `imdsproxy config sample`."
 _BY_HAND: Final = """\
-# To be added: Neutron's agents asked by RPC, imdsproxy asks Neutron's API, and no file says where that is. Take the
-# first # off these lines and name a cloud of /etc/openstack/clouds.yaml, or the URL of a Neutron without Keystone.
+# To be added: Neutron's agents used RPC. imdsproxy uses Neutron's API, and no file has its address. Remove the first #
+# of these lines, and name a cloud of /etc/openstack/clouds.yaml, or the URL of a Neutron without Keystone.
 #sources:
 #  neutron:
 #    enabled: true
@@ -49,9 +49,9 @@ _BY_HAND: Final = """\
 #    # endpoint: http://127.0.0.1:9696
 """
 _OVN: Final = """\
-unix_listener.take_over: true, since {} says that the agent is OVN's. It listens \
-on the socket and makes the networks' namespaces, so it has to run on: imdsproxy takes the path from it \
-as soon as it starts, and each time that the agent starts. How to look first, and the way back: \
+unix_listener.take_over: true, because {} shows that the agent is OVN's. The agent listens \
+on the socket and makes the networks' namespaces, so the agent must keep running. imdsproxy takes the path from the \
+agent when imdsproxy starts, and each time that the agent starts. How to check first, and the way back: \
 docs/how-to/behind-neutrons-proxies.md"""
 
 _Files: TypeAlias = "Sequence[Sequence[IniOption]]"
@@ -153,10 +153,10 @@ def render_report(imported: Imported, written: Collection[Path]) -> Iterator[str
                 yield f"{_place(one)}: {becomes}{one['why']}"
 
     by_hand = [
-        "sources.neutron: add where Neutron's API is; the last lines of the settings say how"
+        "sources.neutron: add the address of Neutron's API; see the last lines of the settings"
     ]
     if Path(report["secret_file"]) not in written:
-        expanded = "" if imported.secret == at.value else ", with what $ stands for in its place"
+        expanded = "" if imported.secret == at.value else ", with the values of its $ names"
         by_hand.append(
             f"{report['secret_file']}: put the value of {at.name} ({at.file}:{at.line}) there"
             f"{expanded}, with mode 0600; --secret-file writes it"
@@ -177,7 +177,7 @@ def render_report(imported: Imported, written: Collection[Path]) -> Iterator[str
     }
     for title, lines in groups.items():
         yield from [title, *(f"  {line}" for line in lines)] if lines else []
-    yield f"{report['others']} other options are of no concern to imdsproxy"
+    yield f"{report['others']} other options do not concern imdsproxy"
     yield from (f"written: {path}" for path in written)
 
 
@@ -306,7 +306,7 @@ class _Reading:
             return None
         if found is ours and novas.value and novas.written and ours.value != novas.value:
             reason = f"differs from the one in {novas.written.file}:{novas.written.line}"
-            self._refuse(found, reason, "they have to be equal, or Nova answers 403")
+            self._refuse(found, reason, "make both equal, or Nova answers 403")
         if found.value != found.value.strip():
             reason = "begins or ends with a blank, which a secret file cannot have"
             self._refuse(found, reason)
@@ -395,10 +395,10 @@ def _put_unix_listener(reading: _Reading, agent_user: str) -> None:
     put("unix_listener.path", f"{state.or_default}/metadata_proxy", state)
     put("unix_listener.path", socket.value, socket)
     if reading.ovn:
-        runs_on = "OVN's agent listens there and has to run on"
+        runs_on = "OVN's agent listens there and must keep running"
         put("unix_listener.take_over", value=True, otherwise=runs_on)
     reading.copy("metadata_proxy_socket_mode")
-    whom = "whom Neutron's agents run as; no file says it"
+    whom = "account of Neutron's agents; no file has it"
     put("unix_listener.user", agent_user, otherwise=whom)
     put("unix_listener.group", agent_user, otherwise="its group")
     reading.copy("metadata_proxy_user", "metadata_proxy_group")

@@ -98,7 +98,7 @@ def parse_ini(text: str, file: str) -> tuple[IniOption, ...]:
     if problems:
         count = len(problems)
         raise ConfigInvalid(
-            f"{file} is no ini file of OpenStack: {count} line{'s' if count > 1 else ''} cannot be read",
+            f"{file} is not an ini file of OpenStack: {count} line{'s' if count > 1 else ''} cannot be read",
             problems=sorted(problems, key=lambda problem: problem.line or 0)[:_MAX_PROBLEMS],
         )
     return tuple(options)
@@ -112,14 +112,14 @@ def _read_line(line: str) -> tuple[str, str, tuple[str, str] | None]:
     if not line or line[0] in "#;":
         return "", "", None
     if line[0] in " \t":
-        return "", "", ("goes on with an option, and none is before it", "")
+        return "", "", ("continues an option, but no option precedes it", "")
     if line[0] == "[":
         if line[-1] != "]":
             return "", "", ("has no ] at its end", "[SECTION]")
         return line[1:-1], "", None if line[1:-1] else ("has no name between [ and ]", "[SECTION]")
     sign = re.search("[=:]", line)
     if sign is None:
-        return "", "", ("is no section, option or comment", "NAME = VALUE")
+        return "", "", ("is not a section, option or comment", "NAME = VALUE")
     name, value = line[: sign.start()].strip(), line[sign.end() :].strip()
     if value and value[0] == value[-1] and value[0] in "\"'":
         value = value[1:-1]

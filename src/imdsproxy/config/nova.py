@@ -67,9 +67,9 @@ def parse_nova_url(text: str) -> NovaUrl:
         parts = urlsplit(text)
         port = parts.port
     except ValueError as error:
-        raise ValueError(f"is no URL: {error}") from None
+        raise ValueError(f"is not a URL: {error}") from None
     if parts.scheme not in {"http", "https"}:
-        raise ValueError("has to begin with http:// or https://")
+        raise ValueError("must begin with http:// or https://")
     if parts.username is not None or parts.password is not None:
         raise ValueError("must not hold a user or password: requests are signed instead")
     if parts.path not in {"", "/"} or parts.query or parts.fragment or "?" in text or "#" in text:
@@ -79,9 +79,9 @@ def parse_nova_url(text: str) -> NovaUrl:
         raise ValueError("has no TCP port after the colon")
     host = _parse_host(host, bracketed=parts.netloc.startswith("["))
     if host in _ITSELF:
-        raise ValueError(f"{host} is where guests ask: requests would come back here")
+        raise ValueError(f"{host} is the metadata address: requests would come back to imdsproxy")
     if host in {"0.0.0.0", "::"}:  # noqa: S104 - refused, not bound
-        raise ValueError(f"{host} is no address that can be connected to")
+        raise ValueError(f"{host} is not an address to connect to")
     scheme: Literal["http", "https"] = "https" if parts.scheme == "https" else "http"
     return NovaUrl(scheme, host, NOVA_METADATA_PORT if port is None else port)
 
@@ -194,9 +194,7 @@ class EndpointSetSettings(Section):
     def model_post_init(self, _: object) -> None:
         """Check that related settings are complete, and that the endpoints are consistent."""
         if self.client_key_file is not None and self.client_cert_file is None:
-            raise cross(
-                "client_key_file", "is of no use without client_cert_file", "give both or neither"
-            )
+            raise cross("client_key_file", "needs client_cert_file", "give both or neither")
         if self.next_secret_file is None and any(one.secret == "next" for one in self.endpoints):  # noqa: S105 - which one, not what
             raise cross(
                 "next_secret_file",
@@ -208,9 +206,11 @@ class EndpointSetSettings(Section):
                 "next_secret_file", "is the same file as secret_file", "a file of its own, or null"
             )
         if len({one.url for one in self.endpoints}) < len(self.endpoints):
-            raise cross("endpoints", "one URL stands twice", "name each URL once")
+            raise cross("endpoints", "a URL appears twice", "list each URL once")
         if len({one.url.scheme for one in self.endpoints}) > 1:
-            raise cross("endpoints", "http and https are mixed", "one of them for the whole set")
+            raise cross(
+                "endpoints", "http and https are mixed", "use one of them for the whole set"
+            )
         first = self.endpoints[0].url
         if first.scheme == "https" and first.address and self.verify and not self.server_name:
             raise cross(
@@ -260,8 +260,8 @@ class NovaSettings(Section):
         if self.endpoint_sets and DEFAULT_SET not in self.endpoint_sets:
             raise cross(
                 "endpoint_sets",
-                "there is no set `default`, so instances that no set names could not be served",
-                "name one of them default",
+                "has no set `default`, so instances without a set could not be served",
+                "name one set default",
             )
         seen: dict[tuple[str, str], str] = {}
         for name, one in self.endpoint_sets.items():
@@ -272,5 +272,5 @@ class NovaSettings(Section):
                         raise cross(
                             ("endpoint_sets", name, f"{kind}s"),
                             f"{kind} {each} is in {other} too",
-                            "keep it in one of them",
+                            "keep it in one set",
                         )

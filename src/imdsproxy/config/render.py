@@ -15,10 +15,10 @@ from imdsproxy.model.records.json_schema import DIALECT, schema_of_records
 _WIDTH: Final = 96
 _ORIGIN_COLUMN: Final = 48
 _CHANGE: Final[Mapping[Change, str]] = {
-    Change.NOTHING: "A change takes nothing.",
-    Change.LIVE: "A change is taken over live.",
+    Change.NOTHING: "A change needs no action.",
+    Change.LIVE: "A change applies at once.",
     Change.RELOAD: "A change reloads HAProxy.",
-    Change.RESTART: "A change takes a restart.",
+    Change.RESTART: "A change needs a restart.",
 }
 _SAMPLE_HEAD: Final = """\
 # yaml-language-server: $schema=/usr/share/imdsproxy/schema/settings.json

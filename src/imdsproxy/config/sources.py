@@ -127,15 +127,17 @@ class NeutronSourceSettings(Section):
     def model_post_init(self, _: object) -> None:
         """Check that `cloud` or `endpoint`, but not both, locates Neutron."""
         if self.cloud is not None and self.endpoint is not None:
-            raise cross("endpoint", "`cloud` says already where Neutron is", "keep one of them")
+            raise cross("endpoint", "`cloud` already has Neutron's address", "keep one of them")
         if self.enabled and self.cloud is None and self.endpoint is None:
             raise cross(
                 "enabled",
-                "neither `cloud` nor `endpoint` says where Neutron is",
+                "needs `cloud` or `endpoint`, which have Neutron's address",
                 "give one of them",
             )
         if self.clouds_file is not None and self.cloud is None:
-            raise cross("clouds_file", "`cloud` does not say which of its clouds", "cloud: NAME")
+            raise cross(
+                "clouds_file", "needs `cloud`, which names a cloud of the file", "cloud: NAME"
+            )
 
 
 class LibvirtSourceSettings(Section):
@@ -295,6 +297,6 @@ class SourcesSettings(Section):
         if not any(getattr(self, name).enabled for name in type(self).model_fields):
             raise cross(
                 (),
-                "no source is enabled, so no instance could ever be known",
-                "sources.file.enabled: true or sources.sqlite.enabled: true",
+                "no source is enabled, so imdsproxy would know no instance",
+                "set sources.file.enabled: true or sources.sqlite.enabled: true",
             )

@@ -204,7 +204,7 @@ class _Loader(Composer, CParser, BaseResolver):
             if key in mapping and not merges:
                 first, _ = trees.setdefault(step, (line, None))
                 hint = f"keep one; the other is on line {first}"
-                self.faults.append(Fault(here, "is there twice", hint, line))
+                self.faults.append(Fault(here, "appears twice", hint, line))
                 continue
             value, (_, parts) = self._decode(value_node, here)
             trees.setdefault(step, (line, parts))
@@ -218,7 +218,9 @@ class _Loader(Composer, CParser, BaseResolver):
         """Merge the keys of a mapping, or of a list of mappings, of which earlier ones win."""
         found = value if isinstance(value, list) else [value]
         if not all(isinstance(one, dict) for one in found):
-            self.faults.append(Fault(path, "merges what is no mapping", "write the keys out"))
+            self.faults.append(
+                Fault(path, "merges a value that is not a mapping", "write the keys out")
+            )
             return {}
         return {key: part for one in reversed(found) for key, part in one.items()}
 

@@ -52,7 +52,7 @@ class PidFile:
             descriptor = open_locked(path, os.O_RDWR | os.O_CREAT, 0o644)
         if descriptor is None:
             parent = read_pids(path).parent
-            message = f"a document server runs here already{f' (pid {parent})' if parent else ''}"
+            message = f"a document server is already running{f' (pid {parent})' if parent else ''}"
             raise HostRefused(message, hint=f"its pid file is {path}")
         self.path, self.descriptor = path, descriptor
         self._written = b""

@@ -188,7 +188,9 @@ def found_forwarder(socket: str, timeout_s: float, *, per_network: int = 16) -> 
                 await send({"type": "http.response.body", "body": b""})
         except (httpcore.NetworkError, httpcore.TimeoutException, httpcore.ProtocolError) as error:
             reason = f"{type(error).__name__}: {error}"
-            structlog.get_logger().warning("request not handed to haproxy", error=reason)
+            structlog.get_logger().warning(
+                "haproxy did not answer a forwarded request", error=reason
+            )
             if started:
                 # The answer is incomplete, and the guest must notice: the server closes its connection.
                 raise

@@ -217,8 +217,8 @@ class DocumentServer:
             if failed or time.monotonic() > deadline:
                 self._predecessors.clear()
                 self._stop()
-                reason = "the document server's workers do not come up"
-                raise HostRefused(reason, hint="see their messages above")
+                reason = "the document server's workers did not start"
+                raise HostRefused(reason, hint="see the workers' messages above")
             self._step(_START_POLL_S)
         for worker in self._workers:
             # An existing socket file may be removed at any time; it is then created again.
@@ -233,7 +233,7 @@ class DocumentServer:
     def _replace(self) -> None:
         """Execute our own command line again; return only if that fails."""
         self.notifier.reloading(int(time.monotonic() * 1_000_000))
-        _log.info("taking up new code and settings")
+        _log.info("loading new code and settings")
         try:
             # A failed start would end this process, so try first to create what it will need.
             for worker in self._workers:
@@ -242,8 +242,8 @@ class DocumentServer:
                 trial.at.unlink()
             os.execv(sys.executable, sys.orig_argv)  # noqa: S606 - our own command line, no shell
         except (OSError, ImdsproxyError) as error:
-            _log.error("cannot be replaced; going on as before", reason=str(error))
-        self.notifier.ready("could not be replaced; see the log")
+            _log.error("the reload failed; the old workers keep serving", reason=str(error))
+        self.notifier.ready("the reload failed; see the log")
 
     def _stop(self) -> None:
         """End all workers: SIGTERM, a grace period for their requests, then SIGKILL.
@@ -273,7 +273,7 @@ class DocumentServer:
     def _step(self, longest_s: float) -> None:
         """Start workers that are due, check running ones, and wait for the next event."""
         if not self._lock.is_ours():
-            reason = "the pid file was removed, or is another document server's: ending"
+            reason = "ending: the pid file was removed or belongs to another document server"
             _log.error(reason, file=str(self.pid_file))
             self._ending = signal.SIGTERM
             return
@@ -320,10 +320,10 @@ class DocumentServer:
         except ImdsproxyError as error:
             reason = str(error)
             if reason != self._complaint:
-                _log.error("a socket is gone and cannot be made", socket=path, reason=reason)
+                _log.error("a missing socket file cannot be created", socket=path, reason=reason)
             self._complaint = reason
             return
-        _log.warning("a socket was taken away; listening anew", socket=path)
+        _log.warning("a socket file was removed; created again", socket=path)
         worker.listener.close()
         worker.listener, worker.file = new.listener, new.file
         if worker.pid is not None:

@@ -31,7 +31,7 @@ _TREE_COST: Final = 32 * 1024
 """Assumed memory of a parsed record with its documents, in bytes; measured: 10 to 30 kB."""
 
 _PERMISSION_HINT: Final = "the document server's account must be able to write the directory"
-_DENIED: Final = "check the owner and mode of it"
+_DENIED: Final = "check its owner and mode"
 
 Signature: TypeAlias = tuple[int, int, int]
 
@@ -128,7 +128,7 @@ class PasswordStore:
     def changed_at(self) -> int:
         """Return the time of the directory's last change, in nanoseconds; 0 without a directory; raises as `read`."""
         with (
-            refusing("look at the passwords", denied=_PERMISSION_HINT),
+            refusing("check the passwords for changes", denied=_PERMISSION_HINT),
             suppress(FileNotFoundError),
         ):
             return self.directory.stat().st_mtime_ns

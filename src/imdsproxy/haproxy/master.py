@@ -204,7 +204,9 @@ class MasterClient:
         self.commands["ok" if answer else "failed"] += 1
         if not answer:
             # Even an empty answer is a line break: an end without one means that the process has gone.
-            raise RuntimeUnavailable(f"HAProxy's master at {self._path} hung up on {command}")
+            raise RuntimeUnavailable(
+                f"HAProxy's master at {self._path} closed the connection at {command}"
+            )
         return answer.decode("utf-8", "replace")
 
 

@@ -261,7 +261,7 @@ def _sweep_sockets(directory: Path, config: str) -> None:
         PrivilegeMissing: This process may not remove them.
     """
     kept = loopback_sockets(config)
-    with refusing(f"remove what is not needed any more in {directory}"):
+    with refusing(f"remove stale files in {directory}"):
         for path in directory.glob("hop-*.sock"):
             if path.name not in kept:
                 path.unlink(missing_ok=True)
@@ -276,5 +276,5 @@ def link_jail_to_itself(jail: Path) -> None:
     """
     inside = jail.joinpath(*jail.parts[1:])
     ensure_directory(inside.parent)
-    with refusing(f"make the link {inside}"), contextlib.suppress(FileExistsError):
+    with refusing(f"create the link {inside}"), contextlib.suppress(FileExistsError):
         inside.symlink_to("/")

@@ -62,7 +62,7 @@ def open_owned(path: Path, owner: Owner, root: Path = _HERE) -> Iterator[OwnedFi
     with _reading(shown), contextlib.ExitStack() as stack:
         found = _walk(stack, path, owner, root)
         if not stat.S_ISREG(os.fstat(found.itself).st_mode):
-            raise ConfigUnreadable(f"cannot read {shown}: it is no regular file")
+            raise ConfigUnreadable(f"cannot read {shown}: it is not a regular file")
         yield found
 
 

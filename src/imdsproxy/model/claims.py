@@ -144,7 +144,7 @@ def taken_address(
     return Problem(
         render_path((*path, *part)),
         f"{what} belongs to instance {holder}{where}",
-        "give one of the two another, or remove one",
+        "change one of the two, or remove it",
         file,
         line,
     )

@@ -173,7 +173,7 @@ class StrandedPort:
         return Problem(
             field or f"instances.{self.instance}.ports[{self.number}].network",
             f"there is no network {self.network}",
-            "add the network, or mend the port; until then the port has no addresses",
+            "add the network, or correct the port; until then the port has no addresses",
             file,
             line,
         )

@@ -102,7 +102,7 @@ def find_path_fault(path: str) -> tuple[str, str] | None:
     """Return why a rule cannot be for the path, and the correct form; `None` if the path is valid."""
     if not _WRITABLE.fullmatch(path):
         hint = _right(path, "letters, digits and ._~+,=:@- between slashes, a slash first")
-        return "is no path as rules have it", hint
+        return "is not a path for a rule", hint
     if len(path) > _LONGEST:
         return f"is {len(path)} characters long", f"at most {_LONGEST}"
     return None if path == ROOT else _find_odd_spelling(path)
@@ -113,13 +113,13 @@ def _find_odd_spelling(path: str) -> tuple[str, str] | None:
     if ".." in names:
         return "leads upwards", "the path where it ends"
     if covers(TOKEN_PATH, path):
-        return "is where tokens are given, which no path rule is for", "tokens: off"
+        return "gives tokens, which path rules cannot change", "tokens: off"
     if "" in names or "." in names:
-        reason = "is not spelt plainly"
+        reason = "is not in its plain form"
     elif names[0] == "ec2":
         reason = "is another spelling"
     elif plain_path(path.encode()) != path.encode():
-        reason = "names a version, and a rule is for all of them"
+        reason = "names a version, but a rule applies to all versions"
     else:
         return None
     return reason, _right(path, "a path below /latest, /openstack/latest or /nocloud")

@@ -84,7 +84,7 @@ class _Rules(Generic[_Open]):
 
     endpoint: bool | _Open = _rule(
         True,
-        "Serve at all; off, every request gets 403. On unless a scope sets it.",
+        "Answer requests; if off, every request gets 403. On unless a scope sets it.",
         part=policy_word.ENDPOINT,
     )
     tokens: TokenMode | _Open = _rule(
@@ -118,8 +118,8 @@ class _Rules(Generic[_Open]):
     )
     refuse_forwarded: bool | _Open = _rule(
         False,
-        "Refuse with 403 what a web application was made to request (SSRF). These are requests without a token, "
-        "token requests too, that have headers of proxies or browsers, or name another host.",
+        "Refuse with 403 requests that a web application was tricked into sending (SSRF). These are requests without a "
+        "token, token requests too, that have headers of proxies or browsers, or name another host.",
         part=policy_word.FORWARDED,
     )
     hop_limit: int | _Open = _rule(
@@ -151,7 +151,7 @@ class _Rules(Generic[_Open]):
     )
     paths: PathRules | _Open = _rule(
         (),
-        "Rules for single paths and what is beneath them, as `/latest/meta-data/tags: deny`. `latest` stands for "
+        "Rules for single paths and everything below them, as `/latest/meta-data/tags: deny`. `latest` stands for "
         "every version. `deny`: 403. `required`: 401 without a token (in `/openstack` and `/nocloud` from the end of "
         "the boot on). `optional`: served without one although the tree takes it. `allow`: served as the tree is. "
         "The most specific scope that has a rule for a path decides, in it the longest.",

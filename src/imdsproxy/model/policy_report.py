@@ -138,7 +138,7 @@ def decide_read(word: str, now: int, target: str, *, token: bool, paths: PathRul
     if word and not policy_word.ENDPOINT.is_on(word):
         return Decided(403, "endpoint", "the endpoint is off")
     if word and (undone is None or _UP.search(undone) or b"%00" in path):
-        return Decided(400, "path", "no document has such a path: it is made to pass by a rule")
+        return Decided(400, "path", "no document has this path; it would evade a rule")
     if undone is None:
         return _PASSES
     if undone.endswith((b"/api/token", b"/api/token/")):
@@ -150,8 +150,8 @@ def _token_route(word: str, path: bytes, *, below_ec2: bool) -> Decided:
     if word and not policy_word.TOKEN_ROUTE.is_on(word):
         return Decided(404, "tokens", "no tokens are given")
     if below_ec2 or path.rstrip(b"/") != _TOKEN_ROUTE:
-        return Decided(404, "tokens", "a token is had under /latest alone")
-    return Decided(405, "tokens", "a token is had by PUT")
+        return Decided(404, "tokens", "only /latest gives tokens")
+    return Decided(405, "tokens", "only PUT gets a token")
 
 
 def _read(word: str, now: int, path: bytes, paths: PathRules, *, token: bool) -> Decided:
@@ -164,15 +164,15 @@ def _read(word: str, now: int, path: bytes, paths: PathRules, *, token: bool) ->
     since = "" if rule == "tokens" else ", since the boot is over"
     found = path_rules.find_rule(paths, path_rules.plain_path(path).decode("latin-1"))
     if found is not None:
-        by, what = path_rule_name(found[0]), f"{found[0]} and what is beneath it"
+        by, what = path_rule_name(found[0]), f"{found[0]} and everything below it"
         if found[1] is PathWord.DENY:
             return Decided(403, by, f"{what} is denied")
         if found[1] is PathWord.REQUIRED and locked and not token:
-            return Decided(401, by, f"{what} takes a token{since}")
+            return Decided(401, by, f"{what} needs a token{since}")
         if found[1] is not PathWord.ALLOW:
             required = False
     if required and not token and locked:
-        return Decided(401, rule, f"{tree} takes a token{since}")
+        return Decided(401, rule, f"{tree} needs a token{since}")
     if policy_word.SEALED.is_on(word) and booted and _USER_DATA.match(path):
         return Decided(403, "seal_user_data", "user-data is sealed, since the boot is over")
     return _PASSES

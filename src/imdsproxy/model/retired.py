@@ -112,7 +112,7 @@ def parse_retired(value: object) -> Retired:
             bits = base64.b64decode(text, validate=True)
             if len(bits) in (0, _BYTES):
                 return Retired(epoch, bits)
-    raise ValueError("the retired instances are something else than an epoch and a filter")
+    raise ValueError("the retired instances are not an epoch and a filter")
 
 
 def _places(instance: str) -> Iterator[tuple[int, int]]:

@@ -83,16 +83,16 @@ def parse_token_keys(text: str) -> tuple[TokenKey, ...]:
             raise TokenKeysUnreadable(f"line {number} is not {KEY_BYTES} bytes in base64")
         key = TokenKey(base64.b64decode(line))
         if key in keys:
-            raise TokenKeysUnreadable(f"line {number} has a key that is there already")
+            raise TokenKeysUnreadable(f"line {number} repeats an earlier key")
         keys.append(key)
     if not keys:
-        raise TokenKeysUnreadable("there is no key in it")
+        raise TokenKeysUnreadable("the file has no key")
     return tuple(keys)
 
 
 def render_token_keys(keys: Iterable[TokenKey]) -> str:
     """Render a key file."""
-    head = "# imdsproxy: keys of session tokens, the one in force first; a reader of this file can make tokens\n"
+    head = "# imdsproxy: keys of session tokens, the key in force first; a reader of this file can make tokens\n"
     return head + "".join(f"{key.text}\n" for key in keys)
 
 

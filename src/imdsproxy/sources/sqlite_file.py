@@ -21,7 +21,7 @@ _DAMAGED: Final = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 _HINTS: Final = {
     sqlite3.SQLITE_FULL: "make room on the file system of {directory}",
     sqlite3.SQLITE_READONLY: "make {path} and {directory} writable for imdsproxy",
-    sqlite3.SQLITE_CANTOPEN: "make {directory}, writable for imdsproxy",
+    sqlite3.SQLITE_CANTOPEN: "create {directory}, writable for imdsproxy",
     sqlite3.SQLITE_PERM: "make {path} writable for imdsproxy",
     sqlite3.SQLITE_BUSY: "another program holds {path}: end its transaction",
     sqlite3.SQLITE_LOCKED: "another program holds {path}: end its transaction",
@@ -64,7 +64,7 @@ def store_failures(path: Path, *, refill: str = _REFILL) -> Iterator[None]:
     except OSError as error:
         raise SourceUnavailable(
             f"the store {path} cannot be used: {error.strerror or error}",
-            hint=f"make {path.parent}, writable for imdsproxy",
+            hint=f"create {path.parent}, writable for imdsproxy",
         ) from error
 
 
@@ -216,6 +216,6 @@ class SideCache(Generic[_Key, _Value]):
         self.problem = Problem(
             self.subject,
             f"{self.lost} over a restart: {error.message}",
-            f"{error.hint}; it may be deleted, it is made again",
+            f"{error.hint}; if the file is deleted, imdsproxy makes a new one",
             str(self.path),
         )

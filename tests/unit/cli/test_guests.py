@@ -113,12 +113,12 @@ def test_explain_names_the_rule_that_decides_about_a_path(filled: Cli) -> None:
     )
     assert (
         "policy to GET //latest/user-data: "
-        "without a token: 401, EC2's tree takes a token (tokens, instance) with a good one: it passes"
+        "without a token: 401, EC2's tree needs a token (tokens, instance) with a good one: it passes"
     ) in filled(*EXPLAIN, "--path", "//latest/user-data").words
     without = "; without a session token /latest/meta-data/ is 401"
     assert f"its documents are answered 200{without}" in filled(*EXPLAIN).words
     words = filled(*EXPLAIN, "--path", "/a/../b").words
-    assert "without a token: 400, no document has such a path" in words
+    assert "without a token: 400, no document has this path" in words
     assert "(path)" in words
     assert "probe" not in words
     refused = filled(*EXPLAIN, "--path", "latest")

@@ -177,7 +177,7 @@ def test_several_unreadable_files_are_told_together(tmp_path: Path) -> None:
     with pytest.raises(ConfigUnreadable) as caught:
         load_settings(config, {})
 
-    for text in ("3 files", "c.yaml", "is there twice", "not UTF-8"):
+    for text in ("3 files", "c.yaml", "appears twice", "not UTF-8"):
         assert text in str(caught.value)
 
 
@@ -261,7 +261,7 @@ def test_only_a_blank_file_is_refused_at_a_start_and_always(
         ("policy: {host: {paths: {}}}\n", "every policy"),
         ("policy: {host: {tokens: required}}\n", "every `deny`"),
         ("policy: {networks: {n: {burst: 9}}}\n", "every `deny`"),
-        ("# a comment\n", "holds no settings any more"),
+        ("# a comment\n", "has no settings any more"),
         # Changed or moved is not missing.
         ("policy: {host: {paths: {/latest/a: allow}}}\n", ""),
         ("policy: {networks: {n: {paths: {/latest/b: deny}}}}\n", ""),

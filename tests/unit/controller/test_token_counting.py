@@ -135,7 +135,7 @@ async def test_a_broken_file_is_a_problem_and_counting_goes_on(host: _Host) -> N
     await counting.refresh()
     assert _sums(counting) == (5, 2)
     assert "not kept over a restart" in str(counting.problem)
-    assert "may be deleted" in str(counting.problem)
+    assert "if the file is deleted" in str(counting.problem)
     host.path.unlink()
     host.clock.time += 60
     await counting.refresh()

@@ -419,7 +419,7 @@ async def test_no_answer_or_none_that_can_be_read_is_503(
             await asked(_WEB, _request(), got.take)
     assert got.status == 503
     assert (b"retry-after", b"1") in got.headers
-    assert [entry["event"] for entry in logs] == ["request not handed to haproxy"]
+    assert [entry["event"] for entry in logs] == ["haproxy did not answer a forwarded request"]
 
 
 async def test_an_answer_that_breaks_off_is_not_made_to_look_whole(tmp_path: Path) -> None:

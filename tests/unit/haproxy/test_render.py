@@ -243,7 +243,7 @@ def test_a_header_that_the_proxy_sets_is_deleted_and_every_other_passes(
     "text", ["", "blue", "../../etc/passwd", _UUID + "\n", _UUID[:-1], _UUID.replace("-", ""), "8" * 36]
 )  # fmt: skip
 def test_what_is_no_uuid_is_refused(text: str) -> None:
-    with pytest.raises(RequestRefused, match="is no UUID"):
+    with pytest.raises(RequestRefused, match="is not a UUID"):
         parse_uuid(text)
 
 
@@ -251,9 +251,9 @@ def test_what_is_no_uuid_is_refused(text: str) -> None:
     "text", ["0", "70000", "65536", "-1", "", "http", "8 0", "٨٠", "80\n", "9" * 5000, 0, -1, 70000]
 )
 def test_what_is_no_port_is_refused(text: str | int) -> None:
-    with pytest.raises(RequestRefused, match="is no port") as refused:
+    with pytest.raises(RequestRefused, match="is not a TCP port") as refused:
         parse_port(text)
-    assert refused.value.hint == "a port is a number from 1 to 65535"
+    assert refused.value.hint == "give a number from 1 to 65535"
 
 
 def test_a_facility_is_known_by_the_names_of_neutron_and_of_haproxy() -> None:

@@ -167,7 +167,7 @@ _LOST: Final = SeenSocket(SocketState.FOREIGN, _AGENT.owners, orphaned=True)
         # Where the kernel lists no unix sockets ours can't be known to be one without a path.
         (_AGENT, True, True, (True, True), ""),
         (_LOST, True, True, (True, True), ""),
-        (SeenSocket(SocketState.OCCUPIED), True, False, (False, False), "is no socket"),
+        (SeenSocket(SocketState.OCCUPIED), True, False, (False, False), "is not a socket"),
     ],
     ids=str,
 )  # fmt: skip
@@ -325,7 +325,9 @@ async def test_a_process_that_takes_it_back_each_time_keeps_it_for_a_while(takin
     assert await taking.lose()
     assert not await taking.lose()
     (before, count) = (taking.reason, taking.unix.taken_over)
-    assert before.startswith(f"neutron-ovn-met (pid 77) listens on {taking.path}, and took it back")
+    assert before.startswith(
+        f"neutron-ovn-met (pid 77) listens on {taking.path}, and took the path back"
+    )
     assert "15 s" in before
     assert taking.unix.bind is None
     # The same text: what is logged already is not logged again.

@@ -92,7 +92,7 @@ def test_what_is_no_regular_file_or_leads_nowhere_is_unreadable(file: Path) -> N
     os.mkfifo(pipe)
     loop.symlink_to(loop)
     for path, reason in (
-        (pipe, "no regular file"),
+        (pipe, "not a regular file"),
         (loop, "symbolic links"),
         (file / "x", "Not a"),
     ):

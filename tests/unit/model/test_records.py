@@ -251,10 +251,10 @@ _OF_NOVA = {
 @pytest.mark.parametrize(
     ("key", "value", "field", "text"),
     [
-        ("project", None, "upstream", "needs project (Nova has to know whose instance it is)"),
+        ("project", None, "upstream", "needs project (Nova needs the instance's project)"),
         *(("project", one, "project", "") for one in ("a|b", "a b", "", "a\n", "-x", "x" * 65)),
         *(
-            (key, value, key, "with upstream: nova (Nova has it)")
+            (key, value, key, "with upstream: nova (Nova has this value)")
             for key, value in _OF_NOVA.items()
         ),
         ("upstream", "novaa", "upstream", "one of embedded, nova"),
@@ -322,7 +322,7 @@ def test_all_problems_of_a_record_come_at_once_and_its_id_is_kept() -> None:
     assert isinstance(refused, Refused)
     assert refused.id == "blue"
     both = problems(parse_instance(INSTANCE | {"user_data": "x", "user_data_file": "x"}))
-    assert both["user_data_file"] == "stands beside user_data (one of the two)"
+    assert both["user_data_file"] == "cannot be combined with user_data (keep one of the two)"
 
 
 @pytest.mark.parametrize(
@@ -392,11 +392,11 @@ def test_a_document_with_a_problem_of_its_own_has_no_records(
 
 def test_a_fault_refuses_the_record_that_it_is_in_or_else_the_document() -> None:
     document = {"instances": [INSTANCE, INSTANCE | {"id": "j", "tags": {"a": "b"}}]}
-    fault = Fault(("instances", 1, "tags", "a"), "is there twice", line=9)
+    fault = Fault(("instances", 1, "tags", "a"), "appears twice", line=9)
     records = parse_records(document, Findings("f"), [fault])
     assert [each.id for each in records.instances] == ["i-1"]
-    assert str(records.all_problems[0]) == "f:9: instances[1].tags.a: is there twice"
-    records = parse_records(document, faults=[Fault(("instances",), "is there twice")])
+    assert str(records.all_problems[0]) == "f:9: instances[1].tags.a: appears twice"
+    records = parse_records(document, faults=[Fault(("instances",), "appears twice")])
     assert not records.found
     assert records.problems
 

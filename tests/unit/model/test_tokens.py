@@ -35,7 +35,7 @@ def test_keys_are_read_as_they_were_written() -> None:
         ("# only words\n\n", "no key"),
         ("short\n", "line 1"),
         (f"\n{_KEYS[0].text}x\n", "line 2"),
-        (f"{_KEYS[0].text}\n{_KEYS[0].text}\n", "line 2 has a key that is there already"),
+        (f"{_KEYS[0].text}\n{_KEYS[0].text}\n", "line 2 repeats an earlier key"),
     ],
 )
 def test_a_file_without_keys_is_refused_and_none_of_it_is_told(text: str, why: str) -> None:

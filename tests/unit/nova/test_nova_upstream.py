@@ -277,26 +277,26 @@ def test_a_url_is_scheme_host_and_port_and_written_as_it_is_read(text: str, url:
 
 _NO_NAME = f"http:// http://:80 http://a_b http://-a http://a..b http://a%20b http://{'a' * 64} http://{'a.' * 127}"
 _REFUSED = {
-    "has to begin with": "nova:8775 ftp://nova //nova",
+    "must begin with": "nova:8775 ftp://nova //nova",
     "user or password": "http://user@nova http://user:pw@nova http://:pw@nova",
     "end after the port": "http://nova/latest http://nova// http://nova? http://nova/?a=b http://nova#",
     "no TCP port": "http://nova:0 http://nova:",
-    "is no URL": "http://nova:65536 http://nova:-1 http://nova:x http://[::1",
-    "is no URL|not an IPv6 address": "http://[nova] http://[192.0.2.1]",
+    "is not a URL": "http://nova:65536 http://nova:-1 http://nova:x http://[::1",
+    "is not a URL|not an IPv6 address": "http://[nova] http://[192.0.2.1]",
     "must not name a device": "http://[fe80::1%eth0]",
     "neither a name nor an address": _NO_NAME,
-    "neither a name nor an address|is no URL": "http://2001:db8::5",
+    "neither a name nor an address|is not a URL": "http://2001:db8::5",
     "not an IPv4 address": "http://192.0.2 http://192.0.2.256 http://010.0.0.1 http://1234",
     "not ASCII": "http://növa",
-    "would come back here": "http://169.254.169.254 http://[fe80::a9fe:a9fe]",
-    "no address that can be connected to": "http://0.0.0.0 http://[::]",
+    "would come back to imdsproxy": "http://169.254.169.254 http://[fe80::a9fe:a9fe]",
+    "not an address to connect to": "http://0.0.0.0 http://[::]",
 }
 
 
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("", "has to begin with"),
+        ("", "must begin with"),
         *((text, "blanks") for text in ("http://no va", "http://nova\n", "ht\ttp://nova")),
         *((text, why) for why, texts in _REFUSED.items() for text in texts.split()),
     ],

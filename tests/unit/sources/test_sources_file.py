@@ -136,7 +136,7 @@ def test_a_file_with_an_event_is_read_though_it_looks_the_same(bench: Bench) -> 
     [
         ("instances:\n- id: a\n  name: [x\n", ":4: file: is not YAML"),
         (b"instances:\n# \xff\n", ":2: file: is not UTF-8"),
-        ("instances: []\ninstances: []\n", ":2: instances: is there twice"),
+        ("instances: []\ninstances: []\n", ":2: instances: appears twice"),
         ("instance: []\n", ":1: instance: unknown key"),
         ("- id: a\n", ":1: record: expected a mapping"),
     ],
@@ -192,7 +192,7 @@ instances:
     taken = f"10.0.0.5 in network n belongs to instance good ({path}:9)"
     for wanted in (
         f"{path}:7: networks[1].subnets[0].cidr: ",
-        f"{path}:12: instances[1].name: is there twice",
+        f"{path}:12: instances[1].name: appears twice",
         f"{path}:15: instances[2].user_data_file: there is no file ",
         f"{path}:22: instances[3].ports[0].addresses[1]: {taken}",
         f"{path}:23: instances[4].id: good is also in {path}:9",
@@ -233,7 +233,7 @@ def test_a_blank_file_keeps_its_records_and_is_a_problem_after_a_moment(bench: B
     assert bench.read().keys() == {"a"}
     path.write_bytes(b"")
     bench.settle()
-    problem = f"{path}: file: is blank: the records that it had stay in force"
+    problem = f"{path}: file: is blank: its former records stay in force"
     assert bench.lines[0].startswith(problem)
     bench.restart()
     bench.read()

@@ -120,8 +120,8 @@ def test_a_refusal_says_whether_the_version_before_it_stays_in_force() -> None:
     files.write({"x": _entries("a1 b1 c1")})
     hints = {problem.record: problem.hint for problem in files.in_force.problems()}
     assert hints == {
-        "b": "give one of the two another, or remove one; the version before it stays in force",
-        "c": "give one of the two another, or remove one",
+        "b": "change one of the two, or remove it; the version before it stays in force",
+        "c": "change one of the two, or remove it",
     }
 
 

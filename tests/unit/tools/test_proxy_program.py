@@ -359,16 +359,16 @@ def test_a_haproxy_whose_pid_cannot_be_written_is_ended(
     [
         ((), 64, "imdsproxy: the id of a network or of a router is needed"),
         (("--network-id", UUID, "--router-id", UUID), 64, "a router's id are given"),
-        (("--network-id", ""), 64, "'' is no UUID"),
-        (("--network-id", UUID, "--metadata-port", "0"), 64, "'0' is no port"),
-        (("--network-id", UUID, "--metadata-port", "70000"), 64, "'70000' is no port"),
+        (("--network-id", ""), 64, "'' is not a UUID"),
+        (("--network-id", UUID, "--metadata-port", "0"), 64, "'0' is not a TCP port"),
+        (("--network-id", UUID, "--metadata-port", "70000"), 64, "'70000' is not a TCP port"),
         (("--nonsense",), 64, "unrecognized arguments: --nonsense"),
         (("--config-file", "/nonexistent/n"), 78, "cannot read /nonexistent/n"),
         (("--network-id", UUID, "--state-path", "/nonexistent/n"), 71, "for the metadata socket"),
         (("--network-id", UUID, "--metadata-proxy-user", "imdst-none"), 71, "no user imdst-none"),
         (("--network-id", UUID, "--metadata-proxy-group", "4294967200"), 71, "no group 4294967200"),
         (("--network-id", UUID, "--pid-file", "/nonexistent/d/p"), 71, "/nonexistent/d for the pid"),
-        (("cleanup", "../neutron"), 64, "'../neutron' is no UUID"),
+        (("cleanup", "../neutron"), 64, "'../neutron' is not a UUID"),
     ],
 )  # fmt: skip
 def test_a_failure_is_a_line_a_hint_and_a_status(

@@ -102,6 +102,6 @@ def parse_uuid(text: str) -> str:
     """
     if _UUID.fullmatch(text) is None:
         raise RequestRefused(
-            f"{text!r} is no UUID", hint="it is written as 8f6a1e0c-3b52-4c1d-9a57-0d2f4b6c8e10"
+            f"{text!r} is not a UUID", hint="a UUID looks like 8f6a1e0c-3b52-4c1d-9a57-0d2f4b6c8e10"
         )
     return text

@@ -42,17 +42,17 @@ def judge_socket(path: str, seen: SeenSocket, *, take_over: bool, pause_s: float
     if seen.state is SocketState.OCCUPIED:
         return Problem(
             "unix_listener.path",
-            f"{path} is there and is no socket: the unix listener is not served",
-            "move it away, or choose another path",
+            f"{path} exists and is not a socket: the unix listener is not served",
+            "move the file, or choose another path",
         )
     if seen.state is not SocketState.FOREIGN or (take_over and not pause_s):
         return None
     if take_over:
         return Problem(
             "unix_listener.take_over",
-            f"{name_owners(seen)} listens on {path}, and took it back each time: it is left alone until {pause_s:g} s "
-            "after the last time",
-            "two want one path: end what restarts it, or set unix_listener.take_over: false",
+            f"{name_owners(seen)} listens on {path}, and took the path back each time. imdsproxy waits until "
+            f"{pause_s:g} s after the last time",
+            "two programs want one path: stop what restarts the other, or set unix_listener.take_over: false",
         )
     return Problem(
         "unix_listener.path",

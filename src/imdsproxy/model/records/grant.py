@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from imdsproxy.model.entities import (
     ID_PATTERN,
@@ -18,7 +17,7 @@ from imdsproxy.model.entities import (
 )
 from imdsproxy.model.records import values
 from imdsproxy.model.records.network import LISTENER
-from imdsproxy.model.records.schema import Field, Key, Kind, Table, list_of
+from imdsproxy.model.records.schema import Key, Kind, Table, list_of, refuse_repeated
 
 EVERY_HOST: Final = "*"
 _HOST: Final = re.compile(rf"\*|{ID_PATTERN}")
@@ -102,31 +101,23 @@ _RANGE: Final = Table(
 )
 
 
-def _refuse_repeated(items: Sequence[tuple[Field, Any]]) -> None:
-    found: list[object] = []
-    for field, value in items:
-        if value in found:
-            field.refuse("is there twice")
-        found.append(value)
-
-
 GRANT: Final = Table(
     "GrantRecord",
     Grant,
-    "What operators limited to a project may use.",
+    "Hosts, listeners and addresses that operators limited to a project may use.",
     Key(
         "hosts",
-        list_of(_GRANTED_HOST, _refuse_repeated),
+        list_of(_GRANTED_HOST, refuse_repeated),
         "Hosts on which they may place instances; `*` is every host.",
     ),
     Key(
         "listeners",
-        list_of(LISTENER, _refuse_repeated),
+        list_of(LISTENER, refuse_repeated),
         "Listeners of networks that they may make. A namespace without a device stands for all of its devices.",
     ),
     Key(
         "addresses",
-        list_of(_RANGE.kind, _refuse_repeated),
+        list_of(_RANGE.kind, refuse_repeated),
         "Addresses that their instances may have in shared networks.",
     ),
 )

@@ -19,6 +19,7 @@ from imdsproxy.model.records.schema import (
     Kind,
     Table,
     list_of,
+    refuse_repeated,
 )
 
 _SSH_KEY_PATTERN: Final = (
@@ -37,21 +38,19 @@ _TAG_VALUE: Final = re.compile(rf"[^{_NOT_IN_TAG_VALUE}\ud800-\udfff]{{0,{_LONGE
 PORT: Final = Table(
     "PortRecord",
     Port,
-    "An instance's place in a network.",
+    "Connection of an instance to a network.",
     Key("network", values.NETWORK_ID, "The network's id.", required=True),
     Key(
         "mac",
         values.MAC,
-        "The MAC. Without `addresses` the guest is known by it alone, at whatever address it has.",
+        "The MAC. Without `addresses` the MAC alone identifies the guest, at any address.",
     ),
     Key(
         "addresses",
         list_of(values.GUEST_ADDRESS),
         "IPv4 and IPv6 addresses. Beside a MAC, both must match.",
     ),
-    Key(
-        "project", values.PROJECT_ID, "The port's own, where it is another one than the instance's."
-    ),
+    Key("project", values.PROJECT_ID, "The port's project, if it differs from the instance's."),
 )
 
 
@@ -62,7 +61,7 @@ def _refuse_repeated(ports: Sequence[tuple[Field, Port]]) -> None:
         addresses = ((("addresses", index), one) for index, one in enumerate(port.addresses))
         for place, value in ((("mac",), port.mac), *addresses):
             if value is not None and (port.network, value) in seen:
-                reason = f"{value} is there twice in network {port.network}"
+                reason = f"{value} appears twice in network {port.network}"
                 field.findings.add(Fault((*field.path, *place), reason))
             seen.add((port.network, value))
 
@@ -91,7 +90,7 @@ _SSH_KEY: Final = Table(
             _parse_key_name,
             {**values.one_line(MAX_TEXT), "pattern": f"^[^{CONTROL}=/]*$"},
         ),
-        "What guests see it listed as.",
+        "Name under which guests see the key.",
         required=True,
     ),
     Key("key", _SSH_KEY_TEXT, "One line as in a .pub file.", required=True),
@@ -116,7 +115,7 @@ def _parse_ssh_keys(field: Field) -> tuple[SshKey, ...]:
         if key is None:
             continue
         if key.name in named:
-            item.child("name", key.name).refuse(f"the name {quoted(key.name)} is there twice")
+            item.child("name", key.name).refuse(f"the name {quoted(key.name)} appears twice")
         if key.name:
             named.add(key.name)
         found.append((index, key))
@@ -165,7 +164,7 @@ def _make_dialects(
 _DIALECTS: Final = Table(
     "DialectsRecord",
     _make_dialects,
-    "Which trees of documents the instance has; all are on unless false.",
+    "Trees of documents that the instance has; all are on unless false.",
     Key("ec2", values.SWITCH, "Serve the EC2 documents."),
     Key("openstack", values.SWITCH, "Serve the OpenStack documents."),
     Key("nocloud", values.SWITCH, "Serve the NoCloud documents."),
@@ -185,15 +184,15 @@ def _check_instance(entries: Mapping[str, Field], record: dict[str, Any]) -> Non
         record.setdefault("hostname", values.hostname_of(record["name"], record["id"]))
     named = entries.get("user_data_file")
     if named is not None and "user_data" in entries:
-        named.refuse("stands beside user_data", "one of the two")
+        named.refuse("cannot be combined with user_data", "keep one of the two")
     if record.get("upstream") is not Upstream.NOVA:
         return
     if "project" in record:
         record["project"] = entries["project"].read(values.PROJECT_ID.parse)
     elif "project" not in entries:
-        entries["upstream"].refuse("needs project", "Nova has to know whose instance it is")
+        entries["upstream"].refuse("needs project", "Nova needs the instance's project")
     for key in entries.keys() - set(_OF_NOVA):
-        entries[key].refuse("does not go with upstream: nova", "Nova has it")
+        entries[key].refuse("is not allowed with upstream: nova", "Nova has this value")
 
 
 INSTANCE: Final = Table(
@@ -203,11 +202,11 @@ INSTANCE: Final = Table(
     Key(
         "id",
         values.INSTANCE_ID,
-        "What it is known by: 1 to 64 of `A-Z a-z 0-9 . _ -`, a letter or digit first. A UUID is used as such in "
-        "documents; of any other id one is made.",
+        "Id of the instance: 1 to 64 of `A-Z a-z 0-9 . _ -`, a letter or digit first. Documents show a UUID unchanged, "
+        "and a UUID derived from any other id.",
         required=True,
     ),
-    Key("name", values.TEXT, "A name for people. `meta_data.json` has it too.", required=True),
+    Key("name", values.TEXT, "A name for people; also in `meta_data.json`.", required=True),
     Key(
         "hostname",
         values.HOSTNAME,
@@ -216,15 +215,15 @@ INSTANCE: Final = Table(
     Key(
         "project",
         values.TEXT,
-        "The project that owns it. Documents show it, and the policy of that project is for it.",
+        "Project that owns the instance. Documents show the project, and its policy applies.",
     ),
     Key("availability_zone", values.TEXT, "Availability zone shown to the guest."),
     Key("instance_type", values.TEXT, "Instance type shown to the guest."),
-    Key("ports", list_of(PORT.kind, _refuse_repeated), "Its places in networks."),
+    Key("ports", list_of(PORT.kind, _refuse_repeated), "Connections of the instance to networks."),
     Key(
         "ssh_keys",
         SSH_KEYS,
-        "Public keys, each under a name or as in a .pub file. One as in a file is named by its comment.",
+        "Public keys, each with a name or as a line of a .pub file, which is named by its comment.",
     ),
     Key(
         "tags",
@@ -252,7 +251,7 @@ INSTANCE: Final = Table(
     Key(
         "user_data",
         values.USER_DATA,
-        "What cloud-init runs: text, or `base64` of bytes that are no UTF-8. At most 16 MiB.",
+        "Data that cloud-init runs: text, or `base64` of bytes that are not UTF-8. At most 16 MiB.",
     ),
     Key(
         "user_data_file",
@@ -269,24 +268,24 @@ INSTANCE: Final = Table(
     Key(
         "dialects",
         Kind(_DIALECTS.parse, render=_render_dialects, tables=(_DIALECTS,)),
-        "Which trees of documents it has.",
+        "Trees of documents that the instance has.",
     ),
     Key(
         "upstream",
         values.choice_of(Upstream),
-        "Who has its documents; `nova` needs `project`. Beside `nova` only "
-        f"{', '.join(f'`{one}`' for one in _OF_NOVA if one != 'upstream')} may stand.",
+        "Server of the instance's documents; `nova` needs `project`. With `nova` only "
+        f"{', '.join(f'`{one}`' for one in _OF_NOVA if one != 'upstream')} are allowed.",
     ),
     Key(
         "policy",
         POLICY.kind,
-        "Wins over its network's. Settings for the same instance win over it.",
+        "Policy of the instance. It overrides the network's; settings for the same instance override it.",
     ),
     Key(
         "created_at",
         values.MOMENT,
-        "When it was made or built anew: Unix time, or text of RFC 3339 with its zone. Without it the store notes when "
-        "it was first put. The boot grace counts from it.",
+        "Time of the creation or rebuild: Unix time, or text of RFC 3339 with its zone. If the time is missing, the "
+        "store sets the time of the first put. The boot grace begins then.",
     ),
     check=_check_instance,
 )
@@ -303,23 +302,15 @@ class PlacedInstance(Instance):
     hosts: tuple[str, ...] = ()
 
 
-def _refuse_repeated_hosts(hosts: Sequence[tuple[Field, str]]) -> None:
-    seen: set[str] = set()
-    for field, host in hosts:
-        if host in seen:
-            field.refuse(f"{host} is there twice")
-        seen.add(host)
-
-
 PLACED: Final = Table(
     "PlacedInstanceRecord",
     PlacedInstance,
-    "An instance of a fleet, and where it is.",
+    "An instance of a fleet, with its hosts.",
     *INSTANCE.keys,
     Key(
         "hosts",
-        list_of(values.HOST_ID, _refuse_repeated_hosts),
-        "The fleet's hosts that serve it; two while it moves.",
+        list_of(values.HOST_ID, refuse_repeated),
+        "Hosts of the fleet that serve the instance; two during a move.",
     ),
     check=_check_instance,
 )

@@ -1,12 +1,13 @@
 """Schema of a network's record, and of the policy in records of networks and instances."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from typing import Any, Final
 
 from imdsproxy.model import entities, path_rules
 from imdsproxy.model.policy import NO_RULES, RULES, PolicyRules, Rule, TokenMode
 from imdsproxy.model.records import values
-from imdsproxy.model.records.schema import Field, Key, Kind, Table, list_of
+from imdsproxy.model.records.schema import Field, Key, Kind, Table, list_of, refuse_repeated
 
 MTU_BOUNDS: Final = (68, 65535)
 _MODE: Final = values.choice_of(TokenMode)
@@ -18,7 +19,7 @@ def _parse_mode(field: Field) -> TokenMode:
         # `off` without quotes is false in YAML 1.1.
         return TokenMode.OFF
     if not isinstance(field.value, str):
-        raise field.error("is no mode of tokens", f"one of {', '.join(TokenMode)}")
+        raise field.error("is not a token mode", f"one of {', '.join(TokenMode)}")
     return TokenMode(_MODE.parse(field))
 
 
@@ -60,8 +61,8 @@ def _key(rule: Rule) -> Key:
 POLICY: Final = Table(
     "PolicyRecord",
     lambda **rules: PolicyRules(**rules) if rules else NO_RULES,
-    "What guests may read and how; what is missing is left to less specific scopes. Settings have the same fields for "
-    "the host, networks, projects and instances, and win over a record of the same scope.",
+    "Access of guests to documents. A missing field takes its value from a less specific scope. Settings have the same "
+    "fields for the host, networks, projects and instances, and override a record of the same scope.",
     *map(_key, RULES.values()),
 )
 
@@ -69,10 +70,12 @@ POLICY: Final = Table(
 def _check_namespace(entries: Mapping[str, Field], found: dict[str, Any]) -> None:
     if found.get("manage_addresses") and "device" not in entries:
         entries["manage_addresses"].refuse(
-            "needs device", "name the device that is to carry the metadata addresses"
+            "needs device", "name the device for the metadata addresses"
         )
     if found.get("redirected") and "device" in entries:
-        entries["redirected"].refuse("does not go with device", "leave device out: all are meant")
+        entries["redirected"].refuse(
+            "cannot be combined with device", "remove device: all devices are covered"
+        )
 
 
 _LISTENERS: Final[dict[type[entities.Listener], Table[Any]]] = {
@@ -83,17 +86,17 @@ _LISTENERS: Final[dict[type[entities.Listener], Table[Any]]] = {
         Key(
             "namespace", values.NAMESPACE, "Reached through this network namespace.", required=True
         ),
-        Key("device", values.DEVICE, "The namespace's device that guests are behind."),
+        Key("device", values.DEVICE, "Device of the namespace with the guests behind it."),
         Key(
             "manage_addresses",
             values.SWITCH,
-            "Put the metadata addresses on the device, or leave that to others.",
+            "Put the metadata addresses on the device; if off, another program does.",
         ),
         Key(
             "redirected",
             values.SWITCH,
-            "Rules of imdsproxy's in the namespace redirect requests from its `qr-` devices: a router's namespace of "
-            "Neutron's.",
+            "imdsproxy's rules in the namespace redirect requests from its `qr-` devices. For a namespace of a Neutron "
+            "router.",
         ),
         check=_check_namespace,
     ),
@@ -128,7 +131,7 @@ def _parse_listener(field: Field) -> entities.Listener | None:
         raise field.error(f"has {found}", f"exactly one of {', '.join(_KINDS)}")
     table = _KINDS[kinds[0]]
     for key in entries.keys() - set(table.names):
-        entries[key].refuse(f"does not go with {kinds[0]}", "only with namespace")
+        entries[key].refuse(f"is not allowed with {kinds[0]}", "only with namespace")
     listener: entities.Listener | None = table.build(entries)
     return listener
 
@@ -159,18 +162,10 @@ _SUBNET: Final = Table(
 )
 
 
-def _refuse_repeated(subnets: Sequence[tuple[Field, entities.Subnet]]) -> None:
-    seen: set[object] = set()
-    for field, subnet in subnets:
-        if subnet.cidr in seen:
-            field.refuse(f"{subnet.cidr} is there twice")
-        seen.add(subnet.cidr)
-
-
 def _check_network(entries: Mapping[str, Field], found: dict[str, Any]) -> None:
     if found.get("mac_check") and found.get("scope") is entities.Scope.ROUTER:
         entries["mac_check"].refuse(
-            "does not go with scope router", "a router hides the MACs of the guests behind it"
+            "is not allowed with scope router", "a router hides the MACs of the guests behind it"
         )
 
 
@@ -181,36 +176,36 @@ NETWORK: Final = Table(
     Key(
         "id",
         values.NETWORK_ID,
-        "What ports and settings name it by: 1 to 64 of `A-Z a-z 0-9 . _ -`, a letter or digit first.",
+        "Id of the network, for ports and settings: 1 to 64 of `A-Z a-z 0-9 . _ -`, a letter or digit first.",
         required=True,
     ),
     Key("name", values.TEXT, "A name for people."),
     Key(
         "project",
         values.TEXT,
-        "The project that owns it. The policy of a project is for its instances, not for its networks.",
+        "Project that owns the network. A project's policy applies to its instances, not to its networks.",
     ),
-    Key("listener", LISTENER, "How guests are reached.", required=True),
+    Key("listener", LISTENER, "Place where imdsproxy listens for guests.", required=True),
     Key(
         "subnets",
-        list_of(_SUBNET.kind, _refuse_repeated),
-        "Address ranges of guests. They read them in `network_data.json` and `network-config`.",
+        list_of(_SUBNET.kind, partial(refuse_repeated, of=lambda subnet: subnet.cidr)),
+        "Address ranges of guests, shown to guests in `network_data.json` and `network-config`.",
     ),
     Key("mtu", values.number_between(*MTU_BOUNDS), "MTU shown to guests, in bytes."),
     Key(
         "scope",
         values.choice_of(entities.Scope),
-        "What the id stands for: a network, or a router with several networks behind it.",
+        "Kind of the id: a network, or a router with several networks behind it.",
     ),
     Key(
         "mac_check",
         values.SWITCH,
-        "Believe an address only together with its MAC. Off where `scope` is `router`, which hides the MACs of guests.",
+        "Accept an address only with its MAC. Off with `scope: router`, because a router hides the MACs of guests.",
     ),
     Key(
         "policy",
         POLICY.kind,
-        "For the guests that are reached through it. Settings for the same network win.",
+        "Policy of guests in the network. Settings for the same network override it.",
     ),
     check=_check_network,
 )

@@ -177,7 +177,7 @@ class Field:
         """Return one line of text, not empty, that is safe in a header, a log or a listing."""
         value = self.any_text()
         if not value:
-            raise self.error("is empty", "leave it out, or write something")
+            raise self.error("is empty", "remove the key, or write a text")
         if _UNPRINTABLE.search(value):
             raise self.error(
                 f"{quoted(value)} holds a line break or another control character",
@@ -186,7 +186,7 @@ class Field:
         if len(value) > longest:
             raise self.error(f"is {len(value)} characters long", f"at most {longest}")
         if value != value.strip():
-            raise self.error(f"{quoted(value)} begins or ends with a blank", "take it away")
+            raise self.error(f"{quoted(value)} begins or ends with a blank", "remove the blank")
         return value
 
     def matched(self, pattern: re.Pattern[str], wanted: str) -> str:
@@ -390,6 +390,17 @@ class Table(Generic[_T]):
     def kind(self) -> Kind:
         """Kind of a key that holds such a mapping."""
         return Kind(self.parse, render=self.render, tables=(self,))
+
+
+def refuse_repeated(
+    items: Sequence[tuple[Field, Any]], of: Callable[[Any], object] = lambda value: value
+) -> None:
+    """Refuse each item that equals an earlier item in what `of` returns: a check of `list_of`."""
+    seen: list[object] = []
+    for item, value in items:
+        if of(value) in seen:
+            item.refuse("appears twice")
+        seen.append(of(value))
 
 
 def list_of(

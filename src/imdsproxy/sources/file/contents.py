@@ -97,7 +97,7 @@ def _read(path: Path, contents: FileContents, take_entry: _Take) -> None:
         data = _read_regular(path)
     except OSError as error:
         reason = f"cannot be read: {error.strerror or error}"
-        contents.problems = (Problem("file", reason, "mend or remove it", str(path)),)
+        contents.problems = (Problem("file", reason, "correct or remove the file", str(path)),)
     else:
         contents.blank = not data.strip()
         contents.problems = read_records(data, file=str(path), take=take, read_file=read_payload)
@@ -147,7 +147,7 @@ def _read_apart(path: Path, progress: Progress) -> FileContents:
             progress.end(step)
     if part is None:
         reason = f"the process that read it ended with status {process.returncode}"
-        hint = "split the file, or look for a lack of memory (dmesg)"
+        hint = "split the file, or check for a lack of memory (dmesg)"
         return FileContents(problems=(Problem("file", reason, hint, str(path)),))
     log.info("read a large record file")
     contents: FileContents = part[0]
@@ -192,7 +192,7 @@ def _read_regular(path: Path) -> bytes:
     with os.fdopen(descriptor, "rb") as stream:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise OSError("it is no regular file")
+            raise OSError("it is not a regular file")
         if status.st_size > _LARGEST:
             raise OSError(f"it is larger than {_LARGEST} bytes")
         return stream.read()

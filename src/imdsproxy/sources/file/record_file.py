@@ -76,7 +76,7 @@ def read_records(
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         reason = f"is not UTF-8: byte {data[error.start]:#04x}"
-        hint = "save it as UTF-8; binary goes as !!binary"
+        hint = "save the file as UTF-8; write binary data as !!binary"
         return (Problem("file", reason, hint, file, line),)
 
     def take_item(path: Path, item: Decoded, share: float) -> None:
@@ -149,7 +149,7 @@ def decode_json(text: str) -> Decoded | Undecodable:
         return bisect_left(line_ends, position) + 1
 
     faults = tuple(
-        Fault(path, "is there twice", "keep one of the two", line_at(position))
+        Fault(path, "appears twice", "keep one of the two", line_at(position))
         for path, position in places.repeated
     )
     return Decoded(value, lambda path: line_at(find_part(tree, path)), faults)
@@ -205,14 +205,16 @@ def payload_reader(directory: pathlib.Path) -> ReadFile:
             # Check first: opening a FIFO would wait for ever, and reading a device would never end.
             if not path.is_file():
                 hint = "an absolute path, or one beside the record file"
-                none = f"{path} is no regular file" if path.exists() else f"there is no file {path}"
+                none = (
+                    f"{path} is not a regular file" if path.exists() else f"there is no file {path}"
+                )
                 raise field.error(none, hint)
             if path.stat().st_size > MAX_PAYLOAD:
                 raise field.error(f"{path} is larger than {MAX_PAYLOAD} bytes", "at most 16 MiB")
             data: bytes = path.read_bytes()
         except OSError as error:
             reason = f"{path} cannot be read: {error.strerror}"
-            raise field.error(reason, "mend its permissions") from error
+            raise field.error(reason, "correct its permissions") from error
         return data
 
     return read

@@ -165,7 +165,7 @@ class FileSource:
         try:
             self._watch, self._unwatched = Watch(self._places), None
         except OSError as error:
-            reason = f"cannot be watched ({error}); it is looked at every {_UNWATCHED_S:.0f} s"
+            reason = f"cannot be watched ({error}); imdsproxy reads it every {_UNWATCHED_S:.0f} s"
             hint = "raise fs.inotify.max_user_watches and fs.inotify.max_user_instances"
             self._unwatched = Problem("directory", reason, hint)
         return self._watch is not None
@@ -212,7 +212,7 @@ class FileSource:
             found = dict(self._list())
         except OSError as error:
             reason = f"cannot be listed: {error.strerror}"
-            hint = "make it, or correct the setting; it is read as soon as it is there"
+            hint = "create it, or correct the setting; imdsproxy reads it as soon as it exists"
             unreadable.append(Problem("directory", reason, hint, str(self.directory)))
         else:
             for name in sorted(self._files.keys() | found.keys()):
@@ -266,7 +266,7 @@ class FileSource:
         contents = read_contents(path, self.progress)
         if contents.blank and any(one.has(name) for one in self._kinds.values()):
             # This is most likely a failed write: an operator who removes all records removes the file.
-            reason = "is blank: the records that it had stay in force"
+            reason = "is blank: its former records stay in force"
             hint = "restore it, write `instances: []`, or remove it"
             file.problems = (Problem("file", reason, hint, str(path)),)
             return

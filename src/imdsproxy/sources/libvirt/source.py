@@ -190,7 +190,7 @@ class LibvirtClient:
             # The class of libvirt's exception is known only once the module is imported.
             if self._library is None or not isinstance(error, self._library.libvirtError):
                 raise
-            hint = f"`virsh -r -c {self.uri} list` asks the same; sources.libvirt.uri says where"
+            hint = f"`virsh -r -c {self.uri} list` makes the same request; sources.libvirt.uri has the address"
             connected = self._connection is not None
             raise SourceUnavailable(
                 f"{self.uri}: {error}", hint="" if connected else hint

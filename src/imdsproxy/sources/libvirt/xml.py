@@ -229,12 +229,12 @@ def _put(record: dict[str, Any], key: str, value: Json | tuple[str, Json]) -> No
     if isinstance(value, tuple):
         name, inner = value
         if key == "tags" and name in record.get(key, ()):
-            raise _Wrong(f"{name} is there twice")
+            raise _Wrong(f"{name} appears twice")
         record.setdefault(key, {})[name] = inner
     elif key == "ssh_keys":
         record.setdefault(key, []).append(value)
     elif key in record:
-        raise _Wrong("is there twice")
+        raise _Wrong("appears twice")
     else:
         record[key] = value
 

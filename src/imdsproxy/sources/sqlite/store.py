@@ -397,7 +397,7 @@ def lock_store(path: Path) -> int:
         holder = lock.read_text("ascii", "replace").strip() or "unknown"
         raise SourceUnavailable(
             f"the store {path} is in use by another imdsproxy, process {holder}",
-            hint="stop that one; a store has one writer",
+            hint="stop that process; a store has one writer",
         )
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
