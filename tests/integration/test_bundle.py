@@ -231,7 +231,7 @@ def test_without_a_daemon_a_bundle_says_what_is_lacking_and_has_no_secret_either
         # The refused file keeps it from being ready.
         host.world.daemon.start(ready=False)
     assert host.leaks(files) == []
-    lacking = files["README.txt"].partition("What is lacking")[2].partition("What was removed")[0]
+    lacking = files["README.txt"].partition("Missing parts")[2].partition("Removed data")[0]
     assert "daemon/status.json: no daemon answers" in lacking
     assert "daemon/status.json" not in files
     assert files["haproxy/show-info.txt"].startswith("Name: HAProxy")
@@ -239,5 +239,5 @@ def test_without_a_daemon_a_bundle_says_what_is_lacking_and_has_no_secret_either
     assert host.world.red.ask("/latest/meta-data/", to=IPV4).status == 200
     # Of a store that cannot be read no secret is known.
     assert not [name for name in in_doubt if name.startswith(("logs/", "daemon/"))]
-    assert "logs/haproxy.log: what is secret here is not fully known" in in_doubt["README.txt"]
+    assert "logs/haproxy.log: a file with secrets could not be read" in in_doubt["README.txt"]
     assert in_doubt["haproxy/show-info.txt"].startswith("Name: HAProxy")

@@ -206,7 +206,7 @@ def test_takeover_has_leases_name_the_route_where_the_agent_named_none_and_handb
         with world.subnet6():
             until(lambda: world.asked_uuid(to=IPV6) == world.instance, within_s=_WITHIN_S)
         until(lambda: world.programs() == {"dnsmasq", "sleep"}, within_s=_WITHIN_S)
-        assert "all is done already" in world.dry_run("takeover", "dhcp")
+        assert "nothing is left to do" in world.dry_run("takeover", "dhcp")
         world.run("handback", "dhcp")
         assert settings.read_text() == before
         until(lambda: world.ways() == set(), within_s=_WITHIN_S)

@@ -263,7 +263,7 @@ def test_what_no_hub_has_vouched_for_too_long_gets_neither_documents_nor_tokens(
     assert (explained["verdict"], explained["answer"]) == ("expired", 503)
     fleet = daemon.status()["fleet"]
     assert (fleet["serves_for_s"], fleet["items"] > 0) == (0.0, True)
-    assert "guests of its instances get 503" in daemon.command("status").out
+    assert "guests of the fleet's instances get 503" in daemon.command("status").out
     # What was removed meanwhile is not served for a moment.
     hub.remove_instance("red-6")
     hub.back()

@@ -153,7 +153,7 @@ def test_a_new_key_signs_tokens_by_the_command_line_and_hosts_that_are_away_are_
     before = take_token(fleet.guest)
     ran = fleet("token", "rotate")
     assert ran.status == 0, ran
-    assert "signs tokens, the fleet's etcd has it; later on: host away: not connected" in ran.words
+    assert "in the fleet's etcd signs tokens; later: host away: not connected" in ran.words
     after = take_token(fleet.guest)
     assert after.split(".")[0] != before.split(".")[0]
     for token in (before, after):

@@ -142,5 +142,5 @@ def test_stop_leaves_the_data_plane_of_a_controller_that_hangs_and_says_what_to_
         status = main(["--config", str(settings), "stop", "--data-plane"])
     assert status == HostRefused.exit_status
     error = capsys.readouterr().err
-    assert f"the controller (pid {os.getpid()}) does not answer: nothing was stopped" in error
+    assert f"the controller (pid {os.getpid()}) does not answer, so nothing was stopped" in error
     assert "systemctl stop imdsproxy" in error

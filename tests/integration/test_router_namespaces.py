@@ -150,12 +150,12 @@ def test_explain_says_of_a_guest_behind_a_router_what_the_guest_gets(world: Rout
         assert done.status == 0, done
         return done.out
 
-    assert "its documents are answered 200\n" in outcome()
+    assert "its requests for documents get 200\n" in outcome()
     world.daemon.put(instances=[{**record(guest), "policy": {"tokens": "required"}}])
     try:
         assert world.asks_as("r1-g1") == "401"
         said = " ".join(outcome().split())
-        assert "its documents are answered 200; without a session token " in said
+        assert "its requests for documents get 200; without a session token " in said
         assert "/latest/meta-data/" in said.partition(" are 401")[0]
     finally:
         world.daemon.put(instances=[record(guest)])

@@ -121,9 +121,9 @@ def test_the_command_says_why_where_the_emptied_file_named_the_socket(world: Wor
     world.daemon.config.write_text("# nothing here\n")
     done = world.daemon.command("reload")
     assert done.status == 78
-    assert "holds no settings" in done.err
+    assert "contains no settings" in done.err
     checked = world.daemon.command("check")
-    assert "holds no settings" in checked.out
+    assert "contains no settings" in checked.out
 
 
 def test_a_start_with_a_file_of_comments_takes_the_defaults_and_warns(world: World) -> None:

@@ -94,7 +94,7 @@ def test_a_takeover_that_fails_leaves_both_serving_and_goes_on_when_it_is_run_ag
             pid = machine.main_pid(f"{AGENT}.service")
             assert f"agent: {AGENT} (pid {pid}, user root, {AGENT}.service)" in planned
             assert planned.count(f"stop {AGENT} (pid ") == 1
-            assert f"ignored: process {forged}, which looks like {AGENT}: it belongs to" in planned
+            assert f"ignored: process {forged} looks like {AGENT}, but it belongs to" in planned
             assert _EVIL not in planned
             status, said = machine.attempt("imdsproxy", "takeover", "ovn")
             assert status == 64
@@ -106,7 +106,7 @@ def test_a_takeover_that_fails_leaves_both_serving_and_goes_on_when_it_is_run_ag
             "imdsproxy", "takeover", "ovn", "--yes", "--restart", "false"
         )
         assert status == 71
-        assert "`false` ended with 1; 2 steps before it done" in said
+        assert "`false` ended with 1; 2 steps before this step done" in said
         assert world.proxies() == before
 
         machine.run("systemctl", "restart", "imdsproxy")
@@ -121,7 +121,7 @@ def test_a_takeover_that_fails_leaves_both_serving_and_goes_on_when_it_is_run_ag
 
         assert "takeover ovn is done" in world.daemon.command("takeover", "ovn", "--yes")
         assert machine.unit(AGENT, "ActiveState") == "inactive"
-        assert "all is done already" in world.daemon.command("takeover", "ovn")
+        assert "nothing is left to do" in world.daemon.command("takeover", "ovn")
         for network in {port.network for port in world.ovn.ports.values()}:
             migrates = ("cat", "/proc/sys/net/ipv4/tcp_migrate_req")
             assert world.daemon.inside(network.namespace, *migrates) == "0"
@@ -144,7 +144,7 @@ def test_the_page_moves_a_host_over_and_back_to_the_letter(world: AgentWorld) ->
         assert len(world.proxies()) == 3
         assert world.daemon.machine.unit(NEW_AGENT, "ActiveState") == "active"
         world.wait_served()
-    assert "all is done already" in world.daemon.command("handback", "ovn")
+    assert "nothing is left to do" in world.daemon.command("handback", "ovn")
     assert not (world.daemon.machine.root / _OURS).exists()
     assert world.daemon.status()["networks"] == 0
     del world.guests["c1"]

@@ -16,7 +16,7 @@ def bundle(
         Path | None,
         options.flag(
             "--output -o FILE",
-            "Where to; imdsproxy-HOST-DATE.tar.gz in this directory without it. It must not exist yet.",
+            "The file to write, which must not exist (default: imdsproxy-HOST-DATE.tar.gz in this directory).",
         ),
     ] = None,
 ) -> None:
@@ -42,6 +42,4 @@ def _show(output: Output, shape: Shape) -> None:
         {"LACKING": clean(one["part"]), "REASON": clean(one["reason"])} for one in shape["lacking"]
     )
     output.table(rows, apart=True, keep=("LACKING",))
-    output.styled(
-        "Look through it before you give it to others: README.txt in it says what was removed."
-    )
+    output.styled("Review the file before you share it: its README.txt lists what was removed.")

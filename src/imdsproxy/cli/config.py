@@ -19,7 +19,9 @@ _SECRET_MODE: Final = 0o600
 _SETTINGS_MODE: Final = 0o640
 _DIRECTORY: Final = Path("/etc/imdsproxy")
 
-config_app = typer.Typer(help="Settings: show, schema, sample, import.", no_args_is_help=True)
+config_app = typer.Typer(
+    help="Show, check and convert settings: show, schema, sample, import.", no_args_is_help=True
+)
 
 
 @config_app.command("show")
@@ -27,7 +29,9 @@ config_app = typer.Typer(help="Settings: show, schema, sample, import.", no_args
 def show(
     run: options.Invocation,
     *,
-    origin: Annotated[bool, flag("--origin", "Say where each value was written.")] = False,
+    origin: Annotated[
+        bool, flag("--origin", "Show the file or variable that sets each value.")
+    ] = False,
 ) -> None:
     """Show the settings, merged from defaults, the file, conf.d/ and the environment."""
     from imdsproxy.config import render
@@ -43,7 +47,7 @@ def show(
 def schema(
     run: options.Invocation,
     *,
-    records: Annotated[bool, flag("--records", "That of record files.")] = False,
+    records: Annotated[bool, flag("--records", "Print the schema of record files.")] = False,
 ) -> None:
     """Print the JSON Schema of the configuration file for editors, or with --records of record files."""
     from imdsproxy.config import render
@@ -69,37 +73,38 @@ def import_settings(
         list[Path],
         argument(
             "FILE...",
-            "Neutron's files in the order in which its agent is given them: later ones win. Nova's nova.conf "
-            "may be among them.",
+            "Neutron's files, in the order of the agent's command line: later files have priority. Nova's "
+            "nova.conf may be included.",
         ),
     ],
     *,
-    neutron: Annotated[bool, flag("--neutron", "The files are those of Neutron's agents.")] = False,
+    neutron: Annotated[bool, flag("--neutron", "Import the files of Neutron's agents.")] = False,
     output: Annotated[
         Path | None,
-        flag("--output -o FILE", "Write the settings there, mode 0640 (default: standard output)."),
+        flag(
+            "--output -o FILE",
+            "Write the settings to this file, mode 0640 (default: standard output).",
+        ),
     ] = None,
     secret_file: Annotated[
         Path | None,
         flag(
             "--secret-file FILE",
-            "Write the secret there, mode 0600 (default: nova.secret beside --output). It is shown nowhere.",
+            "Write the secret to this file, mode 0600 (default: nova.secret beside --output). It is never printed.",
         ),
     ] = None,
     agent_user: Annotated[
         str,
         flag(
             "--agent-user NAME",
-            "Account, and group, that Neutron's agents run as (default: neutron).",
+            "Account and group of Neutron's agents (default: neutron).",
         ),
     ] = "neutron",
     server_name: Annotated[
         str | None,
-        flag(
-            "--server-name NAME", "The name in Nova's certificate, where Nova is given by address."
-        ),
+        flag("--server-name NAME", "The name in Nova's certificate, if Nova is given by address."),
     ] = None,
-    force: Annotated[bool, flag("--force", "Replace files that are there.")] = False,
+    force: Annotated[bool, flag("--force", "Replace existing files.")] = False,
 ) -> None:
     """Convert the ini files of Neutron's agents to settings, and report the result for each option.
 
@@ -108,7 +113,7 @@ def import_settings(
     from imdsproxy.config import neutron_import
 
     if not neutron:
-        raise RequestRefused("whose files are these?", hint="add --neutron")
+        raise RequestRefused("the kind of files is not given", hint="add --neutron")
     beside = _DIRECTORY if output is None else output.absolute().parent
     secret = (secret_file or beside / _SECRET_NAME).absolute()
     parsed = read_each(files, _read, "file")
@@ -149,7 +154,7 @@ def _write(files: Mapping[Path, tuple[bytes, int]], *, force: bool) -> None:
     if there:
         raise AlreadyExists(
             f"{' and '.join(map(str, there))} would be replaced",
-            hint="give another name, or --force",
+            hint="choose another name, or use --force",
         )
     for path, (data, mode) in files.items():
         write_atomic(path, data, mode=mode, durable=True)

@@ -17,7 +17,7 @@ def console(
     run: options.Invocation,
     *,
     port: Annotated[
-        int, flag("--port -p PORT", "Of 127.0.0.1, for ssh -L (default: 0, any free one).")
+        int, flag("--port -p PORT", "Port on 127.0.0.1, for ssh -L (default: 0, any free port).")
     ] = 0,
 ) -> None:
     """Serve web pages on 127.0.0.1 that show networks, guests, requests and problems, until Ctrl-C.
@@ -25,7 +25,7 @@ def console(
     The link works once, within five minutes, in one browser.
     """
     if not 0 <= port <= _HIGHEST:
-        raise RequestRefused(f"there is no port {port}", hint=f"0 to {_HIGHEST}")
+        raise RequestRefused(f"there is no port {port}", hint=f"use 0 to {_HIGHEST}")
     daemon = run.daemon()
     with optional_library("jinja2", _HINT):
         from imdsproxy.console.server import run_console
@@ -37,7 +37,9 @@ def console(
         if run.output.as_json:
             run.output.json({"link": link})
         else:
-            run.output.text(f"{link}\nOpen it once, within five minutes. Ctrl-C ends the console.")
+            run.output.text(
+                f"{link}\nThe link works once, within five minutes. Ctrl-C ends the console."
+            )
 
     with listener:
         # A page reports a starting daemon instead of waiting for it.

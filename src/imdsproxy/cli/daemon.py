@@ -28,8 +28,8 @@ def run(
         bool,
         flag(
             "--container",
-            "Be the program of a container: HAProxy and the document server end with it, and all log to standard "
-            "error.",
+            "Run as the program of a container: HAProxy and the document server end with the controller, and all "
+            "log to standard error.",
         ),
     ] = False,
 ) -> None:
@@ -85,7 +85,8 @@ def namespace_proxy(
     words: Annotated[
         list[str] | None,
         options.argument(
-            "[OPTION]...", "As `neutron-ns-metadata-proxy`, which this is; --help says them all."
+            "[OPTION]...",
+            "Options of `neutron-ns-metadata-proxy`, which this command runs; --help lists them.",
         ),
     ] = None,
 ) -> int:
@@ -156,7 +157,7 @@ def reload(
         if run.socket is None and (empty := sorted(run.load().empty)):
             # The empty file may have named the socket.
             raise SettingsDropped(
-                f"{empty[0]} holds no settings, and {error.message}",
+                f"{empty[0]} contains no settings, and {error.message}",
                 hint="restore the file, or name the daemon's socket with --socket",
             ) from error
         raise
@@ -172,7 +173,7 @@ def _show_reload(output: Output, done: Shape) -> None:
             "SETTING": clean(one["path"]),
             "BEFORE": clean(one["before"]),
             "NOW": clean(one["after"]),
-            "TAKEN OVER": how.get(waiting.get(one["path"], one["change"]), "[green]at once[/]"),
+            "APPLIED": how.get(waiting.get(one["path"], one["change"]), "[green]at once[/]"),
         }
         for one in done["changes"]
     )
@@ -181,7 +182,7 @@ def _show_reload(output: Output, done: Shape) -> None:
         output.styled("HAProxy was reloaded.")
     if done["pending"]:
         pending = (f"  {clean(reason)}" for reason in done["pending"])
-        output.styled("[yellow]HAProxy has not taken it over:[/]", *pending)
+        output.styled("[yellow]HAProxy does not use these settings yet:[/]", *pending)
 
 
 @options.host_command
@@ -189,7 +190,8 @@ def stop(
     run: options.Invocation,
     *,
     data_plane: Annotated[
-        bool, flag("--data-plane", "End HAProxy and the document server too: guests get no answer.")
+        bool,
+        flag("--data-plane", "Stop HAProxy and the document server too: guests get no answer."),
     ] = False,
 ) -> None:
     """Stop the controller; HAProxy still serves known guests. With --data-plane, stop everything."""
@@ -204,7 +206,7 @@ def stop(
             raise
         _stop_orphaned_data_plane(run, daemon.socket)
         stopped = []
-    ended = ", ".join(stopped) or "the data plane; no controller ran"
+    ended = ", ".join(stopped) or "the data plane (no controller ran)"
     run.output.answer({"stopped": stopped, "data_plane": data_plane}, f"stopped: {ended}")
 
 
@@ -218,15 +220,15 @@ def _stop_orphaned_data_plane(run: options.Invocation, asked: Path) -> None:
     if settings.admin_socket != asked:
         # The settings belong to another daemon, whose data plane must keep running.
         raise AdminUnavailable(
-            f"no daemon answers on {asked}, and the settings are of another one",
-            hint="name its settings with --config, to end the data plane that it left",
+            f"no daemon answers on {asked}, and the settings belong to another daemon",
+            hint="use --config with the settings of that daemon, to stop its data plane",
         )
     hung = find_socket_holder(asked)
     if hung is not None:
         # A hanging controller would restart the data plane once it continues.
         raise HostRefused(
-            f"the controller (pid {hung.pid or 'unknown'}) does not answer: nothing was stopped",
-            hint="end it first: systemctl stop imdsproxy, or kill -KILL and its pid; then try again",
+            f"the controller (pid {hung.pid or 'unknown'}) does not answer, so nothing was stopped",
+            hint="stop the controller first (systemctl stop imdsproxy, or kill -KILL PID), then try again",
         )
     asyncio.run(stop_data_plane(settings, os.environ))
 
@@ -240,7 +242,7 @@ def _wait_until_gone(path: Path, pid: int) -> None:
         if time.monotonic() > deadline:
             raise HostRefused(
                 f"the controller (pid {pid}) has not ended within {_END_DEADLINE_S:.0f} s",
-                hint="its log says what it waits for",
+                hint="the controller's log shows the reason",
             )
         time.sleep(_POLL_S)
 

@@ -38,7 +38,9 @@ def doctor(
     run: options.Invocation,
     url: Annotated[
         str | None,
-        options.argument("[URL]", "A server, as http://169.254.169.254 inside a guest, or Nova's."),
+        options.argument(
+            "[URL]", "The URL of a server, as http://169.254.169.254 inside a guest, or Nova's."
+        ),
     ] = None,
     *,
     network: options.MaybeNetwork = None,
@@ -47,7 +49,7 @@ def doctor(
         list[str] | None,
         options.flag(
             "--header -H NAME: VALUE",
-            "With URL: sent with every question, as Nova needs them; may be repeated.",
+            "With URL, a header of every request, as Nova needs; may be repeated.",
         ),
     ] = None,
 ) -> None:
@@ -69,10 +71,10 @@ def doctor(
     else:
         raise RequestRefused(
             "doctor takes either a URL or both --network and --from",
-            hint="as `imdsproxy doctor http://169.254.169.254` inside a guest, or "
+            hint="use `imdsproxy doctor http://169.254.169.254` inside a guest, or "
             "`imdsproxy doctor --network NET --from ADDRESS` on the host",
         )
-    with run.output.waiting("asking as the known clients do"):
+    with run.output.waiting("sending the requests of known clients"):
         crawled = crawl(fetch, direct=url is not None)
     findings = examine(crawled, around)
     shape = {
@@ -104,12 +106,12 @@ def _look_at_guest(daemon: AdminClient, network: str, address: str) -> Surroundi
 def _show(output: Output, shape: Shape) -> None:
     subject, findings = f"[bold]{clean(shape['subject'])}[/]", shape["findings"]
     served = ", ".join(shape["served"]) or "none"
-    output.styled(f"{subject}: {shape['questions']} questions, documents served: {served}")
+    output.styled(f"{subject}: {shape['questions']} requests, documents served: {served}")
     if shape["given_up"]:
-        output.styled(f"[yellow]given up early:[/] {clean(shape['given_up'])}")
+        output.styled(f"[yellow]stopped early:[/] {clean(shape['given_up'])}")
     if skipped := ", ".join(shape["not_looked_at"]):
-        instead = "(`imdsproxy doctor http://169.254.169.254` in the guest does)"
-        output.styled(f"[dim]not looked at: {skipped} {instead}[/]")
+        instead = "(run `imdsproxy doctor http://169.254.169.254` in the guest for these)"
+        output.styled(f"[dim]not checked: {skipped} {instead}[/]")
     output.styled("")
     for one in findings:
         heading = f"[{_COLOURS[one['severity']]}]{one['severity']}[/] [bold]{one['code']}[/]"
@@ -224,11 +226,11 @@ def parse_url(url: str, headers: Sequence[str] = ()) -> HttpFetch:
         parts = urlsplit(url if "://" in url else f"http://{url}")
         host, _ = parts.hostname, parts.port
     except ValueError as error:
-        raise RequestRefused(f"{url} is no URL: {error}") from error
+        raise RequestRefused(f"{url} is not a URL: {error}") from error
     if parts.scheme not in {"http", "https"} or not host or parts.query or parts.fragment:
         raise RequestRefused(
-            f"{url} is no URL of a server",
-            hint="as http://169.254.169.254, http://[fe80::a9fe:a9fe%25eth0] or http://nova:8775",
+            f"{url} is not the URL of a server",
+            hint="use a URL as http://169.254.169.254, http://[fe80::a9fe:a9fe%25eth0] or http://nova:8775",
         )
     return HttpFetch(parts, tuple(_header(one) for one in headers))
 
@@ -236,7 +238,9 @@ def parse_url(url: str, headers: Sequence[str] = ()) -> HttpFetch:
 def _header(text: str) -> tuple[str, str]:
     name, colon, value = text.partition(":")
     if not colon or not name.strip() or not text.isprintable():
-        raise RequestRefused(f"{text!r} is no header", hint="as 'X-Instance-ID: 5f0b…'")
+        raise RequestRefused(
+            f"{text!r} is not a header", hint="use a header as 'X-Instance-ID: 5f0b…'"
+        )
     return name.strip(), value.strip()
 
 

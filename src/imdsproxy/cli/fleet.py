@@ -44,13 +44,14 @@ _SOON_S: Final = 366 * 86_400
 
 
 fleet_app = typer.Typer(
-    help="A fleet of hosts with one store: init, hub-certificate, operator, enrol, revoke, join, status, hosts, wait, "
-    "accept-restore, rotate-ca, envelope-key, reseal.",
+    help="Manage a fleet of hosts with one store: init, hub-certificate, operator, enrol, revoke, join, status, hosts, "
+    "wait, accept-restore, rotate-ca, envelope-key, reseal.",
     no_args_is_help=True,
 )
 
 Directory = Annotated[
-    Path, flag("--directory -d DIR", f"The fleet's files on a hub (default: {_DIRECTORY}).")
+    Path,
+    flag("--directory -d DIR", f"Directory of the fleet's files on a hub (default: {_DIRECTORY})."),
 ]
 Addresses = Annotated[
     list[str],
@@ -72,8 +73,8 @@ def _refuse_host(run: options.Invocation, name: str) -> None:
 
     if find_host(run.settings.hub.state_dir / FILE, name):
         raise AlreadyExists(
-            f"{name} is the name of a host of the fleet",
-            hint="hubs, hosts and operators share one space of names: choose another",
+            f"{name} is already the name of a host of the fleet",
+            hint="choose another name: hubs, hosts and operators share one namespace",
         )
 
 
@@ -87,9 +88,11 @@ def init(
     directory: Directory = _DIRECTORY,
     ca_certificate: Annotated[
         Path | None,
-        flag("--ca-certificate FILE", "Use this CA, PEM (default: a new one). Needs --ca-key."),
+        flag("--ca-certificate FILE", "Use this CA, PEM (default: create a CA). Needs --ca-key."),
     ] = None,
-    ca_key: Annotated[Path | None, flag("--ca-key FILE", "Its key, PEM, not encrypted.")] = None,
+    ca_key: Annotated[
+        Path | None, flag("--ca-key FILE", "The CA's key, PEM, not encrypted.")
+    ] = None,
 ) -> None:
     """Create a fleet on its first hub: a CA, certificates for hub and operator, and the key that seals secrets.
 
@@ -101,7 +104,9 @@ def init(
 
     given = None
     if (ca_certificate is None) != (ca_key is None):
-        raise RequestRefused("a CA is a certificate and a key", hint="give both or none")
+        raise RequestRefused(
+            "a CA needs both a certificate and a key", hint="use both --ca-certificate and --ca-key"
+        )
     if ca_certificate is not None and ca_key is not None:
         given = parse_authority(_read(ca_certificate), _read(ca_key), str(ca_certificate))
     made = files.FleetFiles(directory)
@@ -111,7 +116,7 @@ def init(
         answer,
         f"{directory} has the fleet's CA (SHA-256 {print_}), certificates of hub {name} and of the operator "
         f"{files.FIRST_OPERATOR}, and the key that seals secrets in etcd.\n"
-        "Keep a copy in a safe place: without it no host joins, and no secret in etcd opens.",
+        "Keep a copy in a safe place: without these files no host can join, and no secret in etcd can be decrypted.",
     )
 
 
@@ -123,7 +128,10 @@ def hub_certificate(
     name: HubName,
     address: Addresses,
     output: Annotated[
-        Path, flag("--output -o DIR", "A new directory, for the other hub's /etc/imdsproxy/fleet.")
+        Path,
+        flag(
+            "--output -o DIR", "A new directory, to copy to the other hub's /etc/imdsproxy/fleet."
+        ),
     ],
     directory: Directory = _DIRECTORY,
 ) -> None:
@@ -136,7 +144,7 @@ def hub_certificate(
     files.add_hub(files.FleetFiles(directory), output, hub, _now())
     run.output.answer(
         {"directory": str(output), "hub": name},
-        f"{output} has what hub {name} needs: copy it there as {_DIRECTORY}, and remove it here.",
+        f"{output} has the files of hub {name}: copy the directory there as {_DIRECTORY}, and remove it here.",
     )
 
 
@@ -144,20 +152,22 @@ def hub_certificate(
 @_on_hub
 def operator(
     run: options.Invocation,
-    name: Annotated[str, argument("NAME", "The operator's name; a new one for each certificate.")],
+    name: Annotated[
+        str, argument("NAME", "The operator's name; each certificate needs a new name.")
+    ],
     *,
     role: Annotated[
         Role,
         flag(
             f"--role {'|'.join(sorted(OPERATOR_ROLES))}",
-            "What the operator may do: everything, read and place instances on hosts, or read (default: operator).",
+            "The operator's rights: everything, read and place instances on hosts, or read (default: operator).",
         ),
     ] = Role.OPERATOR,
     project: Annotated[
         str | None, flag("--project PROJECT", "Limit the operator to records of this project.")
     ] = None,
     output: Annotated[
-        Path | None, flag("--output -o FILE", "Where it goes, mode 0600 (default: NAME.pem).")
+        Path | None, flag("--output -o FILE", "The file to write, mode 0600 (default: NAME.pem).")
     ] = None,
     directory: Directory = _DIRECTORY,
 ) -> None:
@@ -167,7 +177,8 @@ def operator(
 
     if role not in OPERATOR_ROLES:
         raise RequestRefused(
-            f"{role} is no role of operators", hint=f"one of {', '.join(sorted(OPERATOR_ROLES))}"
+            f"{role} is not a role of operators",
+            hint=f"use one of {', '.join(sorted(OPERATOR_ROLES))}",
         )
     _refuse_host(run, name)
     authority = files.FleetFiles(directory).load_authority()
@@ -178,7 +189,11 @@ def operator(
         {"file": str(path), "name": name, "role": role, "project": project},
         f"{path} is {name}'s certificate with its key, for the role {role}: "
         "`imdsproxy --fleet URL --fleet-certificate FILE`."
-        + ("" if project is None else f"\nIt may use what `imdsproxy grant show {project}` shows."),
+        + (
+            ""
+            if project is None
+            else f"\n`imdsproxy grant show {project}` lists what the operator may use."
+        ),
     )
 
 
@@ -190,14 +205,16 @@ def enrol(
     *,
     valid: Annotated[
         float,
-        flag("--valid HOURS", "How long the string is good, a minute to 30 days (default: 24)."),
+        flag(
+            "--valid HOURS", "Lifetime of the string in hours, a minute to 30 days (default: 24)."
+        ),
     ] = _VALID_H,
 ) -> None:
     """Invite a host: print a secret string for `imdsproxy fleet join` on the host, valid for one use."""
     if not SHORTEST_INVITATION_S <= valid * 3600 <= LONGEST_INVITATION_S:
         raise RequestRefused(
-            f"--valid {valid:g}: a string is good for a minute to {LONGEST_INVITATION_S // 3600} hours",
-            hint="--valid 24 is a day, --valid 0.5 half an hour",
+            f"--valid {valid:g}: the lifetime must be a minute to {LONGEST_INVITATION_S // 3600} hours",
+            hint="use --valid 24 for a day, --valid 0.5 for half an hour",
         )
     body = {"host": host, "valid_s": valid * 3600}
     made = run.hubs().request("POST", "/fleet/invitations", body=body)
@@ -214,7 +231,7 @@ def revoke(
         bool,
         flag(
             "--operator",
-            "It is the name of an operator or a hub: no certificate of it is good any more.",
+            "Revoke an operator or a hub instead: reject all its certificates.",
         ),
     ] = False,
 ) -> None:
@@ -222,9 +239,9 @@ def revoke(
     kind = "operators" if operator else "hosts"
     hubs = run.hubs()
     done = hubs.request("POST", f"/fleet/revoked-{kind}", body={"name": name})
-    left = "" if operator else " It serves its guests from its own copy until it is stopped."
+    left = "" if operator else " The host serves its guests from its own copy until it is stopped."
     if (why := done["not_journaled"]) is not None:
-        left += f" The hub cannot write its journal ({why}): until it can, a restored etcd may take this back."
+        left += f" The hub cannot write its journal ({why}), so a restore of etcd may undo this."
     run.output.answer(done, f"{name} is revoked since revision {done['revision']}.{left}")
 
 
@@ -234,7 +251,7 @@ def join(
     run: options.Invocation,
     source: Annotated[
         str,
-        argument("[-]", "Read the string from standard input; the default."),
+        argument("[-]", "Read the string from standard input (the default)."),
     ] = _STANDARD_INPUT,
 ) -> None:
     """Add this host to a fleet, with the string from `imdsproxy fleet enrol`.
@@ -248,23 +265,23 @@ def join(
 
     if source != _STANDARD_INPUT:
         raise RequestRefused(
-            "the string is a secret, and arguments are shown to all users of this host",
+            "the string is a secret, but all users of this host can see arguments",
             hint="`imdsproxy fleet join` asks for the string, or reads it from standard input",
         )
     try:
         parsed = parse_invitation(_read_invitation())
     except ValueError as error:
         raise RequestRefused(
-            f"this is no string of `imdsproxy fleet enrol`: {error}",
-            hint="copy all of it, one word",
+            f"this is not a string of `imdsproxy fleet enrol`: {error}",
+            hint="copy the whole string, one word",
         ) from None
     files = HostFiles.of(run.settings.paths.state_dir / "fleet")
     with run.output.waiting("asking a hub for a certificate"):
         url = membership.join(parsed, files)
     run.output.answer(
         {"host": parsed.host, "hub": url, "certificate": str(files.certificate)},
-        f"This host is {parsed.host} of the fleet; its certificate is {files.certificate}.\n"
-        "Set sources.fleet.enabled, then `systemctl restart imdsproxy`.",
+        f"This host is now {parsed.host} of the fleet; its certificate is {files.certificate}.\n"
+        "Set sources.fleet.enabled, then run `systemctl restart imdsproxy`.",
     )
 
 
@@ -283,7 +300,7 @@ def status(
         bool,
         flag(
             "--check",
-            "Exit 1 while no change can be made, 75 while a hub, a host, a member of etcd or a value has a problem.",
+            "Exit 1 while changes are refused, 75 while a hub, a host, a member of etcd or a value has a problem.",
         ),
     ] = False,
 ) -> None:
@@ -330,8 +347,8 @@ def _show_status(output: Output, shape: Shape) -> None:
     output.facts(facts)
     if shape["suspect"] is not None:
         output.styled(
-            "[dim]hint:[/] if etcd was restored: compare, then `imdsproxy fleet accept-restore`. If one host alone "
-            "claims that and is captured: `imdsproxy fleet revoke HOST`"
+            "[dim]hint:[/] if etcd was restored, compare, then run `imdsproxy fleet accept-restore`. If a "
+            "compromised host claims it alone, run `imdsproxy fleet revoke HOST`"
         )
 
 
@@ -345,7 +362,7 @@ def _hub(hub: Shape) -> str:
 def _authority(ends: float | None) -> str | None:
     if ends is None or ends > time.time() + _SOON_S:
         return None
-    return f"[yellow]ends {spell_time(ends)}[/]: imdsproxy fleet rotate-ca"
+    return f"[yellow]ends {spell_time(ends)}[/]: run `imdsproxy fleet rotate-ca`"
 
 
 def _etcd(members: Sequence[Shape]) -> str:
@@ -372,7 +389,7 @@ def hosts(run: options.Invocation) -> None:
         run.hubs().get("/fleet/hosts"),
         lambda output, shapes: output.table(
             map(_host_row, shapes),
-            empty="no host: `imdsproxy fleet enrol` invites one",
+            empty="no hosts: invite one with `imdsproxy fleet enrol`",
             keep=("HOST",),
         ),
     )
@@ -398,12 +415,16 @@ def _host_row(shape: Shape) -> dict[str, str]:
 @options.fleet_command
 def wait(
     run: options.Invocation,
-    revision: Annotated[int, argument("REVISION", "As a change printed it with --json.")],
+    revision: Annotated[
+        int, argument("REVISION", "The revision that a change printed with --json.")
+    ],
     *,
     host: Annotated[
-        list[str] | None, flag("--host HOST", "Only on this host; may be repeated.")
+        list[str] | None, flag("--host HOST", "Wait only for this host; may be repeated.")
     ] = None,
-    timeout: Annotated[int, flag("--timeout S", "Seconds, at most 3600 (default: 50).")] = 50,
+    timeout: Annotated[
+        int, flag("--timeout S", "Timeout in seconds, at most 3600 (default: 50).")
+    ] = 50,
 ) -> None:
     """Wait until a revision is in force on every host; on timeout exit 75 and name the other hosts."""
     body = {"revision": revision, "hosts": host or None, "timeout_s": float(timeout)}
@@ -429,7 +450,7 @@ def accept_restore(run: options.Invocation) -> None:
 @options.json_command
 def rotate_ca(
     run: options.Invocation,
-    step: Annotated[str, argument("|".join(_STEPS), "Each once, in this order.")],
+    step: Annotated[str, argument("|".join(_STEPS), "The step; run each once, in this order.")],
     *,
     directory: Directory = _DIRECTORY,
 ) -> None:
@@ -445,16 +466,16 @@ def rotate_ca(
     match step:
         case "begin":
             files.begin_rotation(made, _now())
-            changed, more = [made.ca_certificate], "Append it to the certificates of operators too."
+            changed, more = [made.ca_certificate], "Also append it to the operators' certificates."
         case "switch":
             files.switch_rotation(made, _now())
             changed = [made.ca_certificate, made.ca_key]
-            more = "Make new certificates for operators: `imdsproxy fleet operator`."
+            more = "Create new certificates for operators with `imdsproxy fleet operator`."
         case "finish":
             files.finish_rotation(made)
-            changed, more = [made.ca_certificate], "The CA before is good for nothing more."
+            changed, more = [made.ca_certificate], "The old CA is no longer trusted."
         case _:
-            raise RequestRefused(f"{step} is no step", hint=f"one of {', '.join(_STEPS)}")
+            raise RequestRefused(f"there is no step {step}", hint=f"use one of {', '.join(_STEPS)}")
     names = " and ".join(map(str, changed))
     run.output.answer(
         {"step": step, "files": list(map(str, changed))},
@@ -474,8 +495,8 @@ def envelope_key(run: options.Invocation, *, directory: Directory = _DIRECTORY) 
     name = files.add_envelope_key(made)
     run.output.answer(
         {"file": str(made.envelope_key), "key": name},
-        f"{made.envelope_key} has the key {name} too: copy the file to every other hub, restart them one after the "
-        "other, then `imdsproxy fleet reseal`.",
+        f"{made.envelope_key} now has the key {name} too: copy the file to every other hub, restart the hubs one "
+        "after the other, then run `imdsproxy fleet reseal`.",
     )
 
 
@@ -495,18 +516,19 @@ def reseal(run: options.Invocation) -> None:
                 done = hubs.request("POST", "/fleet/reseal", body={"after": after})
                 of_round, after = of_round + done["changed"], done["after"]
                 unreadable.update(done["unreadable"])
-                note("sealing anew", done["done"], done["of"])
+                note("sealing secrets again", done["done"], done["of"])
             changed += of_round
     if unreadable:
         keys, more = sorted(unreadable)[:_SHOWN], ", …" if len(unreadable) > _SHOWN else ""
         raise SourceCorrupt(
-            f"{changed} secrets were sealed anew, and {len(unreadable)} in etcd do not open: {', '.join(keys)}{more}",
-            hint="keep all older keys: one may open them; write what these keys hold again",
+            f"{changed} secrets were sealed again, but {len(unreadable)} in etcd cannot be decrypted: "
+            f"{', '.join(keys)}{more}",
+            hint="keep all older keys, which may decrypt them, or write these records again",
         )
     run.output.answer(
         {"key": done["key"], "changed": changed},
-        f"all secrets in etcd are sealed with the key {done['key']}, {changed} of them since now. Older keys are "
-        "needed for backups only: keep a copy off-line, and remove them from envelope.key on every hub.",
+        f"all secrets in etcd are sealed with the key {done['key']}; {changed} were sealed again. Older keys are "
+        "needed only for backups: keep a copy off-line, and remove them from envelope.key on every hub.",
     )
 
 

@@ -15,7 +15,7 @@ from imdsproxy.cli.record_flags import wrong_flag
 from imdsproxy.errors import RequestRefused
 
 grant_app = typer.Typer(
-    help="What a project's operators may use in a fleet: list, show, add, remove, clear.",
+    help="Manage grants, the resources that a project's operators may use in a fleet: list, show, add, remove, clear.",
     no_args_is_help=True,
 )
 
@@ -25,19 +25,20 @@ _Lists: TypeAlias = dict[str, list[Any]]
 Project = Annotated[str, argument("PROJECT", "The project's id.")]
 Hosts = Annotated[
     list[str] | None,
-    flag("--host HOST", "A host for its instances, or * for every host; may be repeated."),
+    flag("--host HOST", "A host for the project's instances, or * for all hosts; may be repeated."),
 ]
 Listeners = Annotated[
     list[str] | None,
     flag(
-        f"--listener {'|'.join(_KINDS)}=NAME", "A listener for its own networks; may be repeated."
+        f"--listener {'|'.join(_KINDS)}=NAME",
+        "A listener for the project's own networks; may be repeated.",
     ),
 ]
 Addresses = Annotated[
     list[str] | None,
     flag(
         "--address NETWORK=CIDR",
-        "Addresses for its instances in a shared network, a MAC as its link-local one; may be repeated.",
+        "Addresses for the project's instances in a shared network, a MAC as its link-local address; may be repeated.",
     ),
 ]
 
@@ -50,7 +51,7 @@ def list_grants(run: Invocation) -> None:
         run.hubs().get("/v1/grants"),
         lambda output, shapes: output.table(
             ({"PROJECT": clean(one["project"]), "GRANT": clean(_spell(one))} for one in shapes),
-            empty="no project was given anything: `imdsproxy grant add` gives it hosts",
+            empty="no project has a grant: add one with `imdsproxy grant add`",
             keep=("PROJECT",),
         ),
     )
@@ -128,21 +129,23 @@ def _given(
         "addresses": [_range(one) for one in addresses or ()],
     }
     if not any(given.values()):
-        raise RequestRefused("nothing was given", hint="see `imdsproxy grant add --help`")
+        raise RequestRefused(
+            "no hosts, listeners or addresses were given", hint="see `imdsproxy grant add --help`"
+        )
     return given
 
 
 def _listener(text: str) -> dict[str, str]:
     kind, equals, name = text.partition("=")
     if not equals or kind not in _KINDS:
-        raise wrong_flag("listener", f"{text} is no listener", "--listener bridge=br-shop")
+        raise wrong_flag("listener", f"{text} is not a listener", "use --listener bridge=br-shop")
     return {kind: name}
 
 
 def _range(text: str) -> dict[str, str]:
     network, equals, cidr = text.partition("=")
     if not equals:
-        raise wrong_flag("address", f"{text} has no range", "--address public=10.0.0.64/26")
+        raise wrong_flag("address", f"{text} has no range", "use --address public=10.0.0.64/26")
     return {"network": network, "cidr": cidr}
 
 

@@ -35,11 +35,11 @@ _HEAD: Final = (
 @options.command
 def get(
     run: options.Invocation,
-    path: Annotated[str, argument("PATH", "As the guest asks: /latest/meta-data/.")],
+    path: Annotated[str, argument("PATH", "The path of the request, as /latest/meta-data/.")],
     network: options.Network,
     address: options.Address,
     *,
-    include: Annotated[bool, flag("--include -i", "Status and headers first.")] = False,
+    include: Annotated[bool, flag("--include -i", "Print status and headers first.")] = False,
 ) -> None:
     """Show the response a guest at this address would get. Exits 1 for status 400 and above."""
     query = {"network": network, "address": address, "path": path}
@@ -57,7 +57,7 @@ def get(
             run.output.text("")  # ends the line, so that the prompt starts on a new one
     if status >= HTTPStatus.BAD_REQUEST:
         if not (include or run.output.as_json):
-            sys.stderr.write(f"imdsproxy: the guest is answered {spell_status(status)}\n")
+            sys.stderr.write(f"imdsproxy: the guest gets {spell_status(status)}\n")
         raise typer.Exit(NO)
 
 
@@ -68,7 +68,7 @@ def explain(
         str | None,
         argument(
             "[INSTANCE]",
-            "An instance's id or name: explain each address that it is known by.",
+            "An instance's id or name: explain each of its addresses.",
             complete_instances,
         ),
     ] = None,
@@ -77,13 +77,16 @@ def explain(
     address: options.MaybeAddress = None,
     path: Annotated[
         str | None,
-        flag("--path PATH", "Also whether its policy allows a GET of it: /latest/user-data."),
+        flag(
+            "--path PATH",
+            "Also show whether the policy allows a GET of this path, as /latest/user-data.",
+        ),
     ] = None,
     probe: Annotated[
         bool,
         flag(
             "--probe",
-            "Also send a GET as the guest would, of --path or a common document; exit 1 from status 400 up.",
+            "Also send a GET as the guest would, of --path or a common document; exit 1 for status 400 and above.",
         ),
     ] = False,
 ) -> None:
@@ -98,7 +101,7 @@ def explain(
     else:
         raise RequestRefused(
             "explain takes either an INSTANCE or both --network and --from",
-            hint="`imdsproxy explain web`, or `imdsproxy explain -n red --from 10.0.0.5`",
+            hint="use `imdsproxy explain web`, or `imdsproxy explain -n red --from 10.0.0.5`",
         )
     answer = run.api().get(route, query)
     explained = [answer] if instance is None else answer
@@ -139,7 +142,7 @@ def _explanation(shape: Shape) -> Iterator[tuple[str, str]]:
     if (decision := shape["decision"]) is not None:
         origins = {rule["name"]: f", {rule['origin']}" for rule in policy["rules"]}
         without = f"without a token: {_decided(decision['without_token'], origins)}"
-        given = f"with a good one: {_decided(decision['with_token'], origins)}"
+        given = f"with a valid token: {_decided(decision['with_token'], origins)}"
         yield "policy", f"to GET {decision['path']}:\n{without}\n{given}"
     if steps := [f"{number}. {step}" for number, step in enumerate(shape["why"], 1)]:
         yield "why", "\n".join(steps)
@@ -147,13 +150,13 @@ def _explanation(shape: Shape) -> Iterator[tuple[str, str]]:
 
 def _outcome(shape: Shape) -> str:
     if shape["verdict"] == "not-served":
-        return "no listener serves it"
-    outcome = f"its documents are answered {shape['answer']}"
+        return "no listener serves this network"
+    outcome = f"its requests for documents get {shape['answer']}"
     if shape["answer"] is None:
-        outcome = "its requests are sent to Nova"
+        outcome = "its requests go to Nova"
     paths = shape["token_paths"]
-    be = "is" if len(paths) == 1 else "are"
-    without = f"; without a session token {' and '.join(paths)} {be} 401"
+    get = "gets" if len(paths) == 1 else "get"
+    without = f"; without a session token {' and '.join(paths)} {get} 401"
     return outcome + (without if paths else "")
 
 
@@ -192,7 +195,7 @@ def _policy(policy: Shape) -> Iterator[tuple[str, str]]:
 def _value(value: Any) -> str:
     if value is None:
         # Only limits may be unset here.
-        return "as set in the section limits of the settings"
+        return "as in the section limits of the settings"
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, list):
@@ -203,7 +206,7 @@ def _value(value: Any) -> str:
 def _decided(decided: Shape, origins: Mapping[str, str]) -> str:
     """Return the decision with its rule and the rule's scope."""
     if decided["status"] is None:
-        return "[green]it passes[/]"
+        return "[green]allowed[/]"
     by = decided["rule"] + origins.get(decided["rule"], "")
     return f"[red]{decided['status']}[/], {decided['why']} [dim]({by})[/]"
 
@@ -212,12 +215,16 @@ def _decided(decided: Shape, origins: Mapping[str, str]) -> str:
 def watch(
     run: options.Invocation,
     *,
-    network: Annotated[str | None, options.network_flag("Only the guests of this network.")] = None,
+    network: Annotated[
+        str | None, options.network_flag("Show only guests of this network.")
+    ] = None,
     instance: Annotated[
-        str | None, flag("--instance ID", "Only this instance, by id or name.", complete_instances)
+        str | None,
+        flag("--instance ID", "Show only this instance, by id or name.", complete_instances),
     ] = None,
     host: Annotated[
-        str | None, flag("--host HOST", "In a fleet, the guests of this host; or give --instance.")
+        str | None,
+        flag("--host HOST", "In a fleet, the host to watch, unless --instance is given."),
     ] = None,
 ) -> None:
     """Show guests' requests as they are answered, until Ctrl-C; with --json one line per request."""
@@ -225,7 +232,7 @@ def watch(
     query = {} if network is None else {"network": network}
     query |= {} if instance is None else {"instance": instance}
     if host is not None and daemon.of_host:
-        raise RequestRefused("--host is of a fleet, and none is named", hint="--fleet URL")
+        raise RequestRefused("--host needs a fleet", hint="name a hub with --fleet URL")
     query |= {} if host is None else {"host": host}
     lines = [] if as_json else [_HEAD]
     while True:
@@ -234,7 +241,11 @@ def watch(
         if "host" in answer:  # only a fleet's answer names the host
             query["host"] = answer["host"]
         if answer["missed"]:
-            lines.append('{"missed": true}' if as_json else "… some were too many to show")
+            lines.append(
+                '{"missed": true}'
+                if as_json
+                else "… some requests are missing: there were too many"
+            )
         lines += [_line_of(one, as_json=as_json) for one in answer["requests"]]
         # `raw` flushes, also to a pipe. HAProxy has already encoded unprintable bytes as `#XX`.
         run.output.raw("".join(f"{line}\n" for line in lines).encode())
@@ -253,7 +264,7 @@ def _line_of(request: Shape, *, as_json: bool) -> str:
 
 
 token_app = typer.Typer(
-    help="Session tokens (IMDSv2): revoke, rotate, report.", no_args_is_help=True
+    help="Manage session tokens (IMDSv2): revoke, rotate, report.", no_args_is_help=True
 )
 
 
@@ -271,8 +282,8 @@ def rotate(run: options.Invocation) -> None:
     """Sign tokens with a new key; tokens of the two previous keys stay valid."""
     done = run.api().request("POST", path_to("token-keys", "rotate"))
     key = f"key {done['kid']}"
-    waiting = f"{key} signs once these hosts have it, and the same command is given again"
-    show_written(run.output, f"{key} signs tokens, {done['file']} has it", done, waiting=waiting)
+    waiting = f"{key} does not sign yet; when these hosts have the key, run the same command again"
+    show_written(run.output, f"{key} in {done['file']} signs tokens", done, waiting=waiting)
 
 
 @token_app.command("report")
@@ -282,24 +293,27 @@ def report(
     *,
     days: Annotated[
         int,
-        flag("--days N", "For so long no guest may have read without one, 1 to 7 (default: 7)."),
+        flag(
+            "--days N",
+            "Days for which no guest may have read without a token, 1 to 7 (default: 7).",
+        ),
     ] = 7,
     network: Annotated[
-        str | None, options.network_flag("The verdict on this network, not on the host.")
+        str | None, options.network_flag("Judge this network instead of the host.")
     ] = None,
     project: Annotated[
-        str | None, flag("--project ID", "The verdict on this project, not on the host.")
+        str | None, flag("--project ID", "Judge this project instead of the host.")
     ] = None,
     check: Annotated[
         bool,
-        flag("--check", "Exit 1 while tokens cannot be required, 75 while it is not known."),
+        flag(
+            "--check", "Exit 1 while tokens cannot be required, 75 while the answer is not known."
+        ),
     ] = False,
 ) -> None:
     """Show whether tokens can be required, which guests and clients read without tokens, and which trees stay open."""
     if network is not None and project is not None:
-        raise RequestRefused(
-            "token report takes --network or --project", hint="leave one of the two away"
-        )
+        raise RequestRefused("token report takes --network or --project, not both", hint="omit one")
     scope = {"network": network, "project": project}
     query = {name: value for name, value in scope.items() if value is not None}
     answer = run.daemon().get("/v1/token-report", {"days": str(days), **query})
@@ -314,7 +328,7 @@ def _show_report(output: Output, report: Shape) -> None:
     verdict = report["verdicts"][0]
     answer = verdict["ready"]
     colour = {"yes": "green", "no": "red"}.get(answer, "yellow")
-    output.styled(f"ready for required: [{colour}]{answer}[/], because {verdict['because']}")
+    output.styled(f"ready for required tokens: [{colour}]{answer}[/], because {verdict['because']}")
     about = "~" if report["one_in"] > 1 else ""
     output.table(
         (row for guest in report["guests"] for row in _rows(guest, about)),
@@ -331,31 +345,31 @@ def _remarks(report: Shape) -> Iterator[str]:
     days = max(0.0, (time.time() - report["since"]) / _DAY_S)
     yield f"[dim]counted since {spell_time(report['since'])}, {days:.1f} days[/]"
     if report["guests"]:
-        yield "[dim]READS and REFUSED are the guest's, its clients are samples[/]"
+        yield "[dim]READS and REFUSED count all clients of a guest; the listed clients are samples[/]"
     others = [one for one in report["verdicts"] if one["scope"] != "host" and one["ready"] == "no"]
     if others and len(others) < len(report["verdicts"]) - 1:
         named = (f"{one['scope']} {one['id']}" for one in others[:_TREES_SHOWN])
         more = ", …" if len(others) > _TREES_SHOWN else ""
         yield f"[dim]not ready: {', '.join(named)}{more}[/]"
     if one_in == 0:
-        yield "[yellow]warning:[/] only refused reads are counted, and no others"
-        yield "[dim]hint:[/] tokens.count_reads: sampled, then imdsproxy reload, and come back after a while"
+        yield "[yellow]warning:[/] only refused reads are counted"
+        yield "[dim]hint:[/] set tokens.count_reads: sampled, run `imdsproxy reload`, and look again later"
     elif one_in > 1:
         yield (
-            f"[dim]READS is about: one read in {one_in} is counted, by chance. Frequent readers are seen, "
-            "rare ones may not be: tokens.count_reads: all counts each[/]"
+            f"[dim]READS is an estimate: one read in {one_in} is counted, at random. Rare readers may be missing; "
+            "tokens.count_reads: all counts every read[/]"
         )
     for one in trees:
         yield (
             f"[yellow]warning:[/] {one['tree']} gives instance {one['instance']} in {one['network']} "
-            "the user-data that another tree denies, or gives for a token only"
+            "user-data that another tree denies, or gives only for a token"
         )
     if (more := report["open_tree_count"] - len(trees)) > 0:
-        yield f"[yellow]warning:[/] so do {more} more"
+        yield f"[yellow]warning:[/] {more} more such instances"
     if trees:
         yield (
-            "[dim]hint:[/] policy: openstack_tokens, nocloud_tokens or seal_user_data lock it after the boot, "
-            "and paths at once"
+            "[dim]hint:[/] in the policy, openstack_tokens, nocloud_tokens or seal_user_data locks the tree after the "
+            "boot, paths at once"
         )
 
 

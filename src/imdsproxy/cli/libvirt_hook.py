@@ -10,9 +10,13 @@ from imdsproxy.cli.options import argument
 def libvirt_hook(
     run: options.Invocation,
     domain: Annotated[str, argument("DOMAIN", "The domain's name.")],
-    operation: Annotated[str, argument("OPERATION", "migrate or release; others do nothing.")],
+    operation: Annotated[
+        str, argument("OPERATION", "migrate or release; other operations are ignored.")
+    ],
     suboperation: Annotated[str, argument("SUBOPERATION", "begin or end.")],
-    extra: Annotated[str, argument("EXTRA", "Of release, why the domain has stopped.")] = "-",
+    extra: Annotated[
+        str, argument("EXTRA", "With release, the reason why the domain stopped.")
+    ] = "-",
 ) -> None:
     """Handle a call of libvirt's hook, with the domain's XML on standard input: move an instance with its guest.
 

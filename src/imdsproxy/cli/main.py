@@ -142,7 +142,7 @@ def _usage(error: CommandLineError, invocation: options.Invocation) -> int:
         return options.USAGE
     context = getattr(error, "ctx", None)
     path = "imdsproxy" if context is None else context.command_path
-    hint = f"`{path} --help` says what it takes"
+    hint = f"see `{path} --help`"
     # typer's list of valid values contains line breaks and tabs.
     message = " ".join(message.split())
     if (unknown := _UNKNOWN.match(message)) is not None and context is not None:
@@ -195,7 +195,7 @@ def _root(
         bool,
         typer.Option(
             "--version",
-            help="The version of this program.",
+            help="Show the version of this program.",
             show_default=False,
             metavar="",
             is_eager=True,
@@ -308,7 +308,7 @@ def _hide_type_of_help(command: Any) -> None:
 @options.bare_command
 def completion(
     run: options.Invocation,
-    shell: Annotated[str, options.argument("|".join(SHELLS), "For which shell.")],
+    shell: Annotated[str, options.argument("|".join(SHELLS), "The shell that runs the script.")],
 ) -> None:
     """Print the script that lets a shell complete commands, options, and names of networks and instances."""
     if shell not in SHELLS:

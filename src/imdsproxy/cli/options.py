@@ -106,24 +106,26 @@ def network_flag(help_text: str) -> OptionInfo:
 
 
 Config: TypeAlias = Annotated[
-    Path | None, flag("--config -c FILE", "Settings (default: /etc/imdsproxy/imdsproxy.yaml).")
+    Path | None,
+    flag("--config -c FILE", "The settings file (default: /etc/imdsproxy/imdsproxy.yaml)."),
 ]
 Socket: TypeAlias = Annotated[
     Path | None,
-    flag("--socket -s PATH", "The daemon's admin socket (default: as the settings have it)."),
+    flag("--socket -s PATH", "The daemon's admin socket (default: from the settings)."),
 ]
 Fleet: TypeAlias = Annotated[
     list[str] | None,
     flag(
         "--fleet URL",
-        "A fleet's hub, https://ADDRESS:PORT, in place of this host's daemon; of several the first that answers.",
+        "Use a fleet's hub, https://ADDRESS:PORT, instead of this host's daemon; may be repeated: the first that "
+        "answers.",
     ),
 ]
 Certificate: TypeAlias = Annotated[
     Path | None,
     flag(
         "--fleet-certificate FILE",
-        "With --fleet, what `fleet operator` made (default: /etc/imdsproxy/fleet/operator.pem).",
+        "With --fleet, the operator's certificate from `fleet operator` (default: /etc/imdsproxy/fleet/operator.pem).",
     ),
 ]
 Json: TypeAlias = Annotated[bool, flag("--json", "Print JSON, for programs.")]
@@ -180,13 +182,15 @@ class Invocation:
         urls = self.fleet or tuple(self.settings.operator.hubs)
         if not urls:
             raise RequestRefused(
-                "this command is about a fleet, and none is named",
-                hint="`imdsproxy --fleet https://HUB:8469 …`, or operator.hubs in the settings",
+                "this command needs a fleet, but no hub is given",
+                hint="use `imdsproxy --fleet https://HUB:8469 …`, or set operator.hubs",
             )
         for url in urls:
             where = urlsplit(url)
             if where.scheme != "https" or not where.hostname:
-                raise RequestRefused(f"{url} is no URL of a hub", hint="https://ADDRESS:8469")
+                raise RequestRefused(
+                    f"{url} is not the URL of a hub", hint="use https://ADDRESS:8469"
+                )
         certificate = self.certificate or self.settings.operator.certificate
         return FleetClient(certificate, urls, waiting=None)
 
@@ -243,8 +247,8 @@ def command(
         asked = invocation(context, **given)
         if asked.fleet and "fleet" not in shared:
             raise RequestRefused(
-                f"`{context.command_path}` is about this host, and --fleet names a fleet",
-                hint="run it on the host, without --fleet; `imdsproxy fleet --help` has what is about a fleet",
+                f"`{context.command_path}` works on this host only, but --fleet names a fleet",
+                hint="run it on the host, without --fleet; `imdsproxy fleet --help` lists commands for a fleet",
             )
         return function(asked, **values)
 

@@ -110,8 +110,8 @@ class Output:
 
         if self.as_json or not (sys.stdin.isatty() and sys.stderr.isatty()):
             raise RequestRefused(
-                f"there is no terminal to ask at: {question}?",
-                hint=f"give {instead} to go on without a question",
+                f"cannot ask without a terminal: {question}?",
+                hint=f"use {instead} to continue without a question",
             )
         sys.stderr.write(f"{question}? [y/N] ")
         sys.stderr.flush()
@@ -221,7 +221,7 @@ class Output:
         _print_lines(sys.stderr, lines)
 
 
-_REST: Final = "--json has all"
+_REST: Final = "see --json"
 
 
 def first_lines(lines: Sequence[str], rest: str = _REST) -> list[str]:

@@ -16,14 +16,16 @@ from imdsproxy.errors import RequestRefused
 from imdsproxy.model.records.network import POLICY
 
 policy_app = typer.Typer(
-    help="Policies of a fleet: list, show, set, clear. Networks and instances have theirs in their records.",
+    help="Manage policies of a fleet: list, show, set, clear. Policies of networks and instances are in their records.",
     no_args_is_help=True,
 )
 _PLACE: Final = argument("SCOPE", "fleet, host/ID or project/ID.")
 _CLEAR: Final = {
     "clear": Annotated[
         list[str] | None,
-        flag("--clear RULE", "Leave a rule to less specific scopes; may be repeated."),
+        flag(
+            "--clear RULE", "Remove a rule, so that less specific scopes decide; may be repeated."
+        ),
     ]
 }
 
@@ -36,7 +38,7 @@ def list_policies(run: Invocation) -> None:
         run.hubs().get("/v1/policies"),
         lambda output, shapes: output.table(
             ({"SCOPE": clean(one["place"]), "RULES": clean(_spell(one))} for one in shapes),
-            empty="no scope has rules: `imdsproxy policy set` sets some",
+            empty="no scope has rules: set some with `imdsproxy policy set`",
             keep=("SCOPE",),
         ),
     )

@@ -123,11 +123,11 @@ def _ports_of(
         port: dict[str, Json] = {"network": network, "mac": mac, "addresses": [*(addresses or ())]}
         ports.append({key: value for key, value in port.items() if value})
     elif mac is not None or addresses:
-        raise wrong_flag("ports", "--mac and --address need a --network", "--network NET")
+        raise wrong_flag("ports", "--mac and --address need a --network", "add --network NET")
     for text in more or ():
         port = _parts("--port", text.split(","))
         if "network" not in port:
-            hint = "--port network=NET,mac=…,address=…"
+            hint = "use --port network=NET,mac=…,address=…"
             raise wrong_flag("ports", f"{text} has no network", hint)
         ports.append(port)
     return ports
@@ -147,7 +147,7 @@ def _parts(flag: str, texts: Sequence[str]) -> dict[str, Json]:
         name, equals, value = text.partition("=")
         if not equals or name not in known:
             words = ",".join(f"{name}=…" for name in known)
-            raise wrong_flag(flag.strip("-"), f"{text} is not understood", f"{flag} …,{words}")
+            raise wrong_flag(flag.strip("-"), f"{text} is not understood", f"use {flag} …,{words}")
         if known[name] in ("dns", "addresses"):
             cast("list[Json]", found.setdefault(known[name], [])).append(value)
         else:
@@ -175,12 +175,14 @@ def _ssh_keys_of(given: Sequence[str]) -> Json:
             continue
         content = read_bytes(Path(text)).decode(errors="replace")
         if _PRIVATE in content:
-            hint = f"its public half is mostly {text}.pub"
-            raise wrong_flag("ssh_keys", f"{text} is a private key, which no guest is to see", hint)
+            hint = f"the public key is usually {text}.pub"
+            raise wrong_flag("ssh_keys", f"{text} is a private key, which no guest may see", hint)
         lines = content.splitlines()
         found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
         if not found:
-            raise wrong_flag("ssh_keys", f"{text} holds no key", "a .pub file, or the key itself")
+            raise wrong_flag(
+                "ssh_keys", f"{text} contains no key", "use a .pub file, or the key itself"
+            )
         keys.extend(found)
     return keys
 
@@ -192,16 +194,16 @@ def _payload_of(path: Path) -> Json:
 def _text_of(path: Path) -> Json:
     payload = _payload_of(path)
     if isinstance(payload, dict):
-        raise wrong_flag("vendor_data", f"{path} is not UTF-8 text", "YAML, JSON or plain text")
+        raise wrong_flag("vendor_data", f"{path} is not UTF-8 text", "use YAML, JSON or plain text")
     return payload
 
 
 def _tags_of(texts: Sequence[str]) -> Json:
-    return _pairs(texts, "tags", "has no value", "--tag NAME=VALUE")
+    return _pairs(texts, "tags", "has no value", "use --tag NAME=VALUE")
 
 
 def _paths_of(added: Sequence[str] | None, removed: Sequence[str] | None) -> Json:
-    lacks, hint = "has no rule for the path", "--path-rule /latest/user-data=deny"
+    lacks, hint = "has no rule for the path", "use --path-rule /latest/user-data=deny"
     paths = _pairs(added or (), "policy.paths", lacks, hint, str.rpartition)
     return {**dict.fromkeys(removed or ()), **paths}
 
@@ -231,27 +233,27 @@ _SPECIAL: Final[Mapping[str, tuple[Callable[..., Json], Mapping[str, object]]]] 
             "network": Annotated[
                 str | None,
                 network_flag(
-                    "The network of its port, by id or name; with --mac and --address it replaces all ports."
+                    "The network of the port, by id or name; with --mac and --address, this port replaces all ports."
                 ),
             ],
             "mac": Annotated[str | None, flag("--mac MAC", "The port's MAC.")],
             "address": _many("--address ADDRESS", "An address of the port"),
-            "port": _many("--port network=NET[,mac=M][,address=A]...", "A further port"),
+            "port": _many("--port network=NET[,mac=M][,address=A]...", "Another port"),
         },
     ),
     "ssh_keys": (
         _ssh_keys_of,
-        {"ssh_key": _many("--ssh-key FILE|KEY", "Public key, or a file of them")},
+        {"ssh_key": _many("--ssh-key FILE|KEY", "A public key, or a file of public keys")},
     ),
     "tags": (_tags_of, {"tag": _many("--tag NAME=VALUE", "A tag")}),
-    "user_data": (_payload_of, {"user_data": _file("--user-data", "Its bytes as they are")}),
-    "vendor_data": (_text_of, {"vendor_data": _file("--vendor-data", "Text")}),
+    "user_data": (_payload_of, {"user_data": _file("--user-data", "User-data, sent unchanged")}),
+    "vendor_data": (_text_of, {"vendor_data": _file("--vendor-data", "Vendor-data, a text")}),
     "paths": (
         _paths_of,
         {
             "path_rule": _many(
                 f"--path-rule PATH={'|'.join(PathWord)}",
-                "Set a rule for a path and everything below it, as /latest/user-data=deny",
+                "Set the rule for a path and all paths below it, as /latest/user-data=deny",
             ),
             "no_path_rule": _many("--no-path-rule PATH", "Remove the rule for a path"),
         },

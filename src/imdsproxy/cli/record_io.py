@@ -32,7 +32,7 @@ def show_rows(output: Output, kind: str, shapes: Iterable[Shape]) -> None:
     """Print a table of networks or instances."""
     output.table(
         map(_network_row if kind == "network" else _instance_row, shapes),
-        empty=f"no {kind}s: `imdsproxy {kind} add` makes one",
+        empty=f"no {kind}s: add one with `imdsproxy {kind} add`",
         keep=(kind.upper(), "INSTANCES", "USER DATA", "SOURCE", "STATE"),
         right=("INSTANCES", "USER DATA"),
         spare=("NAME", "INSTANCES", "USER DATA", "SOURCE"),
@@ -170,7 +170,7 @@ def say_written(output: Output, what: str, written: Shape, *, waiting: str | Non
     rest = "imdsproxy fleet hosts" if "hosts" in written else "imdsproxy status"
     lines = first_lines(written.get("pending", ()), rest)
     if written["applied"]:
-        output.styled(f"[green]done:[/] {clean(what)}{'; later on:' if lines else ''}")
+        output.styled(f"[green]done:[/] {clean(what)}{'; later:' if lines else ''}")
     elif waiting is not None:
         output.styled(f"[yellow]not yet:[/] {clean(waiting)}:")
     else:
@@ -179,15 +179,14 @@ def say_written(output: Output, what: str, written: Shape, *, waiting: str | Non
     output.styled(*(f"[yellow]warning:[/] {clean(one)}" for one in written.get("warnings", ())))
     if (shared := written.get("shared")) is not None:
         output.styled(
-            "[yellow]warning:[/] on this host only: its tokens go on being good on every other host that has the keys "
-            f"of {clean(shared)}",
-            "[dim]hint:[/] revoke there too, where it may run within the six hours that a token can live",
+            f"[yellow]warning:[/] the tokens stay valid on other hosts with the keys of {clean(shared)}",
+            "[dim]hint:[/] also revoke them where the instance may run within six hours, the lifetime of a token",
         )
     if of_fleet := written.get("of_fleet"):
         number = spell_count(of_fleet, "instance")
         output.styled(
-            f"[yellow]warning:[/] {number} of the fleet: the fleet's keys sign their tokens as before",
-            "[dim]hint:[/] the same command with --fleet URL, where a hub is",
+            f"[yellow]warning:[/] the fleet's keys still sign the tokens of {number} of the fleet",
+            "[dim]hint:[/] run the same command with --fleet URL of a hub",
         )
 
 
@@ -208,10 +207,10 @@ def read_record_file(path: Path, note: Note, tables: Tables = TABLES) -> Records
         tables=tables,
     )
     if records.all_problems:
-        raise RequestRefused(f"{name} is not acceptable", problems=records.all_problems)
+        raise RequestRefused(f"{name} has invalid records", problems=records.all_problems)
     if not records.networks and not records.instances:
         raise RequestRefused(
-            f"{name} holds no records", hint="it needs a list `networks:` or `instances:`"
+            f"{name} contains no records", hint="add a list `networks:` or `instances:`"
         )
     return records
 
@@ -255,17 +254,17 @@ def import_domain(daemon: Client, uri: str, name: str, network: str | None) -> d
     domain, networks = read_domain(uri, name)
     if domain.problems:
         raise RequestRefused(
-            f"the metadata of domain {domain.name} is not acceptable", problems=domain.problems
+            f"the metadata of domain {domain.name} is invalid", problems=domain.problems
         )
     if not domain.interfaces:
         raise RequestRefused(
             f"domain {domain.name} has no NIC on a bridge of this host",
-            hint="its guest does not reach the host; macvtap and user mode do not either",
+            hint="the guest cannot reach the host; macvtap and user-mode networks cannot be used either",
         )
     if network is not None and len(domain.interfaces) > 1:
         raise RequestRefused(
-            f"domain {domain.name} has {len(domain.interfaces)} NICs, and --network is one",
-            hint="omit it, or name each NIC with --port network=NET,mac=MAC",
+            f"domain {domain.name} has {len(domain.interfaces)} NICs, but --network names one network",
+            hint="omit --network, or describe each NIC with --port network=NET,mac=MAC",
         )
     records = [shape["record"] for shape in daemon.get("/v1/networks")]
     by_id = {record["id"]: record["id"] for record in records}
@@ -281,12 +280,12 @@ def import_domain(daemon: Client, uri: str, name: str, network: str | None) -> d
         device = interface.bridge if plugged is None else plugged.bridge
         where = network or by_device.get(device) or by_id.get(interface.network)
         if where is None:
-            hint = "--network NET says where"
+            hint = "name its network with --network NET"
             if device is not None:
-                hint = f"`imdsproxy network add --bridge {device}` makes one; {hint} else"
+                hint = f"add it with `imdsproxy network add --bridge {device}`, or {hint}"
             raise RequestRefused(
-                f"no network is reached through {device or interface.network}, "
-                f"where {domain.name} has its NIC {interface.mac}",
+                f"no network has the listener {device or interface.network}, "
+                f"to which NIC {interface.mac} of {domain.name} is attached",
                 hint=hint,
             )
         hosts = () if plugged is None else plugged.hosts

@@ -33,23 +33,23 @@ _FILE: Final = {
         Path | None,
         flag(
             "--file -f FILE",
-            "Records in YAML or JSON (`networks:` and `instances:`); - is standard input.",
+            "Read records in YAML or JSON (`networks:` and `instances:`); - is standard input.",
         ),
     ]
 }
 _CLEAR: Final = {
     "clear": Annotated[
-        list[str] | None, flag("--clear KEY", "Clear a key, as user_data; may be repeated.")
+        list[str] | None, flag("--clear KEY", "Remove a key, as user_data; may be repeated.")
     ]
 }
 _IfRevision: TypeAlias = Annotated[
     int | None,
-    flag("--if-revision N", "In a fleet, refuse unless the record has this revision."),
+    flag("--if-revision N", "In a fleet, refuse the change unless the record has this revision."),
 ]
 _HOST: Final = {
     "host": Annotated[
         list[str] | None,
-        flag("--host HOST", "In a fleet, a host that serves it; may be repeated."),
+        flag("--host HOST", "In a fleet, a host that serves the instance; may be repeated."),
     ]
 }
 _FROM_LIBVIRT: Final = {
@@ -57,7 +57,7 @@ _FROM_LIBVIRT: Final = {
         str | None,
         flag(
             "--from-libvirt DOMAIN",
-            "Take NICs, keys, user data and id of a domain, once; other flags of a record win.",
+            "Copy NICs, keys, user-data and id from a domain, once; other flags have priority.",
         ),
     ]
 }
@@ -69,7 +69,8 @@ def _change(run: Invocation, kind: str, values: _Values, *, create: bool) -> Non
     if file is not None:
         if name is not None or any(value not in (None, []) for value in values.values()):
             raise RequestRefused(
-                "--file: goes with no id and no other flag of a record", hint="one or the other"
+                "--file cannot be combined with an id or other flags of a record",
+                hint="use --file alone, or flags without --file",
             )
         _send_file(run, file, create=create)
         return
@@ -86,16 +87,14 @@ def _change(run: Invocation, kind: str, values: _Values, *, create: bool) -> Non
         body["hosts"] = hosts
     if name is None:
         raise RequestRefused(
-            f"the {kind}'s id is missing", hint=f"imdsproxy {kind} … ID, or --file FILE"
+            f"the {kind}'s id is missing", hint=f"use `imdsproxy {kind} … ID`, or --file FILE"
         )
     if create:
         answer = run.api().request("POST", path_to(f"{kind}s"), body={"id": name, **body})
     elif body:
         answer = run.api().request("PATCH", path_to(f"{kind}s", name), query=query, body=body)
     else:
-        raise RequestRefused(
-            "nothing to change was given", hint=f"see `imdsproxy {kind} set --help`"
-        )
+        raise RequestRefused("no change was given", hint=f"see `imdsproxy {kind} set --help`")
     record_io.show_written(run.output, f"{kind} {name} {'added' if create else 'changed'}", answer)
 
 
@@ -105,7 +104,7 @@ def _network_keys(name: str | None, values: _Values, *, create: bool) -> _Keys:
     if create and not listener:
         raise RequestRefused(
             "a network needs a listener: --bridge DEV | --interface DEV | --namespace NAME",
-            hint="`imdsproxy network add red --bridge br-red`, or --file FILE",
+            hint="use `imdsproxy network add red --bridge br-red`, or --file FILE",
         )
     kinds = listener.keys() & {"bridge", "interface", "namespace"}
     # `--device` and `--manage-addresses` may stand alone for an existing namespace listener.
@@ -113,8 +112,8 @@ def _network_keys(name: str | None, values: _Values, *, create: bool) -> _Keys:
     if len(kinds) > 1 or (alone and (kinds or create)):
         raise wrong_flag(
             "listener",
-            "needs exactly one kind",
-            "--namespace NAME (with --device, --manage-addresses), --interface DEV or --bridge DEV",
+            "a listener has exactly one kind",
+            "use --namespace NAME (with --device, --manage-addresses), --interface DEV or --bridge DEV",
         )
     keys = keys_of(NETWORK, values)
     if kinds and not create:
@@ -130,8 +129,8 @@ def _instance_keys(run: Invocation, name: str | None, values: _Values, *, create
     if domain is not None:
         if values["mac"] or values["address"]:
             raise RequestRefused(
-                "--from-libvirt has the domain's own MACs",
-                hint="leave --mac and --address out; a static host of libvirt's network is its address",
+                "--from-libvirt uses the domain's MACs and addresses",
+                hint="omit --mac and --address; a static host of libvirt's network sets the address",
             )
         uri = run.settings.sources.libvirt.uri
         keys = record_io.import_domain(run.api(), uri, domain, values.pop("network"))
@@ -153,12 +152,13 @@ def _only_network(run: Invocation) -> str:
         return ids[0]
     if not ids:
         raise RequestRefused(
-            "there is no network yet for --mac and --address to be in",
-            hint="`imdsproxy network add --bridge DEV` makes one of a bridge",
+            "--mac and --address need a network, but there is none yet",
+            hint="`imdsproxy network add --bridge DEV` adds the network of a bridge",
         )
     shown = ", ".join(ids[:_NAMED]) + (", …" if len(ids) > _NAMED else "")
     raise RequestRefused(
-        f"--mac and --address need a --network: there are {len(ids)}", hint=f"one of {shown}"
+        f"--mac and --address need a --network: there are {len(ids)} networks",
+        hint=f"use one of {shown}",
     )
 
 
@@ -170,7 +170,9 @@ def _send_file(run: Invocation, file: Path, *, create: bool) -> None:
         records = record_io.read_record_file(file, note, tables)
 
         def show(steps: Sequence[Shape]) -> None:
-            for step in steps or ({"what": "waiting until it is in force", "done": 0, "of": 0},):
+            for step in steps or (
+                {"what": "waiting until the change is in force", "done": 0, "of": 0},
+            ):
                 note(step["what"], step["done"], step["of"])
 
         query = {"create": "true"} if create else {}
@@ -238,14 +240,14 @@ def _make_app(
 
     define_change(
         "add",
-        f"Add {article} {kind}; with --file many {kind}s and {other}, all or none.",
+        f"Add {article} {kind}, or with --file many {kind}s and {other}: all or none.",
         argument("[ID]", new_id),
         add_flags,
     )
     define_change(
         "set",
-        f"Change what is given of {article} {kind} (a list as a whole); with --file add and replace many.",
-        argument("[ID]", f"The {kind}'s id or name; none with --file.", names),
+        f"Change the given keys of {article} {kind} (a list as a whole), or with --file add and replace many.",
+        argument("[ID]", f"The {kind}'s id or name; omit it with --file.", names),
         _CLEAR,
     )
 
@@ -255,13 +257,13 @@ def _make_app(
         given = {key: value for key, value in query.items() if value is not None}
         api = run.api()
         if "host" in given and api.of_host:
-            raise RequestRefused("--host: this is no fleet", hint="--fleet URL names a hub of one")
+            raise RequestRefused("--host needs a fleet", hint="name a hub with --fleet URL")
         run.output.answer(
             api.get(path_to(f"{kind}s"), given),
             lambda output, shapes: record_io.show_rows(output, kind, shapes),
         )
 
-    @app.command("show", help=f"One {kind} as a record that --file takes back.")
+    @app.command("show", help=f"Show {article} {kind} as a record that --file accepts.")
     @command
     def show(
         run: Invocation, record: Annotated[str, argument("ID", f"The {kind}'s id or name.", names)]
@@ -275,7 +277,9 @@ def _make_app(
     @command
     def remove(
         run: Invocation,
-        records: Annotated[list[str], argument("ID...", "Their ids or names.", names)],
+        records: Annotated[
+            list[str], argument("ID...", f"The ids or names of the {kind}s.", names)
+        ],
         *,
         if_revision: _IfRevision = None,
     ) -> None:
@@ -286,10 +290,10 @@ def _make_app(
 
 network_app = _make_app(
     "network",
-    "Networks: add, list, show, set, remove.",
-    new_id="Its id (default: the name of the bridge, interface or namespace).",
-    list_help="Every network, how it is reached, and whether it is served.",
-    remove_help="Remove networks that no instance has a port in.",
+    "Manage networks: add, list, show, set, remove.",
+    new_id="The network's id (default: the name of the bridge, interface or namespace).",
+    list_help="List all networks with their listeners, and whether each is served.",
+    remove_help="Remove networks in which no instance has a port.",
     table=NETWORK,
     flags={},
     add_flags={},
@@ -298,25 +302,34 @@ network_app = _make_app(
 
 instance_app = _make_app(
     "instance",
-    "Instances: add, list, show, set, remove, reopen, password, move.",
-    new_id="Its id (default: made of --name, or the domain's UUID).",
-    list_help="Every instance, or those that match.",
-    remove_help="Remove instances; their guests get no more answers.",
+    "Manage instances: add, list, show, set, remove, reopen, password, move.",
+    new_id="The instance's id (default: derived from --name, or the domain's UUID).",
+    list_help="List all instances, or those that match.",
+    remove_help="Remove instances; their guests get no answers from then on.",
     table=INSTANCE,
     flags=_FROM_LIBVIRT | _HOST,
     add_flags={
         "network": Annotated[
             str | None,
-            network_flag("The network of its port, by id or name (default: the only one)."),
+            network_flag(
+                "The network of the instance's port, by id or name (default: the only network)."
+            ),
         ]
     },
     list_flags={
-        "network": Annotated[str | None, network_flag("Only those in this network.")],
-        "project": Annotated[str | None, flag("--project ID", "Only those of this project.")],
-        "host": Annotated[str | None, flag("--host HOST", "In a fleet, only those on this host.")],
+        "network": Annotated[str | None, network_flag("List only instances in this network.")],
+        "project": Annotated[
+            str | None, flag("--project ID", "List only instances of this project.")
+        ],
+        "host": Annotated[
+            str | None, flag("--host HOST", "In a fleet, list only instances on this host.")
+        ],
         "text": Annotated[
             str | None,
-            flag("--search WORDS", "Only those with each word in an id, name, tag or address."),
+            flag(
+                "--search WORDS",
+                "List only instances with each word in an id, name, tag or address.",
+            ),
         ],
     },
 )
@@ -329,7 +342,7 @@ def password(
     instance: _Id,
     *,
     clear: Annotated[
-        bool, flag("--clear", "Forget it, so that the guest can post another.")
+        bool, flag("--clear", "Remove the password, so that the guest can post another.")
     ] = False,
 ) -> None:
     """Show the password that a guest posted, encrypted with the instance's key; with --clear remove it."""
@@ -349,7 +362,7 @@ def password(
 def reopen(run: Invocation, instance: _Id) -> None:
     """Restart an instance's boot grace: sealed user-data and locked trees are open until it ends."""
     answer = run.api().request("POST", path_to("instances", instance, "reopen"))
-    record_io.show_written(run.output, f"instance {instance} boots anew", answer)
+    record_io.show_written(run.output, f"boot grace of instance {instance} restarted", answer)
 
 
 @instance_app.command("move")
@@ -359,14 +372,17 @@ def move(
     instance: _Id,
     *,
     to: Annotated[
-        str | None, flag("--to HOST", "The host that it moves to; needless with --finish.")
+        str | None, flag("--to HOST", "The host to move the instance to; not needed with --finish.")
     ] = None,
     finish: Annotated[
-        bool, flag("--finish", "Its guest runs there now: no other host serves it.")
+        bool, flag("--finish", "The guest runs on the new host: stop serving it elsewhere.")
     ] = False,
-    cancel: Annotated[bool, flag("--cancel", "Its guest stays where it was.")] = False,
+    cancel: Annotated[
+        bool, flag("--cancel", "Cancel the move: the guest stays on the old host.")
+    ] = False,
     now: Annotated[
-        bool, flag("--now", "Finish as soon as the new host serves it: nothing migrates.")
+        bool,
+        flag("--now", "Finish as soon as the new host serves the instance: no guest migrates."),
     ] = False,
 ) -> None:
     """Move an instance in a fleet: serve it on the new host too before its guest migrates; then run with --finish."""

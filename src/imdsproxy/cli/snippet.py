@@ -19,15 +19,15 @@ def snippet(
     instance: options.Instance,
     target: Annotated[
         snippets.Target,
-        options.flag(f"--for {'|'.join(snippets.Target)}", "The hypervisor to write it for."),
+        options.flag(f"--for {'|'.join(snippets.Target)}", "The hypervisor of the guest."),
     ],
     *,
     dialect: Annotated[
         Dialect | None,
         options.flag(
             f"--dialect {'|'.join(Dialect)}",
-            "Which documents the guest is to ask for (default: openstack, nocloud for Incus, "
-            "or what the instance has).",
+            "Documents that the guest requests (default: openstack; nocloud for Incus; or a dialect that the "
+            "instance has).",
         ),
     ] = None,
 ) -> None:
@@ -43,13 +43,13 @@ def snippet(
     if dialect is not None and dialect not in dialects:
         raise RequestRefused(
             f"instance {instance} has no {dialect} documents (it has: {', '.join(sorted(dialects)) or 'none'})",
-            hint="omit --dialect, or turn it on with `imdsproxy instance set`",
+            hint="omit --dialect, or enable the dialect with `imdsproxy instance set`",
         )
     chosen = dialect or snippets.choose_dialect(target, dialects)
     if chosen is None:
         raise RequestRefused(
-            f"instance {instance} has no documents to ask for",
-            hint=f"`imdsproxy instance set {instance} --openstack` turns a dialect on",
+            f"instance {instance} has no documents",
+            hint=f"enable a dialect, as `imdsproxy instance set {instance} --openstack`",
         )
     parts = snippets.render_snippet(record, networks, target, chosen, _host_has)
     answer = {

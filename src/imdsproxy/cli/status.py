@@ -39,7 +39,7 @@ def status(
         bool,
         flag(
             "--wait",
-            "Wait until the daemon is ready, at most ten seconds for one that answers nothing yet.",
+            "Wait until the daemon is ready, at most ten seconds for its first answer.",
         ),
     ] = False,
 ) -> None:
@@ -111,14 +111,14 @@ def _show_status(output: Output, answer: Shape) -> None:
     output.table(nova, apart=True, keep=("NOVA",), right=numbers)
     busiest = (
         {
-            "ASKS FOR MOST": one["instance"] or f"unknown guests of {one['network']}",
+            "MOST REQUESTS": one["instance"] or f"unknown guests of {one['network']}",
             "REQUESTS": str(one["requests"]),
             "CONNECTIONS": str(one["connections"]),
             "": "[red]limited[/]" if one["limited"] else "",
         }
         for one in report["busiest"]
     )
-    output.table(busiest, apart=True, keep=("ASKS FOR MOST",), right=numbers)
+    output.table(busiest, apart=True, keep=("MOST REQUESTS",), right=numbers)
     not_served = (
         {
             "NOT SERVED": one["network"],
@@ -151,7 +151,7 @@ def _facts(report: Shape) -> Iterator[tuple[str, list[str]]]:
         yield "unix listener", [line]
     yield "macs", list(_macs(report["macs"]))
     if unmatched := ", ".join(report["unmatched_policies"]):
-        yield "policy", [f"[yellow]for names that are not known[/]: {unmatched}"]
+        yield "policy", [f"[yellow]for unknown names[/]: {unmatched}"]
     if (audit := report["audit"]) is not None:
         lost = f", [yellow]{audit['lost']} skipped[/]" if audit["lost"] else ""
         problem = [f"[red]not written[/] {audit['problem']}"] if audit["problem"] else []
@@ -192,7 +192,7 @@ def _haproxy(haproxy: Shape) -> Iterator[str]:
 def _documents(documents: Shape) -> Iterator[str]:
     parent, *workers = documents["pids"] or [None]
     if not documents["needed"]:
-        yield "off: all documents are Nova's"
+        yield "off: all documents come from Nova"
     elif parent is None:
         yield f"[red]not running[/] {documents['problem']}".rstrip()
     else:
@@ -205,9 +205,9 @@ def _fleet(fleet: Shape) -> Iterator[str]:
     hub = f"by {fleet['hub']}, {age}" if fleet["hub"] else f"[red]no hub[/], {age}"
     yield f"revision {fleet['revision']} with {spell_count(fleet['items'], 'item')}, {hub}"
     if (left_s := fleet["serves_for_s"]) == 0:
-        yield "[red]guests of its instances get 503[/]: sources.fleet.serve_without_hubs_s is over"
+        yield "[red]guests of the fleet's instances get 503[/]: sources.fleet.serve_without_hubs_s is over"
     elif left_s is not None and not fleet["hub"]:
-        yield f"[yellow]without a hub its instances are served for {spell_duration(left_s)}[/]"
+        yield f"[yellow]without a hub, the fleet's instances are served for {spell_duration(left_s)}[/]"
     if fleet["held"]:
         yield f"[yellow]held[/]: {', '.join(first_lines(fleet['held']))}"
     yield from first_lines([f"[red]{item}[/]: {why}" for item, why in fleet["failing"].items()])
@@ -236,10 +236,13 @@ def _show_problems(output: Output, report: Shape) -> None:
         ]
     )
     if warnings := report.get("warnings"):
-        output.styled("", "[bold yellow]names that guests see otherwise, or not at all[/]")
+        output.styled("", "[bold yellow]names that guests see changed, or not at all[/]")
         output.styled(*(f"  {clean(one)}" for one in warnings))
     if foreign := report.get("foreign"):
-        output.styled("", "[bold yellow]other programs that listen there, and get no request[/]")
+        output.styled(
+            "",
+            "[bold yellow]other programs that listen on served addresses, but get no requests[/]",
+        )
         output.styled(*(f"  {clean(one)}" for one in foreign))
     if count := sum(map(len, groups)):
         output.styled("", f"[bold red]{count:,} problem{'s' if count > 1 else ''}[/]")

@@ -21,35 +21,43 @@ KINDS: Final = ("ovn", "l3", "dhcp")
 
 _TIMEOUT_S: Final = 120.0
 _NAMES: Final = "|".join(KINDS)
-_BOTH: Final = "guests are served all the while"
+_BOTH: Final = "guests were served throughout"
 
-What = Annotated[str, argument(_NAMES, "Whose networks: those of OVN's, the L3 or the DHCP agent.")]
-DryRun = Annotated[bool, flag("--dry-run", "Print the plan, and change nothing.")]
+What = Annotated[str, argument(_NAMES, "The agent to replace: OVN's, the L3 or the DHCP agent.")]
+DryRun = Annotated[bool, flag("--dry-run", "Print the plan without any change.")]
 StopAgent = Annotated[
     str,
     flag(
         "--stop-agent COMMAND",
-        "Stops the agent for good (default: disables and stops its unit of systemd); 'docker stop NAME' for a "
-        "container.",
+        "Command that stops the agent permanently (default: disable and stop its systemd unit), as "
+        "'docker stop NAME'.",
     ),
 ]
 StartAgent = Annotated[
-    str, flag("--start-agent COMMAND", "Starts it again (default: enables and starts its unit).")
+    str,
+    flag(
+        "--start-agent COMMAND",
+        "Command that starts the agent again (default: enable and start its systemd unit).",
+    ),
 ]
 Restart = Annotated[
-    str, flag("--restart COMMAND", "Restarts imdsproxy's controller (default: its unit).")
+    str,
+    flag(
+        "--restart COMMAND",
+        "Command that restarts imdsproxy's controller (default: restart its systemd unit).",
+    ),
 ]
 NamedAgent = Annotated[
     int | None,
     flag(
         "--agent PID",
-        "This process is the agent, whatever unit or container it belongs to.",
+        "Take this process for the agent, whatever unit or container it belongs to.",
     ),
 ]
-Yes = Annotated[bool, flag("--yes", "Do what the plan says without a question.")]
+Yes = Annotated[bool, flag("--yes", "Carry out the plan without a question.")]
 Timeout = Annotated[
     float,
-    flag("--timeout SECONDS", f"The longest wait of one step (default: {_TIMEOUT_S:.0f})."),
+    flag("--timeout SECONDS", f"Longest duration of one step (default: {_TIMEOUT_S:.0f})."),
 ]
 
 
@@ -124,7 +132,7 @@ def _observe(
     from imdsproxy.tools.takeover.observe import observe
 
     if what not in KINDS:
-        raise RequestRefused(f"there is no takeover of {what}", hint=f"one of {', '.join(KINDS)}")
+        raise RequestRefused(f"there is no agent {what}", hint=f"one of {', '.join(KINDS)}")
     kind: Takeover = importlib.import_module(f"imdsproxy.tools.takeover.{what}").KIND
     directory = (run.config or DEFAULT_CONFIG).absolute().parent
     seen = observe(kind, run.daemon(), run.load(), directory=directory, given=given, named=named)
@@ -135,21 +143,19 @@ def _lacks_commands(kind: Kind, seen: Seen, *, back: bool = False) -> Iterator[P
     if not seen.commands.restart:
         yield Problem(
             "--restart",
-            "imdsproxy's controller has no unit of systemd",
-            "--restart 'podman restart imdsproxy'",
+            "imdsproxy's controller has no systemd unit",
+            "name the command, as --restart 'podman restart imdsproxy'",
         )
     if back and not seen.agents and not seen.commands.start:
-        yield Problem(
-            "--start-agent", "it is not known how the agent is started", "give the command"
-        )
+        yield Problem("--start-agent", "the command that starts the agent is not known", "name it")
     if kind.runs_on:
         return
     if not back and seen.agents and not (seen.commands.stop and seen.commands.start):
         agent = seen.agents[0]
         yield Problem(
             "--stop-agent and --start-agent",
-            f"{agent.program} (pid {agent.pid}) has no unit of systemd",
-            "--stop-agent 'docker stop NAME' --start-agent 'docker start NAME'",
+            f"{agent.program} (pid {agent.pid}) has no systemd unit",
+            "name the commands, as --stop-agent 'docker stop NAME' --start-agent 'docker start NAME'",
         )
 
 
@@ -158,8 +164,8 @@ def _lacks_belief(seen: Seen) -> Iterator[Problem]:
     for suspect in () if seen.agents else seen.suspects:
         yield Problem(
             f"process {suspect.pid}",
-            f"looks like {suspect.program}, and is not believed: {suspect.reason}",
-            f"--agent {suspect.pid} if it is the agent, else end it",
+            f"the process looks like {suspect.program}, but cannot be trusted: {suspect.reason}",
+            f"if it is the agent, use --agent {suspect.pid}; otherwise end it",
         )
 
 
@@ -169,12 +175,12 @@ def _carry_out(run: options.Invocation, plan: _Plan, timeout_s: float | None, *,
 
     output = run.output
     if plan.problems:
-        raise HostRefused(f"{plan.name} cannot begin", problems=plan.problems)
+        raise HostRefused(f"{plan.name} cannot start", problems=plan.problems)
     if not output.as_json:
         _show_plan(output, plan)
     report: list[Mapping[str, str]] = []
     if timeout_s is not None and plan.steps:
-        if asks and not output.confirm("Do this", instead="--yes"):
+        if asks and not output.confirm("Carry out this plan", instead="--yes"):
             output.text("nothing was done")
             return options.NO
         state = run.settings.paths.state_dir
@@ -216,29 +222,34 @@ def _act(run: options.Invocation, plan: _Plan, timeout_s: float) -> Iterator[Map
 
 def _show_plan(output: Output, plan: _Plan) -> None:
     if not plan.steps:
-        output.styled(f"{plan.name}: all is done already")
+        output.styled(f"{plan.name}: nothing is left to do")
         return
     output.styled(f"[bold]{plan.name}[/]: {spell_count(len(plan.steps), 'step')}")
     for agent in plan.seen.agents:
         shown = f"{agent.program} (pid {agent.pid}, user {agent.account}, {agent.place})"
         output.styled(f"[dim]agent:[/] {clean(shown)}")
     for path in plan.seen.files:
-        output.styled(f"[dim]its settings, which are read:[/] {clean(path)}")
+        output.styled(f"[dim]settings file:[/] {clean(path)}")
     for suspect in plan.seen.suspects:
-        shown = f"process {suspect.pid}, which looks like {suspect.program}: {suspect.reason}"
+        shown = f"process {suspect.pid} looks like {suspect.program}, but {suspect.reason}"
         output.styled(f"[yellow]ignored:[/] {clean(shown)}")
     for number, step in enumerate(plan.steps, 1):
         output.styled(f"{number}. {clean(step.words)}")
         output.styled(f"   [dim]by hand:[/] {clean(step.by_hand)}")
         if step.undo:
-            output.styled(f"   [dim]undone by:[/] {clean(step.undo)}")
+            output.styled(f"   [dim]undo:[/] {clean(step.undo)}")
     output.styled("")
 
 
 def _stopped(plan: _Plan, number: int, error: ImdsproxyError) -> HostRefused:
-    done = f"{spell_count(number - 1, 'step')} before it done" if number > 1 else "nothing was done"
+    done = (
+        f"{spell_count(number - 1, 'step')} before this step done"
+        if number > 1
+        else "nothing was done"
+    )
     return HostRefused(
         f"step {number} of {len(plan.steps)} of {plan.name} failed: {error.message}; {done}, and {_BOTH}",
-        hint=error.hint or f"mend it, and run `imdsproxy {plan.name}` again: it goes on from here",
+        hint=error.hint
+        or f"fix the cause, and run `imdsproxy {plan.name}` again: it continues from here",
         problems=error.problems,
     )

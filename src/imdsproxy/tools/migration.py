@@ -82,8 +82,8 @@ def follow(settings: Settings, domain: str, operation: str, suboperation: str, e
     staying = asyncio.run(_leave(client, hubs, ids, cancel=step is _Step.CANCEL))
     if staying is not None and step is _Step.FINISH:
         raise RequestRefused(
-            f"instance {staying} is placed on this host alone, and its guest has gone to another one",
-            hint=f"imdsproxy instance move {staying} --to HOST --now",
+            f"instance {staying} is placed on this host only, but its guest has migrated to another host",
+            hint=f"run `imdsproxy instance move {staying} --to HOST --now`",
         )
 
 
@@ -92,7 +92,9 @@ def _read_ids(domain: str) -> tuple[str, ...]:
     parsed = parse_domain(sys.stdin.read())
     if isinstance(parsed, Refused):
         raise RequestRefused(
-            "standard input is no domain's XML", hint="libvirt runs this", problems=parsed.problems
+            "standard input is not the XML of a domain",
+            hint="libvirt runs this command as a hook",
+            problems=parsed.problems,
         )
     return tuple(dict.fromkeys((str(parsed.keys.get("id") or parsed.uuid), domain)))
 
@@ -106,7 +108,7 @@ def _take(client: FleetClient, ids: tuple[str, ...], host: str) -> None:
         if not done["applied"]:
             raise SourceUnavailable(
                 f"instance {one} is not served here yet: {'; '.join(done['pending'])}",
-                hint="imdsproxy status",
+                hint="see `imdsproxy status`",
             )
         return
 
@@ -132,7 +134,9 @@ async def _ask(client: HubClient, hubs: tuple[str, ...], body: bytes) -> tuple[i
             return await client.request("POST", url, LEAVE_PATH, body=body)
         except SourceUnavailable as error:
             reasons.append(error.message)
-    raise SourceUnavailable("; ".join(reasons), hint="imdsproxy instance move ID --finish, later")
+    raise SourceUnavailable(
+        "; ".join(reasons), hint="run `imdsproxy instance move ID --finish` later"
+    )
 
 
 def _name_of(certificate: Path) -> str:

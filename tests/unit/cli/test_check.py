@@ -120,12 +120,12 @@ def test_named_namespaces_are_counted(tmp_path: Path) -> None:
     [
         ("mine", ""),
         ("none/yet", ""),
-        ("file/x", "{0}/file is no directory"),
+        ("file/x", "{0}/file is not a directory"),
         ("open", "every account can write to {0}/open"),
         ("sticky", ""),
         # Made by the daemon, with a mode of its own.
         ("open/x", ""),
-        ("closed/x", "{0}/closed cannot be written to"),
+        ("closed/x", "this account cannot write to {0}/closed"),
     ],
 )
 def test_a_directory_can_be_used_or_is_refused_with_the_reason(
@@ -143,7 +143,7 @@ def test_a_directory_can_be_used_or_is_refused_with_the_reason(
     on = subject({"paths": {"runtime_dir": f"{tmp_path}/mine", "state_dir": f"{tmp_path}/{name}"}})
     found = host.check_directories(on, lambda path, _: path.name != "closed")
     expected = (71, False, f"paths.state_dir: {fault.format(tmp_path)}")
-    assert summarise(found) == [expected if fault else (0, False, "can be used")]
+    assert summarise(found) == [expected if fault else (0, False, "all directories can be used")]
 
 
 @pytest.mark.parametrize(
@@ -152,11 +152,11 @@ def test_a_directory_can_be_used_or_is_refused_with_the_reason(
         (lambda path: path, ""),
         (Path.touch, ""),
         (lambda path: path / "audit.log", "No such file"),
-        (lambda path: path.touch() or path / "audit.log", "log is no directory"),
-        (lambda path: path.symlink_to("elsewhere"), "it is a link, and links are not followed"),
-        (os.mkfifo, "it is no file"),
-        (Path.mkdir, "it is no file"),
-        (lambda path: path.parent.chmod(0o777), "others than root may put a file of theirs"),
+        (lambda path: path.touch() or path / "audit.log", "log is not a directory"),
+        (lambda path: path.symlink_to("elsewhere"), "the path is a symbolic link"),
+        (os.mkfifo, "the path is not a regular file"),
+        (Path.mkdir, "the path is not a regular file"),
+        (lambda path: path.parent.chmod(0o777), "accounts other than root can create files"),
     ],
 )
 @pytest.mark.root
@@ -194,11 +194,11 @@ def test_what_an_account_may_not_look_at_is_a_finding_and_the_rest_is_checked(
             os.setresuid(0, 0, 0)
     texts = {(one["area"], one["text"].replace(directory, "D")) for one in found}
     assert texts >= {
-        ("records", "D/closed is not open to this account"),
-        ("audit", "audit.destination: D/closed/log: D/closed cannot be written"),
+        ("records", "this account cannot open D/closed"),
+        ("audit", "audit.destination: D/closed/log: this account cannot write to D/closed"),
         ("settings", "D/c.yaml"),
     }
-    assert "others than root may put a file of theirs" in of_other.text
+    assert "accounts other than root can create files" in of_other.text
 
 
 def test_a_journal_that_is_not_there_is_a_warning_where_there_is_an_audit_log(
@@ -209,7 +209,9 @@ def test_a_journal_that_is_not_there_is_a_warning_where_there_is_an_audit_log(
     assert [one.warning for one in host.check_audit(on, journal)] == [True]
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as there:
         there.bind(os.fspath(journal))
-        assert summarise(host.check_audit(on, journal)) == [(0, False, "lines go to the journal")]
+        assert summarise(host.check_audit(on, journal)) == [
+            (0, False, "imdsproxy writes lines to the journal")
+        ]
     assert host.check_audit(subject(), journal) == []
 
 
@@ -254,7 +256,7 @@ def test_check_shows_all_problems_at_once(
         "haproxy.user: this host has no user nobody-here": ("settings", False, False),
         "cannot run /nonexistent/haproxy: No such file or directory": ("haproxy", False, False),
         f"metrics.listen: 127.0.0.1:{port}: Address already in use": ("ports", False, False),
-        "secrets can be read": ("nova", True, False),
+        "all secrets can be read": ("nova", True, False),
         "nova.endpoint_sets.default.endpoints[0]: http://127.0.0.1:1: Connection refused": ("nova", True, True),
     }  # fmt: skip
     for text, finding in expected.items():
@@ -279,7 +281,7 @@ def test_the_port_of_a_haproxy_that_runs_on_without_its_controller_is_not_taken(
         assert [one.text for one in host.check_ports(on)] == [taken]
         own.bind(str(on.layout.master_socket))
         own.listen()
-        assert [one.text for one in host.check_ports(on)] == ["are free"]
+        assert [one.text for one in host.check_ports(on)] == ["all ports are free"]
 
 
 def test_check_goes_on_with_defaults_when_the_settings_are_broken(
@@ -304,7 +306,7 @@ def test_check_reports_what_the_running_daemon_does_not_serve(
         server.token_report = TokenReport(0.0, (), (tree,), 12)
         _, found = _check(capsys, "--socket", str(server.socket))
         assert found["network blue is not served: pid 7 has the port"]["area"] == "namespaces"
-        assert any("keeps it: /nocloud of web in red and 11 more" in text for text in found)
+        assert any("gives: /nocloud of web in red and 11 more" in text for text in found)
 
         server.failure = SourceUnavailable("the store is locked")
         _, found = _check(capsys, "--socket", str(server.socket))
@@ -335,10 +337,10 @@ def test_check_warns_of_open_user_data_in_record_files_and_in_the_store(
     host = "policy: {host: {openstack_tokens: required, nocloud_tokens: required}}\n"
     locked.write_text(config.read_text() + host)
     _, found = _check(capsys, "--config", str(locked))
-    assert not any(text.startswith("user-data is open") for text in found)
+    assert not any(text.startswith("one tree protects") for text in found)
     _, found = _check(capsys, "--config", str(config))
     assert found[
-        "user-data is open beside a tree that keeps it: "
+        "one tree protects user-data that another tree gives: "
         "/openstack of mail in red, /nocloud of mail in red, /openstack of web in red and 1 more"
     ]["warning"]
 
@@ -372,7 +374,7 @@ def _on(secret: Path, **members: object) -> Subject:
 @pytest.mark.parametrize(
     ("content", "following", "mode", "found"),
     [
-        (_SECRET, None, 0o600, [(0, False, "secrets can be read")]),
+        (_SECRET, None, 0o600, [(0, False, "all secrets can be read")]),
         (b" \n", None, 0o600, [(78, False, "is empty")]),
         (_SECRET, None, 0o604, [(78, False, "every user of this host can use it")]),
         (None, None, 0, [(78, False, "No such file")]),
@@ -437,7 +439,9 @@ def test_a_file_that_is_no_certificate_or_key_is_wrong_by_its_setting(
     on = _on(secret, **{name: str(directory / one) for name, one in members.items()})
     (finding,) = openstack.check_certificates(on)
     assert finding.exit_status == (78 if setting else 0)
-    expected = f"nova.endpoint_sets.default.{setting}: " if setting else "certificates can be used"
+    expected = (
+        f"nova.endpoint_sets.default.{setting}: " if setting else "all certificates can be used"
+    )
     assert finding.text.startswith(expected)
 
 
@@ -506,10 +510,10 @@ def _clouds(path: Path, **source: object) -> Subject:
 @pytest.mark.parametrize(
     ("content", "mode", "reported"),
     [
-        (b"clouds: {here: {}}\n", 0o600, (True, False, "cloud here of")),
-        (b"clouds: {here: {auth_type: none}}\n", 0o644, (True, False, "cloud here of")),
+        (b"clouds: {here: {}}\n", 0o600, (True, False, "has the cloud here")),
+        (b"clouds: {here: {auth_type: none}}\n", 0o644, (True, False, "has the cloud here")),
         (b"clouds: {here: {auth_type: none}, there: {auth: {password: x}}}\n", 0o644,
-         (True, True, "which holds a secret (password)")),
+         (True, True, "which contains a secret (password)")),
         (b"clouds: {here: {auth: {application_credential_secret: x}}}\n", 0o644,
          (True, True, "a secret (application_credential_secret)")),
         (b"clouds: {there: {}}\n", 0o600, (False, False, "has no cloud here")),
@@ -548,7 +552,7 @@ _MODULE = SocketHolder(8, ("python3", "-m", "neutron.agent.metadata_agent"))
 _OVN = SocketHolder(8, ("/usr/bin/python3", "/usr/bin/neutron-ovn-agent"))
 _OURS = SocketHolder(7, ("haproxy", "-Ws", "-f", "/run/imdst/haproxy.cfg"))
 _SOCAT = SocketHolder(9, ("socat", "x"))
-_UNTIL = "guests are its own until you stop neutron-metadata-agent"
+_UNTIL = "neutron-metadata-agent serves its guests until you stop it"
 
 
 @pytest.mark.parametrize(
@@ -558,12 +562,12 @@ _UNTIL = "guests are its own until you stop neutron-metadata-agent"
         (_OURS, False, 0, "imdsproxy's HAProxy listens at /var/s (pid 7)", ""),
         (_AGENT, False, 0, "neutron-metadata-agent (pid 8) listens at /var/s", _UNTIL),
         (_MODULE, False, 0, "neutron-metadata-agent (pid 8) listens at /var/s", _UNTIL),
-        (_SOCAT, False, 71, "socat x (pid 9) listens", "stop it, or change"),
-        (SocketHolder(), False, 71, "a process that cannot be seen listens", "stop it, or change"),
+        (_SOCAT, False, 71, "socat x (pid 9) listens", "stop the process, or change"),
+        (SocketHolder(), False, 71, "an unknown process listens", "stop the process, or change"),
         (_OVN, True, 0, "neutron-ovn-agent (pid 8) listens at /var/s",
-         "each time that neutron-ovn-agent starts (unix_listener.take_over)"),
-        (_SOCAT, True, 0, "socat x (pid 9) listens", "each time that it starts"),
-        (SocketHolder(), True, 0, "a process that cannot be seen listens", "imdsproxy takes the path over"),
+         "each time neutron-ovn-agent starts (unix_listener.take_over)"),
+        (_SOCAT, True, 0, "socat x (pid 9) listens", "each time the process starts"),
+        (SocketHolder(), True, 0, "an unknown process listens", "imdsproxy takes the path over"),
     ],
 )  # fmt: skip
 def test_a_process_at_the_sockets_path_is_wrong_unless_it_is_to_be_replaced(

@@ -88,7 +88,9 @@ def test_a_kernel_that_cannot_check_macs_is_wrong_with_what_to_do_then(
 def test_a_daemon_that_is_not_ready_is_wrong_with_its_reasons() -> None:
     readiness = {"ready": False, "reasons": ["a", "b"]}
     on = replace(subject(), status={"readiness": readiness, "controller": 7})
-    assert summarise(check_daemon(on)) == [(71, False, "runs and is not ready (pid 7): a; b")]
+    assert summarise(check_daemon(on)) == [
+        (71, False, "the daemon runs, but is not ready (pid 7): a; b")
+    ]
 
 
 def test_ports_are_looked_at_of_networks_that_check_macs_alone(
@@ -234,15 +236,15 @@ _GIVE = "/openstack and /nocloud give the same"
 @pytest.mark.parametrize(
     ("policy", "text", "hint"),
     [
-        ({"host": _OPEN}, f"policy.host: EC2's tree takes a token, and {_GIVE} user-data without",
-         "openstack_tokens: required and nocloud_tokens: required ("),
+        ({"host": _OPEN}, f"policy.host: EC2's tree requires a token, but {_GIVE} user-data without a token",
+         "set openstack_tokens: required and nocloud_tokens: required ("),
         ({"host": {**_OPEN, "openstack_tokens": "required"}},
-         "policy.host: EC2's tree takes a token, and /nocloud gives the same user-data without",
-         "nocloud_tokens: required ("),
-        ({"projects": {"p": {"paths": _DENIED}}}, f"policy.projects.p: /latest/user-data is denied, and {_GIVE}",
-         "paths: {/openstack/latest/user_data: deny, /nocloud/user-data: deny}, "),
-        ({"host": {"paths": _LOCKED_PATHS}}, "policy.host: /nocloud/user-data is denied, and EC2's tree gives the same",
-         "paths: {/latest/user-data: deny}, "),
+         "policy.host: EC2's tree requires a token, but /nocloud gives the same user-data without a token",
+         "set nocloud_tokens: required ("),
+        ({"projects": {"p": {"paths": _DENIED}}}, f"policy.projects.p: /latest/user-data is denied, but {_GIVE}",
+         "set paths: {/openstack/latest/user_data: deny, /nocloud/user-data: deny} "),
+        ({"host": {"paths": _LOCKED_PATHS}}, "policy.host: /nocloud/user-data is denied, but EC2's tree gives the same",
+         "set paths: {/latest/user-data: deny} "),
     ],
 )  # fmt: skip
 def test_user_data_that_one_tree_keeps_and_another_gives_is_warned_of_with_what_closes_it(
@@ -303,7 +305,7 @@ def test_a_rule_for_a_path_that_nothing_has_is_warned_of() -> None:
     assert check_path_rules(_on(host={"paths": served})) == []
     found = check_path_rules(_on(networks={"red": {"paths": {**served, **never}}}))
     assert [one.text for one in found] == [
-        f"policy.networks.red.paths: nothing is ever served at {path} or beneath it"
+        f"policy.networks.red.paths: no document is ever served at {path} or below"
         for path in sorted(never)
     ]
     assert all(one.warning and one.hint for one in found)
@@ -313,7 +315,7 @@ def test_a_hop_limit_does_nothing_behind_the_unix_listener() -> None:
     networks = {"red": {"hop_limit": 64}, "blue": {"hop_limit": 1}}
     policy = {"host": {"hop_limit": 2}, "networks": networks}
     found = check_hop_limits(subject({"policy": policy, "unix_listener": {"enabled": True}}))
-    assert [one.text.partition(" does nothing")[0] for one in found] == [
+    assert [one.text.partition(" has no effect")[0] for one in found] == [
         "policy.host: hop_limit 2",
         "policy.networks.blue: hop_limit 1",
     ]
@@ -329,7 +331,7 @@ _TWO = render_token_keys([TokenKey(b"k" * 32), TokenKey(b"l" * 32)])
     ("content", "mode", "status", "warning", "text", "hint"),
     [
         (_TWO, 0o600, 0, False, "2 keys in ", ""),
-        (_TWO, 0o640, 0, True, "a group can use ", "chmod 0600"),
+        (_TWO, 0o640, 0, True, "a group can read ", "chmod 0600"),
         (_TWO, 0o644, 78, False, "tokens.key_file: ", "chmod o-rwx"),
         ("s3cret\n", 0o600, 78, False, "line 1", ""),
         (None, 0, 78, False, "tokens.key_file: cannot read", "create it"),
@@ -364,7 +366,10 @@ def test_a_file_of_keys_is_for_root_alone_and_never_shown(
 def test_the_first_key_is_made_at_the_start(tmp_path: Path) -> None:
     on = subject({"paths": {"state_dir": str(tmp_path)}})
     (made,) = check_token_keys(on)
-    assert (made.ok, made.text) == (True, f"the first key will be made in {on.layout.token_keys}")
+    assert (made.ok, made.text) == (
+        True,
+        f"the daemon will create the first key in {on.layout.token_keys}",
+    )
 
 
 def test_a_damaged_file_of_overrides_is_found_before_the_start(tmp_path: Path) -> None:

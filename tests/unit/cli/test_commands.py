@@ -111,8 +111,8 @@ def test_what_a_new_record_has_by_default_is_said_where_it_is_added_and_not_wher
         ("status --chekc", "did you mean `--check`?"),
         ("network add --no-mac-chek", "did you mean `--no-mac-check`?"),
         ("--verson", "did you mean `--version`?"),
-        ("xyzzy", "`imdsproxy --help` says what it takes"),
-        ("status -n blue", "`imdsproxy status --help` says what it takes"),
+        ("xyzzy", "see `imdsproxy --help`"),
+        ("status -n blue", "see `imdsproxy status --help`"),
     ],
 )
 def test_what_is_misspelt_or_called_as_elsewhere_gets_a_suggestion(
@@ -127,7 +127,7 @@ def test_what_is_misspelt_or_called_as_elsewhere_gets_a_suggestion(
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (SET_BLUE, "nothing to change"),
+        (SET_BLUE, "no change was given"),
         (["network", "add", "x"], "--bridge DEV | --interface DEV | --namespace NAME"),
         (["instance", "add", "--project", "x"], "id is missing"),
         ([*ADD_X, "--interface", "b"], "exactly one kind"),
@@ -139,10 +139,10 @@ def test_what_is_misspelt_or_called_as_elsewhere_gets_a_suggestion(
         (["instance", "add", "x", "--tag", "novalue"], "has no value"),
         (["instance", "add", "x", "--ssh-key", "/nonexistent"], "cannot read /nonexistent"),
         (["instance", "add", "x", "--ssh-key", "PRIVATE"], "PRIVATE.pub"),
-        (["instance", "add", "x", "--ssh-key", "EMPTY"], "holds no key"),
+        (["instance", "add", "x", "--ssh-key", "EMPTY"], "contains no key"),
         (["instance", "add", "x", "--vendor-data", "BINARY"], "is not UTF-8 text"),
         (["instance", "add", "x", "--network", "blue", "--mac", "zz"], "ports[0].mac"),
-        (["network", "add", "x", "--file", "y"], "no other flag"),
+        (["network", "add", "x", "--file", "y"], "other flags of a record"),
         (["explain", "--network", "blue", "--from", "10.0.0"], "is no IP address"),
         (["explain", "web-1", "--network", "blue"], "either an INSTANCE or both"),
         ([*SET_WEB, "--clear", "nonsense"], "nonsense cannot be cleared"),
@@ -266,7 +266,7 @@ def test_a_daemon_that_is_not_there_is_69_and_the_hint_starts_it_as_it_is_instal
     assert main(["status", "--socket", str(tmp_path / "none.sock")]) == 69
     assert "start it with `systemctl start imdsproxy`" in capsys.readouterr().err
     assert main(["stop", "--data-plane", "--socket", str(tmp_path / "none.sock")]) == 69
-    assert "the settings are of another one" in capsys.readouterr().err
+    assert "the settings belong to another daemon" in capsys.readouterr().err
 
 
 def _answer(body: bytes, kind: str, status: int = 200) -> bytes:
@@ -357,11 +357,11 @@ def test_status_lists_some_of_what_is_wrong_and_counts_the_rest(filled: Cli) -> 
     ran = filled("status")
     assert "1,031 problems" in ran.out
     assert ran.out.count("is empty") == 20
-    assert "and 1,010 more: --json has all" in ran.out
+    assert "and 1,010 more: see --json" in ran.out
     assert "address blue/10.0.0.5: claimed by" in ran.out
     assert filled("status", "--json").out.count("is empty") == 1_030
     assert ran.out.count("is not there") == 2 * 20
-    assert "and 980 more: --json has all" in ran.out
+    assert "and 980 more: see --json" in ran.out
 
 
 _PATH = "/var/lib/neutron/metadata_proxy"
@@ -383,7 +383,7 @@ _BUSY = UnixListenerReport(_PATH, serving=False, problem="agent (pid 7) is there
         (
             "policy",
             {"unmatched_policies": ("policy.instances.web1", "policy.networks.bleu")},
-            "for names that are not known: policy.instances.web1, policy.networks.bleu",
+            "for unknown names: policy.instances.web1, policy.networks.bleu",
         ),
         ("unix listener", {"unix_listener": _LISTENER}, f"{_PATH}, mode 0644 64055:64056, serving"),
         ("unix listener", {"unix_listener": _TAKEN}, "serving, taken over from agent (pid 7)"),
@@ -423,7 +423,7 @@ def test_reload_shows_what_was_taken_over_and_drops_settings_only_with_its_flag(
     assert [" ".join(line.split()) for line in lines[2:]] == [
         "resolver.hold_s 5.0 2.0 at once",
         "admin.mode 0660 0600 at the next restart",
-        "HAProxy has not taken it over:",
+        "HAProxy does not use these settings yet:",
         "the data plane has not confirmed it yet",
     ]
 

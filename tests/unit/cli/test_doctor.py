@@ -106,7 +106,7 @@ def test_a_guest_is_asked_about_through_the_daemon(
     ran = documented("doctor", *guest)
     assert ran.status == 0
     assert "10.0.0.5 in network blue (web-1)" in ran.out
-    assert "not looked at: times, session tokens" in ran.out
+    assert "not checked: times, session tokens" in ran.out
     assert "`imdsproxy snippet web-1 --for qemu|libvirt|proxmox|incus`" in ran.out
 
     unknown = documented("doctor", "--network", "blue", "--from", "10.0.0.66")
@@ -124,7 +124,7 @@ def test_a_guest_is_asked_about_through_the_daemon(
 
 
 _NEITHER = "either a URL or both --network and --from"
-_NO_URL = "is no URL of a server hint: as http://169.254.169.254"
+_NO_URL = "is not the URL of a server hint: use a URL as http://169.254.169.254"
 _GUEST = ("--network", "blue", "--from", "10.0.0.5")
 
 
@@ -137,9 +137,9 @@ _GUEST = ("--network", "blue", "--from", "10.0.0.5")
         ((*_GUEST, "--header", "A: b"), _NEITHER),
         (("ftp://x",), _NO_URL),
         (("http://x?y",), _NO_URL),
-        (("http://[::1",), "is no URL"),
-        (("http://x:99999",), "is no URL"),
-        (("http://127.0.0.1", "--header", "no colon"), "is no header"),
+        (("http://[::1",), "is not a URL"),
+        (("http://x:99999",), "is not a URL"),
+        (("http://127.0.0.1", "--header", "no colon"), "is not a header"),
     ],
 )
 def test_what_makes_no_sense_is_refused(

@@ -138,7 +138,7 @@ def test_neither_an_operator_nor_a_hub_gets_the_name_of_a_host_that_the_hubs_jou
     for words in (("operator", "host-1"), (*hub, "host-1")):
         ran = run_main(capsys, "--config", str(config), "fleet", *words, *where)
         assert ran.status == 73, ran
-        assert "host-1 is the name of a host" in ran.err
+        assert "host-1 is already the name of a host" in ran.err
     assert not (tmp_path / "new").exists()
     assert run_main(capsys, "--config", str(config), "fleet", *hub, "hub-2", *where).status == 0
 
@@ -198,7 +198,7 @@ def test_the_time_of_an_invitation_is_refused_in_the_unit_in_which_it_was_given(
     words = ("--fleet", "https://127.0.0.1:9", "fleet", "enrol", "host-1", "--valid", hours)
     ran = run_main(capsys, *words)
     assert ran.status == 64
-    assert f"--valid {hours}: a string is good for a minute to 720 hours" in ran.err
+    assert f"--valid {hours}: the lifetime must be a minute to 720 hours" in ran.err
     assert "second" not in ran.err
 
 
@@ -260,4 +260,4 @@ def test_a_command_that_asks_no_fleet_refuses_that_one_is_named(
     words = shlex.split(EXAMPLES[path].partition("|")[0])[1:]
     ran = run_main(capsys, "--fleet", "https://127.0.0.1:9", *words)
     assert (ran.status, ran.out) == (64, "")
-    assert f"`imdsproxy {path}` is about this host, and --fleet names a fleet" in ran.err
+    assert f"`imdsproxy {path}` works on this host only, but --fleet names a fleet" in ran.err

@@ -49,7 +49,7 @@ def test_get_shows_headers_and_json_where_asked_and_exits_1_from_status_400_up(
     assert documented("get", "/x", *GUEST, "-i").out == "HTTP/1.1 200 OK\na: b\n\nbody"
     missing = documented("get", "/none", *GUEST)
     assert (missing.status, missing.out) == (1, "")
-    assert missing.err == "imdsproxy: the guest is answered 404 Not Found\n"
+    assert missing.err == "imdsproxy: the guest gets 404 Not Found\n"
 
 
 def test_explain_names_the_instance_its_source_and_the_origin_of_each_rule(filled: Cli) -> None:
@@ -59,7 +59,7 @@ def test_explain_names_the_instance_its_source_and_the_origin_of_each_rule(fille
     ran = filled(*EXPLAIN)
     assert ran.status == 0
     for text in (
-        "found, its documents are answered 403",
+        "found, its requests for documents get 403",
         "web-1 (web-1)",
         "source sqlite",
         "web-1|",
@@ -81,7 +81,7 @@ def test_explain_names_the_instance_its_source_and_the_origin_of_each_rule(fille
 
     filled.server.policy_store._book = PolicyBook()
     filled("instance", "set", "web-1", "--no-ec2", "--no-openstack", "--no-nocloud")
-    assert "found, its documents are answered 404" in filled(*EXPLAIN).words
+    assert "found, its requests for documents get 404" in filled(*EXPLAIN).words
 
 
 def test_of_an_instance_of_a_fleet_commands_say_whose_its_rules_and_tokens_are(
@@ -103,7 +103,7 @@ def test_of_an_instance_of_a_fleet_commands_say_whose_its_rules_and_tokens_are(
         assert "--fleet URL" in refused.err
     rotated = filled("token", "rotate")
     assert rotated.status == 0
-    assert "1 instance of the fleet: the fleet's keys sign their tokens as before" in rotated.words
+    assert "the fleet's keys still sign the tokens of 1 instance of the fleet" in rotated.words
 
 
 def test_explain_names_the_rule_that_decides_about_a_path(filled: Cli) -> None:
@@ -113,10 +113,10 @@ def test_explain_names_the_rule_that_decides_about_a_path(filled: Cli) -> None:
     )
     assert (
         "policy to GET //latest/user-data: "
-        "without a token: 401, EC2's tree needs a token (tokens, instance) with a good one: it passes"
+        "without a token: 401, EC2's tree needs a token (tokens, instance) with a valid token: allowed"
     ) in filled(*EXPLAIN, "--path", "//latest/user-data").words
-    without = "; without a session token /latest/meta-data/ is 401"
-    assert f"its documents are answered 200{without}" in filled(*EXPLAIN).words
+    without = "; without a session token /latest/meta-data/ gets 401"
+    assert f"its requests for documents get 200{without}" in filled(*EXPLAIN).words
     words = filled(*EXPLAIN, "--path", "/a/../b").words
     assert "without a token: 400, no document has this path" in words
     assert "(path)" in words
@@ -142,14 +142,17 @@ def test_explain_of_novas_guest_says_that_nova_decides(filled: Cli) -> None:
     default = EndpointSet("default", b"secret", None, frozenset(), frozenset())
     filled.server.records.routing = lambda: NovaRouting((default,))
     filled("instance", "set", "web-1", "--upstream", "nova", "--project", "p1")
-    assert "found, its requests are sent to Nova" in filled("explain", "web-1").out
+    assert "found, its requests go to Nova" in filled("explain", "web-1").out
     assert filled(*EXPLAIN, "--json").json["answer"] is None
 
 
 def test_explain_in_a_network_without_its_listener_says_that_none_serves_it(filled: Cli) -> None:
     filled.server.leave_out("blue", "nginx has port 80", "stop it")
     ran = filled("explain", "web-1")
-    assert (ran.status, "verdict not-served, no listener serves it" in ran.words) == (1, True)
+    assert (ran.status, "verdict not-served, no listener serves this network" in ran.words) == (
+        1,
+        True,
+    )
 
 
 def test_explain_of_no_instance_or_of_two_exits_1(filled: Cli) -> None:
@@ -220,7 +223,7 @@ def test_requests_are_shown_as_they_happen_all_or_of_a_network_or_an_instance(
     }
 
 
-@pytest.mark.parametrize(("flags", "text"), [([], "too many to show"), (["--json"], '"missed"')])
+@pytest.mark.parametrize(("flags", "text"), [([], "there were too many"), (["--json"], '"missed"')])
 def test_that_some_requests_were_missed_is_shown(
     cli: Cli, monkeypatch: pytest.MonkeyPatch, flags: list[str], text: str
 ) -> None:
@@ -232,14 +235,14 @@ def test_tokens_are_revoked_and_a_boot_is_opened_again(filled: Cli) -> None:
     revoked = filled("token", "revoke", "web-1")
     assert revoked == Ran(0, "done: all tokens of instance web-1 revoked\n", "")
     reopened = filled("instance", "reopen", "web-1")
-    assert reopened == Ran(0, "done: instance web-1 boots anew\n", "")
+    assert reopened == Ran(0, "done: boot grace of instance web-1 restarted\n", "")
     overrides = filled.server.policy_store.overrides
     assert dict(overrides) == {"web-1": OperatorOverride(1, NOW)}
     filled.server.policy_store.keys._path = Path("/etc/imdsproxy/token-keys")
     shared = filled("token", "revoke", "web-1")
     assert shared.status == 0
-    assert "good on every other host that has the keys of /etc/imdsproxy/token-keys" in shared.out
-    assert "revoke there too" in shared.out
+    assert "valid on other hosts with the keys of /etc/imdsproxy/token-keys" in shared.out
+    assert "also revoke them" in shared.out
 
 
 MAC = "52:54:00:12:34:56"

@@ -110,7 +110,7 @@ def test_the_token_report_counts_the_open_trees_that_it_does_not_show(cli: Cli) 
     cli.server.token_report = TokenReport(_AT, (), (tree,) * 7, 9)
     shown = cli("token", "report").out
     assert shown.count("warning: /nocloud gives instance web in red") == 5
-    assert "warning: so do 4 more" in shown
+    assert "warning: 4 more such instances" in shown
 
 
 def test_foreign_text_cannot_style_the_token_report_or_an_explanation(filled: Cli) -> None:

@@ -243,7 +243,7 @@ def test_a_network_without_an_id_is_named_by_what_it_is_reached_through(
 def test_an_instance_is_in_the_only_network_and_has_its_id_as_a_name(cli: Cli) -> None:
     none = cli("instance", "add", "web-1", "--mac", MAC)
     assert none.status == 64
-    assert "there is no network yet" in none.err
+    assert "need a network, but there is none yet" in none.err
     assert "imdsproxy network add --bridge" in none.err
     cli("network", "add", "--bridge", "br0")
     assert cli("instance", "add", "web-1", "--mac", MAC).out == "done: instance web-1 added\n"
@@ -254,7 +254,7 @@ def test_an_instance_is_in_the_only_network_and_has_its_id_as_a_name(cli: Cli) -
     cli("network", "add", "--bridge", "br1")
     several = cli("instance", "add", "web-2", "--address", "10.0.0.5")
     assert several.status == 64
-    assert "there are 2" in several.err
+    assert "there are 2 networks" in several.err
     assert "br0, br1" in several.err
 
 
@@ -321,10 +321,10 @@ def test_flags_win_over_the_domain_and_a_network_may_have_libvirts_name(
     ("interfaces", "element", "arguments", "text"),
     [
         ([("bridge=br7", MAC)], "", [], "imdsproxy network add --bridge br7"),
-        ([("network=gone", MAC)], "", [], "no network is reached through gone"),
+        ([("network=gone", MAC)], "", [], "no network has the listener gone"),
         ([("user=x", MAC)], "", [], "no NIC on a bridge"),
         ([("bridge=virbr0", MAC)] * 2, "", ["--network", "virbr0"], "has 2 NICs"),
-        ([("bridge=virbr0", MAC)], "", ["--mac", MAC], "the domain's own MACs"),
+        ([("bridge=virbr0", MAC)], "", ["--mac", MAC], "uses the domain's MACs"),
         ([("bridge=virbr0", MAC)], _ELEMENT.replace("hostname", "nonsense"), [], "unknown element"),
     ],
 )
@@ -395,9 +395,9 @@ def test_many_records_are_added_from_a_file(
 @pytest.mark.parametrize(
     ("text", "problems"),
     [
-        ("", ["holds no records"]),
+        ("", ["contains no records"]),
         ("a: [", ["is not YAML"]),
-        ("networks: []", ["holds no records"]),
+        ("networks: []", ["contains no records"]),
         (
             "networks:\n- id: a\n- id: b\n  listener: {bridge: b}\n  mtu: x\ninstances:\n- id: c\n",
             [
@@ -484,7 +484,7 @@ def test_a_list_has_what_is_searched_for_and_by_host_only_in_a_fleet(filled: Cli
     assert "web-1" not in filled("instance", "list", "--project", "none").out
     refused = filled("instance", "list", "--host", "a")
     assert refused.status != 0
-    assert "--host: this is no fleet" in refused.err
+    assert "--host needs a fleet" in refused.err
 
 
 def test_work_may_take_longer_than_any_single_answer(
@@ -518,7 +518,7 @@ def test_of_many_reasons_and_problems_some_are_printed_and_the_rest_counted(
     refused = cli("instance", "add", "--file", _write(tmp_path / "bad.json", 100, name=""))
     assert refused.status != 0
     lines = refused.err.splitlines()
-    assert lines[21] == "  and 80 more: --json has all"
+    assert lines[21] == "  and 80 more: see --json"
     assert len(lines) <= 23
     missing = (Problem("x", f"namespace n{number} is missing") for number in range(9485))
     cli.server.unapplied += missing

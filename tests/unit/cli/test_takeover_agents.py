@@ -142,7 +142,7 @@ _GENUINE: Final = Candidate(
         (replace(_GENUINE, group="session-3.scope"), "belongs to session-3.scope"),
         (replace(_GENUINE, group=f"docker-{_ID}.scope", container="/evil"), "belongs to /evil"),
         (replace(_GENUINE, group=""), "belongs to no control group"),
-        (replace(_GENUINE, own_users=True), "a user namespace of its own"),
+        (replace(_GENUINE, own_users=True), "its own user namespace"),
     ],
 )
 def test_an_agent_is_root_or_neutron_in_a_unit_or_container_of_the_agents(
@@ -210,7 +210,7 @@ def test_an_agent_that_the_operator_names_has_files_that_nobody_else_can_change(
             read_file(str(settings), agent.reach)
         with pytest.raises(FileUntrusted):
             edit_file(str(settings), agent.reach, str.upper)
-        with pytest.raises(RequestRefused, match=f"process {os.getpid()} is no neutron-l3-agent"):
+        with pytest.raises(RequestRefused, match=f"process {os.getpid()} is not neutron-l3-agent"):
             find_agents(["neutron-l3-agent"], os.getpid())
 
 
@@ -218,5 +218,5 @@ def test_an_agent_that_the_operator_names_has_files_that_nobody_else_can_change(
 def test_a_relative_path_on_a_command_line_is_refused() -> None:
     with ExitStack() as stack:
         pid = stack.enter_context(_running(0, "--config-file", "evil.conf"))
-        with pytest.raises(ConfigUnreadable, match="depends on its directory"):
+        with pytest.raises(ConfigUnreadable, match="is relative to its working directory"):
             find_agents(["neutron-l3-agent"], pid)

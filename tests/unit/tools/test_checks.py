@@ -191,7 +191,7 @@ def test_a_zone_from_which_some_clients_derive_another_region_is_noted() -> None
     placement = {f"{LIST}/placement": Reply(b"availability-zone\nregion")}
     note = found(server({**placement, f"{LIST}/placement/region": Reply(b"az1")}))["region-of-zone"]
     assert (note.severity, note.clients) == (NOTE, ("botocore and the AWS CLI",))
-    assert "take az" in note.what
+    assert "use az" in note.what
     fine = found(server({**placement, f"{LIST}/placement/region": Reply(b"az")}))
     assert "region-of-zone" not in fine
 
@@ -246,7 +246,7 @@ def test_every_code_has_its_texts_its_check_and_its_line_in_the_documents() -> N
 @pytest.mark.parametrize(
     ("around", "code", "text"),
     [
-        (NOWHERE, "refused", "every question is answered 403"),
+        (NOWHERE, "refused", "the server answers every request with 403"),
         (Surroundings(verdict="mismatch", why=("web-1 has MAC a", "it came from b")), "mac-mismatch",
          "web-1 has MAC a; it came from b"),
     ],

@@ -288,10 +288,10 @@ def test_root_takes_any_account_and_another_only_its_own(
 @pytest.mark.parametrize(
     ("members", "what"),
     [
-        ({"unix_socket_path": "relative/sock"}, "no absolute path"),
-        ({"state_path": "srv"}, "no absolute path"),
+        ({"unix_socket_path": "relative/sock"}, "not an absolute path"),
+        ({"state_path": "srv"}, "not an absolute path"),
         ({"unix_socket_path": "/" + "s" * 107}, "too long"),
-        ({"unix_socket_path": "/a\nb"}, "cannot take"),
+        ({"unix_socket_path": "/a\nb"}, "cannot use a path"),
     ],
 )
 def test_a_path_that_cannot_be_used_is_refused(members: Mapping[str, str], what: str) -> None:
@@ -316,7 +316,7 @@ def test_a_pid_file_without_a_living_proxy_is_replaced(tmp_path: Path, text: str
         ((1, _ALERT.format("anything else")), ConfigRejected, "anything else"),
         # It ended at once.
         ((0, "[ALERT]    (1) : Cannot set uid 65534.\n"), ConfigRejected, "Cannot set uid"),
-        ((0, ""), ConfigRejected, "wrote nothing"),
+        ((0, ""), ConfigRejected, "without a message"),
     ],
 )
 def test_a_haproxy_that_does_not_run_is_reported_in_its_words_and_leaves_no_pid(
@@ -384,7 +384,7 @@ def test_a_failure_is_a_line_a_hint_and_a_status(
 def test_an_unforeseen_error_is_a_line_too_and_an_interruption_is_none(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], haproxy: FakeHaproxy
 ) -> None:
-    line = "imdsproxy: cannot be the proxy: Input/output error (EIO)\n"
+    line = "imdsproxy: cannot run the proxy: Input/output error (EIO)\n"
     unforeseen = OSError(errno.EIO, "Input/output error")
     for failure, status, text in ((unforeseen, 71, line), (KeyboardInterrupt(), 130, "")):
         haproxy.failure = failure
@@ -420,7 +420,7 @@ def launch(tmp_path: Path) -> Iterator[proxy.Launch]:
 
 def test_a_haproxy_that_hangs_or_cannot_be_run_is_reported(launch: proxy.Launch) -> None:
     Path(launch.program).write_text("#!/bin/sh\nsleep 60 & sleep 60")
-    with pytest.raises(HostRefused, match=r"has not come up within 0\.2 s"):
+    with pytest.raises(HostRefused, match=r"has not started within 0\.2 s"):
         launch.run(deadline_s=0.2)
     Path(launch.program).write_text("\0")
     for start_it in (launch.run, launch.become):

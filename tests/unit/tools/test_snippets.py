@@ -122,15 +122,15 @@ _ON_LINK = "169.254.169.254/32,0.0.0.0"
 @pytest.mark.parametrize(
     ("of", "here", "advice", "announced"),
     [
-        pytest.param(network(VIRBR0), True, "answered on virbr0", "", id="host-is-gateway"),
+        pytest.param(network(VIRBR0), True, "virbr0 answers packets", "", id="host-is-gateway"),
         # Clients that receive option 121 look at no other default route.
         pytest.param(network(VIRBR0), False, "virbr0 itself", f"{_ON_LINK},0.0.0.0/0,10.0.0.1", id="foreign-gateway"),
         pytest.param(network(VIRBR0, gateway=None), False, "virbr0 itself", _ON_LINK, id="isolated-interface"),
         pytest.param(network(VIRBR0, cidr="2001:db8::/64", gateway="2001:db8::1"), True,
-                     "nothing, if the guests' gateway is this host", _ON_LINK, id="no-subnet"),
-        pytest.param(network(cidr=""), False, "nothing, if guests have a gateway", _ON_LINK, id="bridge-no-subnet"),
+                     "If the guests' gateway is this host, no route", _ON_LINK, id="no-subnet"),
+        pytest.param(network(cidr=""), False, "If guests have a gateway, no route", _ON_LINK, id="bridge-no-subnet"),
         pytest.param(network(cidr=""), False, "add 0.0.0.0/0,GATEWAY", _ON_LINK, id="unknown-gateway"),
-        pytest.param(network(), False, "answered on br0", "", id="bridge-with-gateway"),
+        pytest.param(network(), False, "br0 answers packets", "", id="bridge-with-gateway"),
         pytest.param(network(gateway=None), True, "br0 itself", _ON_LINK, id="isolated"),
         pytest.param(network(NamespaceListener("qdhcp-1")), True, "namespace qdhcp-1", "", id="namespace"),
     ],

@@ -63,7 +63,7 @@ class Collected:
         """
         if not unread:
             return
-        reason = f"what is secret here is not fully known: {unread[0]}"
+        reason = f"a file with secrets could not be read, so they could not be removed: {unread[0]}"
         for name in [one for one in self.texts if one.startswith(_FREE)]:
             del self.texts[name]
             self.lacking.append((name, reason))

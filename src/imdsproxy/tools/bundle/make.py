@@ -72,7 +72,9 @@ def make_bundle(
     if broken is None:
         collected.texts["settings.json"] = settings.model_dump_json(indent=1)
     else:
-        collected.lacking.append(("settings.json", f"{broken}: the defaults are taken instead"))
+        collected.lacking.append(
+            ("settings.json", f"{broken}: the bundle uses the defaults instead")
+        )
         # Without the settings, the paths of files with secrets are not known.
         known.unread.append(broken)
     redactor = Redactor.of(known.secrets, known.data, known.names)
@@ -149,6 +151,8 @@ def _write(path: Path, name: str, files: dict[str, str], now: int) -> None:
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         except FileExistsError as error:
-            raise RequestRefused(f"{path} exists", hint="name another file by --output") from error
+            raise RequestRefused(
+                f"{path} already exists", hint="name another file with --output"
+            ) from error
         with os.fdopen(descriptor, "wb") as file:
             file.write(gzip.compress(raw.getvalue(), mtime=now))

@@ -110,7 +110,7 @@ def keep_end(text: str, most: int = MOST_BYTES) -> str:
     if len(text) <= most:
         return text
     end = text[-most:].partition("\n")[2]
-    return f"[the beginning is not in the bundle]\n{end}"
+    return f"[the beginning was cut off]\n{end}"
 
 
 def render_readme(
@@ -121,22 +121,21 @@ def render_readme(
     listed = "\n".join(f"- {name}" for name in names)
     return f"""Support bundle of imdsproxy {version}, host {host}, {time}
 
-What is in it
+Contents
 
 {listed}
 
-What is lacking, and why
+Missing parts, with reasons
 
 {missing}
 
-What was removed
+Removed data
 
-User-data, vendor-data, SSH keys, posted passwords, session tokens and their keys, Nova's shared secrets and
-signatures, private keys, and the passwords of clouds.yaml: wherever one stood, there is [removed]. Each was looked for
-by its value, as it is and in base64, hexadecimal, JSON, Python and URL form; of user-data each line, and the values in
-it. What is shorter than 4 characters, or 6 in user-data, was not looked for. Words that are also in user-data may be
-missing in other places.
+[removed] replaces user-data, vendor-data, SSH keys, posted passwords, session tokens and their keys, Nova's shared
+secrets and signatures, private keys, and the passwords of clouds.yaml. imdsproxy searches for each value, unchanged and
+in base64, hexadecimal, JSON, Python and URL form; of user-data, for each line and the values in it. It does not search
+for values shorter than 4 characters, or 6 in user-data. Words that also occur in user-data may be removed elsewhere.
 
-What is still in it: names, ids and addresses of instances and networks, MACs, projects, paths, the settings, and this
-host's links, addresses, routes and firewall rules. Look through it before you give it to others.
+The bundle still contains names, ids and addresses of instances and networks, MACs, projects, paths, the settings, and
+this host's links, addresses, routes and firewall rules. Review it before you share it.
 """

@@ -41,7 +41,7 @@ def check_settings(on: Subject) -> list[Finding]:
     if isinstance(on.loaded, ConfigError):
         return refused(on.loaded)
     files = on.loaded.files
-    findings = [found("settings", files=", ".join(map(str, files)) or "no file: all defaults")]
+    findings = [found("settings", files=", ".join(map(str, files)) or "no settings file: defaults")]
     for path in files:
         if path in on.loaded.empty:
             name = "settings-blank" if path in on.loaded.blank else "settings-empty"

@@ -204,14 +204,14 @@ def check_unix_listener(
         return [found("socket-ours", path=path, pid=holder.pid)]
     words = " ".join(holder.command)
     agent = next((name for mark, name in _AGENTS.items() if mark in words), "")
-    process = agent or words[:80] or "a process that cannot be seen"
+    process = agent or words[:80] or "an unknown process"
     if holder.pid is not None:
         process += f" (pid {holder.pid})"
     # During a migration the agent still runs for a while, so this is no error.
     name = "socket-agent" if agent else "socket-taken"
     if settings.take_over:
         name = "socket-take-over"
-    return [found(name, process=process, path=path, agent=agent or "it")]
+    return [found(name, process=process, path=path, agent=agent or "the process")]
 
 
 def _sets(on: Subject) -> Iterator[tuple[str, EndpointSetSettings]]:

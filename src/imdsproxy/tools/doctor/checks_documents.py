@@ -41,7 +41,7 @@ def examine(crawl: Crawl, around: Surroundings) -> tuple[Finding, ...]:
     if {answer.status for answer in crawl.asked.values()} - {0} == {HTTPStatus.FORBIDDEN}:
         why = "; ".join(around.why)
         if around.verdict == "mismatch":
-            why = why or "the guest has another MAC than the record that has its address"
+            why = why or "the guest has another MAC than the record of its address"
             return (found("mac-mismatch", case="refused", why=why),)
         return (found("refused", why=f": {why}" if why else ""),)
     findings = [
@@ -99,7 +99,7 @@ def check_smbios(crawl: Crawl, around: Surroundings) -> Iterator[Finding]:
         shows = [f"{name} {around.dmi[name]!r}" for name in _SHOWN if around.dmi.get(name)]
         yield found(
             "smbios-mismatch",
-            wanted=f"asks for {', '.join(sorted(asked))}" if asked else "stays off",
+            wanted=f"requests {', '.join(sorted(asked))}" if asked else "stays off",
             served=", ".join(sorted(crawl.served)),
             shows=", ".join(shows) or "nothing",
             command=command,

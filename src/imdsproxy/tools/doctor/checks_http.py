@@ -28,7 +28,11 @@ def check_transport(crawl: Crawl) -> Iterator[Finding]:
     yield from _slow(crawl)
     old = crawl.where(lambda one: one.version == _HTTP_1_0)
     closed = crawl.where(lambda one: one.until_close)
-    how = "HTTP/1.0" if old else "no length: the connection's end is the body's"
+    how = (
+        "answers use HTTP/1.0"
+        if old
+        else "answers have no length: the body ends with the connection"
+    )
     yield from seen("close-delimited", closed or old, how=how)
     yield from seen("cut-off", crawl.where(lambda one: one.cut))
     yield from seen("redirect", crawl.where(lambda one: one.status in _REDIRECTS))

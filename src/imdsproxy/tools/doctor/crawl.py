@@ -171,7 +171,7 @@ class Crawl:
         """Send a request, unless it was sent before or the crawl has given up; return its answer."""
         if not self.given_up and ask not in self.asked:
             if len(self.asked) >= _MOST:
-                self.given_up = f"more than {_MOST} questions"
+                self.given_up = f"more than {_MOST} requests"
                 return _NONE
             self.asked[ask] = answer = self.fetch(ask)
             # Give up after a few requests without an answer, instead of waiting for six hundred timeouts.

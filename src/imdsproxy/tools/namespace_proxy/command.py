@@ -36,8 +36,8 @@ _TRUE: Final = ("1", "t", "true", "on", "y", "yes")
 _FALSE: Final = ("0", "f", "false", "off", "n", "no")
 
 _DESCRIPTION: Final = """\
-Be the metadata proxy of one network or router: HAProxy, in the network namespace that this is started in, which
-sends what guests ask to a unix socket, and says there whose they are."""
+Run the metadata proxy of one network or router: a HAProxy in the current network namespace. It forwards guests'
+requests to a unix socket, with headers that name the network or router and the guest's address."""
 
 _IGNORED_VALUES: Final = (
     "log-file logfile log-dir logdir log-config log-config-append log-date-format"
@@ -47,47 +47,47 @@ _IGNORED_SWITCHES: Final = (
 )
 
 _EPILOG: Final = f"""\
-`%(prog)s cleanup ID` removes what a proxy that has ended left; `cleanup --help` says more.
+`%(prog)s cleanup ID` removes the files of an ended proxy; see `cleanup --help`.
 
-For each option the command line wins over --config-file and --config-dir, these over the environment
-(IMDSPROXY_NAMESPACE_PROXY__METADATA_PORT and so on), that over the settings file.
+The command line has priority over --config-file and --config-dir, these over the environment
+(IMDSPROXY_NAMESPACE_PROXY__METADATA_PORT and so on), and the environment over the settings file.
 
-Old spellings are accepted: underscores for dashes, --nodaemonize, --nodebug. So are these options without effect, since
-HAProxy has no log file and writes nothing to the terminal once it runs:
+Old spellings are accepted: underscores for dashes, --nodaemonize, --nodebug. These options are accepted without effect,
+because HAProxy has no log file and writes nothing to the terminal once it runs:
 {", ".join(f"--{name}" for name in f"{_IGNORED_VALUES} {_IGNORED_SWITCHES}".split())}.
 
-Exit statuses: 0 HAProxy runs and has bound the port (or was ended, with --no-daemonize); 64 the command line is not
-acceptable; 70 HAProxy refuses; 71 the host refuses: no HAProxy, no such user, group or directory, the port is in use,
-the proxy runs already; 77 privileges are missing; 78 a configuration file must be changed."""
+Exit statuses: 0 HAProxy runs and has bound the port (or was ended, with --no-daemonize); 64 the command line is
+invalid; 70 HAProxy refuses its configuration; 71 the host refuses: no HAProxy, no such user, group or directory, the
+port is in use, the proxy already runs; 77 privileges are missing; 78 a configuration file is invalid."""
 
 
 _CONFIG: Final = """\
-config FILE: imdsproxy's settings: the section namespace_proxy has the same options (default: \
-/etc/imdsproxy/imdsproxy.yaml and conf.d beside it, where they have this section)
+config FILE: imdsproxy's settings; the section namespace_proxy has the same options (default: \
+/etc/imdsproxy/imdsproxy.yaml and conf.d beside it, if they have this section)
 """
 _OPTIONS: Final = f"""\
-network-id UUID: the network that all guests are on
-router-id UUID: the router that the guests' networks are on
+network-id UUID: the network of all guests
+router-id UUID: the router of the guests' networks
 metadata-port PORT: TCP port to listen on, at every address (default: {DEFAULT_PORT})
-metadata-proxy-socket PATH: unix socket that requests go to (default: metadata_proxy in the state path)
-metadata-proxy-user USER: name or id of the account that HAProxy takes once it listens (default: the present one)
-metadata-proxy-group GROUP: name or id of its group (default: the present one)
-pid-file FILE: where HAProxy's pid goes (default: nowhere)
-daemonize: put HAProxy in the background, and end once it listens (the default)| become HAProxy, with the same pid
-state-path DIR: HAProxy's configuration goes to ns-metadata-proxy in it (default: {DEFAULT_STATE_PATH})
-debug: have HAProxy log at the level debug instead of info
-use-syslog: log requests to /dev/log (default: if it is there)| log nothing
+metadata-proxy-socket PATH: unix socket for the requests (default: metadata_proxy in the state path)
+metadata-proxy-user USER: name or id of HAProxy's account once it listens (default: the current account)
+metadata-proxy-group GROUP: name or id of HAProxy's group (default: the current group)
+pid-file FILE: file for HAProxy's pid (default: none)
+daemonize: run HAProxy in the background, and end once it listens (the default)| become HAProxy, with the same pid
+state-path DIR: parent of ns-metadata-proxy, the directory of HAProxy's configuration (default: {DEFAULT_STATE_PATH})
+debug: log at the level debug instead of info
+use-syslog: log requests to /dev/log (default: if it exists)| log nothing
 syslog-log-facility NAME: as LOG_USER (default: LOG_LOCAL0)
-config-file FILE: read the options above, but ids, pid file and daemonize, from [DEFAULT] of an ini file of \
-Neutron's; may be repeated
-config-dir DIR: the same, of every *.conf in it
+config-file FILE: read the options above, except ids, pid file and daemonize, from [DEFAULT] of a Neutron ini \
+file; may be repeated
+config-dir DIR: read every *.conf in this directory, as --config-file
 {_CONFIG}"""
 """Options with their help texts; an option without a value is a switch, with the help text of its opposite after
 `|`."""
 
 _CLEAN_UP_OPTIONS: Final = f"""\
-pid-file FILE: its pid file, to be removed too
-state-path DIR: as it was started with (default: {DEFAULT_STATE_PATH})
+pid-file FILE: the proxy's pid file, to remove too
+state-path DIR: the proxy's state path (default: {DEFAULT_STATE_PATH})
 {_CONFIG}"""
 
 
@@ -121,7 +121,7 @@ def main(
             daemon.run()
     except (ImdsproxyError, OSError) as error:
         # Report unforeseen errors in one line, too: an agent's log should hold no traceback.
-        known = error if isinstance(error, ImdsproxyError) else host_refused("be the proxy", error)
+        known = error if isinstance(error, ImdsproxyError) else host_refused("run the proxy", error)
         # `sys.stderr` is `None` if our parent has closed it.
         if sys.stderr is not None:
             sys.stderr.write(_in_lines(known))
@@ -168,7 +168,7 @@ class _Parser(argparse.ArgumentParser):
     """Argument parser that raises our own errors."""
 
     def error(self, message: str) -> NoReturn:
-        raise RequestRefused(message, hint=f"`{self.prog} --help` says what it takes")
+        raise RequestRefused(message, hint=f"see `{self.prog} --help`")
 
 
 def parse_command_line(
@@ -222,11 +222,11 @@ def parse_command_line(
 def _clean_up_parser(program: str) -> argparse.ArgumentParser:
     parser = _Parser(
         prog=f"{program} cleanup",
-        description="Remove the configuration, and the pid file, of a proxy that has ended. One that runs is left "
-        "alone: end it first, with SIGTERM.",
+        description="Remove the configuration and the pid file of a proxy that has ended. End a running proxy first, "
+        "with SIGTERM.",
         allow_abbrev=False,
     )
-    parser.add_argument("id", metavar="ID", help="UUID of its network or router")
+    parser.add_argument("id", metavar="ID", help="UUID of the proxy's network or router")
     _add_options(parser, _CLEAN_UP_OPTIONS)
     return parser
 
@@ -354,7 +354,7 @@ def read_ini_files(
             values[name] = _decide(value) if name.replace("_", "-") in _SWITCHES else value
         except ValueError as error:
             problem = Problem(option.name, str(error), file=option.file, line=option.line)
-            message = "a configuration file makes no sense"
+            message = "a configuration file is invalid"
             raise ConfigInvalid(message, problems=(problem,)) from error
     return values
 

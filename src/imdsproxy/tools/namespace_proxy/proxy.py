@@ -116,8 +116,8 @@ class Launch:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 raise HostRefused(
-                    f"{self.program} has not come up within {deadline_s:g} s",
-                    hint=f"see what it waits for: {' '.join(arguments)}",
+                    f"{self.program} has not started within {deadline_s:g} s",
+                    hint=f"run it by hand to see the reason: {' '.join(arguments)}",
                 ) from error
         return process.returncode, errors.decode("utf-8", "replace")
 
@@ -178,12 +178,13 @@ class NetworkMetadataProxyHandler:
         for path in (state_path, self.upstream):
             if not path.is_absolute():
                 raise RequestRefused(
-                    f"{str(path)!r} is no absolute path", hint="HAProxy is started in another directory"
-                )  # fmt: skip
+                    f"{str(path)!r} is not an absolute path",
+                    hint="use an absolute path: HAProxy starts in another directory",
+                )
         if len(os.fsencode(self.upstream)) > _MAX_SOCKET_PATH:
             raise RequestRefused(
                 f"the socket's path {self.upstream} is too long",
-                hint=f"the kernel takes {_MAX_SOCKET_PATH} bytes (unix(7))",
+                hint=f"use at most {_MAX_SOCKET_PATH} bytes, the kernel's limit (unix(7))",
             )
 
     @staticmethod
@@ -231,11 +232,11 @@ class NetworkMetadataProxyHandler:
         try:
             text = namespace_proxy.render_namespace_proxy(spec)
         except UnquotableWord as error:
-            raise RequestRefused(f"HAProxy cannot take a path: {error}") from error
+            raise RequestRefused(f"HAProxy cannot use a path: {error}") from error
         check_directory(
             self.upstream.parent,
             "metadata socket",
-            hint="start who listens there first, or name another with --metadata-proxy-socket",
+            hint="start the program that listens there first, or name another socket with --metadata-proxy-socket",
         )
         make_directories(self.config_file.parent)
         lock = claim_file(self.config_file, text.encode())
@@ -276,7 +277,7 @@ def _account(kind: str, wanted: str | None, name_of: Callable[[str], str], own: 
         return name
     if name_of(str(own)) != name:
         raise PrivilegeMissing(
-            f"cannot become {kind} {name}: this process is not root's",
+            f"cannot become {kind} {name}: this process does not run as root",
             hint=f"run as root, or without --metadata-proxy-{kind}",
         )
     return None
@@ -290,13 +291,15 @@ def fail_start(status: int, errors: str, launch: Launch, port: int | str) -> NoR
         PrivilegeMissing: The port, or the account, requires root.
         ConfigRejected: HAProxy refuses the configuration.
     """
-    words = parse_failure(errors) or f"it ended with {status} and wrote nothing"
+    words = parse_failure(errors) or f"it ended with {status} without a message"
     message = f"HAProxy did not start: {words}"
     if "Address already in use" in words:
-        raise HostRefused(message, hint=f"see who listens: ss -ltnp 'sport = :{port}'")
+        raise HostRefused(message, hint=f"see which process listens: ss -ltnp 'sport = :{port}'")
     if "Permission denied" in words:
         raise PrivilegeMissing(message, hint="run as root")
-    raise ConfigRejected(message, hint=f"see for yourself: {' '.join(launch.arguments('-c'))}")
+    raise ConfigRejected(
+        message, hint=f"check the configuration by hand: {' '.join(launch.arguments('-c'))}"
+    )
 
 
 def cleanup_config_file(uuid: str, state_path: str | os.PathLike[str] | None = None) -> bool:
@@ -424,13 +427,15 @@ class ProxyDaemon:
         if self._pid_file is None:
             return
         check_directory(
-            self._pid_file.parent, "pid file", hint="create it, or name another with --pid-file"
+            self._pid_file.parent,
+            "pid file",
+            hint="create the directory, or name another file with --pid-file",
         )
         pid = live_pid(self._pid_file, self.handler.config_file.name)
         if pid is not None:
             raise HostRefused(
-                f"the proxy of {self.handler.uuid} runs already (pid {pid})",
-                hint=f"its pid file is {self._pid_file}; end it first, with SIGTERM",
+                f"the proxy of {self.handler.uuid} already runs (pid {pid})",
+                hint=f"end the proxy first, with SIGTERM; its pid file is {self._pid_file}",
             )
 
     def _write_pid(self, pid: int) -> None:
@@ -461,7 +466,9 @@ def cleanup_pid_file(path: Path, name: str) -> bool:
     """
     pid = live_pid(path, name)
     if pid is not None:
-        raise HostRefused(f"the proxy runs (pid {pid})", hint=f"end it first: kill {pid}")
+        raise HostRefused(
+            f"the proxy still runs (pid {pid})", hint=f"end the proxy first: kill {pid}"
+        )
     return remove_file(path, f"remove {path}")
 
 
@@ -504,7 +511,7 @@ def try_to_bind(port: int, *, dual_stack: bool) -> None:
     import socket  # HAProxy that goes into the background says it itself
 
     family = socket.AF_INET6 if dual_stack else socket.AF_INET
-    hint = f"see who does: ss -ltnp 'sport = :{port}'"
+    hint = f"see which process does: ss -ltnp 'sport = :{port}'"
     with (
         socket.socket(family, socket.SOCK_STREAM) as probe,
         refusing(f"listen on port {port}", hint=hint),
@@ -571,8 +578,8 @@ def _lock(path: Path, flags: int) -> int:
         descriptor = open_locked(path, flags | os.O_NOFOLLOW)
         if descriptor is None:
             raise HostRefused(
-                f"{path} is in use: its proxy runs, or is being started",
-                hint=f"end the haproxy that has it in its command line: pgrep -af {path.stem}",
+                f"{path} is in use: its proxy runs, or starts",
+                hint=f"end the HAProxy with this file in its command line: pgrep -af {path.stem}",
             )
         # Another process may have replaced the file between opening and locking.
         if is_file_at(descriptor, path):
@@ -589,7 +596,7 @@ def make_directories(path: Path) -> None:
         HostRefused: The file system refused, or the name is taken by another kind of file.
         PrivilegeMissing: This process may not create the directory, or not tighten its mode.
     """
-    with refusing(f"create the directory {path}", hint="choose another place with --state-path"):
+    with refusing(f"create the directory {path}", hint="name another directory with --state-path"):
         for directory in (*reversed(path.parents), path):
             if not directory.exists():
                 directory.mkdir(mode=_DIRECTORY_MODE, exist_ok=True)

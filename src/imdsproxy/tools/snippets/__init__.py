@@ -115,8 +115,8 @@ def plan_route(network: Network, host_has: Callable[[entities.IpAddress], bool])
     match network.listener:
         case entities.NamespaceListener(namespace):
             advice = (
-                f"the owner of the namespace {namespace} leads guests to {METADATA_IPV4} (Neutron's DHCP server "
-                "announces the route)."
+                f"the owner of the namespace {namespace} provides the guests' route to {METADATA_IPV4} (Neutron's DHCP "
+                "server announces it)."
             )
             return Route(None, advice)
         case entities.BridgeListener(device):
@@ -125,15 +125,15 @@ def plan_route(network: Network, host_has: Callable[[entities.IpAddress], bool])
         case entities.InterfaceListener(device):
             answered, unless = via is not None and host_has(via), "the guests' gateway is this host"
     if answered:
-        advice = f"no route is needed; what guests send to their gateway for {METADATA_IPV4} is answered on {device}."
+        advice = f"no route is needed: {device} answers packets for {METADATA_IPV4} that guests send to their gateway."
         return Route(device, advice)
     # Clients that receive option 121 ignore option 3 (RFC 3442), so the default gateway has to be in there too.
     announced = f"{METADATA_IPV4}/32,0.0.0.0" + ("" if via is None else f",0.0.0.0/0,{via}")
-    advice = f"no gateway leads there, {device} itself answers. {{announce}}"
+    advice = f"{device} itself answers, and no gateway leads there. {{announce}}"
     if subnet is None:
         advice = (
-            f"nothing, if {unless}; its record names no subnet. Else {device} itself answers. {{announce}} If guests "
-            "have a gateway, add 0.0.0.0/0,GATEWAY: clients that receive option 121 ignore the other one."
+            f"its record names no subnet. If {unless}, no route is needed. Otherwise {device} itself answers. "
+            "{{announce}} If guests have a gateway, add 0.0.0.0/0,GATEWAY: clients with option 121 ignore option 3."
         )
     return Route(device, advice, announced)
 
@@ -176,14 +176,14 @@ def _shown_uuid(instance: Instance) -> dict[str, str]:
 
 def _missing_uuid(instance: Instance) -> Iterator[Part]:
     if not _shown_uuid(instance):
-        note = f"The record's UUID {instance.uuid} is missing on purpose: cloud-init would take the machine for one of"
+        note = f"The record's UUID {instance.uuid} is omitted: cloud-init would take the machine for one of"
         yield Part("note", f"{note} Amazon's.")
 
 
 def _card(place: str, port: entities.Port, text: str) -> Part:
-    known = "the guest is known by this MAC."
+    known = "imdsproxy identifies the guest by this MAC."
     if port.mac is None:
-        known = "the record has no MAC, so any will do."
+        known = "the record has no MAC, so the NIC may have any."
     return Part("NIC", f"{place}Network {port.network}: {known}", text)
 
 

@@ -125,8 +125,8 @@ class Actor:
                 return
             if time.monotonic() > deadline:
                 raise HostRefused(
-                    f"not within {within_s:.0f} s: {reason}",
-                    hint="run it again: it goes on from here",
+                    f"timeout after {within_s:.0f} s: {reason}",
+                    hint="run the command again: it continues from here",
                 )
             time.sleep(_POLL_S)
 

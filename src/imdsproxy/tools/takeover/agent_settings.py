@@ -67,12 +67,12 @@ class AgentOption:
 def refuse_restart(seen: Seen, program: str) -> Iterator[Problem]:
     """Yield the reasons why the agent cannot be reconfigured."""
     if not (seen.agents and seen.files):
-        yield Problem(program, "it does not run, or has no settings file", "start it")
+        yield Problem(program, "the agent does not run, or has no settings file", "start the agent")
     elif not restart_command(seen):
         yield Problem(
             "--start-agent",
-            f"{program} (pid {seen.agents[0].pid}) has no unit of systemd",
-            "--start-agent 'docker restart NAME'",
+            f"{program} (pid {seen.agents[0].pid}) has no systemd unit",
+            "name the command, as --start-agent 'docker restart NAME'",
         )
 
 

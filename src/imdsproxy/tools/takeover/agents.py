@@ -62,7 +62,7 @@ def find_agents(
     if named is not None:
         if named not in found:
             raise RequestRefused(
-                f"process {named} is no {' and no '.join(programs)}",
+                f"process {named} is not {' or '.join(programs)}",
                 hint="see `ps -ef | grep neutron-`",
             )
         found = {named: found[named]}
@@ -229,7 +229,7 @@ def _files(words: Sequence[str], reach: Reach) -> Iterator[str]:
         path = Path(value if equals else next(options, ""))
         if not path.is_absolute():
             raise ConfigUnreadable(
-                f"the agent was started with {option} {path}, which depends on its directory",
+                f"the agent was started with {option} {path}, which is relative to its working directory",
                 hint="start the agent with absolute paths",
             )
         shown = Path(reach.root) / path.relative_to("/")

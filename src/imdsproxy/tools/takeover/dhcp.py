@@ -37,7 +37,7 @@ _PROGRAM: Final = "neutron-dhcp-agent"
 _FORCED: Final = "force_metadata"
 
 ISOLATED: Final = AgentOption(
-    "dhcp", "enable_isolated_metadata", True, False, "leases name the route to metadata"
+    "dhcp", "enable_isolated_metadata", True, False, "leases contain the route to metadata"
 )
 
 
@@ -52,7 +52,7 @@ class PlaceStandIn(Step):
     def of(cls, haproxy: str, path: str) -> Self:
         """Place the stand-in for this HAProxy."""
         return cls(
-            f"write {path}, which the agent finds before {haproxy}: a stand-in that does nothing",
+            f"write the stand-in {path}, an idle program that the agent finds before {haproxy}",
             f"cat >{path}; chmod 755 {path}",
             f"rm {path}",
             *(path, render_stand_in(haproxy)),
@@ -73,7 +73,7 @@ class WaitStandIns(Step):
     @classmethod
     def of(cls, prefix: str) -> Self:
         """Wait for the stand-ins in the namespaces with this prefix."""
-        words = "wait until the agent has started the stand-ins (it looks every check_child_processes_interval)"
+        words = "wait until the agent has started the stand-ins (it checks every check_child_processes_interval)"
         return cls(words, f"for each namespace {prefix}…: ip netns pids NAMESPACE", "", prefix)
 
     def run(self, actor: Actor) -> str:
@@ -81,7 +81,7 @@ class WaitStandIns(Step):
 
         def lacks() -> str:
             if back := find_proxies(self.prefix):
-                return f"HAProxy {back[0].pid} in {back[0].namespace} has come: the agent does not find the stand-in"
+                return f"HAProxy {back[0].pid} in {back[0].namespace} is back: the agent does not find the stand-in"
             missing = sorted(places - {one.namespace for one in find_stand_ins(self.prefix)})
             return f"no stand-in in {missing[0]}" if missing else ""
 
@@ -103,17 +103,17 @@ class WaitRoutes(Step):
     @classmethod
     def of(cls, seen: Seen, prefix: str) -> Self:
         """Wait for the leases in the namespaces with this prefix."""
-        words = "wait until the leases of every network name the route to 169.254.169.254"
+        words = "wait until the leases of every network contain the route to 169.254.169.254"
         by_hand = f"grep -L 169.254.169.254 {seen.state_path}/dhcp/*/opts"
         return cls(words, by_hand, "", prefix, seen.state_path)
 
     def run(self, actor: Actor) -> str:
         def lacks() -> str:
             missing = find_unrouted(self.prefix, Path(self.state_path))
-            return f"leases in {missing[0]} name no route to {METADATA_IPV4}" if missing else ""
+            return f"leases in {missing[0]} contain no route to {METADATA_IPV4}" if missing else ""
 
         actor.wait(lacks)
-        return "guests take it with their next lease"
+        return "guests get the route with their next lease"
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,7 @@ class RemoveStandIn(Step):
     def of(cls, path: str, prefix: str, then: str) -> Self:
         """Remove the stand-in at this path; `then` says what follows."""
         return cls(
-            f"remove {path}, and end the stand-ins{then}",
+            f"remove {path}, and stop the stand-ins{then}",
             f"rm {path}; pkill -f imdsproxy-for-haproxy",
             "imdsproxy takeover dhcp",
             *(path, prefix),
@@ -151,7 +151,7 @@ def _takeover(seen: Seen) -> Iterator[Step]:
     if ready and placed and not (seen.proxies or unread):
         return
     yield from WriteSettings.if_missing(
-        seen, "the agent's namespaces are networks", render_settings(seen)
+        seen, "serve the agent's namespaces as networks", render_settings(seen)
     )
     if not ready:
         yield Restart.of(seen)
@@ -166,8 +166,8 @@ def _takeover(seen: Seen) -> Iterator[Step]:
     yield from EndProxies.if_any(
         seen,
         _PREFIX,
-        "what waits to be accepted comes to imdsproxy",
-        "the agent starts stand-ins for them",
+        "connections not yet accepted move to imdsproxy",
+        "the agent starts stand-ins instead",
     )
     yield WaitStandIns.of(_PREFIX)
     if unread:
@@ -189,12 +189,12 @@ def _handback(seen: Seen) -> Iterator[Step]:
     if seen.present is None:
         return
     if seen.stand_in is not None:
-        then = "" if seen.marked else ": the agent starts HAProxies in their places"
+        then = "" if seen.marked else "; the agent starts HAProxies instead"
         yield RemoveStandIn.of(seen.haproxy[1], _PREFIX, then)
     if not seen.marked:
         yield WaitProxies.of(_PREFIX)
     words = (
-        f"remove {seen.drop_in}, and restart imdsproxy's controller: its listeners there end softly"
+        f"stop imdsproxy's listeners gracefully, remove {seen.drop_in}, and restart its controller"
     )
     yield ReleaseNetworks.of(seen, words, "dhcp", _PREFIX)
 
@@ -219,11 +219,11 @@ def _refuse(seen: Seen) -> Iterator[Problem]:
     if "neutron" not in seen.sources:
         yield Problem(
             "sources.neutron",
-            "instances of these networks are Neutron's",
-            "enable it, and set `cloud`",
+            "the source that knows these networks' instances is disabled",
+            "enable the source, and set `cloud`",
         )
     if not seen.agents:
-        yield Problem(_PROGRAM, "it does not run", "start it")
+        yield Problem(_PROGRAM, "the agent does not run", "start the agent")
         return
     if not _is_on(seen) or _is_unread(seen):
         yield from refuse_restart(seen, _PROGRAM)
@@ -231,11 +231,11 @@ def _refuse(seen: Seen) -> Iterator[Problem]:
     if not path:
         yield Problem(
             "PATH",
-            f"the agent looks in no directory before that of {haproxy or 'HAProxy'}",
-            "have it look in /usr/local/sbin first (sudo's secure_path)",
+            f"the agent's PATH has no directory before that of {haproxy or 'HAProxy'}",
+            "put /usr/local/sbin first (sudo's secure_path)",
         )
     elif seen.stand_in is not None and not is_stand_in(seen.stand_in):
-        yield Problem("PATH", f"{path} is there, and is another program", "remove it")
+        yield Problem("PATH", f"{path} exists, and is another program", "remove it")
 
 
 def render_settings(seen: Seen) -> str:

@@ -110,14 +110,14 @@ def explain_doubt(candidate: Candidate, *, named: bool) -> str:
         named: The operator named this process, so its unit or container is not checked.
     """
     if candidate.own_users:
-        return "it has a user namespace of its own"
+        return "it has its own user namespace"
     if not (
         named
         or is_unit_of(candidate.program, unit_in(candidate.group))
         or (candidate.container and is_container_of(candidate.program, candidate.container))
     ):
         place = candidate.container or candidate.group.partition("/")[0] or "no control group"
-        return f"it belongs to {place}, which is no unit or container of the agent's"
+        return f"it belongs to {place}, which is not a unit or container of the agent"
     if others := sorted(candidate.users - candidate.accounts):
         return f"it runs as user {others[0]}, which is neither root nor Neutron's account"
     return ""

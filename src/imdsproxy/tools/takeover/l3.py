@@ -26,7 +26,7 @@ from imdsproxy.tools.takeover.steps import (
 _PREFIX: Final = "qrouter-"
 _SOURCE: Final = "neutron_namespaces"
 _PROGRAM: Final = "neutron-l3-agent"
-_GOES_ON: Final = "its routers go on"
+_GOES_ON: Final = "its routers keep working"
 _SETTINGS: Final = f"""\
 # Made by `imdsproxy takeover l3`; `imdsproxy handback l3` removes it.
 sources:
@@ -43,11 +43,11 @@ def _takeover(seen: Seen) -> Iterator[Step]:
     ready, off = seen.present is not None and seen.source, PROXIES.is_set(seen)
     if ready and off and not seen.proxies:
         return
-    yield from WriteSettings.if_missing(seen, "the agent's routers are served", _SETTINGS)
+    yield from WriteSettings.if_missing(seen, "serve the agent's routers", _SETTINGS)
     if not ready:
         yield Restart.of(seen)
     yield WaitServed(
-        "wait until imdsproxy listens behind every router of the agent's, and new connections are redirected to it",
+        "wait until imdsproxy listens behind all of the agent's routers, and new connections are redirected to it",
         "imdsproxy status",
         "",
         _PREFIX,
@@ -57,7 +57,7 @@ def _takeover(seen: Seen) -> Iterator[Step]:
     if not off or seen.proxies:
         # An interrupted takeover may have set the option without restarting the agent.
         yield StartAgent.again(seen, _GOES_ON)
-    effect = "none gets a new connection any more"
+    effect = "new connections already go to imdsproxy"
     yield from EndProxies.if_any(seen, _PREFIX, effect, "")
 
 
@@ -68,8 +68,8 @@ def _handback(seen: Seen) -> Iterator[Step]:
         yield EditSettings.to_restore(seen, PROXIES)
     yield StartAgent.again(seen, _GOES_ON)
     port = int(option_of(seen, "DEFAULT", "metadata_port") or DEFAULT_PORT)
-    yield WaitProxies.of(_PREFIX, "behind each router that has addresses here", port=port)
-    words = f"remove {seen.drop_in}, and restart imdsproxy's controller: its rules go, then its listeners, softly"
+    yield WaitProxies.of(_PREFIX, "behind each router that is active on this node", port=port)
+    words = f"remove imdsproxy's rules and listeners gracefully, remove {seen.drop_in}, and restart its controller"
     yield ReleaseNetworks.of(seen, words, "l3", _PREFIX)
 
 
@@ -77,8 +77,8 @@ def _refuse(seen: Seen) -> Iterator[Problem]:
     if "neutron" not in seen.sources:
         yield Problem(
             "sources.neutron",
-            "instances behind these routers are Neutron's",
-            "enable it, and set `cloud`",
+            "the source that knows these routers' instances is disabled",
+            "enable the source, and set `cloud`",
         )
     if not seen.nova:
         yield Problem(

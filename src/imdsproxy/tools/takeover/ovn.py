@@ -119,12 +119,12 @@ def _takeover(seen: Seen) -> Iterator[Step]:
         yield ImportSettings.of(seen.agents[0], *seen.imported)
     text = render_settings(seen)
     yield from WriteSettings.if_missing(
-        seen, "the source `ovn`, without the socket for the agent's HAProxies", text
+        seen, "enable the source `ovn`, and disable the socket for the agent's HAProxies", text
     )
     if not (seen.source and seen.nova and seen.present is not None):
         yield Restart.of(seen)
     yield WaitServed(
-        "wait until imdsproxy listens in every network of the agent's, and answers a request in each",
+        "wait until imdsproxy listens in all of the agent's networks, and answers a request in each",
         "imdsproxy status; imdsproxy explain --probe --network NETWORK --from ADDRESS",
         "",
         _PREFIX,
@@ -132,8 +132,8 @@ def _takeover(seen: Seen) -> Iterator[Step]:
     yield from EndProxies.if_any(
         seen,
         _PREFIX,
-        "what waits to be accepted comes to imdsproxy",
-        "the agent starts them again while it runs",
+        "connections not yet accepted move to imdsproxy",
+        "the agent starts them again if it runs",
     )
     for agent in seen.agents:
         yield StopAgent.of(seen, _PREFIX, agent)
@@ -145,7 +145,7 @@ def _handback(seen: Seen) -> Iterator[Step]:
         return
     yield WaitProxies.of(_PREFIX)
     words = (
-        f"end imdsproxy's listeners there softly, remove {seen.drop_in}, and restart its controller"
+        f"stop imdsproxy's listeners gracefully, remove {seen.drop_in}, and restart its controller"
     )
     yield ReleaseNetworks.of(seen, words, "ovn", _PREFIX)
 
@@ -156,7 +156,7 @@ def _refuse(seen: Seen) -> Iterator[Problem]:
     if not seen.nova and not seen.agents:
         yield Problem(
             "nova.endpoint_sets",
-            "no Nova is configured, and no agent runs whose settings could be imported",
+            "no Nova is configured, and no agent runs to import settings from",
             "imdsproxy config import --neutron FILE…",
         )
     others = [
@@ -167,8 +167,8 @@ def _refuse(seen: Seen) -> Iterator[Problem]:
     if others and any(one.unit for one in seen.agents) and "--now" in seen.commands.stop:
         yield Problem(
             "[agent] extensions",
-            f"the agent also does {', '.join(others)}, which would end with it",
-            "take `metadata` out of its extensions, and give --stop-agent 'systemctl restart UNIT'",
+            f"the agent also has the extensions {', '.join(others)}, which would stop too",
+            "remove `metadata` from its extensions, and use --stop-agent 'systemctl restart UNIT'",
         )
 
 

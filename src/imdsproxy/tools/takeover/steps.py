@@ -114,7 +114,7 @@ class EditSettings(Step):
         return cls(
             f"set {option.line} in {path}",
             f"sed -i '/^\\[DEFAULT\\]/a {option.line}' {path}",
-            f"take the line out of {path}",
+            f"remove the line from {path}",
             *(path, option.set_in, seen.reach),
         )
 
@@ -123,8 +123,8 @@ class EditSettings(Step):
         """Restore the option in the agent's last settings file."""
         path = seen.files[-1]
         return cls(
-            f"have {option.name} in {path} as it was",
-            f"take {option.line} out of {path}",
+            f"restore {option.name} in {path}",
+            f"remove {option.line} from {path}",
             f"imdsproxy takeover {option.kind}",
             *(path, option.restore_in, seen.reach),
         )
@@ -141,7 +141,7 @@ class Restart(Step):
     @classmethod
     def of(cls, seen: Seen) -> Self:
         """Restart this host's controller."""
-        words = "restart imdsproxy's controller; its HAProxy answers all the while"
+        words = "restart imdsproxy's controller; its HAProxy keeps answering"
         return cls(words, seen.commands.restart, "")
 
     def run(self, actor: Actor) -> str:
@@ -226,7 +226,7 @@ class EndProxies(Step):
     def if_any(cls, seen: Seen, prefix: str, effect: str, undo: str) -> Iterator[Step]:
         """Stop the HAProxies, if any runs."""
         if seen.proxies:
-            words = f"end the agent's {len(seen.proxies)} HAProxies softly; {effect}"
+            words = f"stop the agent's {len(seen.proxies)} HAProxies gracefully; {effect}"
             pids = " ".join(map(str, sorted(one.pid for one in seen.proxies)))
             yield cls(words, f"kill -USR1 {pids}", undo, prefix)
 
@@ -251,7 +251,7 @@ class WaitProxies(Step):
         cls, prefix: str, where: str = "in each network's namespace", *, port: int = METADATA_PORT
     ) -> Self:
         """Wait for the HAProxies of the namespaces with this prefix."""
-        words = f"wait until a HAProxy of the agent's listens {where}"
+        words = f"wait until one of the agent's HAProxies listens {where}"
         by_hand = f"for each namespace {prefix}…: ip netns exec NAMESPACE ss -lntp"
         return cls(words, by_hand, "", prefix, port)
 
@@ -261,7 +261,7 @@ class WaitProxies(Step):
             places = set(actor.networks_in(self.prefix).values())
             wanted = {one for one in places if not is_idle_router(one)}
             if missing := sorted(wanted - {one.namespace for one in find_proxies(self.prefix)}):
-                return f"no HAProxy of the agent's in {missing[0]}"
+                return f"the agent has no HAProxy in {missing[0]}"
             for place in sorted(wanted - answering):
                 if reason := _ask_inside(thread, place, self.port):
                     return f"the agent's HAProxy in {place}: {reason}"
@@ -283,7 +283,7 @@ def _ask_inside(thread: NamespaceThread, namespace: str, port: int) -> str:
     """
     if namespace.startswith(ROUTER_PREFIX):
         with thread.inside(namespace), NetlinkSocket(SOCK_DIAG) as channel:
-            return "" if listening_sockets(channel, (port,)) else "it does not listen yet"
+            return "" if listening_sockets(channel, (port,)) else "the HAProxy does not listen yet"
     connection = http.client.HTTPConnection(str(METADATA_IPV4), port, timeout=_ANSWER_S)
     try:
         with thread.inside(namespace):
@@ -319,7 +319,9 @@ class ReleaseNetworks(Step):
 
         def lacks_end() -> str:
             left = actor.networks_in(self.prefix)
-            return actor.explain_unready() or ("imdsproxy still serves there" if left else "")
+            return actor.explain_unready() or (
+                "imdsproxy still serves the agent's namespaces" if left else ""
+            )
 
         networks = sorted(actor.networks_in(self.prefix))
         with migrating(self.prefix):
@@ -328,7 +330,7 @@ class ReleaseNetworks(Step):
             draining = old_workers()
             with contextlib.suppress(HostRefused):
                 actor.wait(
-                    lambda: "connections are open" if draining & old_workers() else "",
+                    lambda: "connections are still open" if draining & old_workers() else "",
                     within_s=_DRAIN_S,
                 )
         Path(self.path).unlink(missing_ok=True)
