@@ -217,7 +217,7 @@ def test_a_socket_that_somebody_removed_is_made_again(server: Server) -> None:
     for path in server.sockets:
         path.unlink()
     until(lambda: server.answers() and _renewed(server, old), within_s=20, what="other workers")
-    assert server.text().count("was taken away") == 2
+    assert server.text().count("a socket file was removed") == 2
     assert "a worker ended; starting another" in server.text()
 
 
@@ -258,7 +258,7 @@ def test_one_whose_files_are_removed_or_anothers_ends_with_its_workers_and_leave
     second.wait(timeout=20)
     assert server.answers()
     assert server.running.parent == third.pid
-    assert "was taken away" not in server.text()
+    assert "a socket file was removed" not in server.text()
 
 
 def test_sigterm_removes_the_sockets_finishes_what_has_begun_and_ends_all(
@@ -363,7 +363,7 @@ def test_sighup_takes_up_new_code_without_losing_a_request(make: Callable[..., S
     assert one.report.lost == two.report.lost == []
     assert server.running.parent == parent.pid
     assert "parent is gone" not in server.text()
-    assert "was taken away" not in server.text()
+    assert "a socket file was removed" not in server.text()
 
 
 @pytest.mark.parametrize("fault", ["no program", "no room"])
@@ -374,7 +374,7 @@ def test_a_program_that_cannot_be_executed_or_listen_leaves_everything_as_it_is(
     parent = server.start(fault=fault)
     workers = server.running.workers
     parent.send_signal(signal.SIGHUP)
-    until(lambda: "cannot be replaced" in server.text(), within_s=20, what="a word of it")
+    until(lambda: "the reload failed" in server.text(), within_s=20, what="a word of it")
     assert server.running.workers == workers
     assert server.answers()
     parent.terminate()

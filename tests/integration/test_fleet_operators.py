@@ -225,7 +225,7 @@ def test_hubs_that_are_stopped_go_at_once_and_secrets_are_sealed_anew_once_each_
             files[1].envelope_key.write_bytes(files[0].envelope_key.read_bytes())
     done = fleet("fleet", "reseal", hub=1)
     assert done.status == 0, done
-    assert "all secrets in etcd are sealed with the key 2, 4 of them since now" in done.words
+    assert "all secrets in etcd are sealed with the key 2; 4 were sealed again" in done.words
     assert _sealing(fleet) == {"2"}
     again = fleet("fleet", "reseal", "--json")
     assert again.json == {"key": "2", "changed": 0}

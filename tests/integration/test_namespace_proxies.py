@@ -193,7 +193,7 @@ def test_a_second_start_is_refused_and_changes_nothing(
     words = place.words(mode, "--debug", "--use-syslog", port=8080)
     started = place.run(*words, *(() if with_pid_file else ("--pid-file=",)))
     assert started.status == 71
-    reported = f"runs already (pid {pid})" if with_pid_file else "is in use: its proxy runs"
+    reported = f"already runs (pid {pid})" if with_pid_file else "is in use: its proxy runs"
     assert reported in started.lines[0]
     assert place.pid() == pid
     assert place.config.read_bytes() == before

@@ -545,7 +545,7 @@ def test_a_probe_shows_what_nova_answers_the_guest(
     assert world.red.ask("/latest/meta-data/").status == status
     explained = world.daemon.command(*asked)
     assert explained.status == 0
-    assert "found, its requests are sent to Nova" in explained.out
+    assert "found, its requests go to Nova" in explained.out
     (of_the_guest,) = nova.requests
     probed = world.daemon.command(*asked, "--probe")
     assert f"GET /latest/meta-data/: {status} " in probed.out

@@ -431,7 +431,9 @@ def test_check_warns_of_each_bridge_until_there_is_a_rule(world: World) -> None:
     names = [one["text"].removeprefix("bridge ").partition(":")[0] for one in found]
     assert names == ["blue", *inside, "grey"]
     # Where the host leads guests to the service, none can pose as it.
-    posing = [name for name, one in zip(names, found, strict=True) if "place" in one["text"]]
+    posing = [
+        name for name, one in zip(names, found, strict=True) if "answering ARP" in one["text"]
+    ]
     assert posing == inside[-1:]
     blue = found[0]
     # The cable of the listener itself is nobody's port.
