@@ -202,9 +202,11 @@ def test_guests_of_a_router_on_two_nodes_get_nothing_wrong_while_its_primary_cha
         primary = wait_primary(nodes, router)
         # The backup is as ready as the primary is: it redirects, and lets nothing out.
         for node, daemon in zip(nodes, (world.daemon, other), strict=True):
-            rules = run(*enter(node, router), "nft", "list", "tables")
-            assert {f"{daemon.lab.prefix}-{one}" for one in ("drop", "redirect")} <= set(
-                rules.split()
+            ours = {f"{daemon.lab.prefix}-{table}" for table in ("drop", "redirect")}
+            list_tables = (*enter(node, router), "nft", "list", "tables")
+            until(
+                lambda ours=ours, command=list_tables: ours <= set(run(*command).split()),  # type: ignore[misc] # mypy cannot see the defaults' types
+                what=f"the tables of {daemon.lab.prefix} in the router's namespace",
             )
         until(lambda: asks_as(router.guest) == router.instance, what="an answer", within_s=40)
 

@@ -110,6 +110,7 @@ class World:
         if self.daemon.settings != self.settings:
             self.daemon.reconfigure(self.settings)
         self._restore_records()
+        self._remove_passwords()
         self._flipped, self._spare = False, None
         self.lab.restore(self.state, self.everybody)
         self.lab.forget_neighbours()
@@ -125,6 +126,10 @@ class World:
         until(self.daemon.resolver_up, what="the resolver's return")
         self.daemon.forget_floods()
         os.truncate(self.daemon.log, 0)
+
+    def _remove_passwords(self) -> None:
+        for posted in (self.daemon.state / "passwords").iterdir():
+            posted.unlink()
 
     def _restore_records(self) -> None:
         instances = cast("list[Mapping[str, Any]]", self.daemon.admin.get("/v1/instances"))
