@@ -19,7 +19,7 @@ from bench.rows.changes import Reloads
 __all__ = ["measure_scale"]
 
 _PATH = "/latest/meta-data/instance-id"
-_REST_BAR = Bar("≤ 120 MB, 0 % of a processor", at_most=120.0)
+_REST_BAR = Bar("≤ 120 MB, ≤ 0.5 % of a processor", at_most=120.0)
 _IDLE_PERCENT = 0.5
 _BATCH = 1000
 _FIRST = 2000

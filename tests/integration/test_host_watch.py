@@ -23,7 +23,7 @@ from imdsproxy.model.entities import (
     Network,
     NetworkId,
 )
-from imdsproxy.network.listeners.host import SystemHost
+from imdsproxy.network.listeners.host import Peek, SystemHost
 from imdsproxy.network.listeners.watch import HostWatch
 from support.hostlab import HostLab, create_namespace
 from support.patience import patience
@@ -210,6 +210,43 @@ async def test_the_audit_finds_a_foreign_listener_that_no_event_reports(lab: Hos
         assert await watched.networks_of("audit") == {BLUE}
 
 
+async def test_sockets_that_haproxy_binds_after_a_look_need_no_other_look(
+    lab: HostLab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = lab.namespace("blue")
+    lab.address(name, "169.254.169.254/32", "lo")
+    async with _watching(lab, {"blue": NamespaceListener(name, "lo")}, 20) as watched:
+        await watched.quiet()
+        peek, peeked = watched.host.peek, asyncio.Event()
+
+        async def note(places: Collection[str | None]) -> dict[str | None, Peek | None]:
+            seen = await peek(places)
+            peeked.set()
+            return seen
+
+        async def refuse(*_given: object) -> ObservedHost:
+            raise HostRefused("cannot look")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(watched.host, "observe", refuse)
+            patched.setattr(watched.host, "peek", note)
+            ours = await asyncio.to_thread(lab.serve, name, "169.254.169.254", reuse_port=True)
+            watched.host.our_pids = lambda: (ours.pid,)
+            for _ in range(2):
+                peeked.clear()
+                async with asyncio.timeout(patience()):
+                    await peeked.wait()
+            while not watched.events.empty():
+                # A look before our pid was known.
+                watched.events.get_nowait()
+            peeked.clear()
+            async with asyncio.timeout(patience()):
+                await peeked.wait()
+            assert watched.events.empty()
+        await asyncio.to_thread(lab.serve, name, "169.254.169.254", reuse_port=True)
+        assert await watched.networks_of("audit") == {BLUE}
+
+
 async def test_more_left_out_networks_than_fit_are_looked_at_in_turn(lab: HostLab) -> None:
     names = [lab.namespace(f"n{number}") for number in range(5)]
     listeners = {name: NamespaceListener(name) for name in names}
@@ -240,6 +277,7 @@ async def test_a_look_that_the_host_refuses_is_an_event_and_one_that_fails_ends_
             assert await watched.networks_of("overflow") is None
         # The watch goes on.
         assert await watched.networks_of("audit") == {BLUE}
+        await watched.expect()
         monkeypatch.setattr(watched.host, "observe", None)
         server.stop()
         with pytest.raises(TypeError):

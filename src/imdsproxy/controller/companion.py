@@ -7,7 +7,7 @@ import asyncio
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Final, Literal
 
@@ -177,6 +177,7 @@ _FAILURES: Final = 2
 """Failed probes before a problem is reported: one may fail while a worker is replaced."""
 
 _INSTANCE: Final = Instance(PROBE_INSTANCE, "probe", "probe")
+_probe_record: Final = cache(partial(compile_instance, _INSTANCE, {}))
 _UNASKED: Final = Problem("documents", "no document has been asked for yet", "a moment")
 
 
@@ -228,7 +229,7 @@ class DocumentProbe:
 
     async def _ask(self) -> Problem | None:
         try:
-            self.files.apply(_INSTANCE.id, compile_instance(_INSTANCE, {}))
+            self.files.apply(_INSTANCE.id, _probe_record())
         except ImdsproxyError as error:
             return Problem("documents", error.message, error.hint)
         status, body = await self.haproxy.fetch(PROBE_PATH, _DEADLINE_S)

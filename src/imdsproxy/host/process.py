@@ -76,8 +76,10 @@ class ProcessStat:
 
 def _read(pid: int, name: str, proc: Path) -> str:
     """Return a file of a process; empty if there is none, or we may not read it."""
+    # Without pathlib: some files are read every second.
     try:
-        return os.fsdecode((proc / str(pid) / name).read_bytes())
+        with open(f"{proc}/{pid}/{name}", "rb", buffering=0) as file:  # noqa: PTH123 - see above
+            return os.fsdecode(file.read())
     except OSError:
         return ""
 

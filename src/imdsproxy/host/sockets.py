@@ -219,10 +219,7 @@ class SocketOwners:
         self, inodes: Collection[int], our_pids: Collection[int]
     ) -> dict[int, tuple[int, ...]]:
         """Return the visible processes that hold each socket; for our sockets, one process."""
-        self._ours = {inode: pid for inode, pid in self._ours.items() if pid in our_pids}
-        for pid in our_pids if not self._ours.keys() >= set(inodes) else ():
-            self._ours.update({one: pid for one, _ in process.open_sockets(pid, self._proc)})
-        foreign = set(inodes) - self._ours.keys()
+        foreign = set(inodes) - self.find_ours(inodes, our_pids)
         # Keep the other entries while their sockets are held, because callers check the networks in turn.
         held = {inode: self._still_held(inode) for inode in {*self._foreign, *foreign}}
         self._foreign = {one: by for one, by in held.items() if by or one in foreign}
@@ -238,6 +235,13 @@ class SocketOwners:
             one: tuple(sorted(self._foreign[one])) if one in foreign else (self._ours[one],)
             for one in inodes
         }
+
+    def find_ours(self, inodes: Collection[int], our_pids: Collection[int]) -> frozenset[int]:
+        """Return those of these sockets that one of our processes holds."""
+        self._ours = {inode: pid for inode, pid in self._ours.items() if pid in our_pids}
+        for pid in our_pids if not self._ours.keys() >= set(inodes) else ():
+            self._ours.update({one: pid for one, _ in process.open_sockets(pid, self._proc)})
+        return frozenset(inodes) & self._ours.keys()
 
     def _still_held(self, inode: int) -> dict[int, str]:
         held = self._foreign.get(inode, {})

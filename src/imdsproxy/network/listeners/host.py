@@ -347,6 +347,11 @@ class SystemHost:
         given = tuple(places)
         return await self.thread.run(lambda: {name: look(name) for name in given})
 
+    async def find_ours(self, inodes: Collection[int]) -> frozenset[int]:
+        """Return those of these sockets that HAProxy holds."""
+        pids = self.our_pids()
+        return await self.thread.run(lambda: self._owners.find_ours(inodes, pids))
+
     def ovn_places(self) -> list[Place]:
         """Return the places of all namespaces with the name of one of OVN's networks."""
         found = map(network_of, self.thread.directory.names())

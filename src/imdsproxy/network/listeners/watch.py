@@ -232,16 +232,53 @@ class HostWatch:
         heard = {None, *(ref.name for ref in self._nsids.values())}
         places = {place_of(one, self.host.naming).namespace for one in networks}
         seen = await self.host.peek(places)
-        changed = [
+        new = [
             place
             for place in places
             if place not in heard or place not in self._peeked or seen[place] != self._peeked[place]
         ]
+        changed = await self._changed(new, heard, seen)
         # Observe all networks that listen there: a peek shows a change only once.
         stale = set[NetworkId]().union(*(self._namespaces.get(one, ()) for one in changed))
         looks = _batches([self._networks[one] for one in sorted(stale)])
         if all([await self._look(some) for some in looks]):
             self._peeked.update({place: seen[place] for place in changed})
+
+    async def _changed(
+        self,
+        places: Iterable[str | None],
+        heard: Collection[str | None],
+        seen: Mapping[str | None, Peek | None],
+    ) -> list[str | None]:
+        """Return the places that have changed since the listener loop saw them, other than by HAProxy's own sockets.
+
+        HAProxy binds after that look: without this, each place would be observed again after a start.
+        """
+        changed, added = list[str | None](), dict[str | None, frozenset[int]]()
+        for place in places:
+            known, peek = self._last_look(place), seen[place]
+            if place not in heard or known is None or peek is None:
+                changed.append(place)
+            elif known[0] == peek[0] and known[1] <= peek[1]:
+                added[place] = peek[1] - known[1]
+            else:
+                changed.append(place)
+        sockets = frozenset[int]().union(*added.values())
+        ours = await self.host.find_ours(sockets) if sockets else sockets
+        for place, inodes in added.items():
+            if inodes <= ours:
+                self._peeked[place] = seen[place]
+            else:
+                changed.append(place)
+        return changed
+
+    def _last_look(self, place: str | None) -> Peek | None:
+        host = self.host.seen
+        observed = host.root if place is None else host.namespaces.get(place)
+        if observed is None or observed.problem:
+            return None
+        inode = 0 if observed.ref is None else observed.ref.inode
+        return inode, frozenset(one.inode for one in observed.sockets)
 
     async def _look(self, networks: Sequence[Network]) -> bool:
         """Observe networks fully and report those whose plan changed. Return false if the host cannot be observed."""
