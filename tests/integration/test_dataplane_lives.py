@@ -274,7 +274,11 @@ def test_stop_with_the_data_plane_ends_everything(how: str) -> None:
         # A process that ends has no command line any more before it is gone.
         until(lambda: not any(map(alive, pids.data_plane)), what="the end of the data plane")
         assert not world.lab.made_by_daemon()
-        assert not [name for name in world.lab.host_links() if name.startswith(world.lab.prefix)]
+        # The kernel removes the links of a namespace a moment after the namespace.
+        until(
+            lambda: not any(name.startswith(world.lab.prefix) for name in world.lab.host_links()),
+            what="the end of the daemon's links",
+        )
         assert not world.red.reaches()
 
 
