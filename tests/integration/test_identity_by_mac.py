@@ -14,9 +14,9 @@ import pytest
 
 from imdsproxy.errors import ImdsproxyError
 from imdsproxy.haproxy.records import RecordApplier
+from imdsproxy.host.names import Naming
 from imdsproxy.model.entities import NetworkId
 from imdsproxy.network.anti_spoofing.mac_filters import MacFilters
-from imdsproxy.network.names import Naming
 from support.daemon import instance, user_data_of
 from support.guest import IPV4, IPV6, Connection, Guest, Lost, inside
 from support.impostor import Impostor

@@ -27,11 +27,11 @@ from bench.southbound import (
 )
 from imdsproxy.config.sources import OvnSourceSettings
 from imdsproxy.host import netlink
+from imdsproxy.host.names import Naming
 from imdsproxy.host.namespaces import DEFAULT_DIRECTORY, NamespaceDirectory, NamespaceThread
 from imdsproxy.model.entities import NetworkId
 from imdsproxy.network.listeners.host import SystemHost
 from imdsproxy.network.listeners.plan import ovn_place
-from imdsproxy.network.names import Naming
 from imdsproxy.sources.ovn.ports import namespace_of
 from imdsproxy.sources.ovn.source import OvnSource
 from support.certificates import make_authority

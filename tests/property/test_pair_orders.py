@@ -18,6 +18,7 @@ from imdsproxy.controller.rule_sets import RuleSets
 from imdsproxy.controller.token_keys import TokenKeys
 from imdsproxy.haproxy.rules.maps import MapState
 from imdsproxy.host.clock import Clock
+from imdsproxy.host.names import Naming
 from imdsproxy.host.state import NamespaceRef, ObservedHost
 from imdsproxy.model.entities import (
     METADATA_IPV4,
@@ -36,7 +37,6 @@ from imdsproxy.model.observation import AddressKey, Observation
 from imdsproxy.network.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.network.anti_spoofing.plan import ANY_MAC, Pairs, plan_pair
 from imdsproxy.network.endpoints import Endpoint
-from imdsproxy.network.names import Naming
 from support.fake_mac_filters import FakeMacFilters, MemoryJournal, no_hop_limits
 
 _NET = NetworkId("n")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from imdsproxy.errors import DataplaneError, HostRefused
 from imdsproxy.host.clock import Clock
+from imdsproxy.host.names import Naming
 from imdsproxy.model.entities import IpAddress, MacAddress, NetworkId
 from imdsproxy.model.inventory import Inventory
 from imdsproxy.network.anti_spoofing.hop_limits import HopLimits
@@ -20,7 +21,6 @@ from imdsproxy.network.anti_spoofing.kernel import (
 )
 from imdsproxy.network.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.network.anti_spoofing.plan import MacFilter, PairMap
-from imdsproxy.network.names import Naming
 
 
 @dataclass

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from imdsproxy.host.names import Naming
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.state import NamespaceRef
 from imdsproxy.model.entities import NetworkId
-from imdsproxy.network.names import Naming
 from support.guest import inside
 from support.lab import Server, ip, run, serve, within
 

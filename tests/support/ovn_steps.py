@@ -13,11 +13,11 @@ from typing import Final
 
 from imdsproxy.config.sources import OvnSourceSettings
 from imdsproxy.host import namespaces, netlink
+from imdsproxy.host.names import Naming
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.nlmessages import NetlinkSocket
 from imdsproxy.model.entities import NetworkId
 from imdsproxy.network.listeners.host import SystemHost
-from imdsproxy.network.names import Naming
 from imdsproxy.network.ovn.host import OvnHost
 from imdsproxy.sources.ovn.source import OvnSource
 from support.lab import NETNS

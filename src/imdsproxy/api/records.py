@@ -23,11 +23,11 @@ from imdsproxy.errors import (
     RecordConflict,
     SourceRefused,
 )
+from imdsproxy.model.claims import find_shared
 from imdsproxy.model.entities import Instance, InstanceId, Network, NetworkId, Upstream
 from imdsproxy.model.inventory import Inventory
 from imdsproxy.model.observation import Conflict
 from imdsproxy.network.listeners.endpoints import networks_of
-from imdsproxy.network.listeners.plan import find_shared
 from imdsproxy.sources.sqlite.source import SqliteSource
 
 _AT_ONCE = 500
@@ -303,11 +303,12 @@ async def _refuse_shared(controller: Controller, networks: Sequence[Network], pr
         return
     known, host = controller.inventory.networks, controller.listeners.host
     every = {**known, **{one.id: one for one in networks}}
-    shared = find_shared(every.values(), host.seen, known)
+    shared = find_shared(every.values(), known, host.seen.inode_of)
     if shared:
         # The namespace of an earlier observation may be gone, and another may have its inode now.
         involved = [every[one] for one in shared.keys() | shared.values()]
-        shared = find_shared(every.values(), await host.look_at(involved), known)
+        observed = await host.look_at(involved)
+        shared = find_shared(every.values(), known, observed.inode_of)
     problems = [
         Problem(
             f"{prefix.format('networks', place)}listener",

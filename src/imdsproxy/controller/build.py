@@ -16,6 +16,7 @@ from imdsproxy.haproxy.rules.model import DataplaneSpec, Limits
 from imdsproxy.host.account import group_id
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import ensure_directory, write_atomic
+from imdsproxy.host.names import Naming
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.sockets import SocketOwners
 from imdsproxy.model.inventory import Inventory
@@ -25,7 +26,6 @@ from imdsproxy.network.anti_spoofing.kernel import KernelHopLimits, KernelMacFil
 from imdsproxy.network.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.network.listeners.host import SystemHost
 from imdsproxy.network.listeners.routers import Routers
-from imdsproxy.network.names import Naming
 from imdsproxy.nova.upstream import NovaUpstream
 from imdsproxy.reconcile.progress import Backoff, Progress
 from imdsproxy.sources.api import Source

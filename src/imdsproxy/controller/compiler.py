@@ -16,11 +16,11 @@ from imdsproxy.documents.compiled import compile_instance, compiled_path, networ
 from imdsproxy.documents.dialects.ec2 import list_warnings, warn_of_names
 from imdsproxy.documents.store import DiskFiles, read_signature
 from imdsproxy.errors import ImdsproxyError, Problem, SourceError
+from imdsproxy.host.sqlite_file import open_store, store_failures, transaction
 from imdsproxy.model.entities import Instance, InstanceId, Network, NetworkId, Upstream
 from imdsproxy.model.inventory import Inventory
 from imdsproxy.model.observation import AddressKey
 from imdsproxy.model.packed import FORMAT as PACKED_FORMAT
-from imdsproxy.sources.sqlite_file import open_store, store_failures, transaction
 
 COMPILER: Final = f"{__version__} {COMPILED_FORMAT} {PACKED_FORMAT} ".encode()
 """Program and format versions that compiled a record; another version may compile another record."""

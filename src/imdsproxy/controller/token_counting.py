@@ -29,11 +29,11 @@ from imdsproxy.haproxy.rules.counting import (
 )
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.process import read_stat
+from imdsproxy.host.sqlite_file import SideCache
 from imdsproxy.host.turns import in_turns
 from imdsproxy.model.entities import InstanceId
 from imdsproxy.model.inventory import Inventory
 from imdsproxy.model.policy import PolicyBook
-from imdsproxy.sources.sqlite_file import SideCache
 
 _Key: TypeAlias = tuple[str, ...]
 

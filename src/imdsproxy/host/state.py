@@ -217,6 +217,11 @@ class ObservedHost:
     asked: frozenset[str] | None = None
     devices: frozenset[str] = frozenset()
 
+    def inode_of(self, namespace: str) -> int | None:
+        """Return the inode of a namespace; `None` if there is no such namespace."""
+        seen = self.namespaces.get(namespace)
+        return None if seen is None or seen.ref is None else seen.ref.inode
+
 
 def merge_observed(before: ObservedHost, part: ObservedHost) -> ObservedHost:
     """Replace in `before` everything that `part` covers."""

@@ -1,14 +1,22 @@
-"""Claims of instances on the addresses of networks."""
+"""Claims of instances on the addresses of networks, and of networks on listeners."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, KeysView
+from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping
 from itertools import zip_longest
 from typing import TypeAlias
 
 from imdsproxy.errors import Problem
 from imdsproxy.model.addresses import from_number, link_local_of, to_number
-from imdsproxy.model.entities import Instance, InstanceId, NetworkId
+from imdsproxy.model.entities import (
+    BridgeListener,
+    Instance,
+    InstanceId,
+    InterfaceListener,
+    NamespaceListener,
+    Network,
+    NetworkId,
+)
 from imdsproxy.model.observation import AddressKey
 from imdsproxy.model.packed import ClaimingPort
 from imdsproxy.model.records.schema import Path, render_path
@@ -157,3 +165,50 @@ def taken_id(
     return Problem(
         render_path((*path, "id")), f"{key} is also in {place}", "keep one of the two", file, line
     )
+
+
+def listener_place(network: Network) -> tuple[str, str | None]:
+    """Return the place of a network's listener, and the device in the place; `None` stands for all devices.
+
+    The place is a device of the host, or a namespace, by name.
+    """
+    match network.listener:
+        case NamespaceListener(namespace, device):
+            return f"namespace {namespace}", device
+        case InterfaceListener(device) | BridgeListener(device):
+            return f"device {device}", None
+
+
+def find_shared(
+    networks: Iterable[Network],
+    first: Mapping[NetworkId, Network],
+    inode_of: Callable[[str], int | None] = lambda _: None,
+) -> dict[NetworkId, NetworkId]:
+    """Return the networks whose listener another network has, each with that other network.
+
+    Args:
+        networks: All networks.
+        first: Networks as HAProxy is configured for them. An unchanged network keeps its listener; among the others,
+            the first by id gets the listener.
+        inode_of: Returns the inode of a namespace: two names may lead to one namespace (`ip netns attach`).
+    """
+
+    def unchanged(network: Network) -> bool:
+        known = first.get(network.id)
+        return known is not None and known.listener == network.listener
+
+    places: dict[str | int, dict[str | None, NetworkId]] = {}
+    shared: dict[NetworkId, NetworkId] = {}
+    for network in sorted(networks, key=lambda one: (not unchanged(one), one.id)):
+        place, device = listener_place(network)
+        named = isinstance(network.listener, NamespaceListener) and network.listener.namespace
+        inode = inode_of(named) if named else None
+        taken = places.setdefault(place if inode is None else inode, {})
+        holder = taken.get(None) or taken.get(device)
+        if holder is None and device is None:
+            holder = next(iter(taken.values()), None)
+        if holder is None:
+            taken[device] = network.id
+        else:
+            shared[network.id] = holder
+    return shared

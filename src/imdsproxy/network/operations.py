@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from ipaddress import IPv4Interface
 from typing import ClassVar, TypeAlias
 
+from imdsproxy.host.names import Naming
 from imdsproxy.model.entities import IpAddress, MacAddress, NetworkId
-from imdsproxy.network.names import Naming
 from imdsproxy.sources.ovn.ports import BridgePort, IpInterface, devices_of, namespace_of
 
 

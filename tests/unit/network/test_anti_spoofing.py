@@ -12,6 +12,7 @@ from typing import Self
 import pytest
 
 from imdsproxy.errors import HostRefused, Problem
+from imdsproxy.host.names import Naming
 from imdsproxy.host.state import (
     ListeningSocket,
     NamespaceRef,
@@ -48,7 +49,6 @@ from imdsproxy.network.anti_spoofing.plan import (
     plan_pairs,
 )
 from imdsproxy.network.endpoints import Endpoint
-from imdsproxy.network.names import Naming
 from support.fake_mac_filters import FakeHopLimits, FakeMacFilters
 from support.hand_clock import HandClock
 from support.record_builders import full, instance, key, network

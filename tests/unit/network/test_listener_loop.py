@@ -17,6 +17,7 @@ from imdsproxy.haproxy.layout import Layout
 from imdsproxy.haproxy.rules.model import DataplaneSpec, Limits
 from imdsproxy.haproxy.unix_listener.listener import UnixListener
 from imdsproxy.host.clock import Clock
+from imdsproxy.host.names import Naming
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.nftables import BRIDGE, Change
 from imdsproxy.host.nlmessages import NetlinkRefused
@@ -46,7 +47,6 @@ from imdsproxy.network.listeners.host import KeptNetworks, SystemHost
 from imdsproxy.network.listeners.loop import ListenerLoop
 from imdsproxy.network.listeners.plan import Place
 from imdsproxy.network.listeners.routers import Routers
-from imdsproxy.network.names import Naming
 from imdsproxy.network.operations import (
     AddAddress,
     DeleteLink,

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imdsproxy.errors import Problem
+from imdsproxy.host.names import Naming
 from imdsproxy.host.state import (
     AddressState,
     Effect,
@@ -43,7 +44,6 @@ from imdsproxy.network.listeners.plan import (
     plan_listeners,
 )
 from imdsproxy.network.listeners.rules import Diversions, plan_diversions
-from imdsproxy.network.names import Naming
 from imdsproxy.network.operations import (
     AddAddress,
     AttachBridge,

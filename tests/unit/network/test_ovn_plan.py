@@ -6,6 +6,7 @@ from typing import Final
 
 import pytest
 
+from imdsproxy.host.names import Naming
 from imdsproxy.host.state import (
     ListeningSocket,
     NamespaceRef,
@@ -15,7 +16,6 @@ from imdsproxy.host.state import (
     ObservedNamespace,
 )
 from imdsproxy.model.entities import METADATA_IPV4, NetworkId
-from imdsproxy.network.names import Naming
 from imdsproxy.network.operations import (
     AttachOvn,
     ChangePorts,

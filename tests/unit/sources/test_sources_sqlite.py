@@ -10,6 +10,7 @@ import pytest
 
 from imdsproxy.documents.compiled import compile_instance
 from imdsproxy.errors import SourceCorrupt, SourceRefused, SourceUnavailable
+from imdsproxy.host.sqlite_file import APPLICATION_ID, open_store
 from imdsproxy.model.entities import Instance, InstanceId, NetworkId, StoredBytes
 from imdsproxy.model.observation import Observation
 from imdsproxy.model.policy import PolicyRules
@@ -17,7 +18,6 @@ from imdsproxy.reconcile.progress import Progress
 from imdsproxy.sources.sqlite import store as sqlite_store
 from imdsproxy.sources.sqlite.source import SqliteSource
 from imdsproxy.sources.sqlite.store import MIGRATIONS, Store, read_store
-from imdsproxy.sources.sqlite_file import APPLICATION_ID, open_store
 from support.record_builders import instance, network, port
 from support.source_runs import running
 from support.umask import umask

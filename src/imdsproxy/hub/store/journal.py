@@ -22,7 +22,7 @@ from imdsproxy.fleet.codec import Unreadable
 from imdsproxy.fleet.layout import HOSTS
 from imdsproxy.fleet.restores import is_lasting
 from imdsproxy.fleet.values import parse_value
-from imdsproxy.sources.sqlite_file import open_store, store_failures, transaction
+from imdsproxy.host.sqlite_file import open_store, store_failures, transaction
 
 FILE: Final = "journal.sqlite"
 

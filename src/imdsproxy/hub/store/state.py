@@ -36,10 +36,10 @@ from imdsproxy.fleet.values import (
     parse_value,
 )
 from imdsproxy.hub.store.etcd_messages import Deleted, KeyValue
+from imdsproxy.model.claims import listener_place
 from imdsproxy.model.entities import InstanceId, Network, NetworkId
 from imdsproxy.model.policy import OperatorOverride
 from imdsproxy.model.records import parse_network
-from imdsproxy.network.listeners.plan import place_of
 
 Item: TypeAlias = tuple[int, Json]
 """Revision and value of an item."""
@@ -368,7 +368,7 @@ class FleetState:
             self._sharing[where].discard(network)
         read = parse_network(stored.record)
         if isinstance(read, Network):
-            where = place_of(read).where
+            where = listener_place(read)[0]
             self._listeners[network] = where
             self._sharing.setdefault(where, set()).add(network)
 
@@ -742,7 +742,7 @@ class FleetState:
         return found.hosts, found.needs
 
     def networks_at(self, where: str) -> tuple[NetworkId, ...]:
-        """Return the networks whose listeners share a device or namespace (`network.listeners.plan.Place.where`)."""
+        """Return the networks whose listeners share a device or namespace (`listener_place`)."""
         return tuple(self._sharing.get(where, ()))
 
     def hosts_with(self, item: ItemKey) -> frozenset[HostId]:

@@ -17,16 +17,15 @@ from imdsproxy.fleet import codec, layout
 from imdsproxy.fleet.codec import Json
 from imdsproxy.fleet.layout import HostId
 from imdsproxy.fleet.stream import ItemKey
-from imdsproxy.host.state import ObservedHost
+from imdsproxy.host.names import Naming
 from imdsproxy.hub.store.plan_writes import Transaction
 from imdsproxy.hub.store.scopes import read_grant, read_scope
 from imdsproxy.hub.store.state import FleetState, needs_of
+from imdsproxy.model.claims import find_shared, listener_place
 from imdsproxy.model.entities import InstanceId, Network, NetworkId
 from imdsproxy.model.records import parse_network
 from imdsproxy.model.records.grant import EVERY_HOST
 from imdsproxy.model.records.levels import Schema
-from imdsproxy.network.listeners.plan import find_shared, place_of
-from imdsproxy.network.names import Naming
 
 _KINDS: Final = {
     layout.NETWORKS: "network",
@@ -122,8 +121,6 @@ def _level(schema: Schema, item: ItemKey, value: Json) -> int:
 
 _ITEM: Final = "network/"
 _NAMING: Final = Naming()
-_BY_NAME: Final = ObservedHost()
-"""Host without observed devices: the check compares listeners by name only."""
 
 
 def refuse_shared(state: FleetState, planned: Transaction) -> None:
@@ -170,7 +167,7 @@ class _After:
                 self.written.add(network)
                 self.records[network] = record
                 if record is not None:
-                    self.written_at.setdefault(place_of(record).where, set()).add(network)
+                    self.written_at.setdefault(listener_place(record)[0], set()).add(network)
             elif key.startswith(layout.INSTANCES):
                 before = self.state.placement(InstanceId(key.removeprefix(layout.INSTANCES)))
                 stored = layout.parse_instance(value)
@@ -192,7 +189,7 @@ class _After:
             if record is None:
                 continue
             others = self._others(host, record)
-            holder = find_shared([record, *others.values()], _BY_NAME, others).get(network)
+            holder = find_shared([record, *others.values()], others).get(network)
             if holder is None or (host, frozenset({network, holder})) in reported:
                 continue
             reported.add((host, frozenset({network, holder})))
@@ -214,11 +211,11 @@ class _After:
 
     def _others(self, host: HostId, record: Network) -> dict[NetworkId, Network]:
         """Return other networks with a claim to the place of a network's listener on a host."""
-        where, found = place_of(record).where, dict[NetworkId, Network]()
+        where, found = listener_place(record)[0], dict[NetworkId, Network]()
         beside = self.written_at.get(where, set())
         for one in {*self.state.networks_at(where), *beside} - {record.id}:
             other = self._record(one)
-            if other is None or place_of(other).where != where:
+            if other is None or listener_place(other)[0] != where:
                 continue
             if self._count(host, one) > 0 or self._may_come(host, record, other):
                 found[one] = other

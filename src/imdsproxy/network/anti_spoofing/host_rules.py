@@ -12,6 +12,7 @@ from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Final
 
+from imdsproxy.host.names import Naming
 from imdsproxy.host.namespaces import (
     NamespaceDirectory,
     NamespaceMissing,
@@ -31,7 +32,6 @@ from imdsproxy.host.process import run_program
 from imdsproxy.host.state import ObservedDevice
 from imdsproxy.model.entities import BridgeListener, Listener, NamespaceListener
 from imdsproxy.network.anti_spoofing.rules import fill_mac_filter
-from imdsproxy.network.names import Naming
 
 _GUEST_KINDS: Final = frozenset({"tun", "veth"})
 _RULE_READERS: Final = (

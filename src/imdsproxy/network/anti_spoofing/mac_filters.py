@@ -15,6 +15,7 @@ import structlog
 
 from imdsproxy.errors import DataplaneError, Problem
 from imdsproxy.host.clock import Clock
+from imdsproxy.host.names import Naming
 from imdsproxy.host.state import NamespaceRef, ObservedHost
 from imdsproxy.model.entities import IpAddress, MacAddress, Network, NetworkId
 from imdsproxy.model.inventory import Inventory
@@ -36,7 +37,6 @@ from imdsproxy.network.anti_spoofing.plan import (
     plan_mac_filters,
 )
 from imdsproxy.network.endpoints import Endpoint
-from imdsproxy.network.names import Naming
 
 T = TypeVar("T")
 _Mac = TypeVar("_Mac", MacAddress, MacAddress | None)

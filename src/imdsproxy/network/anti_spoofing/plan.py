@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final, TypeAlias
 
+from imdsproxy.host.names import Naming
 from imdsproxy.host.state import NamespaceRef, ObservedHost
 from imdsproxy.model.entities import IpAddress, MacAddress, Network, NetworkId
 from imdsproxy.model.identity import Learned, checks_macs, holds, port_at
@@ -26,7 +27,6 @@ from imdsproxy.model.inventory import Inventory
 from imdsproxy.model.observation import AddressKey, Conflict, Expired
 from imdsproxy.model.wire import VERIFIED_PORT
 from imdsproxy.network.endpoints import ENSLAVING, LOOPBACK, Endpoint
-from imdsproxy.network.names import Naming
 
 ANY_MAC: Final = MacAddress("*")
 """Value in place of a MAC if the owner's record has none."""

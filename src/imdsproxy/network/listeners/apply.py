@@ -15,6 +15,7 @@ from typing import Final, assert_never
 
 from imdsproxy.errors import DataplaneError, Ignoring, Problem, host_refused, refusing
 from imdsproxy.host import netlink
+from imdsproxy.host.names import Naming
 from imdsproxy.host.namespaces import NamespaceMissing, NamespaceThread
 from imdsproxy.host.nftables import Change, replace_table
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
@@ -22,7 +23,6 @@ from imdsproxy.host.state import Family, ObservedDevice
 from imdsproxy.model.entities import IpAddress, NetworkId
 from imdsproxy.network import operations
 from imdsproxy.network.endpoints import LOOPBACK
-from imdsproxy.network.names import Naming
 from imdsproxy.network.ovn.plan import plan_interface
 from imdsproxy.sources.ovn.ports import IpInterface, devices_of, namespace_of
 

@@ -21,6 +21,7 @@ import structlog
 from imdsproxy.errors import DataplaneError, HostRefused, Ignoring, Problem, refusing
 from imdsproxy.host import netlink
 from imdsproxy.host.files import Journal, write_atomic
+from imdsproxy.host.names import Naming
 from imdsproxy.host.namespaces import MISSING, NamespaceMissing, NamespaceThread
 from imdsproxy.host.nftables import ARP, BRIDGE
 from imdsproxy.host.nlmessages import NetlinkSocket
@@ -68,7 +69,6 @@ from imdsproxy.network.listeners.plan import (
     plan_listeners,
 )
 from imdsproxy.network.listeners.rules import plan_arp_filter, plan_diversions
-from imdsproxy.network.names import Naming
 from imdsproxy.network.operations import (
     AddAddress,
     AttachOvn,

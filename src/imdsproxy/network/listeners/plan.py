@@ -22,7 +22,9 @@ from types import MappingProxyType
 from typing import NamedTuple, TypeAlias, assert_never
 
 from imdsproxy.errors import Problem
+from imdsproxy.host.names import Naming
 from imdsproxy.host.state import Family, ObservedDevice, ObservedHost, ObservedNamespace
+from imdsproxy.model.claims import find_shared
 from imdsproxy.model.entities import (
     METADATA_IPV4,
     BridgeListener,
@@ -41,7 +43,6 @@ from imdsproxy.network.endpoints import (
     NotServedCode,
 )
 from imdsproxy.network.listeners.endpoints import listen, listen_redirected
-from imdsproxy.network.names import Naming
 from imdsproxy.network.operations import (
     AddAddress,
     AttachBridge,
@@ -116,13 +117,6 @@ class Place(NamedTuple):
         """The devices in the host's own namespace to observe with the place."""
         return self.host_devices if self.outer is None else (self.outer,)
 
-    @property
-    def where(self) -> str:
-        """The device of the host, or the namespace, by name. Networks that share a listener have the same."""
-        if self.host_devices:
-            return f"device {self.host_devices[0]}"
-        return f"namespace {self.namespace}"
-
 
 def place_of(network: Network, naming: Naming = _NAMING) -> Place:
     """Return the place of a network's listener."""
@@ -183,7 +177,7 @@ def plan_listeners(
         overdue: OVN's networks whose namespaces no longer wait for processes that listen there.
     """
     memo = {} if memo is None else memo
-    shared = find_shared(networks.values(), observed, first)
+    shared = find_shared(networks.values(), first, observed.inode_of)
     planned: list[Planned] = []
     for network_id in sorted(networks):
         if network_id in shared:
@@ -397,43 +391,6 @@ def _is_attached(
         and all(one.up and one.mtu == bridge.mtu for one in (link, inside))
         and len(_addresses_on(seen, inner)) == len(routes) == len(Family)
     )
-
-
-def find_shared(
-    networks: Iterable[Network], observed: ObservedHost, first: Mapping[NetworkId, Network]
-) -> dict[NetworkId, NetworkId]:
-    """Return the networks whose listener another network has, each with that other network.
-
-    Args:
-        networks: All networks.
-        observed: The host: two names may lead to one namespace.
-        first: Networks as HAProxy is configured for them. An unchanged network keeps its listener; among the others,
-            the first by id gets the listener.
-    """
-
-    def unchanged(network: Network) -> bool:
-        known = first.get(network.id)
-        return known is not None and known.listener == network.listener
-
-    places: dict[str | int, dict[str | None, NetworkId]] = {}
-    shared: dict[NetworkId, NetworkId] = {}
-    for network in sorted(networks, key=lambda one: (not unchanged(one), one.id)):
-        place = place_of(network)
-        seen = observed.namespaces.get(place.namespace or "", _NOTHING)
-        where: str | int = place.where
-        device = None if place.host_devices else place.device
-        # Two names may lead to one namespace (`ip netns attach`): the inode identifies the namespace.
-        if seen.ref is not None and not place.host_devices:
-            where = seen.ref.inode
-        taken = places.setdefault(where, {})
-        holder = taken.get(None) or taken.get(device)
-        if holder is None and device is None:
-            holder = next(iter(taken.values()), None)
-        if holder is None:
-            taken[device] = network.id
-        else:
-            shared[network.id] = holder
-    return shared
 
 
 def find_left_to_others(

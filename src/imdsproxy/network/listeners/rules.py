@@ -53,6 +53,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from imdsproxy.host import nftables as nft
+from imdsproxy.host.names import Naming
 from imdsproxy.host.nftables import LINK, NETWORK, TRANSPORT, Batch, Change
 from imdsproxy.host.state import ObservedDevice, ObservedHost
 from imdsproxy.model.entities import (
@@ -65,7 +66,6 @@ from imdsproxy.model.entities import (
 )
 from imdsproxy.model.wire import REDIRECTED_PORT
 from imdsproxy.network.anti_spoofing.rules import LAYOUTS, Layout, fill_redirected_hop_limit
-from imdsproxy.network.names import Naming
 
 _GUEST_KINDS: Final = frozenset({"tun", "veth"})
 _ETHER: Final = 9

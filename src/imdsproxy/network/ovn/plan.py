@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from ipaddress import ip_interface
 from typing import Final
 
+from imdsproxy.host.names import Naming
 from imdsproxy.host.state import Family, ObservedHost, ObservedNamespace
 from imdsproxy.model.addresses import link_local_of
 from imdsproxy.model.entities import NetworkId
 from imdsproxy.network.endpoints import LOOPBACK
-from imdsproxy.network.names import Naming
 from imdsproxy.network.operations import (
     AttachOvn,
     ChangePorts,

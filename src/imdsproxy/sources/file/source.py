@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Final, TypeAlias
 
 from imdsproxy.errors import Problem
 from imdsproxy.host.inotify import Place, Watch, place_of
+from imdsproxy.host.sqlite_file import SideCache
 from imdsproxy.model.claims import claim_places
 from imdsproxy.model.entities import Instance
 from imdsproxy.model.observation import AddressKey, Observation, StrandedPort
@@ -24,7 +25,6 @@ from imdsproxy.sources.api import Publish, Reports, publish_in_pieces
 from imdsproxy.sources.file.contents import FileContents, Signature, read_contents, signature_of
 from imdsproxy.sources.file.record_file import SUFFIXES
 from imdsproxy.sources.in_force import Entry, InForce, Record
-from imdsproxy.sources.sqlite_file import SideCache
 
 _UNWATCHED_S: Final = 1.0
 """Seconds between two readings if inotify cannot be used."""

@@ -20,9 +20,9 @@ from imdsproxy.errors import SourceCorrupt, SourceUnavailable
 from imdsproxy.fleet.layout import UserData
 from imdsproxy.fleet.stream import ItemKey
 from imdsproxy.host.clock import Moment
+from imdsproxy.host.sqlite_file import open_store, store_failures, transaction
 from imdsproxy.model.entities import InstanceId, StoredBytes, digest_of
 from imdsproxy.sources.fleet.known import Item, Position
-from imdsproxy.sources.sqlite_file import open_store, store_failures, transaction
 
 _SCHEMA: Final = """
 CREATE TABLE items (

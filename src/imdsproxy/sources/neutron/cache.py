@@ -7,10 +7,10 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Final, TypeAlias
 
+from imdsproxy.host.sqlite_file import SideCache
 from imdsproxy.model.entities import NetworkId
 from imdsproxy.sources.neutron.known import EntryKey, Route
 from imdsproxy.sources.neutron.ports import NeutronPort, parse_ports, render_port
-from imdsproxy.sources.sqlite_file import SideCache
 
 _SCHEMA: Final = """
 CREATE TABLE ports (id TEXT PRIMARY KEY NOT NULL, port TEXT NOT NULL) STRICT;

@@ -17,6 +17,7 @@ import structlog
 from imdsproxy.config.sources import NeutronSourceSettings
 from imdsproxy.errors import Problem, SourceUnavailable
 from imdsproxy.host.clock import Clock
+from imdsproxy.host.sqlite_file import SideCache
 from imdsproxy.model.addresses import normalise_address
 from imdsproxy.model.entities import IpAddress, NetworkId, Scope
 from imdsproxy.model.observation import AddressKey, Observation, StrandedPort
@@ -26,7 +27,6 @@ from imdsproxy.sources.neutron.client import NeutronClient
 from imdsproxy.sources.neutron.known import EntryKey, KnownPorts, Route
 from imdsproxy.sources.neutron.ports import MAX_VALUES, NeutronPort, PortQuery
 from imdsproxy.sources.neutron.queries import Queries, chunks
-from imdsproxy.sources.sqlite_file import SideCache
 
 LookUpResult: TypeAlias = Literal[
     "known", "found", "missing", "ambiguous", "unavailable", "negative-cached", "coalesced"

@@ -18,6 +18,7 @@ from urllib.parse import quote
 
 from imdsproxy.errors import Problem, RecordConflict, SourceUnavailable
 from imdsproxy.host.files import open_locked
+from imdsproxy.host.sqlite_file import open_store, store_failures, transaction
 from imdsproxy.model.claims import address_keys, claim_places, taken_address, taken_id
 from imdsproxy.model.entities import (
     Instance,
@@ -39,7 +40,6 @@ from imdsproxy.model.records import (
 )
 from imdsproxy.model.records import Path as RecordPath
 from imdsproxy.reconcile.progress import Progress
-from imdsproxy.sources.sqlite_file import open_store, store_failures, transaction
 
 _VERSION_1: Final = """
 CREATE TABLE networks (id TEXT PRIMARY KEY NOT NULL, record TEXT NOT NULL) STRICT;

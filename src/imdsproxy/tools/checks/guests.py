@@ -13,6 +13,7 @@ from imdsproxy.controller.token_keys import read_token_keys
 from imdsproxy.controller.token_report import USER_DATA, OpenUserData, open_trees, open_user_data
 from imdsproxy.documents.dialects.respond import can_be_served
 from imdsproxy.errors import ImdsproxyError, SourceUnavailable, spell_count
+from imdsproxy.host.names import Naming
 from imdsproxy.host.namespaces import NamespaceDirectory
 from imdsproxy.model.entities import METADATA_IPV4, BridgeListener, InterfaceListener, Network
 from imdsproxy.model.inventory import Inventory
@@ -22,7 +23,6 @@ from imdsproxy.model.records import Records
 from imdsproxy.model.wire import VERIFIED_PORT
 from imdsproxy.network.anti_spoofing import host_rules
 from imdsproxy.network.anti_spoofing.host_rules import DroppingChain, GuestBridge
-from imdsproxy.network.names import Naming
 from imdsproxy.tools.checks import Finding, Subject, found, refused
 
 _TREES: Final = {"/openstack": "openstack_tokens", "/nocloud": "nocloud_tokens"}
