@@ -1,4 +1,4 @@
-"""`imdsproxy run|documents|namespace-proxy|check|render|reload|stop|version`: the daemon's processes."""
+"""The daemon's processes, others beside it (`hub`, `libvirt-hook`), and `check|bundle|render|reload|stop|version`."""
 
 import gc
 import os
@@ -12,9 +12,15 @@ import typer
 
 from imdsproxy import __version__
 from imdsproxy.cli import options
-from imdsproxy.cli.options import flag
+from imdsproxy.cli.options import argument, flag
 from imdsproxy.cli.output import BottomLine, Output, Shape, clean
-from imdsproxy.errors import AdminUnavailable, HostRefused, SettingsDropped, spell_count
+from imdsproxy.errors import (
+    AdminUnavailable,
+    HostRefused,
+    SettingsDropped,
+    optional_library,
+    spell_count,
+)
 
 _END_DEADLINE_S: Final = 40.0
 _POLL_S: Final = 0.02
@@ -251,3 +257,71 @@ def _wait_until_gone(path: Path, pid: int) -> None:
 def version(run: options.Invocation) -> None:
     """Show the version of this program."""
     run.output.answer({"version": __version__}, f"imdsproxy {__version__}")
+
+
+@options.config_command
+def hub(run: options.Invocation) -> None:
+    """Run a hub of a fleet in the foreground: send each host its records, and answer operators."""
+    from imdsproxy.fleet.members import LIBRARY_HINT
+
+    with optional_library("cryptography", LIBRARY_HINT):
+        from imdsproxy.hub.hub import run as run_hub
+    run_hub(run.settings, dict(os.environ))
+
+
+@options.config_command
+def libvirt_hook(
+    run: options.Invocation,
+    domain: Annotated[str, argument("DOMAIN", "The domain's name.")],
+    operation: Annotated[
+        str, argument("OPERATION", "migrate or release; other operations are ignored.")
+    ],
+    suboperation: Annotated[str, argument("SUBOPERATION", "begin or end.")],
+    extra: Annotated[
+        str, argument("EXTRA", "With release, the reason why the domain stopped.")
+    ] = "-",
+) -> None:
+    """Handle a call of libvirt's hook, with the domain's XML on standard input: move an instance with its guest.
+
+    Domains that are not instances of the fleet are ignored.
+    """
+    from imdsproxy.tools.migration import follow
+
+    follow(run.settings, domain, operation, suboperation, extra)
+
+
+@options.host_command
+def bundle(
+    run: options.Invocation,
+    *,
+    output: Annotated[
+        Path | None,
+        options.flag(
+            "--output -o FILE",
+            "The file to write, which must not exist (default: imdsproxy-HOST-DATE.tar.gz in this directory).",
+        ),
+    ] = None,
+) -> None:
+    """Collect settings, status, logs and HAProxy's state in one file, without secrets and user-data.
+
+    Also works without a daemon; README.txt in the file lists the missing parts.
+    """
+    from imdsproxy.tools.bundle.make import make_bundle
+
+    with run.output.waiting("collecting"):
+        made = make_bundle(run.load, run.socket, output)
+    shape = {
+        "file": str(made.path),
+        "parts": list(made.parts),
+        "lacking": [{"part": one, "reason": reason} for one, reason in made.lacking],
+    }
+    run.output.answer(shape, _show_bundle)
+
+
+def _show_bundle(output: Output, shape: Shape) -> None:
+    output.styled(f"{clean(shape['file'])}: {spell_count(len(shape['parts']), 'part')}")
+    rows = (
+        {"LACKING": clean(one["part"]), "REASON": clean(one["reason"])} for one in shape["lacking"]
+    )
+    output.table(rows, apart=True, keep=("LACKING",))
+    output.styled("Review the file before you share it: its README.txt lists what was removed.")

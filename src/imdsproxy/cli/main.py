@@ -46,10 +46,16 @@ commands is `NAME_app` there.
 _GROUPS: Final = frozenset(path.split()[0] for path in EXAMPLES if " " in path)
 _MODULES: Final[Mapping[str, str]] = {
     **dict.fromkeys(
-        ("run", "documents", "render", "reload", "stop", "version", "namespace-proxy", "check"),
+        (
+            *("run", "documents", "hub", "namespace-proxy", "libvirt-hook", "check", "bundle"),
+            *("render", "reload", "stop", "version"),
+        ),
         "daemon",
     ),
     **dict.fromkeys(("network", "instance"), "records"),
+    "grant": "policy",
+    "console": "status",
+    "snippet": "doctor",
     **dict.fromkeys(("get", "explain", "watch", "token"), "guests"),
     **dict.fromkeys(("takeover", "handback"), "takeover"),
     "completion": "main",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.cli import snippet
+from imdsproxy.cli import doctor
 from imdsproxy.fleet.guests import FleetPolicies
 from imdsproxy.model.entities import InstanceId
 from imdsproxy.model.policy import FleetRules, OperatorOverride, PolicyBook, PolicyRules, TokenMode
@@ -275,9 +275,9 @@ def test_no_route_is_wanted_where_this_host_is_the_gateway(
     cli("network", "add", "nat", "--interface", "virbr0", "--subnet", SUBNET)
     cli("instance", "add", "local", "--network", "nat", "--address", "10.0.0.9")
     for address, own in (("127.0.0.1", True), ("::1", True), ("192.0.2.1", False)):
-        assert snippet._host_has(ip_address(address)) is own, "what can be bound"
+        assert doctor._host_has(ip_address(address)) is own, "what can be bound"
     assert "dhcp-option" in cli("snippet", "local", "--for", "qemu").out
-    monkeypatch.setattr(snippet, "_host_has", lambda address: str(address) == "10.0.0.1")
+    monkeypatch.setattr(doctor, "_host_has", lambda address: str(address) == "10.0.0.1")
     assert "no route is needed" in cli("snippet", "local", "--for", "qemu").out
 
 
