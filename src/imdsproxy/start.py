@@ -49,7 +49,6 @@ from imdsproxy.network.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.network.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.network.listeners.apply import apply_links
 from imdsproxy.network.listeners.host import SystemHost
-from imdsproxy.network.listeners.routers import Routers
 from imdsproxy.network.ovn.sweep import sweep_ovn
 from imdsproxy.nova.upstream import NovaUpstream
 
@@ -390,7 +389,7 @@ def run(
 
 
 async def sweep_host(
-    settings: Settings, host: SystemHost, tables: Iterable[MacFilters | HopLimits | Routers]
+    settings: Settings, host: SystemHost, tables: Iterable[MacFilters | HopLimits]
 ) -> None:
     """Remove all MAC filters, rules, namespaces, links and addresses of imdsproxy after the data plane ended.
 
@@ -400,6 +399,7 @@ async def sweep_host(
     """
     for one in tables:
         await one.close_all()
+    await host.remove_tables()
     host.ovn = None
     host.touch(None)
     left = await host.settle({}, {})
@@ -434,7 +434,7 @@ async def stop_data_plane(settings: Settings, environment: Mapping[str, str]) ->
         await Launcher(settings.haproxy.binary, build.unit_of(settings.haproxy), layout).stop()
         await companion.stop()
         filters = build.build_filters(layout, host, Inventory(), Clock())
-        await sweep_host(settings, host, (*filters, build.build_routers(settings, host)))
+        await sweep_host(settings, host, filters)
     finally:
         host.thread.close()
     sockets = (layout.master_socket, layout.probe_socket, layout.resolver_socket)

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from random import SystemRandom
@@ -19,13 +19,13 @@ from imdsproxy.host.files import ensure_directory, write_atomic
 from imdsproxy.host.names import Naming
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.sockets import SocketOwners
+from imdsproxy.host.state import NamespaceRef
 from imdsproxy.model.inventory import Inventory
 from imdsproxy.model.wire import RETRY_AFTER_S
 from imdsproxy.network.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.network.anti_spoofing.kernel import KernelHopLimits, KernelMacFilters, table_journal
 from imdsproxy.network.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.network.listeners.host import SystemHost
-from imdsproxy.network.listeners.routers import Routers
 from imdsproxy.nova.upstream import NovaUpstream
 from imdsproxy.reconcile.progress import Backoff, Progress
 from imdsproxy.sources.api import Source
@@ -101,12 +101,6 @@ def build_filters(
     return mac_filters, HopLimits(kernel, table_journal(layout.hops_journal))
 
 
-def build_routers(settings: Settings, host: SystemHost) -> Routers:
-    """Return the tables in the namespaces of Neutron's routers."""
-    enabled = settings.sources.neutron_namespaces.routers
-    return Routers(host.thread.directory, host.naming.prefix, enabled=enabled)
-
-
 def build_spec(settings: Settings, layout: Layout, nova: NovaUpstream) -> DataplaneSpec:
     """Return the specification of HAProxy's configuration from the settings, without binds."""
     listen = settings.metrics.haproxy_listen
@@ -160,7 +154,7 @@ def build_sources(
     clock: Clock,
     begin: Callable[[], Awaitable[object]],
     progress: Progress,
-    routers: Routers,
+    drop_others: Callable[[Collection[NamespaceRef]], Awaitable[None]],
 ) -> Sources:
     """Return the sources that the settings enable.
 
@@ -169,7 +163,7 @@ def build_sources(
         clock: Clock for expiry times and ages.
         begin: Wait until sources may start work that is not urgent.
         progress: Progress of sources' long work.
-        routers: Tables that a router's namespace gets before it is reported.
+        drop_others: Keep requests from leaving these routers, before they are reported.
     """
     state, wanted = settings.paths.state_dir, settings.sources
     sqlite: SqliteSource | None = None
@@ -205,9 +199,7 @@ def build_sources(
         found.append(ovn)
     if wanted.neutron_namespaces.enabled:
         directory = NamespaceDirectory(settings.paths.netns_dir)
-        found.append(
-            NeutronNamespacesSource(wanted.neutron_namespaces, directory, routers.drop_others)
-        )
+        found.append(NeutronNamespacesSource(wanted.neutron_namespaces, directory, drop_others))
     fleet = build_fleet(settings, clock) if wanted.fleet.enabled else None
     if fleet is not None:
         found.append(fleet)

@@ -52,7 +52,7 @@ from imdsproxy.network.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.network.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.network.listeners.host import KeptNetworks, SystemHost
 from imdsproxy.network.listeners.loop import ListenerLoop
-from imdsproxy.network.listeners.routers import Routers
+from imdsproxy.network.operations import RouterTable
 from imdsproxy.network.ovn.host import OvnHost
 from imdsproxy.nova.upstream import NovaUpstream, NovaWatch
 from imdsproxy.reconcile.progress import Progress
@@ -131,9 +131,8 @@ class Controller:
         progress, group = Progress(), settings.documents.group
         reader = None if group is None else group_id(group)
         files = DiskFiles(layout.records, self.passwords, reader)
-        self.routers = build.build_routers(settings, host)
         self.sources = build.build_sources(
-            settings, clock, self.served.wait, progress, self.routers
+            settings, clock, self.served.wait, progress, host.drop_others
         )
         self.inventory = inventory = Inventory(source.name for source in self.sources.all)
         self.mac_filters, self.hop_limits = build.build_filters(layout, host, inventory, clock)
@@ -171,7 +170,7 @@ class Controller:
             lambda: holder.settings.host.audit_per_second,
             self.mac_filters,
             self.hop_limits,
-            self.routers,
+            settings.sources.neutron_namespaces.routers,
             kept=KeptNetworks(layout.networks),
             unix=UnixListener(
                 lambda: holder.settings.unix_listener, self.haproxy, SocketFiles().observe, clock
@@ -356,16 +355,17 @@ class Controller:
             async for table in removals:
                 self.mac_filters.lost(table)
                 await self.hop_limits.lost(table)
-                await self.routers.lost(table)
+                if await self.host.restore_tables(table):
+                    self.touch("router's table is gone", ())
 
     @property
-    def tables(self) -> tuple[MacFilters, HopLimits, Routers]:
+    def tables(self) -> tuple[MacFilters, HopLimits]:
         """Owners of our tables in nf_tables."""
-        return self.mac_filters, self.hop_limits, self.routers
+        return self.mac_filters, self.hop_limits
 
     def _own_tables(self) -> set[str]:
-        kernel = self.hop_limits.kernel
-        return {*self.mac_filters.tables(), kernel.table, *self.routers.tables}
+        of_routers = (one.name_in(self.host.naming) for one in RouterTable)
+        return {*self.mac_filters.tables(), self.hop_limits.kernel.table, *of_routers}
 
     async def _expire(self) -> None:
         """Withdraw MAC pairs of addresses without an owner."""

@@ -188,6 +188,7 @@ class ObservedNamespace:
         problem: Reason why the namespace could not be observed; all other fields are empty then.
         own_metadata: Sign that the host reads metadata of its own at the same address; empty if there is none.
         end: Device of OVN's network, if this is the namespace of one.
+        tables: Names of our tables, current in form, in the namespace of a router.
     """
 
     ref: NamespaceRef | None
@@ -199,6 +200,7 @@ class ObservedNamespace:
     problem: str = ""
     own_metadata: str = ""
     end: ObservedEnd | None = None
+    tables: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

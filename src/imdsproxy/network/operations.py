@@ -1,10 +1,12 @@
 """Operations on the host that plans list, and that `network.listeners.apply` carries out. Values only."""
 
 from dataclasses import dataclass
+from enum import StrEnum
 from ipaddress import IPv4Interface
 from typing import ClassVar, TypeAlias
 
 from imdsproxy.host.names import Naming
+from imdsproxy.host.state import NamespaceRef
 from imdsproxy.model.entities import IpAddress, MacAddress, NetworkId
 from imdsproxy.sources.ovn.ports import BridgePort, IpInterface, devices_of, namespace_of
 
@@ -154,10 +156,53 @@ class DeleteLink:
     device: str
 
 
+class RouterTable(StrEnum):
+    """Table of nf_tables in a router's namespace (`network.listeners.rules`)."""
+
+    DROP = "drop"
+    REDIRECT = "redirect"
+
+    def name_in(self, naming: Naming) -> str:
+        """Return the name of the table."""
+        return f"{naming.prefix}-{self.value}"
+
+
+@dataclass(frozen=True, slots=True)
+class MakeTable:
+    """Create a table in a router's namespace, or replace the table of another version."""
+
+    action: ClassVar[str] = "make table {0.name} in namespace {0.router.name}"
+    network: ClassVar[None] = None
+    router: NamespaceRef
+    table: RouterTable
+    naming: Naming
+
+    @property
+    def name(self) -> str:
+        """Name of the table."""
+        return self.table.name_in(self.naming)
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveTable:
+    """Remove a table from a router's namespace."""
+
+    action: ClassVar[str] = "remove table {0.name} in namespace {0.router}"
+    network: ClassVar[None] = None
+    router: str
+    table: RouterTable
+    naming: Naming
+
+    @property
+    def name(self) -> str:
+        """Name of the table."""
+        return self.table.name_in(self.naming)
+
+
 Removal: TypeAlias = RemoveAddress | DeleteNamespace | DeleteLink
 
-ThreadOp: TypeAlias = AttachBridge | AddAddress | Removal | AttachOvn | DetachOvn
+ThreadOp: TypeAlias = AttachBridge | AddAddress | Removal | AttachOvn | DetachOvn | MakeTable
 """Operation that the namespaces' thread carries out (`network.listeners.apply`)."""
 
-HostOp: TypeAlias = ThreadOp | ChangePorts
+HostOp: TypeAlias = ThreadOp | RemoveTable | ChangePorts
 """Idempotent operation on the host."""

@@ -1,4 +1,5 @@
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -6,8 +7,7 @@ from imdsproxy.config.schema import Settings
 from imdsproxy.controller import build
 from imdsproxy.haproxy.layout import Layout
 from imdsproxy.host.clock import Clock
-from imdsproxy.host.namespaces import NamespaceDirectory
-from imdsproxy.network.listeners.routers import Routers
+from imdsproxy.host.state import NamespaceRef
 from imdsproxy.reconcile.progress import Progress
 from imdsproxy.sources.neutron.source import NeutronSource
 
@@ -16,9 +16,12 @@ async def _begin() -> None:
     return
 
 
+async def _drop_others(_: Collection[NamespaceRef]) -> None:
+    return
+
+
 def _build(settings: Settings) -> build.Sources:
-    routers = Routers(NamespaceDirectory(settings.paths.netns_dir), "imds", enabled=False)
-    return build.build_sources(settings, Clock(), _begin, Progress(), routers)
+    return build.build_sources(settings, Clock(), _begin, Progress(), _drop_others)
 
 
 def test_neutron_is_the_one_that_is_asked_for_addresses(tmp_path: Path) -> None:

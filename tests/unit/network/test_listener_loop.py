@@ -46,7 +46,6 @@ from imdsproxy.network.listeners.apply import HostTable
 from imdsproxy.network.listeners.host import KeptNetworks, SystemHost
 from imdsproxy.network.listeners.loop import ListenerLoop
 from imdsproxy.network.listeners.plan import Place
-from imdsproxy.network.listeners.routers import Routers
 from imdsproxy.network.operations import (
     AddAddress,
     DeleteLink,
@@ -189,7 +188,7 @@ async def rig(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[R
         lambda: 0,
         no_mac_filters(inventory),
         no_hop_limits(),
-        Routers(NamespaceDirectory(directory / "netns"), "imds", enabled=False),
+        serves_routers=False,
         kept=KeptNetworks(directory / "networks.json"),
         unix=UnixListener(
             lambda: wanted, haproxy, lambda _path, _pids: SeenSocket(SocketState.MISSING), Clock()

@@ -41,7 +41,9 @@ from imdsproxy.network.listeners.plan import (
     PlanMemo,
     explain_pending,
     find_left_to_others,
+    note_tables,
     plan_listeners,
+    plan_redirects,
 )
 from imdsproxy.network.listeners.rules import Diversions, plan_diversions
 from imdsproxy.network.operations import (
@@ -50,7 +52,10 @@ from imdsproxy.network.operations import (
     DeleteLink,
     DeleteNamespace,
     HostOp,
+    MakeTable,
     RemoveAddress,
+    RemoveTable,
+    RouterTable,
 )
 
 NAMING = Naming()
@@ -384,6 +389,23 @@ def test_a_listener_that_two_networks_claim_belongs_to_one_of_them(
 ) -> None:
     plan = plan_listeners(_networks(networks), _host(_TWO), first=_networks(in_force))
     assert {one.network for one in plan.endpoints} == bound
+
+
+def test_a_router_drops_requests_at_once_and_redirects_them_while_haproxy_listens() -> None:
+    drop, redirect = (MakeTable(REF, one, NAMING) for one in RouterTable)
+    networks, host = _blue(NamespaceListener("ns-blue", redirected=True)), _ns(addresses=())
+    plan = plan_listeners(networks, host)
+    assert plan.ops == (drop,)
+    host = note_tables(host, plan.ops)
+    assert plan_listeners(networks, host).ops == ()
+    assert plan_redirects(plan.endpoints, host, NAMING) == ([], [redirect])
+    host = note_tables(host, [redirect])
+    assert plan_redirects(plan.endpoints, host, NAMING) == ([], [])
+    gone = RemoveTable(REF.name, RouterTable.REDIRECT, NAMING)
+    assert plan_redirects((), host, NAMING) == ([gone], [])
+    assert note_tables(host, [gone]).namespaces[REF.name].tables == {"imds-drop"}
+    # A namespace made again under the name has none of them.
+    assert note_tables(_ns(ref=replace(REF, inode=78)), [drop]) == _ns(ref=replace(REF, inode=78))
 
 
 _TWO_TAPS = _root(TAP, replace(TAP, name="tap1", index=3))

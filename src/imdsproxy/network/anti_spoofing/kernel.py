@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import errno
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Final, TypeAlias, TypeVar
 
 from imdsproxy.errors import DataplaneError, HostRefused, Ignoring, host_refused, refusing
 from imdsproxy.host.files import Journal
-from imdsproxy.host.namespaces import NamespaceMissing, NamespaceThread
+from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceMissing, NamespaceThread
 from imdsproxy.host.netlink import correct_neighbours
 from imdsproxy.host.nftables import (
     INET,
@@ -61,6 +61,7 @@ _NO_CLAIMS: Final = Claims(0, MappingProxyType({}))
 
 _NO_PAIRS: Final[PairMap] = MappingProxyType({})
 _CLOSERS: Final = 32
+_FAMILIES: Final = {INET: "inet", NETDEV: "netdev"}
 _HOPS_COMMENT: Final = "imdsproxy hops 1"
 _NO_TABLES: Final = (errno.EOPNOTSUPP, errno.EPROTONOSUPPORT, errno.ENOENT, errno.EINVAL)
 
@@ -79,6 +80,33 @@ class TableGone(HostRefused):
     """Another program removed a table or its namespace."""
 
 
+async def close_tables(
+    directory: NamespaceDirectory, family: int, places: Collection[Sequence[str | None]]
+) -> None:
+    """Remove tables of a family, given by namespace (`None` for the host's own) and name.
+
+    Raises:
+        HostRefused: The kernel refuses.
+    """
+    work = iter(places)
+
+    async def close_some() -> None:
+        with contextlib.closing(NamespaceThread(directory)) as thread:
+            for namespace, table in work:
+                await thread.run(partial(drop, thread, namespace, table or ""))
+
+    def drop(thread: NamespaceThread, namespace: str | None, table: str) -> None:
+        batch = Batch(table, family)
+        batch.drop_table()
+        # A kernel without such tables, or a removed namespace, has nothing to remove.
+        none, action = Ignoring(*_NO_TABLES), f"remove table {_FAMILIES[family]} {table}"
+        with refusing(action), none, thread.inside(namespace):
+            commit(batch)
+
+    # The kernel waits 12 ms per table, but not much longer for many in parallel.
+    await asyncio.gather(*(close_some() for _ in range(min(len(places), _CLOSERS))))
+
+
 class KernelTables:
     """Tables of one family in many namespaces.
 
@@ -87,7 +115,6 @@ class KernelTables:
     """
 
     family: int
-    family_name: str
     hint: str
     need: str = ""
 
@@ -100,23 +127,7 @@ class KernelTables:
         Raises:
             HostRefused: The kernel refuses.
         """
-        # The kernel waits 12 ms per table, but not much longer for many in parallel.
-        work = iter(places)
-        count = min(len(places), _CLOSERS)
-        await asyncio.gather(*(self._close_some(work) for _ in range(count)))
-
-    async def _close_some(self, places: Iterator[Sequence[str | None]]) -> None:
-        with contextlib.closing(NamespaceThread(self.thread.directory)) as thread:
-            for namespace, table in places:
-                await thread.run(partial(self._drop, thread, namespace, table or ""))
-
-    def _drop(self, thread: NamespaceThread, namespace: str | None, table: str) -> None:
-        batch = Batch(table, self.family)
-        batch.drop_table()
-        # A kernel without such tables, or a removed namespace, has nothing to remove.
-        none, action = Ignoring(*_NO_TABLES), f"remove table {self.family_name} {table}"
-        with refusing(action), none, thread.inside(namespace):
-            commit(batch)
+        await close_tables(self.thread.directory, self.family, places)
 
     def _at(self, namespace: NamespaceRef | None, action: str, work: Callable[[], T]) -> T:
         name = name_of(namespace)
@@ -151,7 +162,6 @@ class KernelMacFilters(KernelTables):
     """MAC filters: a table of family `netdev` for each network."""
 
     family = NETDEV
-    family_name = "netdev"
     hint = (
         "until then guests with a MAC in their record get 503 there; "
         "network set --no-mac-check does without"
@@ -321,7 +331,6 @@ class KernelHopLimits(KernelTables):
     """
 
     family = INET
-    family_name = "inet"
     hint = (
         "nf_tables with family inet is needed; "
         "until then guests with a hop_limit get no session token there"

@@ -6,7 +6,7 @@ If a process is killed between two steps, the next observation finds the remains
 import contextlib
 import errno
 import os
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -17,12 +17,21 @@ from imdsproxy.errors import DataplaneError, Ignoring, Problem, host_refused, re
 from imdsproxy.host import netlink
 from imdsproxy.host.names import Naming
 from imdsproxy.host.namespaces import NamespaceMissing, NamespaceThread
-from imdsproxy.host.nftables import Change, replace_table
+from imdsproxy.host.nftables import (
+    INET,
+    Batch,
+    Change,
+    NetfilterSocket,
+    ensure_table,
+    replace_table,
+)
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
 from imdsproxy.host.state import Family, ObservedDevice
 from imdsproxy.model.entities import IpAddress, NetworkId
 from imdsproxy.network import operations
+from imdsproxy.network.anti_spoofing.kernel import close_tables
 from imdsproxy.network.endpoints import LOOPBACK
+from imdsproxy.network.listeners.rules import ROUTER_COMMENT, fill_router_table
 from imdsproxy.network.ovn.plan import plan_interface
 from imdsproxy.sources.ovn.ports import IpInterface, devices_of, namespace_of
 
@@ -30,6 +39,7 @@ HAPROXY_NETNS: Final = Path("/var/run/netns")
 """Directory in which HAProxy opens namespaces (compiled in: `src/namespace.c`)."""
 
 _READ_ONLY: Final = "/proc/sys must be writable (ProtectKernelTunables=no in the unit)"
+_NO_NAT: Final = "nf_tables with family inet and NAT is needed; guests behind this router get no answer until then"
 _PREFIXES: Final = {Family.IPV4: 32, Family.IPV6: 64}
 _SWITCHED_OFF: Final = (
     # Packets from a guest must not give us routes or addresses, nor make us a router.
@@ -56,11 +66,14 @@ async def apply_ops(
         The failed ops, with the reasons.
     """
     failures: dict[operations.HostOp, Problem] = {}
-    for of_vswitch, group in groupby(ops, lambda op: isinstance(op, operations.ChangePorts)):
+    for _, group in groupby(ops, _kind):
         some = tuple(group)
-        if not of_vswitch:
-            failures |= await thread.run(partial(_try_each, thread, some))
-            continue
+        failures |= await thread.run(
+            partial(_try_each, thread, [op for op in some if isinstance(op, operations.ThreadOp)])
+        )
+        failures |= await _remove_tables(
+            thread, [op for op in some if isinstance(op, operations.RemoveTable)]
+        )
         for op in some:
             if isinstance(op, operations.ChangePorts) and change_ports is not None:
                 problem = await change_ports(op)
@@ -68,19 +81,32 @@ async def apply_ops(
     return failures
 
 
+def _kind(op: operations.HostOp) -> type[operations.HostOp] | None:
+    return type(op) if isinstance(op, operations.ChangePorts | operations.RemoveTable) else None
+
+
+async def _remove_tables(
+    thread: NamespaceThread, ops: Collection[operations.RemoveTable]
+) -> dict[operations.HostOp, Problem]:
+    try:
+        await close_tables(thread.directory, INET, [(op.router, op.name) for op in ops])
+    except DataplaneError as error:
+        return dict.fromkeys(ops, Problem("host", error.message, error.hint))
+    return {}
+
+
 def _try_each(
-    thread: NamespaceThread, ops: Iterable[operations.HostOp]
+    thread: NamespaceThread, ops: Iterable[operations.ThreadOp]
 ) -> dict[operations.HostOp, Problem]:
     failures: dict[operations.HostOp, Problem] = {}
     for op in ops:
-        if isinstance(op, operations.ChangePorts):
-            continue
         try:
             _do(thread, op)
         except (DataplaneError, OSError) as error:
             if isinstance(error, OSError):
                 # The only file system that refuses is /proc/sys.
                 hint = _READ_ONLY if error.errno == errno.EROFS else ""
+                hint = _NO_NAT if isinstance(op, operations.MakeTable) else hint
                 error = host_refused(op.action.format(op), error, hint=hint)
             of_ovn = isinstance(op, operations.AttachOvn | operations.DetachOvn)
             field = f"ovn.{error.code}" if of_ovn else "host"
@@ -105,11 +131,22 @@ def _do(thread: NamespaceThread, op: operations.ThreadOp) -> None:
                 netlink.remove_address(channel, _find(channel, device).index, address, prefix)
         case operations.DeleteNamespace(name):
             thread.directory.delete(name)
+        case operations.MakeTable():
+            _make_table(thread, op)
         case operations.DeleteLink(name):
             with Ignoring(errno.ENODEV), NetlinkSocket() as channel:
                 netlink.delete_link(channel, _find(channel, name).index)
         case never:
             assert_never(never)
+
+
+def _make_table(thread: NamespaceThread, op: operations.MakeTable) -> None:
+    fill = partial(fill_router_table, op.table)
+    with contextlib.suppress(NamespaceMissing), thread.inside(op.router.name) as ref:
+        # The name may belong to another namespace by now.
+        if ref == op.router:
+            with NetfilterSocket() as channel:
+                ensure_table(channel, Batch(op.name, INET), ROUTER_COMMENT, fill)
 
 
 def _find(channel: NetlinkSocket, device: str) -> ObservedDevice:

@@ -23,7 +23,7 @@ from imdsproxy.host import netlink
 from imdsproxy.host.files import Journal, write_atomic
 from imdsproxy.host.names import Naming
 from imdsproxy.host.namespaces import MISSING, NamespaceMissing, NamespaceThread
-from imdsproxy.host.nftables import ARP, BRIDGE
+from imdsproxy.host.nftables import ARP, BRIDGE, INET, NetfilterSocket
 from imdsproxy.host.nlmessages import NetlinkSocket
 from imdsproxy.host.sockets import (
     L3_PROXY_PORT,
@@ -64,21 +64,26 @@ from imdsproxy.network.listeners.plan import (
     PlanMemo,
     explain_pending,
     find_left_to_others,
+    note_tables,
     ovn_place,
     place_of,
     plan_listeners,
 )
-from imdsproxy.network.listeners.rules import plan_arp_filter, plan_diversions
+from imdsproxy.network.listeners.rules import ROUTER_COMMENT, plan_arp_filter, plan_diversions
 from imdsproxy.network.operations import (
     AddAddress,
     AttachOvn,
     DetachOvn,
     HostOp,
+    MakeTable,
     Removal,
     RemoveAddress,
+    RemoveTable,
+    RouterTable,
 )
 from imdsproxy.network.ovn.host import OvnHost
 from imdsproxy.network.ovn.plan import network_of, plan_ovn
+from imdsproxy.sources.neutron_namespaces.records import router_of
 from imdsproxy.sources.ovn.ports import devices_of
 
 Peek: TypeAlias = tuple[int, frozenset[int]]
@@ -238,12 +243,7 @@ class SystemHost:
                 break
             tried.update(ops)
             self._dirty.update(one.network for one in plan.not_served)
-            # The place of such an operation may belong to no network, so `_dirty` does not cover it.
-            self._cleared |= {place for one in ops if (place := _place_of(one)) is not None}
-            refused = await self.apply(ops)
-            failures.update(refused)
-            self.operations["failed"] += len(refused)
-            self.operations["ok"] += len(ops) - len(refused)
+            failures.update(await self.carry_out(ops))
             await self._observe(networks)
         self._waits = {network: self._waits.get(network, now) for network in plan.waiting}
         problems += tuple(failures.values())
@@ -416,6 +416,7 @@ class SystemHost:
             metadata = _own_metadata(channel) if ref is None else ""
             end = None if ref is None else _look_at_end(channel, ref.name, devices)
         sockets: list[ListeningSocket] = []
+        of_router = REDIRECTED in wanted or (ref is not None and router_of(ref.name) is not None)
         if wanted or near or not (own or ref is None):
             with NetlinkSocket(SOCK_DIAG) as channel:
                 ports = _REDIRECTED_PORTS if REDIRECTED in wanted else (METADATA_PORT,)
@@ -429,7 +430,63 @@ class SystemHost:
             trials=dict(_trials(wanted, addresses, devices)),
             own_metadata=metadata,
             end=end,
+            tables=_find_tables(self.naming) if of_router else frozenset(),
         )
+
+    async def carry_out(self, ops: Collection[HostOp]) -> Mapping[HostOp, Problem]:
+        """Carry out all ops, also after one failed; observe their places again. Return the refused ones."""
+        # The place of such an operation may belong to no network, so `_dirty` does not cover it.
+        self._cleared |= {place for one in ops if (place := _place_of(one)) is not None}
+        # Before the removal: its event must not bring the table back.
+        self.seen = note_tables(self.seen, [op for op in ops if isinstance(op, RemoveTable)])
+        refused = await self.apply(ops)
+        made = [op for op in ops if isinstance(op, MakeTable) and op not in refused]
+        self.seen = note_tables(self.seen, made)
+        self.operations["failed"] += len(refused)
+        self.operations["ok"] += len(ops) - len(refused)
+        return refused
+
+    async def drop_others(self, routers: Collection[NamespaceRef]) -> None:
+        """Keep requests for metadata from leaving new routers, without waiting for a round that is under way."""
+        await self._make_at_once([MakeTable(ref, RouterTable.DROP, self.naming) for ref in routers])
+
+    async def restore_tables(self, name: str | None) -> bool:
+        """Create routers' tables of this name (`None`: any) again after one was removed, perhaps by us.
+
+        Return whether a round must look at them.
+        """
+        tables = {one.name_in(self.naming): one for one in RouterTable}
+        some = tables.keys() if name is None else {name} & tables.keys()
+        await self._make_at_once(
+            [
+                MakeTable(seen.ref, tables[table], self.naming)
+                for seen in self.seen.namespaces.values()
+                for table in seen.tables & some
+                if seen.ref is not None
+            ]
+        )
+        return bool(some)
+
+    async def _make_at_once(self, ops: Collection[MakeTable]) -> None:
+        """Create tables now. A later round reports those that the kernel refuses, and tries them again."""
+        self._cleared |= {place for one in ops if (place := _place_of(one)) is not None}
+        if ops:
+            # Use a separate thread: with many namespaces an observation blocks the host's thread for seconds.
+            with contextlib.closing(NamespaceThread(self.thread.directory)) as thread:
+                await apply_ops(thread, ops)
+
+    async def remove_tables(self) -> None:
+        """Remove all our tables from routers, also those of an earlier process.
+
+        Raises:
+            HostRefused: The kernel refuses.
+        """
+        names = [name for name in self.thread.directory.names() if router_of(name) is not None]
+        # Remove the redirecting table first.
+        order = (RouterTable.REDIRECT, RouterTable.DROP)
+        ops = [RemoveTable(name, one, self.naming) for one in order for name in names]
+        for problem in (await self.carry_out(ops)).values():
+            raise HostRefused(problem.reason, hint=problem.hint)
 
     async def apply(self, ops: Iterable[HostOp]) -> Mapping[HostOp, Problem]:
         """Carry out all ops, also after one failed. Return the refused ones."""
@@ -516,6 +573,10 @@ def _place_of(op: HostOp) -> Place | None:
         return ovn_place(op.network)
     if isinstance(op, DetachOvn):
         return ovn_place(op.owner)
+    if isinstance(op, MakeTable):
+        return Place(op.router.name, None, redirected=True)
+    if isinstance(op, RemoveTable):
+        return Place(op.router, None, redirected=True)
     return Place(op.namespace, op.device) if isinstance(op, Removal) else None
 
 
@@ -541,6 +602,15 @@ def _look_at_end(
             has_checksums=not netlink.ask_ethtool(device.name, netlink.ETHTOOL_GTXCSUM),
         )
     return None
+
+
+def _find_tables(naming: Naming) -> frozenset[str]:
+    """Return our tables of the current form in the thread's current namespace, which is a router's."""
+    names = (one.name_in(naming) for one in RouterTable)
+    # If the kernel has no such tables, the operation that creates them reports the reason.
+    with contextlib.suppress(OSError), NetfilterSocket() as channel:
+        return frozenset(name for name in names if channel.comment(name, INET) == ROUTER_COMMENT)
+    return frozenset()
 
 
 def _with_owners(seen: ObservedNamespace, owned: dict[int, ListeningSocket]) -> ObservedNamespace:

@@ -10,7 +10,7 @@ from functools import partial
 
 import structlog
 
-from imdsproxy.errors import ConfigRejected, Problem, ReloadFailed
+from imdsproxy.errors import ConfigRejected, HostRefused, Problem, ReloadFailed
 from imdsproxy.haproxy.process import Haproxy
 from imdsproxy.haproxy.rules.config import render_config
 from imdsproxy.haproxy.rules.model import DataplaneSpec
@@ -33,8 +33,7 @@ from imdsproxy.network.listeners.endpoints import (
     plan_links,
 )
 from imdsproxy.network.listeners.host import KeptNetworks, SystemHost
-from imdsproxy.network.listeners.plan import ListenerPlan
-from imdsproxy.network.listeners.routers import Routers
+from imdsproxy.network.listeners.plan import ListenerPlan, plan_redirects
 from imdsproxy.network.listeners.watch import HostWatch
 from imdsproxy.reconcile.progress import Durations
 from imdsproxy.reconcile.reconciler import Reconciler, Tickets
@@ -51,6 +50,7 @@ class ListenerLoop:
         settings: Returns HAProxy's configuration from the settings, without binds; `maxconn` 0 to compute it.
         report: Result of the last round.
         audits_per_s: Returns the number of networks to compare with the kernel each second without an event.
+        serves_routers: Whether a source reports routers, so that their tables of an earlier process may stay.
     """
 
     inventory: Inventory
@@ -61,7 +61,7 @@ class ListenerLoop:
     audits_per_s: Callable[[], float]
     mac_filters: MacFilters
     hop_limits: HopLimits
-    routers: Routers
+    serves_routers: bool
     kept: KeptNetworks
     unix: UnixListener
     tickets: Tickets = field(default_factory=Tickets)
@@ -72,6 +72,7 @@ class ListenerLoop:
     durations: Durations = field(default_factory=Durations)
     watch: HostWatch = field(init=False)
     _listening: MacFilterPlan = field(default_factory=MacFilterPlan)
+    _undirected: tuple[Problem, ...] = ()
     _degraded: frozenset[NotServed] = frozenset()
     _released: frozenset[NetworkId] = frozenset()
     _reasons: set[str] = field(default_factory=set)
@@ -173,8 +174,8 @@ class ListenerLoop:
         Raises:
             HostRefused: The host's own namespace cannot be observed.
         """
-        if not self.routers.enabled:
-            await self.routers.close_all()
+        if not self.serves_routers:
+            await self.host.remove_tables()
         await self._settle(self._networks())
 
     async def first_round(self) -> None:
@@ -236,7 +237,7 @@ class ListenerLoop:
         no_tables = (self.mac_filters.refused, self.hop_limits.refused)
         refused = (
             *(some[network] for some in no_tables for network in sorted(some)),
-            *self.routers.problems.values(),
+            *self._undirected,
         )
         self.watch.expect(networks, {one.network for one in plan.not_served if one.code.silent})
         self.rounds += 1
@@ -276,13 +277,15 @@ class ListenerLoop:
         # The old worker no longer reads the links. The next worker needs all of its own.
         namespaces = str(self.host.thread.directory.path)
         apply_links(self.host.links, plan_links(self._listening.binds, namespaces))
-        await self.routers.withdraw(self._listening.binds)
+        gone, come = plan_redirects(self._listening.binds, self.host.seen, self.host.naming)
+        for problem in (await self.host.carry_out(gone)).values():
+            raise HostRefused(problem.reason, hint=problem.hint)
         before = bound_path(self.haproxy.in_force())
         spec = self.spec()
         if self.unix.rebind:
             await self.haproxy.apply(replace(spec, unix=None), ", ".join(reasons))
         done = await self.haproxy.apply(spec, ", ".join(reasons))
-        await self.routers.redirect(self._listening.binds)
+        self._undirected = tuple((await self.host.carry_out(come)).values())
         await self.mac_filters.settle(self._listening, sweep=self.inventory.in_sync)
         await self.hop_limits.sweep()
         await self.unix.settle(before)

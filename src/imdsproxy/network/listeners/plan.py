@@ -34,6 +34,7 @@ from imdsproxy.model.entities import (
     Network,
     NetworkId,
 )
+from imdsproxy.model.wire import REDIRECTED_PORT
 from imdsproxy.network.endpoints import (
     ENSLAVING,
     LOOPBACK,
@@ -49,7 +50,10 @@ from imdsproxy.network.operations import (
     DeleteLink,
     DeleteNamespace,
     HostOp,
+    MakeTable,
     RemoveAddress,
+    RemoveTable,
+    RouterTable,
 )
 from imdsproxy.network.ovn.plan import OvnWanted, network_of, plan_ovn
 from imdsproxy.sources.ovn.ports import devices_of, namespace_of
@@ -190,7 +194,7 @@ def plan_listeners(
         del memo[gone]
     served = [networks[network_id] for network_id in networks.keys() - shared.keys()]
     removals = plan_sweep(served, observed, naming, managed) if sweep else ()
-    lacking = (one for one in planned if isinstance(one, (AttachBridge, AddAddress)))
+    lacking = (one for one in planned if isinstance(one, AttachBridge | AddAddress | MakeTable))
     of_ovn: tuple[HostOp, ...] = ()
     waiting: frozenset[NetworkId] = frozenset()
     if ovn is not None:
@@ -363,8 +367,11 @@ def _lacks(
     seen: ObservedNamespace,
     root: ObservedNamespace,
     naming: Naming,
-) -> Iterator[AttachBridge | AddAddress]:
+) -> Iterator[AttachBridge | AddAddress | MakeTable]:
     """Yield the ops that a listener needs if nothing refuses it."""
+    drop = RouterTable.DROP
+    if place.redirected and seen.ref is not None and drop.name_in(naming) not in seen.tables:
+        yield MakeTable(seen.ref, drop, naming)
     if place.bridge is not None:
         bridge, link = (root.devices.get(name) for name in place.bridge)
         if bridge is not None and not _is_attached(bridge, link, seen, naming.inner_device):
@@ -391,6 +398,45 @@ def _is_attached(
         and all(one.up and one.mtu == bridge.mtu for one in (link, inside))
         and len(_addresses_on(seen, inner)) == len(routes) == len(Family)
     )
+
+
+def plan_redirects(
+    binds: Iterable[Endpoint], observed: ObservedHost, naming: Naming
+) -> tuple[list[RemoveTable], list[MakeTable]]:
+    """Plan the redirection of requests in routers' namespaces.
+
+    Args:
+        binds: Endpoints that HAProxy is about to listen on.
+        observed: The host.
+        naming: Names of our own tables.
+
+    Returns:
+        Tables to remove before HAProxy stops listening, and tables to create once it listens.
+    """
+    redirect = RouterTable.REDIRECT
+    wanted = {one.namespace for one in binds if one.port == REDIRECTED_PORT}
+    present = {
+        seen.ref for seen in observed.namespaces.values() if redirect.name_in(naming) in seen.tables
+    }
+    gone = [RemoveTable(ref.name, redirect, naming) for ref in present - wanted if ref is not None]
+    come = [MakeTable(ref, redirect, naming) for ref in wanted - present if ref is not None]
+    return gone, come
+
+
+def note_tables(observed: ObservedHost, ops: Iterable[HostOp]) -> ObservedHost:
+    """Return the host with the tables as they are after these operations."""
+    namespaces = dict(observed.namespaces)
+    for op in ops:
+        name = op.router.name if isinstance(op, MakeTable) else ""
+        name = op.router if isinstance(op, RemoveTable) else name
+        seen = namespaces.get(name)
+        if seen is None:
+            continue
+        if isinstance(op, MakeTable) and op.router == seen.ref:
+            namespaces[name] = replace(seen, tables=seen.tables | {op.name})
+        elif isinstance(op, RemoveTable):
+            namespaces[name] = replace(seen, tables=seen.tables - {op.name})
+    return replace(observed, namespaces=namespaces)
 
 
 def find_left_to_others(

@@ -66,14 +66,15 @@ from imdsproxy.model.entities import (
 )
 from imdsproxy.model.wire import REDIRECTED_PORT
 from imdsproxy.network.anti_spoofing.rules import LAYOUTS, Layout, fill_redirected_hop_limit
+from imdsproxy.network.operations import RouterTable
 
 _GUEST_KINDS: Final = frozenset({"tun", "veth"})
 _ETHER: Final = 9
 _IFNAME_BYTES, _MAC_BYTES = 16, 6
 """A longer name was not valid UTF-8, and stands for another."""
 
-ROUTER_FORMAT: Final = 1
-"""Format number in the comment of each router's tables: a table with another number is replaced."""
+ROUTER_COMMENT: Final = "imdsproxy 1"
+"""Comment of each router's tables, with the number of their format: a table with another comment is replaced."""
 
 _ROUTER_DEVICES: Final = b"qr-"
 _BEFORE_IPTABLES, _AFTER_NAT = -101, -90
@@ -218,8 +219,13 @@ def _pack(device: str) -> bytes:
     return device.encode().ljust(_IFNAME_BYTES, b"\0")
 
 
-def fill_drop(batch: Batch) -> None:
-    """Add the rules to a router's new table that keep packets for the metadata addresses from another router."""
+def fill_router_table(table: RouterTable, batch: Batch) -> None:
+    """Add the rules to a router's new table."""
+    (_fill_drop if table is RouterTable.DROP else _fill_redirect)(batch)
+
+
+def _fill_drop(batch: Batch) -> None:
+    """Keep packets for the metadata addresses from another router."""
     batch.make_base_chain("arriving", nft.PREROUTING, _AFTER_NAT)
     batch.make_base_chain("input", nft.INPUT, _FILTER)
     for layout in LAYOUTS:
@@ -229,8 +235,8 @@ def fill_drop(batch: Batch) -> None:
         batch.make_rule("input", layout.is_tcp, to_ours, nft.is_redirected(differs=True), _DROP)
 
 
-def fill_redirect(batch: Batch) -> None:
-    """Add the rules to a router's new table that redirect guests' requests to HAProxy."""
+def _fill_redirect(batch: Batch) -> None:
+    """Redirect guests' requests to HAProxy."""
     batch.make_base_chain("redirect", nft.PREROUTING, _BEFORE_IPTABLES, kind="nat")
     inward = nft.meta(nft.INPUT_DEVICE) + nft.compare(_ROUTER_DEVICES)
     for layout in LAYOUTS:
