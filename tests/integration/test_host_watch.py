@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Collection, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -25,6 +26,7 @@ from imdsproxy.model.entities import (
 )
 from imdsproxy.network.listeners.host import Peek, SystemHost
 from imdsproxy.network.listeners.watch import HostWatch
+from imdsproxy.network.ovn.host import OvnHost
 from support.hostlab import HostLab, create_namespace
 from support.patience import patience
 
@@ -114,6 +116,31 @@ async def test_an_address_in_a_namespace_made_later_is_an_event_too(lab: HostLab
         await watched.quiet()
         await asyncio.to_thread(lab.address, name, "169.254.169.254/32", "lo")
         assert await watched.networks_of("link") == {BLUE}
+
+
+async def test_ovns_namespaces_and_all_their_addresses_are_events_even_of_no_network(
+    lab: HostLab,
+) -> None:
+    name, of_ovn = lab.namespace("blue"), f"ovnmeta-{lab.token}"
+    lab.ip("netns", "add", of_ovn)
+    try:
+        async with _watching(lab, {"blue": NamespaceListener(name)}) as watched:
+            watched.host.ovn = Mock(OvnHost)
+            for step in (("netns", "del", of_ovn), ("netns", "add", of_ovn)):
+                await watched.quiet()
+                await asyncio.to_thread(lab.ip, *step)
+                async with asyncio.timeout(patience()):
+                    kind, networks = await watched.events.get()
+                assert kind.startswith("namespace-")
+                assert networks == ()
+            await watched.quiet()
+            # Of another namespace only the metadata addresses matter.
+            await asyncio.to_thread(lab.address, name, "10.0.0.2/24", "lo")
+            await asyncio.to_thread(lab.address, of_ovn, "10.0.0.2/24", "lo")
+            async with asyncio.timeout(patience()):
+                assert await watched.events.get() == ("link", ())
+    finally:
+        lab.ip("netns", "del", of_ovn)
 
 
 @pytest.mark.parametrize("kind", [InterfaceListener, BridgeListener])

@@ -99,7 +99,7 @@ def _nsid_of(ancillary: list[tuple[int, int, bytes]]) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class LinkChange:
-    """Change of a device or a metadata address.
+    """Change of a device or an address.
 
     Attributes:
         nsid: Id of the namespace; `None` for the host's own.
@@ -107,6 +107,7 @@ class LinkChange:
         master: Index of the device's bridge; 0 for none, and `None` if the message does not tell.
         index: Index of the device, if the message is about one.
         gone: Whether the device is gone, or has left its bridge.
+        is_other: Whether the change is of another address than the metadata addresses.
     """
 
     nsid: int | None
@@ -114,10 +115,11 @@ class LinkChange:
     master: int | None = None
     index: int = 0
     gone: bool = False
+    is_other: bool = False
 
 
 def watch_links() -> KernelEvents[LinkChange]:
-    """Return the events of devices and metadata addresses."""
+    """Return the events of devices and addresses; in the host's own namespace only of metadata addresses."""
 
     def parse(kind: int, payload: bytes, nsid: int | None) -> Iterator[LinkChange]:
         if kind in (netlink.RTM_NEWLINK, netlink.RTM_DELLINK):
@@ -126,10 +128,12 @@ def watch_links() -> KernelEvents[LinkChange]:
             gone = kind == netlink.RTM_DELLINK
             master = 0 if gone else link.master
             yield LinkChange(nsid, link.name, master=master, index=link.index, gone=gone)
-        elif kind in (netlink.RTM_NEWADDR, netlink.RTM_DELADDR) and (
-            found := netlink.parse_address(payload, {})
-        ):
-            yield LinkChange(nsid, netlink.device_name(int(found.device)) if nsid is None else "")
+        elif kind in (netlink.RTM_NEWADDR, netlink.RTM_DELADDR):
+            found = netlink.parse_address(payload, {})
+            if nsid is not None:
+                yield LinkChange(nsid, "", is_other=found is None)
+            elif found is not None:
+                yield LinkChange(None, netlink.device_name(int(found.device)))
 
     return KernelEvents(socket.NETLINK_ROUTE, _LINKS, "the host's devices", parse)
 

@@ -82,7 +82,7 @@ from imdsproxy.network.operations import (
     RouterTable,
 )
 from imdsproxy.network.ovn.host import OvnHost
-from imdsproxy.network.ovn.plan import network_of, plan_ovn
+from imdsproxy.network.ovn.plan import network_of
 from imdsproxy.sources.neutron_namespaces.records import router_of
 from imdsproxy.sources.ovn.ports import devices_of
 
@@ -163,6 +163,7 @@ class SystemHost:
         self._cleared: set[Place] = set()
         self.ovn: OvnHost | None = None
         self._waits: dict[NetworkId, float] = {}
+        self._unfinished: set[NetworkId] = set()
         self.our_pids: Callable[[], Collection[int]] = tuple
         self.arp_filter = HostTable(
             thread,
@@ -186,9 +187,9 @@ class SystemHost:
         else:
             self._dirty.update(networks)
 
-    def touch_device(self, name: str) -> None:
-        """Observe a device of the host's own namespace again in the next round, even if no network names it."""
-        self._cleared.add(Place(None, name))
+    def touch_place(self, place: Place) -> None:
+        """Observe a place again in the next round, even if it belongs to no network."""
+        self._cleared.add(place)
 
     async def settle(
         self,
@@ -218,6 +219,7 @@ class SystemHost:
                 n for n, p in wanted.places.items() if p.namespace not in self.seen.namespaces
             )
             self._cleared |= {ovn_place(network) for network in (*unseen, *self._waits)}
+        self._unfinished.clear()
         problems, _ = await asyncio.gather(filtering, self._observe(networks))
         now = asyncio.get_running_loop().time()
         overdue = {network for network, since in self._waits.items() if now - since > _LISTENED_S}
@@ -245,6 +247,8 @@ class SystemHost:
             self._dirty.update(one.network for one in plan.not_served)
             failures.update(await self.carry_out(ops))
             await self._observe(networks)
+        # No event reports that a namespace will never be finished.
+        plan = replace(plan, waiting=plan.waiting | self._unfinished)
         self._waits = {network: self._waits.get(network, now) for network in plan.waiting}
         problems += tuple(failures.values())
         diversions = plan_diversions(networks, self.seen, self.naming)
@@ -357,19 +361,6 @@ class SystemHost:
         found = map(network_of, self.thread.directory.names())
         return [ovn_place(network) for network in found if network is not None]
 
-    async def differs_for_ovn(self, places: Collection[Place]) -> bool:
-        """Observe these places; if OVN's networks need an operation, mark them for the next round.
-
-        Raises:
-            HostRefused: The host's own namespace cannot be observed.
-        """
-        seen = merge_observed(self.seen, await self.observe((), places))
-        wanted = None if self.ovn is None else self.ovn.wanted()
-        if wanted is None or not plan_ovn(wanted, seen, self.naming, ())[0]:
-            return False
-        self._cleared.update(places)
-        return True
-
     def _left_over(self, managed: Collection[str | None]) -> frozenset[str]:
         """Return namespaces in which an earlier process may have left objects."""
         return frozenset(
@@ -394,9 +385,12 @@ class SystemHost:
             return ObservedNamespace(None, problem=error.message)
         file = self.thread.directory.path / name
         half_made = self.naming.is_namespace(name) and file.exists()
-        # An agent may be creating a namespace of OVN's network.
-        if half_made or (network_of(name) is not None and _is_abandoned(file)):
+        network = network_of(name)
+        if half_made or (network is not None and _is_abandoned(file)):
             return ObservedNamespace(None)
+        if network is not None and file.exists():
+            # An agent may be creating a namespace of OVN's network.
+            self._unfinished.add(network)
         return None
 
     def _look(

@@ -1,8 +1,9 @@
 """Watcher of host changes that affect HAProxy's binds, for the listener loop.
 
-It has three inputs: namespaces that appear and disappear; devices and addresses, in the host's own namespace and in
-those that HAProxy listens in; and a paced audit for changes without events, such as other programs' listening sockets.
-Each audit checks the next networks and the next of OVN's namespaces in turn, and all networks that are not served.
+It has three inputs: namespaces that appear and disappear; devices and addresses, in the host's own namespace, in those
+that HAProxy listens in, and in all with the name of one of OVN's networks; and a paced audit for changes without
+events, such as other programs' listening sockets. Each audit checks the next networks in turn, and all networks that
+are not served.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,12 +25,10 @@ from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
 from imdsproxy.host.state import NamespaceRef, ObservedHost, ObservedNamespace, merge_observed
 from imdsproxy.model.entities import Network, NetworkId
 from imdsproxy.network.listeners.host import Peek, SystemHost
-from imdsproxy.network.listeners.plan import Place, place_of, plan_network
+from imdsproxy.network.listeners.plan import Place, ovn_place, place_of, plan_network
+from imdsproxy.network.ovn.plan import network_of
 
 T = TypeVar("T")
-
-_OVN_EVERY_S: Final = 10.0
-"""Seconds in which the audit checks each of OVN's namespaces once."""
 
 _AT_ONCE: Final = 64
 """Maximum number of networks or namespaces in a batch: the namespace thread is free for others every 20 ms."""
@@ -65,8 +63,6 @@ class HostWatch:
     _nsids: dict[int, NamespaceRef] = field(default_factory=dict)
     _wanted_ids: asyncio.Event = field(default_factory=asyncio.Event)
     _closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
-    _of_ovn: list[Place] = field(default_factory=list)
-    _ovn_step: int = 0
     _peeked: dict[str | None, Peek | None] = field(default_factory=dict)
     _turns: Counter[str] = field(default_factory=Counter)
     _namespace_watch: NamespaceWatch = field(init=False)
@@ -123,13 +119,22 @@ class HostWatch:
 
     async def _follow_namespaces(self) -> None:
         async for ref, came in self._namespace_watch:
-            networks = self._namespaces.get(ref.name, ())
-            if came and networks:
+            if came:
                 self._wanted_ids.set()
-            elif not came:
+            else:
                 self._nsids = {i: one for i, one in self._nsids.items() if one != ref}
-            kind = "namespace-came" if came else "namespace-went"
-            self._publish(kind, networks)
+            self._publish_in("namespace-came" if came else "namespace-went", ref.name)
+
+    def _publish_in(self, kind: str, namespace: str) -> None:
+        networks, of_ovn = self._namespaces.get(namespace, ()), self._ovn_network(namespace)
+        self._publish(kind, networks)
+        if of_ovn is not None and not networks:
+            # It may lack what its network needs, although no guest is served there, or have to be removed.
+            self.host.touch_place(ovn_place(of_ovn))
+            self.touch(kind, ())
+
+    def _ovn_network(self, namespace: str) -> NetworkId | None:
+        return None if self.host.ovn is None else network_of(namespace)
 
     async def _follow_links(self) -> None:
         async for change in self._link_watch:
@@ -141,8 +146,10 @@ class HostWatch:
                     names = self._concerned(change)
                 networks = (self._devices.get(name, set()) for name in names)
                 self._publish("link", set().union(*networks))
-            elif (ref := self._nsids.get(change.nsid)) is not None:
-                self._publish("link", self._namespaces.get(ref.name, ()))
+            elif (ref := self._nsids.get(change.nsid)) is not None and (
+                not change.is_other or self._ovn_network(ref.name) is not None
+            ):
+                self._publish_in("link", ref.name)
 
     def _concerned(self, change: LinkChange) -> list[str]:
         """Return the changed device, by its earlier name too, and the bridges that it joined or left."""
@@ -155,14 +162,14 @@ class HostWatch:
             names.append(known.name)
             master = known.master
             if change.gone or known.name != change.device:
-                self.host.touch_device(known.name)
+                self.host.touch_place(Place(None, known.name))
         if change.master not in (None, master):
             bridges = (devices[name] for name in self._devices if name in devices)
             names += [one.name for one in bridges if one.index in (master, change.master)]
         return names
 
     async def _give_ids(self) -> None:
-        """Assign an id to each namespace that HAProxy listens in, so that its events are received.
+        """Assign an id to each namespace of a network, and to OVN's, so that their events are received.
 
         Also observe newly expected networks once their events are published: earlier events were not.
         """
@@ -175,14 +182,21 @@ class HostWatch:
             if not self._link_watch.hears_all:
                 continue
             have, current = set(self._nsids.values()), self._namespace_watch.current
-            wanted = (current.get(name or "") for name in self._namespaces)
-            missing = [ref for ref in wanted if ref is not None and ref not in have]
+            missing = [
+                ref
+                for name, ref in current.items()
+                if (name in self._namespaces or self._ovn_network(name) is not None)
+                and ref not in have
+            ]
             for some in _batches(missing):
                 given = await self.host.thread.run(functools.partial(self._assign, some))
                 self._nsids.update(given)
-                ids = (self._namespaces.get(ref.name, ()) for ref in given.values())
                 # Changes before the id was assigned were not reported.
+                names = {ref.name for ref in given.values()}
+                ids = (self._namespaces.get(name, ()) for name in names)
                 await self._look([self._networks[one] for some in ids for one in some])
+                for name in names - self._namespaces.keys():
+                    self._publish_in("audit", name)
 
     def _assign(self, refs: Iterable[NamespaceRef]) -> dict[int, NamespaceRef]:
         given: dict[int, NamespaceRef] = {}
@@ -196,7 +210,7 @@ class HostWatch:
         return given
 
     async def _audit(self) -> None:
-        """Check networks and OVN's namespaces in turn, and networks that are not served each time, until cancelled."""
+        """Check networks in turn, and networks that are not served each time, until cancelled."""
         due = 0.0
         while True:
             await asyncio.sleep(self.every_s)
@@ -205,21 +219,6 @@ class HostWatch:
             due -= int(due)
             for some in _batches(self._next("recheck", self._not_served, self.rechecks)):
                 await self._look(some)
-            if self.host.ovn is not None:
-                await self._look_at_ovn()
-
-    async def _look_at_ovn(self) -> None:
-        """Check the next namespaces with the name of one of OVN's networks, also those of no network.
-
-        There are no events for them, nor for addresses other than the metadata addresses.
-        """
-        if not self._of_ovn:
-            self._of_ovn = self.host.ovn_places()
-            self._ovn_step = math.ceil(len(self._of_ovn) * self.every_s / _OVN_EVERY_S)
-        some, self._of_ovn = self._of_ovn[: self._ovn_step], self._of_ovn[self._ovn_step :]
-        with contextlib.suppress(DataplaneError):  # the listener loop reports it
-            if some and await self.host.differs_for_ovn(some):
-                self.touch("audit", ())
 
     def _next(self, which: str, ids: Sequence[NetworkId], count: int) -> list[Network]:
         turn = [ids[(self._turns[which] + n) % len(ids)] for n in range(min(count, len(ids)))]
