@@ -32,12 +32,7 @@ _HEAD_REST: Final = len(_HEAD_START) + _REVISION_LENGTH
 
 @dataclass(frozen=True, slots=True)
 class CompiledRecord:
-    """Compiled record of an instance, ready to write.
-
-    Attributes:
-        revision: 16 hexadecimal digits that identify `content`.
-        content: Bytes of the file.
-    """
+    """Compiled record of an instance, ready to write; 16 hexadecimal digits, the revision, identify its content."""
 
     revision: str
     content: bytes
@@ -68,8 +63,6 @@ class DocumentAddress(TypedDict):
 
 
 class DocumentPort(TypedDict):
-    """Port with the values of its network; `mtu` in bytes."""
-
     network: str
     mac: str | None
     mtu: int | None
@@ -112,10 +105,8 @@ def compile_instance(
 ) -> CompiledRecord:
     """Compile an instance; equal instances in equal networks and regions give equal bytes.
 
-    A port in a network that is not in `networks` keeps its addresses and lacks the network's values.
-
-    Raises:
-        SourceError: User-data that is not in memory is unavailable.
+    A port in a network that is not in `networks` keeps its addresses and lacks the network's values. Raises
+    `SourceError` if User-data that is not in memory is unavailable.
     """
     user_data = None if instance.user_data is None else bytes(instance.user_data)
     made = {
@@ -183,9 +174,8 @@ def compiled_path(instance_id: InstanceId) -> str:
 def parse_compiled(content: bytes) -> DocumentRecord:
     """Parse a compiled record and verify all of its bytes.
 
-    Raises:
-        RecordCorrupt: The content is truncated, has extra bytes, fails a checksum, or has a format that lacks a
-            required key.
+    Raises `RecordCorrupt` if the content is truncated, has extra bytes, fails a checksum, or has a format that lacks a
+    required key.
     """
     end = content.find(b"\n") + 1
     if not end or not content.startswith(_HEAD_START):

@@ -38,13 +38,7 @@ _Found: TypeAlias = "tuple[respond.Answer, BinaryIO | None]"
 
 @dataclass(slots=True)
 class DocumentService:
-    """ASGI application that answers for every instance that HAProxy names and that has a compiled record.
-
-    Args:
-        records: Reader of records.
-        passwords: Store of guests' passwords.
-        random_bytes: Source of random bytes; its argument is their number.
-    """
+    """ASGI application that answers for every instance that HAProxy names and that has a compiled record."""
 
     records: RecordReader
     passwords: PasswordStore
@@ -52,7 +46,6 @@ class DocumentService:
     _noted: dict[InstanceId, str] = field(default_factory=dict)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request; uvicorn is configured to send only HTTP scopes."""
         try:
             found = await self._answer(scope, receive)
         except Exception:  # noqa: BLE001 - logged; a fault of ours is answered like one that goes away

@@ -46,7 +46,7 @@ _DRAIN_POLL_S: Final = 0.02
 
 
 async def read_body(receive: Receive) -> bytes | Answer | None:
-    """Read the request's whole body, however it is framed; hold at most `BODY_LIMIT` bytes.
+    """Read the request's whole body, however it is framed, of at most `BODY_LIMIT` bytes.
 
     Return a 413 answer if the body is longer, `None` if the client disconnected early.
     """
@@ -86,13 +86,7 @@ async def _until_gone(receive: Receive) -> None:
 
 
 async def send_answer(answer: Answer, send: Send, file: BinaryIO | None = None) -> None:
-    """Send an answer; a file is read only as fast as the client takes it.
-
-    Args:
-        answer: Answer to send.
-        send: Function that takes ASGI messages.
-        file: File of the answer's `Blob`; it is closed afterwards.
-    """
+    """Send an answer; the file of a `Blob` is read only as fast as the client takes it, and closed afterwards."""
     headers = list(answer.headers)
     head = {"type": "http.response.start", "status": answer.status, "headers": headers}
     if isinstance(answer.body, bytes):
@@ -136,7 +130,6 @@ class _WholeAnswers:
             self.flush()
 
     def flush(self) -> None:
-        """Send the held data in one piece."""
         if self._parts:
             data = b"".join(self._parts)
             self._parts.clear()
@@ -144,7 +137,6 @@ class _WholeAnswers:
             self._transport.write(data)
 
     def close(self) -> None:
-        """Send the held data, then close."""
         self.flush()
         self._transport.close()
 
@@ -233,6 +225,5 @@ async def _drain(state: ServerState, deadline: float) -> None:
 
 
 async def serve(app: AsgiApp, listener: socket.socket) -> None:
-    """Run `serving` until cancelled."""
     async with serving(app, listener, grace_s=_GRACE_S):
         await asyncio.Event().wait()

@@ -22,12 +22,7 @@ _RESTARTS: Final = "restarts"
 
 @dataclass(frozen=True, slots=True)
 class DocumentProcesses:
-    """Processes in the file that are running.
-
-    Attributes:
-        parent: Parent's pid; `None` if it was killed.
-        restarts: Number of workers of this parent that were restarted.
-    """
+    """Processes in the file that are running; no parent if it was killed. `restarts` counts restarts of its workers."""
 
     parent: int | None
     workers: tuple[int, ...]
@@ -35,17 +30,11 @@ class DocumentProcesses:
 
     @property
     def pids(self) -> tuple[int, ...]:
-        """Return all pids, the parent's first."""
         return self.workers if self.parent is None else (self.parent, *self.workers)
 
 
 class PidFile:
-    """Locked pid file.
-
-    Raises:
-        HostRefused: Another document server holds the lock, or the file cannot be created.
-        PrivilegeMissing: This process may not write there.
-    """
+    """Locked pid file; raises `HostRefused` if another document server holds the lock."""
 
     def __init__(self, path: Path) -> None:
         with refusing(f"open {path}"):
@@ -58,11 +47,9 @@ class PidFile:
         self._written = b""
 
     def is_ours(self) -> bool:
-        """Return whether the file at the path is still ours."""
         return is_file_at(self.descriptor, self.path)
 
     def write(self, pids: Sequence[int], restarts: int = 0) -> None:
-        """Write the pids of the parent and the workers, and the number of restarts."""
         text = "".join(f"{pid} {stat.started}\n" for pid in pids if (stat := read_stat(pid)))
         data = f"{text}{_RESTARTS} {restarts}\n".encode("ascii")
         if data != self._written:
@@ -94,11 +81,7 @@ def read_pids(path: Path) -> DocumentProcesses:
 
 
 def signal_all(pids: Iterable[int], number: signal.Signals) -> None:
-    """Send a signal to the processes that have not ended.
-
-    Raises:
-        PrivilegeMissing: A process belongs to another account.
-    """
+    """Send a signal to the processes that have not ended; raise `PrivilegeMissing` if one has another account."""
     for pid in pids:
         with refusing(f"stop the document server's process {pid}"), suppress(ProcessLookupError):
             os.kill(pid, number)

@@ -47,11 +47,9 @@ class Resolver:
     Args:
         look: Look-up, called once at first and again whenever `wake` names the address.
         limits: Getter of the settings, called at each request so that new ones apply at once.
-        now: Monotonic clock, in seconds.
 
     Attributes:
         outcomes: Number of misses since the start, by result: `FOUND` or the denial.
-        mismatched: Number of `MISMATCH` denials, by network.
         durations: Durations of resolved misses, with the time that they were held.
     """
 
@@ -68,7 +66,6 @@ class Resolver:
 
     @property
     def held(self) -> int:
-        """Number of waiting requests."""
         return self._held.total()
 
     def wake(self, keys: Iterable[AddressKey] | None) -> None:

@@ -40,7 +40,6 @@ class GuestRequest:
         key: Network or router, and the guest's address.
         target: Path and query as the guest sent them.
         headers: The guest's headers that HAProxy passed on, and HAProxy's own.
-        scope: Kind of the id in `key`, if HAProxy knows it.
         port: The guest's port, if the kernel has not yet checked the address together with its MAC.
         by_operator: Whether an operator sent the request; it then uses none of the network's share, and does not count
             as the guest's.
@@ -139,7 +138,6 @@ class CollectedAnswer:
     body: bytearray = field(default_factory=bytearray)
 
     async def take(self, message: MutableMapping[str, object]) -> None:
-        """Collect one ASGI message."""
         if message["type"] == "http.response.start":
             self.status = cast("int", message["status"])
             self.headers = tuple(cast("Iterable[Header]", message["headers"]))
@@ -148,15 +146,10 @@ class CollectedAnswer:
 
 
 def found_forwarder(socket: str, timeout_s: float, *, per_network: int = 16) -> Forward:
-    """Return a function that forwards requests to HAProxy's frontend `found`.
+    """Return a function that forwards requests to HAProxy's frontend `found`, whose own deadlines are shorter.
 
     A guest that reads slowly can occupy a connection as long as it likes. So each network has a limited share of the
     connections, and its further requests wait for one.
-
-    Args:
-        socket: Path of the frontend's socket.
-        timeout_s: Deadline for HAProxy, whose own deadlines are shorter.
-        per_network: A network's share of the connections.
     """
     # No keep-alive: such connections would stay with a worker that drains after a reload, and misses are rare.
     pool = httpcore.AsyncConnectionPool(

@@ -72,12 +72,8 @@ class Worker:
     Attributes:
         path: Path to which clients connect.
         at: Path of the socket: beside `path` until all workers answer.
-        file: File status of the socket.
-        pid: Process id; `None` between two processes.
-        answers: Whether the process has answered a request.
         failures: Number of consecutive processes that ended soon after their start.
         backoff: Pauses before a restart, longer after each early end, so that a fault does not keep the host busy.
-        due: Time of the next start, if no process is running.
         question: Connection with a pending probe; the answer is due within a second.
         doubt: Unanswered probes of the process.
     """
@@ -102,7 +98,6 @@ class Worker:
         return False
 
     def ask(self) -> None:
-        """Send a probe without blocking; a failure shows as a missing answer."""
         self.question = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self.question.setblocking(False)
         with suppress(OSError):
@@ -125,7 +120,6 @@ class Worker:
         self.due = now + (self.backoff.fail() if self.failures > 1 else 0.0)
 
     def close_question(self) -> None:
-        """Close the connection of the last probe."""
         if self.question is not None:
             self.question.close()
             self.question = None
@@ -137,7 +131,6 @@ class DocumentServer:
 
     Args:
         sockets: One path for each worker; their directory must exist.
-        records: Directory of compiled records.
         passwords: Directory of guests' passwords; the server creates it and gives it to the workers' account.
         pid_file: File that lists the parent and the workers; locked while the server runs.
         notifier: Service manager, notified once all workers answer.
@@ -165,9 +158,7 @@ class DocumentServer:
     def run(self) -> None:
         """Serve until a signal stops the server.
 
-        Raises:
-            HostRefused: Another document server runs, a socket cannot be bound, or no worker starts.
-            PrivilegeMissing: This process lacks a privilege for that.
+        Raises `HostRefused` if another document server runs, a socket cannot be bound, or no worker starts.
         """
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         before = read_pids(self.pid_file)

@@ -49,21 +49,12 @@ def _signature(status: os.stat_result) -> Signature:
 
 @dataclass(frozen=True, slots=True)
 class PasswordStore:
-    """Directory of passwords; several processes may use it at once.
-
-    Args:
-        directory: Existing directory; this process must be able to write to it to store passwords.
-    """
+    """Directory of passwords, which must exist; several processes may use it at once."""
 
     directory: Path
 
     def read(self, instance_id: InstanceId) -> bytes | None:
-        """Return the instance's password; `None` if it has posted none.
-
-        Raises:
-            HostRefused: The file cannot be read.
-            PrivilegeMissing: This process may not read it.
-        """
+        """Return the instance's password, `None` if it has none; raise `HostRefused` if the file is unreadable."""
         action = f"read the password of {instance_id}"
         # The document server owns the directory: a symbolic link in it must not make the controller read another file.
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
@@ -78,11 +69,8 @@ class PasswordStore:
     def keep(self, instance_id: InstanceId, password: bytes) -> bool:
         """Store a password for good; return `False` if the instance already has one, which stays.
 
-        If two passwords arrive at once, one is stored, and no reader sees a part of it.
-
-        Raises:
-            HostRefused: The file system is full or read-only; nothing is stored.
-            PrivilegeMissing: This process may not write there.
+        If two passwords arrive at once, one is stored, and no reader sees a part of it. Raises `HostRefused` if the
+        file system is full or read-only; nothing is stored.
         """
         path = self._path(instance_id)
         new = path.with_name(f".{path.name}.{threading.get_native_id()}.new")
@@ -100,17 +88,7 @@ class PasswordStore:
         return kept
 
     def replace(self, instance_id: InstanceId, password: bytes, group: int | None) -> None:
-        """Store this password in place of any other.
-
-        Args:
-            instance_id: Instance.
-            password: Complete password.
-            group: Group id that may read it (the document server's); `None` for this process's.
-
-        Raises:
-            HostRefused: The file system is full or read-only; the old password stays.
-            PrivilegeMissing: This process may not write there.
-        """
+        """Store this password in place of any other, readable for the group; raises as `keep`."""
         # Write the file outside the directory: inside, the document server could create another file with that name.
         new = self.directory.with_name(f".password-{instance_id}.new")
         owner = None if group is None else (-1, group)
@@ -135,12 +113,7 @@ class PasswordStore:
         return 0
 
     def remove(self, instance_id: InstanceId) -> bool:
-        """Remove the instance's password; return `False` if it has none.
-
-        Raises:
-            HostRefused: The file system is read-only.
-            PrivilegeMissing: This process may not write there.
-        """
+        """Remove the instance's password; return `False` if it has none."""
         action = f"remove the password of {instance_id}"
         return files.remove_file(self._path(instance_id), action, denied=_PERMISSION_HINT)
 
@@ -150,25 +123,14 @@ class PasswordStore:
 
 @dataclass(slots=True)
 class DiskFiles:
-    """Compiled records and passwords, as the record loop writes them.
-
-    Args:
-        directory: Directory of the records, created if it is missing.
-        passwords: Passwords of the same instances.
-        group: Group id that may read the records (the document server's); `None` for this process's.
-    """
+    """Compiled records and passwords, as the record loop writes them; the document server's group may read records."""
 
     directory: Path
     passwords: PasswordStore
     group: int | None = None
 
     def apply(self, instance: InstanceId, record: CompiledRecord) -> None:
-        """Write the record to disk unless it is there.
-
-        Raises:
-            HostRefused: The file system is full or read-only; the old record stays.
-            PrivilegeMissing: This process may not write there.
-        """
+        """Write the record to disk unless it is there; raise `HostRefused` if the file system is full or read-only."""
         if _has_content(f"{self.directory}/{compiled_path(instance)}", record.content):
             return
         path = self.directory / compiled_path(instance)
@@ -179,23 +141,13 @@ class DiskFiles:
         files.write_atomic(path, record.content, mode=_FILE_MODE, owner=owner)
 
     def remove(self, instance: InstanceId) -> None:
-        """Remove the record and the password of the instance.
-
-        Raises:
-            HostRefused: The file system is read-only.
-            PrivilegeMissing: This process may not write there.
-        """
+        """Remove the record and the password of the instance; raise `HostRefused` if the file system is read-only."""
         path = self.directory / compiled_path(instance)
         files.remove_file(path, f"remove the compiled record {path}", denied=_DENIED)
         self.passwords.remove(instance)
 
     def instances(self) -> Iterator[InstanceId]:
-        """Yield every instance that has a record on disk, in no order.
-
-        Raises:
-            HostRefused: The directory cannot be read.
-            PrivilegeMissing: This process may not read it.
-        """
+        """Yield every instance that has a record on disk, in no order."""
         action = f"list the compiled records in {self.directory}"
         with refusing(action, denied=_DENIED), suppress(FileNotFoundError):
             for shard in os.scandir(self.directory):
@@ -218,12 +170,7 @@ def _has_content(path: str, content: bytes) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class LoadedRecord:
-    """Record in memory.
-
-    Attributes:
-        content: Bytes of the file, or `None` if they are too many to keep.
-        cost: Approximate memory, in bytes.
-    """
+    """Record in memory; its content is `None` if it has too many bytes."""
 
     path: Path
     tree: DocumentTree
@@ -234,12 +181,7 @@ class LoadedRecord:
 
 @dataclass(slots=True)
 class RecordReader:
-    """Reader of parsed records. It caches the last used records, and checks on each use whether the file has changed.
-
-    Args:
-        directory: Directory of compiled records.
-        capacity: Memory for records, in bytes; one record is always kept.
-    """
+    """Reader of parsed records, with a cache of `capacity` bytes; each use checks whether the file has changed."""
 
     directory: Path
     capacity: int
@@ -247,16 +189,9 @@ class RecordReader:
     _spent: int = 0
 
     def load(self, instance_id: InstanceId, *, fresh: bool = False) -> LoadedRecord | None:
-        """Return the instance's record as it is on disk now; `None` if it has none.
+        """Return the instance's record as on disk now, even with an unchanged signature if `fresh`; `None` for none.
 
-        Args:
-            instance_id: Instance.
-            fresh: Read the file even if its signature is unchanged.
-
-        Raises:
-            RecordCorrupt: The file fails a checksum.
-            HostRefused: The file cannot be read.
-            PrivilegeMissing: This process may not read it.
+        Raises `RecordCorrupt` if the file fails a checksum, `HostRefused` if the file cannot be read.
         """
         held = self._loaded.pop(instance_id, None)
         self._spent -= 0 if held is None else held.cost
@@ -271,12 +206,7 @@ class RecordReader:
 
     @staticmethod
     def open_content(loaded: LoadedRecord) -> BinaryIO | None:
-        """Open the record's file to read parts of it; return `None` if it has been replaced since it was loaded.
-
-        Raises:
-            HostRefused: The file cannot be read.
-            PrivilegeMissing: This process may not read it.
-        """
+        """Open the record's file to read parts of it; return `None` if it has been replaced since it was loaded."""
         file = _open(loaded.path)
         if file is not None and _signature(os.fstat(file.fileno())) != loaded.signature:
             file.close()

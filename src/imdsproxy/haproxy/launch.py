@@ -44,8 +44,7 @@ def locate_program(binary: str) -> str:
 async def read_program(binary: str) -> HaproxyProgram:
     """Query the program's version and features.
 
-    Raises:
-        HaproxyMissing: HAProxy is missing, hangs, is older than 3.0, or was built without namespaces.
+    Raises `HaproxyMissing` if HAProxy is missing, hangs, is older than 3.0, or was built without namespaces.
     """
     path = locate_program(binary)
     try:
@@ -85,9 +84,7 @@ def _maxconn(config: Path) -> int:
 class Launcher:
     """Launcher of HAProxy's master on this host; the master outlives the controller.
 
-    Args:
-        program: HAProxy's path.
-        unit: The systemd unit, which systemd restarts by itself; `None` for a detached process.
+    systemd restarts the master by itself if there is a unit; with `None` the master is a detached process.
     """
 
     program: str
@@ -108,10 +105,8 @@ class Launcher:
     async def start(self) -> Processes:
         """Start the master and wait until its worker accepts.
 
-        Raises:
-            ConfigRejected: HAProxy ends at once; the message has its alerts.
-            HaproxyMissing: The program cannot be run.
-            RuntimeUnavailable: HAProxy runs, but does not answer on its socket.
+        Raises `ConfigRejected` if HAProxy ends at once; the message has its alerts; `HaproxyMissing` if the program
+        cannot be run; `RuntimeUnavailable` if HAProxy runs, but does not answer on its socket.
         """
         if self.unit is not None:
             return await self._start_unit(self.unit)
@@ -180,7 +175,6 @@ class Launcher:
             handle.close()
 
     async def stop(self) -> None:
-        """End the master without a restart."""
         if self.unit is not None:
             status, words = await control_unit("stop", self.unit)
             if status != 0:
@@ -200,7 +194,6 @@ class Launcher:
 
 
 def kill_process(pid: int) -> None:
-    """Kill a process at once, unless it has ended."""
     handle = process.open_process(pid)
     if handle is not None:
         handle.kill(signal.SIGKILL)
@@ -210,9 +203,7 @@ def kill_process(pid: int) -> None:
 async def control_unit(verb: Literal["start", "stop"], unit: str) -> tuple[int, str]:
     """Start or stop a systemd unit; return the exit status, and the command with its output.
 
-    Raises:
-        HaproxyMissing: systemctl is missing.
-        HostRefused: The command takes longer than our units may.
+    Raises `HaproxyMissing` if systemctl is missing, `HostRefused` if the command takes longer than our units may.
     """
     if verb == "start":
         # Otherwise each restart since the unit's last rest makes systemd wait longer. systemd refuses for a unit that
@@ -244,12 +235,7 @@ async def _read_alerts(unit: str) -> str:
 
 
 def find_alerts(journal: str, unit: str) -> str:
-    """Return the alerts of HAProxy's last start that had any, each once.
-
-    Args:
-        journal: Messages of the unit; systemd's own messages separate the starts.
-        unit: Name of the unit.
-    """
+    """Return the alerts of HAProxy's last start that had any, each once; systemd's messages separate the starts."""
     for start in reversed(journal.split(f"Starting {unit}")):
         if "[ALERT]" in start:
             return parse_failure(start)

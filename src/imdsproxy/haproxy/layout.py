@@ -109,7 +109,6 @@ class Layout:
 
     @property
     def documents_sockets(self) -> tuple[Path, ...]:
-        """Return one socket path for each worker of the document server."""
         return tuple(
             self.jail / f"documents-{index}.sock" for index in range(self.documents_workers)
         )
@@ -149,7 +148,6 @@ class Layout:
 
     @classmethod
     def of(cls, settings: Settings) -> Layout:
-        """Return the layout for the settings."""
         workers = settings.documents.workers if settings.documents.enabled else 0
         paths = settings.paths
         return cls(paths.runtime_dir, paths.state_dir, workers, settings.haproxy.chroot)

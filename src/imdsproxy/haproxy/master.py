@@ -30,12 +30,11 @@ class WorkerEnded(Exception):
 class MasterClient:
     """Client for commands to the master and, through the master, to each worker.
 
+    Commands raise `RuntimeUnavailable` if the master does not answer within the deadline, commands to a worker
+    `WorkerEnded` if the worker is gone, and changes of maps `CommandRefused` if HAProxy answers with an error.
+
     Attributes:
         commands: Number of answered (`ok`) and unanswered (`failed`) commands.
-
-    Args:
-        path: Path of the master socket.
-        deadline_s: Deadline for one command, in seconds; a reload has a longer one.
     """
 
     def __init__(self, path: Path, *, deadline_s: float = 3.0) -> None:
@@ -44,11 +43,7 @@ class MasterClient:
         self.commands: Counter[str] = Counter(ok=0, failed=0)
 
     async def read_processes(self) -> runtime.Processes:
-        """Return the running processes.
-
-        Raises:
-            RuntimeUnavailable: The master does not answer.
-        """
+        """Return the running processes."""
         answer = await self._send("show proc", self._deadline_s)
         processes = runtime.parse_processes(answer)
         if processes is None:
@@ -56,51 +51,27 @@ class MasterClient:
         return processes
 
     async def send_reload(self) -> str | None:
-        """Tell the master to start a new worker from the file; return the log of a failure.
-
-        Raises:
-            RuntimeUnavailable: The master does not answer within the deadline.
-        """
+        """Tell the master to start a new worker from the file; return the log of a failure."""
         return runtime.parse_reload(await self._send("reload", _RELOAD_DEADLINE_S))
 
     async def read_load(self, worker: int) -> runtime.Load | None:
-        """Return a worker's load. The worker's own socket answers even when all connections are in use.
-
-        Raises:
-            RuntimeUnavailable: The master does not answer.
-            WorkerEnded: The worker is gone.
-        """
+        """Return a worker's load. The worker's own socket answers even when all connections are in use."""
         return runtime.parse_load(await self.send(worker, "show info"))
 
     async def read_stat(
         self, worker: int, columns: Collection[str] | None = None
     ) -> list[dict[str, str]]:
-        """Return `show stat` of one worker, with these columns or all.
-
-        Raises:
-            RuntimeUnavailable: The master does not answer.
-            WorkerEnded: The worker is gone.
-        """
+        """Return `show stat` of one worker, with these columns or all."""
         return runtime.parse_stat(await self.send(worker, "show stat"), columns)
 
     async def read_number(self, worker: int, variable: str) -> int | None:
-        """Return an integer from a variable of a worker's rules; `None` if the variable is not set.
-
-        Raises:
-            RuntimeUnavailable: The master does not answer.
-            WorkerEnded: The worker is gone.
-        """
+        """Return an integer from a variable of a worker's rules; `None` if the variable is not set."""
         _, _, rest = (await self.send(worker, f"get var {variable}")).partition("value=<")
         text = rest.partition(">")[0]
         return int(text) if text.isdigit() else None
 
     async def send(self, worker: int, command: str, payload: str | None = None) -> str:
-        """Send one command to one worker; return the answer without the closing line break.
-
-        Raises:
-            RuntimeUnavailable: The master does not answer.
-            WorkerEnded: The worker is gone.
-        """
+        """Send one command to one worker; return the answer without the closing line break."""
         if ";" in command or "\n" in command:
             raise ValueError(f"a command is one line without a semicolon: {command!r}")
         line = f"@!{worker} {command}"
@@ -115,9 +86,6 @@ class MasterClient:
         """Yield each worker and its answers as they arrive; also draining workers, and those of reloads by others.
 
         A worker that does not answer yields no answers: it is ending, or HAProxy is, and the next look shows which.
-
-        Raises:
-            RuntimeUnavailable: The master does not answer.
         """
         for worker in (await self.read_processes()).workers:
             answers: list[str] = []
@@ -126,13 +94,7 @@ class MasterClient:
             yield worker, answers
 
     async def send_upsert(self, worker: int, path: str, key: str, value: str) -> None:
-        """Set a key's value, whether the map has the key or not.
-
-        Raises:
-            CommandRefused: HAProxy answers with an error.
-            RuntimeUnavailable: The master does not answer.
-            WorkerEnded: The worker is gone.
-        """
+        """Set a key's value, whether the map has the key or not."""
         answer = await self.send(worker, f"set map {path} {key} {value}")
         if "not found" in answer:
             await self.send_additions(worker, path, [(key, value)])
@@ -140,36 +102,18 @@ class MasterClient:
             raise CommandRefused(f"set map {key}: {answer}")
 
     async def send_additions(self, worker: int, path: str, entries: list[tuple[str, str]]) -> None:
-        """Add entries that the map lacks.
-
-        Raises:
-            CommandRefused: HAProxy answers with an error.
-            RuntimeUnavailable: The master does not answer.
-            WorkerEnded: The worker is gone.
-        """
+        """Add entries that the map lacks."""
         for payload in split_payload(entries, _PAYLOAD_LIMIT):
             await self._expect_silence(worker, f"add map {path}", payload)
 
     async def send_removal(self, worker: int, path: str, key: str) -> None:
-        """Remove a key; a missing key is no error.
-
-        Raises:
-            CommandRefused: HAProxy answers with an error.
-            RuntimeUnavailable: The master does not answer.
-            WorkerEnded: The worker is gone.
-        """
+        """Remove a key; a missing key is no error."""
         answer = await self.send(worker, f"del map {path} {key}")
         if answer and "not found" not in answer:
             raise CommandRefused(f"del map {key}: {answer}")
 
     async def send_swap(self, worker: int, path: str, entries: Iterable[tuple[str, str]]) -> None:
-        """Replace a map's whole content at once (`prepare`, `add @version`, `commit`).
-
-        Raises:
-            CommandRefused: HAProxy answers with an error.
-            RuntimeUnavailable: The master does not answer.
-            WorkerEnded: The worker is gone.
-        """
+        """Replace a map's whole content at once (`prepare`, `add @version`, `commit`)."""
         answer = await self.send(worker, f"prepare map {path}")
         version = answer.rpartition(":")[2].strip()
         if not version.isdigit():
@@ -179,12 +123,7 @@ class MasterClient:
         await self._expect_silence(worker, f"commit map @{version} {path}")
 
     async def read_entry(self, worker: int, path: str, key: str) -> str | None:
-        """Return the value of a key in a worker's map; `None` if the map lacks the key.
-
-        Raises:
-            RuntimeUnavailable: The master does not answer.
-            WorkerEnded: The worker is gone.
-        """
+        """Return the value of a key in a worker's map; `None` if the map lacks the key."""
         answer = await self.send(worker, f"get map {path} {key}")
         _, found, rest = answer.partition('value="')
         return rest.partition('"')[0] if found else None
@@ -215,14 +154,8 @@ class MasterClient:
 async def exchange(path: Path, request: str, deadline_s: float, *, end: bool = False) -> bytes:
     """Send a request to a unix socket; return everything that arrives until the connection ends.
 
-    Args:
-        path: Path of the socket.
-        request: Complete request.
-        deadline_s: Deadline for the whole exchange, in seconds.
-        end: Shut down our side after the request, to show that nothing else follows.
-
-    Raises:
-        OSError: No process answers there; `TimeoutError` after the deadline.
+    `end` shuts down our side after the request, to show that nothing else follows. Raises `OSError` if no process
+    answers there, `TimeoutError` after the deadline.
     """
     # Without streams: an exchange takes 38 µs of processor time instead of 104, and the watchdog asks every second.
     loop, kind = asyncio.get_running_loop(), socket.SOCK_STREAM | socket.SOCK_NONBLOCK

@@ -34,13 +34,7 @@ _BEFORE_RELOAD_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class ReloadReport:
-    """Result of a reload of HAProxy.
-
-    Attributes:
-        at: Unix time, in seconds.
-        reason: Reason for the reload, as `network-added`.
-        result: HAProxy's own message after a failure, else empty.
-    """
+    """Result of a reload of HAProxy; `result` is HAProxy's own message after a failure."""
 
     number: int
     at: float
@@ -93,11 +87,8 @@ class Haproxy:
     async def adopt(self) -> bool:
         """Adopt a running master; return whether there is one together with its map files.
 
-        A slow master still serves guests, so it is asked again until it counts as hung.
-
-        Raises:
-            RuntimeUnavailable: The master ended meanwhile.
-            CommandRefused: The master's worker refused the records.
+        A slow master still serves guests, so it is asked again until it counts as hung. Raises `RuntimeUnavailable` if
+        the master ended meanwhile, `CommandRefused` if the master's worker refused the records.
         """
         self.processes = await self._find_processes()
         if self.processes is None or not self.records.load():
@@ -126,17 +117,9 @@ class Haproxy:
     ) -> Literal["started", "reloaded"] | None:
         """Run HAProxy with this configuration; return how that was done, `None` if it was in force already.
 
-        If no HAProxy runs, the start itself is the check: a refused configuration replaces nothing then.
-
-        Args:
-            spec: Wanted configuration.
-            reason: Reason for the log and `status`.
-
-        Raises:
-            ConfigRejected: HAProxy refuses the configuration; the one in force stays.
-            ReloadFailed: The check passed, but the new worker did not start; the old one goes on.
-            HostRefused: A file could not be written.
-            RuntimeUnavailable: The master does not answer.
+        If no HAProxy runs, the start itself is the check: a refused configuration replaces nothing then. Raises
+        `ConfigRejected` if HAProxy refuses the configuration, and `ReloadFailed` if the new worker does not start: in
+        both cases the earlier configuration stays. Raises `RuntimeUnavailable` if the master does not answer.
         """
         text = render_config(spec)
         if self.processes is not None and self.in_force() == text:
@@ -153,12 +136,7 @@ class Haproxy:
         return "started" if starts else "reloaded"
 
     async def restart(self, reason: str) -> None:
-        """Start HAProxy again with the configuration on disk.
-
-        Raises:
-            ConfigRejected: HAProxy does not start.
-            RuntimeUnavailable: HAProxy does not answer.
-        """
+        """Start HAProxy with the configuration on disk; raise `ConfigRejected` or `RuntimeUnavailable` for failures."""
         async with self.records.lock:
             await self._start(reason, asyncio.get_running_loop().time())
 
@@ -184,11 +162,7 @@ class Haproxy:
         await wait_gone(processes.master)
 
     def in_force(self) -> str:
-        """Return the last configuration that we or an earlier controller brought into force; empty without one.
-
-        Raises:
-            HostRefused: The file cannot be read.
-        """
+        """Return the last configuration that we or an earlier controller brought into force; empty without one."""
         with refusing(f"read {self.layout.config}"), contextlib.suppress(FileNotFoundError):
             return self.layout.config.read_text()
         return ""
@@ -254,12 +228,7 @@ class Haproxy:
 
 
 def _sweep_sockets(directory: Path, config: str) -> None:
-    """Remove HAProxy's loopback sockets that the configuration no longer has: HAProxy never removes them.
-
-    Raises:
-        HostRefused: The file system refuses.
-        PrivilegeMissing: This process may not remove them.
-    """
+    """Remove HAProxy's loopback sockets that the configuration no longer has: HAProxy never removes them."""
     kept = loopback_sockets(config)
     with refusing(f"remove stale files in {directory}"):
         for path in directory.glob("hop-*.sock"):
@@ -268,12 +237,7 @@ def _sweep_sockets(directory: Path, config: str) -> None:
 
 
 def link_jail_to_itself(jail: Path) -> None:
-    """Make the jail's own path valid inside the jail: HAProxy connects to a peer by the path that it has bound.
-
-    Raises:
-        HostRefused: The file system refuses.
-        PrivilegeMissing: This process may not create the link.
-    """
+    """Make the jail's own path valid inside the jail: HAProxy connects to a peer by the path that it has bound."""
     inside = jail.joinpath(*jail.parts[1:])
     ensure_directory(inside.parent)
     with refusing(f"create the link {inside}"), contextlib.suppress(FileExistsError):

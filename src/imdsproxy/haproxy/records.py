@@ -49,11 +49,7 @@ class RecordApplier:
         self.master = MasterClient(self.layout.master_socket)
 
     def load(self) -> bool:
-        """Read the files of an earlier controller; return whether a base and an overlay are present.
-
-        Raises:
-            HostRefused: A file cannot be read.
-        """
+        """Read the files of an earlier controller; return whether a base and an overlay are present."""
         try:
             with self.layout.base_map.open() as file:
                 generation, base = maps.parse_base_map(file)
@@ -74,8 +70,7 @@ class RecordApplier:
     def write_all(self, records: Mapping[str, str]) -> None:
         """Write both files anew. Call this only while no HAProxy runs, or under the lock before a swap.
 
-        Raises:
-            HostRefused: A file cannot be written; the old files are unchanged.
+        Raises `HostRefused` if a file cannot be written; the old files are unchanged.
         """
         generation = str(int(self.state.generation) + 1)
         write_atomic(self.layout.base_map, maps.render_map(records, generation).encode())
@@ -111,11 +106,7 @@ class RecordApplier:
     def restore_copies(self, made_of: Callable[[], bytes | None]) -> bool:
         """Restore the copies for HAProxy if their inputs are the same now; return whether that was done.
 
-        Args:
-            made_of: Getter of the inputs as `save_copies` got them; called only if there are copies.
-
-        Raises:
-            HostRefused: A map cannot be written.
+        The getter of the inputs, as `save_copies` got them, is called only if there are copies.
         """
         copies = self._copies()
         try:
@@ -133,19 +124,10 @@ class RecordApplier:
     async def apply_table(
         self, path: Path, entries: Mapping[str, str], *, secret: bool = False, single: bool = False
     ) -> None:
-        """Replace a small map on disk (as `write_table`) and in every worker.
+        """Replace a small map on disk (as `write_table`) and in every worker; raises as `apply`.
 
-        Args:
-            path: File of the map.
-            entries: Complete new content.
-            secret: Whether only root may read the file.
-            single: Send only the differences (`maps.plan_table_changes`) if they are few; keys and values must then
-                contain no semicolon. Otherwise the map is replaced at once.
-
-        Raises:
-            HostRefused: The file cannot be written; nothing has changed anywhere.
-            RuntimeUnavailable: HAProxy's master does not answer; the file holds the new state.
-            CommandRefused: A worker refused; the file holds the new state.
+        With `single`, send only the differences (`maps.plan_table_changes`) if they are few; keys and values must then
+        contain no semicolon. Otherwise the map is replaced at once.
         """
         async with self.lock:
             sure = single and path not in self.unconfirmed
@@ -161,12 +143,9 @@ class RecordApplier:
     async def apply(self, wanted: Mapping[str, str | None]) -> int:
         """Set each key's value (`None` removes the key) on disk and in all workers; return the number of changes.
 
-        Wait until every worker has confirmed or ended: from then on no guest gets an older answer.
-
-        Raises:
-            HostRefused: The overlay could not be written; nothing has changed anywhere.
-            RuntimeUnavailable: HAProxy's master does not answer; the files hold the new state.
-            CommandRefused: A worker refused; the files hold the new state.
+        Wait until every worker has confirmed or ended: from then on no guest gets an older answer. Raises
+        `HostRefused` if the file cannot be written; then nothing has changed. Raises `RuntimeUnavailable` if
+        HAProxy's master does not answer, and `CommandRefused` if a worker refused; then the file holds the new state.
         """
         async with self.lock:
             changes = self.state.overlay_changes(wanted)
@@ -192,12 +171,7 @@ class RecordApplier:
             return len(changes)
 
     async def adopt(self) -> None:
-        """Make the maps of every running worker equal to the files, whatever they hold.
-
-        Raises:
-            RuntimeUnavailable: HAProxy's master does not answer.
-            CommandRefused: A worker refused.
-        """
+        """Make the maps of every running worker equal to the files, whatever they hold."""
         async with self.lock:
             processes = await self.master.read_processes()
             self.known &= set(processes.workers)
@@ -305,11 +279,7 @@ class RecordApplier:
 
 
 def write_table(path: Path, entries: Mapping[str, str], *, secret: bool = False) -> None:
-    """Write a small map to its file, from which HAProxy loads it.
-
-    Raises:
-        HostRefused: The file system refuses.
-    """
+    """Write a small map to its file, from which HAProxy loads it; raise `HostRefused` if the file system refuses."""
     text = "".join(f"{key} {value}\n" for key, value in entries.items())
     write_atomic(path, text.encode(), mode=0o600 if secret else 0o640, durable=secret)
 

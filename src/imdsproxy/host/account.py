@@ -18,17 +18,11 @@ _TRY_S: Final = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """User and group, by number."""
-
     user: int
     group: int
 
     def assume(self, groups: Sequence[int] = ()) -> None:
-        """Become this account for good, with exactly these supplementary groups.
-
-        Raises:
-            OSError: The kernel refuses.
-        """
+        """Become this account for good, with exactly these supplementary groups; raise `OSError` if refused."""
         os.setgroups(groups)
         os.setresgid(self.group, self.group, self.group)
         os.setresuid(self.user, self.user, self.user)
@@ -38,7 +32,6 @@ def find_closed(account: Account | None, path: Path) -> Path | None:
     """Return the first directory on the path to `path`, inclusive, that the account cannot enter; `None` for none.
 
     A process with that account tries, because modes do not tell all (access control lists, mounts, security modules).
-    Missing directories are not tried.
     """
     there = [one for one in (*reversed(path.absolute().parents), path) if one.is_dir()]
     try:
@@ -65,10 +58,8 @@ def find_closed(account: Account | None, path: Path) -> Path | None:
 def find_account(user: str | None, group: str | None) -> Account | None:
     """Return the account with these names; `None` if this process is not root and so cannot change to it.
 
-    Without a group, use the user's own group; without both, keep the present account.
-
-    Raises:
-        HostRefused: The user or group does not exist.
+    Without a group, use the user's own group; without both, keep the present account. Raises `HostRefused` if the user
+    or group does not exist.
     """
     if os.geteuid() != 0 or (user is None and group is None):
         return None
@@ -85,7 +76,6 @@ def find_account(user: str | None, group: str | None) -> Account | None:
 
 
 def account_of(name: str, setting: str) -> Account:
-    """Return the account that a setting names; raises as `find_account`."""
     instead = f"name another in {setting} (null keeps the present account)"
     entry = _look_up("user", name, instead, pwd.getpwnam)
     return Account(entry.pw_uid, entry.pw_gid)

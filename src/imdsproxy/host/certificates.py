@@ -14,7 +14,6 @@ PrivateKey: TypeAlias = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
 
 
 def make_key() -> ec.EllipticCurvePrivateKey:
-    """Return a new key on P-256."""
     return ec.generate_private_key(ec.SECP256R1())
 
 
@@ -31,7 +30,6 @@ def render_request(key: PrivateKey) -> bytes:
 
 
 def render_certificate(certificate: x509.Certificate) -> bytes:
-    """Return a certificate as PEM."""
     return certificate.public_bytes(serialization.Encoding.PEM)
 
 
@@ -57,7 +55,6 @@ def fingerprint(certificate: x509.Certificate) -> str:
 
 
 def is_issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
-    """Return whether a CA certificate's key signed a certificate."""
     try:
         certificate.verify_directly_issued_by(authority)
     except (ValueError, TypeError, InvalidSignature):

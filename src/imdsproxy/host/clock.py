@@ -28,7 +28,6 @@ class Moment:
     up_s: float
 
     def before(self, seconds: float) -> Moment:
-        """Return the moment so many seconds earlier."""
         return replace(self, at=self.at - seconds, up_s=self.up_s - seconds)
 
     def since(self, then: Moment) -> float | None:
@@ -51,6 +50,5 @@ class Clock:
         return datetime.now(UTC)
 
     def moment(self) -> Moment:
-        """Return the present moment by both clocks."""
         up_s = time.clock_gettime(time.CLOCK_BOOTTIME)
         return Moment(self.now().timestamp(), _BOOT_ID.read_text("ascii").strip(), up_s)

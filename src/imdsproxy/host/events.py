@@ -43,8 +43,6 @@ class KernelEvents(Generic[T]):
 
     Attributes:
         protocol: `socket.NETLINK_ROUTE` or NETLINK_NETFILTER.
-        groups: Numbers of the groups.
-        about: Subject, for an error's message.
         parse: Parser of the items in a message; its arguments are type, payload and namespace id (`None` for our own).
         hears_all: Whether events of other namespaces arrive too (requires CAP_NET_BROADCAST).
     """
@@ -105,7 +103,6 @@ class LinkChange:
         nsid: Id of the namespace; `None` for the host's own.
         device: Name of the device; empty if it is gone or unknown.
         master: Index of the device's bridge; 0 for none, and `None` if the message does not tell.
-        index: Index of the device, if the message is about one.
         gone: Whether the device is gone, or has left its bridge.
         is_other: Whether the change is of another address than the metadata addresses.
     """
@@ -144,7 +141,6 @@ class NeighbourChange:
 
     Attributes:
         nsid: Id of the namespace; `None` for the host's own.
-        index: Index of the device.
         mac: New MAC; `None` if no neighbour answers now.
     """
 
@@ -155,11 +151,7 @@ class NeighbourChange:
 
 
 def watch_neighbours(wanted: Callable[[NeighbourChange], bool]) -> KernelEvents[NeighbourChange]:
-    """Return the changes of neighbour tables.
-
-    Args:
-        wanted: Predicate for changes that matter. A guest can cause any number of other changes.
-    """
+    """Return the wanted changes of neighbour tables; a guest can cause any number of others."""
 
     def parse(kind: int, payload: bytes, nsid: int | None) -> Iterator[NeighbourChange]:
         found = netlink.parse_neighbour(payload)
@@ -174,11 +166,7 @@ def watch_neighbours(wanted: Callable[[NeighbourChange], bool]) -> KernelEvents[
 
 
 def watch_tables(wanted: Callable[[], Collection[str]]) -> KernelEvents[str]:
-    """Return the names of removed nf_tables tables.
-
-    Args:
-        wanted: Getter of the names that matter.
-    """
+    """Return the names of removed nf_tables tables."""
 
     def parse(kind: int, payload: bytes, _: int | None) -> Iterator[str]:
         if kind == DELTABLE and (table := table_of(payload)) in wanted():

@@ -32,11 +32,7 @@ Owner: TypeAlias = tuple[int, int]
 
 @contextlib.contextmanager
 def opened(path: Path, flags: int) -> Iterator[int]:
-    """Open a file and close it after the block; a new file is accessible to its owner only.
-
-    Raises:
-        OSError: See `os.open`.
-    """
+    """Open a file and close it after the block; a new file is accessible to its owner only."""
     descriptor = os.open(path, flags | os.O_CLOEXEC, 0o600)
     try:
         yield descriptor
@@ -50,18 +46,13 @@ def write_atomic(
     """Replace `path` by a file with exactly `data`: a reader sees the old bytes or the new ones.
 
     The new file is written beside the old one, so that the rename stays within one file system. Its hidden name has the
-    ids of this process and thread; see `sweep_unfinished`.
+    ids of this process and thread; see `sweep_unfinished`. Raises `HostRefused` if the file system refused; `path` is
+    unchanged.
 
     Args:
-        path: Path of the file; its directory must exist.
-        data: Complete content.
         mode: Permission bits, whatever the umask is.
         owner: User and group ids, or `None` to leave them.
         durable: Also survive a power cut (fsync of the file and its directory).
-
-    Raises:
-        HostRefused: The file system refused; `path` is unchanged.
-        PrivilegeMissing: This process may not write there.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     with refusing(f"write {path}"):
@@ -86,12 +77,7 @@ def write_atomic(
 
 @dataclass(slots=True)
 class Journal(Generic[T]):
-    """JSON file that is read once.
-
-    Attributes:
-        empty: Content if there is no file.
-        hint: Advice for a file that cannot be read.
-    """
+    """JSON file that is read once; without a file its content is `empty`. Errors have the hint."""
 
     path: Path
     empty: T
@@ -99,11 +85,7 @@ class Journal(Generic[T]):
     _content: T | None = None
 
     def load(self) -> T:
-        """Return the content.
-
-        Raises:
-            HostRefused: The file cannot be read.
-        """
+        """Return the content; raise `HostRefused` if the file cannot be read."""
         if self._content is None:
             try:
                 self._content = json.loads(self.path.read_bytes())
@@ -114,28 +96,14 @@ class Journal(Generic[T]):
         return self._content
 
     def store(self, content: T) -> None:
-        """Replace the file unless it has this content.
-
-        Raises:
-            HostRefused: The file cannot be written.
-        """
+        """Replace the file unless it has this content; raise `HostRefused` if the file cannot be written."""
         if content != self._content:
             write_atomic(self.path, json.dumps(content, sort_keys=True).encode(), mode=0o600)
             self._content = content
 
 
 def remove_file(path: Path, action: str, *, denied: str = "") -> bool:
-    """Remove a file; return `False` if there was none.
-
-    Args:
-        path: Path of the file.
-        action: Action for the error's message, as "remove the record of web".
-        denied: Hint if this process may not remove the file.
-
-    Raises:
-        HostRefused: The file system is read-only.
-        PrivilegeMissing: This process may not write there.
-    """
+    """Remove a file; return `False` if there was none; raise `HostRefused`, with an action as "remove the map"."""
     with refusing(action, denied=denied):
         try:
             path.unlink()
@@ -147,10 +115,7 @@ def remove_file(path: Path, action: str, *, denied: str = "") -> bool:
 def sweep_unfinished(directory: Path) -> int:
     """Remove temporary files of killed writers from a directory; return their number.
 
-    Files of running processes, ours included, stay.
-
-    Raises:
-        HostRefused: The file system refused.
+    Files of running processes, ours included, stay. Raises `HostRefused` if the file system refused.
     """
     removed = 0
     with refusing(f"sweep {directory}"), contextlib.suppress(FileNotFoundError):
@@ -163,11 +128,7 @@ def sweep_unfinished(directory: Path) -> int:
 
 
 def sync_directory(path: Path) -> None:
-    """Make renames and removals within `path` survive a power cut.
-
-    Raises:
-        HostRefused: The file system refused.
-    """
+    """Make renames and removals within `path` survive a power cut; raise `HostRefused` if the file system refused."""
     with refusing(f"sync {path}"), opened(path, os.O_RDONLY | os.O_DIRECTORY) as directory:
         os.fsync(directory)
 
@@ -175,9 +136,7 @@ def sync_directory(path: Path) -> None:
 def ensure_directory(path: Path, *, mode: int = 0o755, owner: Owner | None = None) -> None:
     """Create a directory, or set its mode (and owner), whatever the umask is; new parents get 0755.
 
-    Raises:
-        HostRefused: The name is taken by another kind of file, or the file system refused.
-        PrivilegeMissing: This process may not create or change the directory.
+    Raises `HostRefused` if the name is taken by another kind of file, or the file system refused.
     """
     with refusing(f"create the directory {path}"):
         missing = [one for one in path.parents if not one.exists()]
@@ -191,13 +150,7 @@ def ensure_directory(path: Path, *, mode: int = 0o755, owner: Owner | None = Non
 def apply_owner_and_mode(descriptor: int, mode: int, owner: Owner | None) -> None:
     """Set owner and mode if they differ: a read-only file system refuses even calls that change nothing.
 
-    Args:
-        descriptor: Descriptor of the file; one that only names it (`O_PATH`) will do.
-        mode: Permission bits.
-        owner: Ids of user and group, each -1 to leave it; `None` to leave both.
-
-    Raises:
-        OSError: The file system refuses.
+    An `O_PATH` descriptor will do. An id of -1 stays, and so do both for `None`.
     """
     itself = f"/proc/self/fd/{descriptor}"
     status = os.fstat(descriptor)
@@ -211,11 +164,7 @@ def apply_owner_and_mode(descriptor: int, mode: int, owner: Owner | None) -> Non
 
 
 def open_log(path: Path) -> int:
-    """Open a file for appending; a new file gets mode 0640 whatever the umask is.
-
-    Raises:
-        OSError: See `open`; also if the path is a symbolic link.
-    """
+    """Open a file for appending, but no symbolic link; a new file gets mode 0640 whatever the umask is."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o640)
@@ -227,10 +176,7 @@ def open_log(path: Path) -> int:
 
 
 def limit_log(path: Path, limit: int = MAX_LOG_BYTES) -> None:
-    """Truncate a log that has more than `limit` bytes; its end is kept beside it, as `NAME.1`.
-
-    A process that appends to the log (`open_log`) is not affected.
-    """
+    """Truncate a log of over `limit` bytes, and keep its end as `NAME.1`; writers that append (`open_log`) go on."""
     # The file is absent under systemd.
     with contextlib.suppress(OSError), path.open("r+b") as file:
         size = file.seek(0, os.SEEK_END)
@@ -243,11 +189,7 @@ def limit_log(path: Path, limit: int = MAX_LOG_BYTES) -> None:
 
 
 def open_locked(path: Path, flags: int, mode: int = 0o600) -> int | None:
-    """Open a file and lock it (flock(2)) until its last copy is closed; return `None` if another process locks it.
-
-    Raises:
-        OSError: See `open`.
-    """
+    """Open a file and lock it (flock(2)) until its last copy is closed; return `None` if another process locks it."""
     descriptor = os.open(path, flags | os.O_CLOEXEC, mode)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -260,7 +202,6 @@ def open_locked(path: Path, flags: int, mode: int = 0o600) -> int | None:
 
 
 def is_file_at(descriptor: int, path: Path) -> bool:
-    """Return whether an open file is still at this path."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         return os.path.samestat(os.fstat(descriptor), path.lstat())
     return False
@@ -268,12 +209,7 @@ def is_file_at(descriptor: int, path: Path) -> bool:
 
 @contextlib.contextmanager
 def hold_directory(path: Path) -> Iterator[None]:
-    """Lock a directory of ours against other processes that use this lock.
-
-    Raises:
-        HostRefused: Another process holds the lock.
-        PrivilegeMissing: This process may not open the directory.
-    """
+    """Lock a directory of ours for the block; raise `HostRefused` if another process holds the lock."""
     with refusing(f"lock {path}"):
         descriptor = open_locked(path, os.O_RDONLY | os.O_DIRECTORY)
     if descriptor is None:
@@ -288,11 +224,7 @@ def hold_directory(path: Path) -> Iterator[None]:
 
 
 def find_directory_holder(path: Path) -> int | None:
-    """Return the pid of the process that holds `hold_directory`'s lock; `None` if there is none, or it is hidden.
-
-    Raises:
-        HostRefused: The list of locks cannot be read.
-    """
+    """Return the pid of the process that holds `hold_directory`'s lock; `None` if there is none, or it is hidden."""
     with refusing(f"find out which process has locked {path}"):
         lines = Path("/proc/locks").read_text().splitlines()
     # Do not compare device and inode: for some file systems the kernel lists other numbers than stat(2).
@@ -315,13 +247,11 @@ def _has_open(pid: str, path: Path) -> bool:
 def read_secret(path: Path, *, owner: int | None = None) -> bytes:
     """Read the secret in `path`, without the newline at its end.
 
-    Args:
-        path: Path of the file.
-        owner: User that may own the file, besides root and this process's user.
+    Raises `SecretUnreadable` if the file is missing, empty, too big, not a regular file, owned by another user, or
+    others may read or write it.
 
-    Raises:
-        SecretUnreadable: The file is missing, empty, too big, not a regular file, owned by another user, or others may
-            read or write it.
+    Args:
+        owner: User that may own the file, besides root and this process's user.
     """
     try:
         with opened(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY) as file:

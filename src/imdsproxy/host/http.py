@@ -57,17 +57,11 @@ async def ask(
 ) -> tuple[int, bytes]:
     """Send one request and return the status and body of the answer.
 
+    Raises `Unanswered` if no answer came, or the answer has over `most` bytes.
+
     Args:
-        pool: Connections to use.
-        method: Method.
-        url: URL.
         limits: Longest times in seconds to `connect`, `write`, `read`, and to wait for the `pool`.
         body: JSON, unless `headers` name another type.
-        headers: Headers of a request with a body.
-        most: Longest body of the answer, in bytes.
-
-    Raises:
-        Unanswered: No answer came, or the answer is too long.
     """
     parts, size = list[bytes](), 0
     extensions = {"timeout": dict(limits)}

@@ -41,13 +41,9 @@ _LONGEST_S: Final = 0.2
 
 
 class Inotify:
-    """Non-blocking inotify instance.
+    """Non-blocking inotify instance, whose descriptor is readable when there are events.
 
-    Attributes:
-        descriptor: Readable when there are events.
-
-    Raises:
-        OSError: EMFILE: the user's inotify instances are used up (`fs.inotify.max_user_instances`), not descriptors.
+    Raises `OSError` (EMFILE) if the user's inotify instances are used up (`fs.inotify.max_user_instances`).
     """
 
     def __init__(self) -> None:
@@ -56,8 +52,7 @@ class Inotify:
     def add(self, path: Path, mask: int) -> int:
         """Watch a directory; return the number that identifies its events.
 
-        Raises:
-            OSError: The directory does not exist, or the user's watches are used up (ENOSPC).
+        Raises `OSError` if the directory does not exist, or the user's watches are used up (ENOSPC).
         """
         return call_libc("inotify_add_watch", self.descriptor, os.fsencode(path), mask)
 
@@ -75,7 +70,6 @@ class Inotify:
                     yield watch, mask, os.fsdecode(name)
 
     def close(self) -> None:
-        """End all watches."""
         os.close(self.descriptor)
 
 
@@ -103,8 +97,7 @@ def place_of(path: Path) -> Place:
 class Watch(Inotify):
     """Watch of directories (not of their subdirectories) from its creation until `close`.
 
-    Raises:
-        OSError: A directory has vanished, or the kernel's limits on inotify are reached.
+    Raises `OSError` if a directory has vanished, or the kernel's limits on inotify are reached.
     """
 
     def __init__(self, places: Iterable[Place]) -> None:

@@ -15,9 +15,7 @@ _EVERY_S: Final = 0.5
 class LogCopies:
     """Copier of files to which others append, and that restart when they grow long (`host.files.limit_log`).
 
-    Args:
-        paths: Paths of the files, which may not exist yet. Present content is not copied.
-        sink: Output for whole lines.
+    The files may not exist yet. Present content is not copied; the sink gets whole lines.
     """
 
     paths: Sequence[Path]
@@ -28,13 +26,11 @@ class LogCopies:
         self._offsets = {path: path.stat().st_size for path in self.paths if path.exists()}
 
     async def run(self) -> None:
-        """Copy until cancelled."""
         while True:
             self.copy()
             await asyncio.sleep(_EVERY_S)
 
     def copy(self) -> None:
-        """Copy the lines added since the last call."""
         for path in self.paths:
             offset = self._offsets.get(path, 0)
             # A process that was never started has no log.

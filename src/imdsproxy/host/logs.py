@@ -42,7 +42,6 @@ class _Libraries(logging.Handler):
     """Handler that passes libraries' records of the standard logging module to structlog."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Forward one record with its exception."""
         log = structlog.get_logger()
         log.log(
             record.levelno,
@@ -64,10 +63,7 @@ def open_logging(
     """Configure `structlog.get_logger()` for this process; call it again to change the configuration.
 
     Args:
-        level: Lowest level that is written.
         log_format: Format; `auto` is text if `stream` is a terminal, else JSON lines.
-        stream: Output, usually standard error.
-        clock: Clock for the lines' times.
         colours: Colour text lines; the caller checks terminals and NO_COLOR.
         journal: Whether the stream is systemd's journal; then lines get priorities, for `journalctl -p warning`.
     """

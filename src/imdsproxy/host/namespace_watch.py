@@ -35,7 +35,6 @@ class NamespaceWatch:
     inotify those of names, but neither reports the present state: each event leads to a scan of the whole directory.
 
     Attributes:
-        directory: Watched directory.
         current: Usable namespaces by name, as of the last scan.
     """
 

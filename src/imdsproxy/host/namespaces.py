@@ -36,11 +36,7 @@ T = TypeVar("T")
 
 
 def unshare_network() -> None:
-    """Move the calling thread to a new network namespace, which ends with the thread unless it is held open.
-
-    Raises:
-        OSError: The kernel refuses.
-    """
+    """Move the calling thread to a new network namespace, which ends with the thread unless it is held open."""
     call_libc("unshare", _CLONE_NEWNET)
 
 
@@ -65,11 +61,7 @@ class OpenNamespace:
 
 
 class NamespaceDirectory:
-    """Directory of named namespaces.
-
-    Args:
-        path: `/run/netns`, or a test's directory.
-    """
+    """Directory of named namespaces, `/run/netns` unless in a test."""
 
     def __init__(self, path: Path = DEFAULT_DIRECTORY) -> None:
         self.path = path
@@ -79,7 +71,6 @@ class NamespaceDirectory:
         self._device = Path("/proc/self/ns/net").stat().st_dev
 
     def file(self, name: str) -> str:
-        """Return the path of a name."""
         if name in ("", ".", "..") or "/" in name or "\0" in name:
             raise HostRefused(f"not the name of a network namespace: {name!r}")
         return f"{self._base}/{name}"
@@ -101,17 +92,11 @@ class NamespaceDirectory:
         return []
 
     def namespaces(self) -> dict[str, NamespaceRef]:
-        """Return the usable namespaces by name."""
         found = ((name, self.identity(name)) for name in self.names())
         return {name: ref for name, ref in found if ref is not None}
 
     def open(self, name: str) -> OpenNamespace:
-        """Open a namespace and keep it open.
-
-        Raises:
-            NamespaceMissing: No namespace has that name.
-            HostRefused: The kernel refused.
-        """
+        """Open a namespace and keep it open; raise `NamespaceMissing` if no namespace has that name."""
         with refusing(f"open namespace {name}"), contextlib.suppress(*MISSING):
             descriptor = os.open(self.file(name), os.O_RDONLY | os.O_CLOEXEC)
             status = os.fstat(descriptor)
@@ -124,10 +109,6 @@ class NamespaceDirectory:
         """Unmount and remove a name, as `ip netns del`; return false if there was none.
 
         The kernel ends the namespace when no process, socket or descriptor uses it.
-
-        Raises:
-            HostRefused: The kernel refused.
-            PrivilegeMissing: CAP_SYS_ADMIN is needed.
         """
         path = Path(self.file(name))
         # EINVAL: the name is no mount point; only a file is left.
@@ -140,10 +121,6 @@ class NamespaceDirectory:
 
         The steps are those of `ip netns add`: first a bind mount upon itself if it is no mount point yet, then
         MS_SHARED. The directory is locked meanwhile, as iproute2 does it.
-
-        Raises:
-            HostRefused: The kernel refused.
-            PrivilegeMissing: CAP_SYS_ADMIN is needed.
         """
         with refusing(f"make {self.path} a shared mount"):
             self.path.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -180,14 +157,10 @@ class NamespaceThread:
 
     @contextlib.contextmanager
     def inside(self, name: str | None) -> Iterator[NamespaceRef | None]:
-        """Run a block inside a namespace; only for code that already runs in this thread (passed to `run`).
+        """Run a block inside a namespace, or at home for `None`; only for code that runs in this thread (`run`).
 
-        Args:
-            name: Namespace; with `None` the block stays in the process's own namespace, and gets `None`.
-
-        Raises:
-            NamespaceMissing: No namespace has that name.
-            HostRefused: The kernel refused, or the thread is ending, which looks at namespaces must not delay.
+        Raises `NamespaceMissing` if no namespace has that name; `HostRefused` if the kernel refused, or the thread is
+        ending, which looks at namespaces must not delay.
         """
         if self._closed:
             raise HostRefused("the namespace thread is ending")
@@ -205,13 +178,7 @@ class NamespaceThread:
     def create_now(self, name: str, prepare: Callable[[], object] = lambda: None) -> NamespaceRef:
         """Create a namespace with this name unless there is one; only for code that already runs in this thread.
 
-        Args:
-            name: File name in the directory.
-            prepare: Callback inside before the namespace gets its name, so that every named namespace is prepared.
-
-        Raises:
-            HostRefused: The kernel refused.
-            PrivilegeMissing: CAP_SYS_ADMIN is needed.
+        `prepare` is called inside before the namespace gets its name, so that every named namespace is prepared.
         """
         present = self.directory.identity(name)
         if present is not None:

@@ -79,7 +79,6 @@ def _mac(value: bytes | None) -> str:
 
 
 def parse_link(payload: bytes) -> ObservedDevice:
-    """Parse the device in a RTM_NEWLINK or RTM_DELLINK message."""
     _, _, index, flags, _ = _IFINFO.unpack_from(payload)
     found = nl.parse_attributes(payload, _IFINFO.size)
     info = found.get(_IFLA_LINKINFO)
@@ -177,9 +176,7 @@ def veth_ends(channel: nl.NetlinkSocket) -> dict[int, int]:
 def parse_address(payload: bytes, names: dict[int, str]) -> ObservedAddress | None:
     """Parse the address in a RTM_NEWADDR or RTM_DELADDR message; return `None` unless it is a metadata address.
 
-    Args:
-        payload: Payload of the message.
-        names: Names of devices, by index; an unknown device is named by its index.
+    A device that is not in `names` is named by its index.
     """
     _, prefix, flags, _, index = _IFADDR.unpack_from(payload)
     found = nl.parse_attributes(payload, _IFADDR.size)
@@ -279,9 +276,6 @@ def correct_neighbours(
     """Correct neighbour entries that have another MAC; the kernel confirms the new entries at their next use.
 
     The kernel resolves unknown addresses itself, and permanent entries stay.
-
-    Raises:
-        NetlinkRefused: A change was refused.
     """
     if len(macs) > _MANY:
         answers = channel.dump(RTM_GETNEIGH, _NDMSG.pack(0, 0, 0, 0, 0))
@@ -301,14 +295,7 @@ def correct_neighbours(
 
 @dataclass(frozen=True, slots=True)
 class ObservedNeighbour:
-    """Entry in a neighbour table.
-
-    Attributes:
-        index: Index of the device.
-        packed: Packed address.
-        mac: MAC; `None` if no neighbour has answered.
-        permanent: Whether an operator made the entry.
-    """
+    """Entry in a neighbour table, without MAC if no neighbour has answered; an operator makes permanent entries."""
 
     index: int
     packed: bytes
@@ -317,7 +304,6 @@ class ObservedNeighbour:
 
 
 def parse_neighbour(payload: bytes) -> ObservedNeighbour:
-    """Parse the entry in a RTM_NEWNEIGH or RTM_DELNEIGH message."""
     _, index, state, _, _ = _NDMSG.unpack_from(payload)
     found = nl.parse_attributes(payload, _NDMSG.size)
     mac = "" if state & _NUD_UNKNOWN else _mac(found.get(_NDA_LLADDR))
@@ -341,8 +327,6 @@ def create_veth(
     """Create a veth pair: `link` here and up, `peer` in another namespace.
 
     Args:
-        channel: Socket in the namespace of `link`.
-        link: Name of this end.
         master: Index of the bridge that gets `link` as a port; `None` for none.
         mtu: MTU of both ends, in bytes; `None` for the kernel's default.
         peer: Name of the other end, which is down at first and must be set up inside its namespace.
@@ -387,7 +371,6 @@ def delete_link(channel: nl.NetlinkSocket, index: int) -> None:
 
 
 def list_interfaces(channel: nl.NetlinkSocket, index: int) -> list[IPv4Interface | IPv6Interface]:
-    """Return the addresses of a device, with their prefixes."""
     found: list[IPv4Interface | IPv6Interface] = []
     for message in channel.dump(RTM_GETADDR, _IFADDR.pack(0, 0, 0, 0, index)):
         _, prefix, _, _, at = _IFADDR.unpack_from(message)
@@ -402,10 +385,7 @@ def list_interfaces(channel: nl.NetlinkSocket, index: int) -> list[IPv4Interface
 def add_address(
     channel: nl.NetlinkSocket, index: int, address: IpAddress, prefix: int, *, protocol: int
 ) -> None:
-    """Add an address to a device, usable at once (nodad), marked with IFA_PROTO `protocol`.
-
-    Kernels before 5.18 ignore the mark.
-    """
+    """Add an address to a device, usable at once (nodad), marked with IFA_PROTO `protocol` (from Linux 5.18 on)."""
     # The kernel derives an IPv6 address's scope from its bits.
     flags = _IFA_F_NODAD if isinstance(address, IPv6Address) else 0
     payload = _IFADDR.pack(_family_of(address), prefix, flags, _SCOPE_UNIVERSE, index)
@@ -415,7 +395,6 @@ def add_address(
 
 
 def remove_address(channel: nl.NetlinkSocket, index: int, address: IpAddress, prefix: int) -> None:
-    """Remove an address from a device."""
     payload = _IFADDR.pack(_family_of(address), prefix, 0, 0, index)
     channel.change(RTM_DELADDR, payload + nl.attribute(_IFA_LOCAL, address.packed))
 

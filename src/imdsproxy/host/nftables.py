@@ -191,16 +191,11 @@ def present6(header: int) -> bytes:
 
 
 def verdict(what: int, chain: str = "") -> bytes:
-    """End a rule."""
     return _expression("immediate", {1: 0, 2: {2: {1: what, 2: chain or None}}})
 
 
 class Batch:
-    """Changes to one table, applied all at once.
-
-    Attributes:
-        changes: Changes without the table's name, so that they can be reused for other tables.
-    """
+    """Changes to one table, applied all at once; without the table's name, so that other tables can reuse them."""
 
     def __init__(self, table: str, family: int = NETDEV) -> None:
         self.table = table
@@ -215,7 +210,6 @@ class Batch:
         self._add(_NEWTABLE, nl.CREATE, {6: comment.encode() or None})
 
     def drop_table(self) -> None:
-        """Remove the table with its content."""
         self._add(_DELTABLE, 0, {})
 
     def make_set(
@@ -232,7 +226,6 @@ class Batch:
         """Create a set, or a map.
 
         Args:
-            name: Name of the set.
             types: Types of the key's parts, in nft(8)'s numbers, for `nft list`.
             length: Length of the key in bytes, each part padded to four.
             size: Maximum number of elements; 0 for no limit. Required if packets add elements.
@@ -253,7 +246,6 @@ class Batch:
         self._add(_NEWSET, nl.CREATE, {**values, 9: {1: size} if size else None})
 
     def make_counter(self, name: str) -> None:
-        """Create a counter for rules."""
         zero = bytes(8)
         self._add(_NEWOBJECT, nl.CREATE, {2: name, 3: _COUNTER, 4: {1: zero, 2: zero}})
 
@@ -278,11 +270,9 @@ class Batch:
         self._add(_NEWCHAIN, nl.CREATE, {3: name, 4: where, 5: ACCEPT, 7: kind})
 
     def make_rule(self, chain: str, *expressions: bytes) -> None:
-        """Append a rule."""
         self._add(_NEWRULE, nl.CREATE | _APPEND, {2: chain, 4 | nl.NESTED: b"".join(expressions)})
 
     def insert_rule(self, chain: str, *expressions: bytes) -> None:
-        """Insert a rule before all others."""
         self._add(_NEWRULE, nl.CREATE, {2: chain, 4 | nl.NESTED: b"".join(expressions)})
 
     def add_elements(self, name: str, elements: Sequence[Element]) -> None:
@@ -313,9 +303,7 @@ class NetfilterSocket(nl.NetlinkSocket):
     def commit(self, batch: Batch) -> None:
         """Apply a batch; a very large one is applied in parts.
 
-        Raises:
-            NetlinkRefused: The kernel refused, with the first error; nothing of this part was applied. Use another
-                socket then.
+        Raises `NetlinkRefused`, with the first error, if the kernel refused this part. Use another socket then.
         """
         head = _NFGEN.pack(batch.family, 0, 0) + _pack({1: batch.table})
         fence = _NFGEN.pack(0, 0, _SUBSYSTEM >> 8)
@@ -336,14 +324,12 @@ class NetfilterSocket(nl.NetlinkSocket):
         return None if found is None else nl.string(found.get(6))
 
     def elements(self, table: str, name: str) -> Iterator[bytes]:
-        """Yield the keys in a set."""
         question = _NFGEN.pack(NETDEV, 0, 0) + _pack({1: table, 2: name})
         for answer in self.dump(_SUBSYSTEM | _GETSETELEM, question):
             for element in nl.parse_list(nl.parse_attributes(answer, _NFGEN.size).get(3, b"")):
                 yield nl.parse_attributes(nl.parse_attributes(element).get(1, b"")).get(1, b"")
 
     def value(self, table: str, name: str, key: bytes) -> bytes | None:
-        """Return the value of a key in a map."""
         wanted = _pack({1: table, 2: name, 3: [{1: {1: key}}]})
         found = self._find(_GETSETELEM, wanted, NETDEV)
         if found is None:
@@ -366,11 +352,7 @@ class NetfilterSocket(nl.NetlinkSocket):
 
 
 def commit(batch: Batch) -> None:
-    """Apply a batch in the namespace of the calling thread.
-
-    Raises:
-        NetlinkRefused: See `NetfilterSocket.commit`.
-    """
+    """Apply a batch in the namespace of the calling thread, as `NetfilterSocket.commit`."""
     with NetfilterSocket() as channel:
         channel.commit(batch)
 
@@ -378,11 +360,7 @@ def commit(batch: Batch) -> None:
 def ensure_table(
     channel: NetfilterSocket, batch: Batch, comment: str, fill: Callable[[Batch], None]
 ) -> bool:
-    """Create a table, or replace one with another comment; return false if it is up to date.
-
-    Raises:
-        NetlinkRefused: See `NetfilterSocket.commit`.
-    """
+    """Create a table, or replace one with another comment; return false if it is up to date."""
     present = channel.comment(batch.table, batch.family)
     if present == comment:
         return False
@@ -396,11 +374,7 @@ def ensure_table(
 
 
 def replace_table(table: str, family: int, content: Sequence[Change]) -> None:
-    """Replace a table in the namespace of the calling thread; without content only remove it.
-
-    Raises:
-        NetlinkRefused: See `NetfilterSocket.commit`.
-    """
+    """Replace a table in the namespace of the calling thread; without content only remove it."""
     batch = Batch(table, family)
     with NetfilterSocket() as channel:
         if channel.comment(table, family) is not None:
@@ -413,7 +387,6 @@ def replace_table(table: str, family: int, content: Sequence[Change]) -> None:
 
 
 def table_of(payload: bytes) -> str:
-    """Return the name of the table in a message about one."""
     return nl.string(nl.parse_attributes(payload, _NFGEN.size).get(1))
 
 

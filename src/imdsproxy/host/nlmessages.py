@@ -59,18 +59,12 @@ def _padded(length: int) -> int:
 
 
 def attribute(kind: int, value: bytes) -> bytes:
-    """Return an attribute with its padding."""
     length = _ATTRIBUTE.size + len(value)
     return _ATTRIBUTE.pack(length, kind) + value + b"\0" * (_padded(length) - length)
 
 
 def pack_attributes(values: Mapping[int, Value], number: str = "=I") -> bytes:
-    """Pack attributes.
-
-    Args:
-        values: Values by attribute type.
-        number: Format of numbers for `struct`; they have four bytes.
-    """
+    """Pack attributes by their types; numbers have four bytes, in the format `number` of `struct`."""
     return b"".join(_pack_value(kind, value, number) for kind, value in values.items())
 
 
@@ -143,8 +137,8 @@ def iter_messages(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
 class NetlinkSocket:
     """Socket for requests to the kernel and their answers, in the namespace of the thread that creates the socket.
 
-    Args:
-        protocol: `socket.NETLINK_ROUTE`, NETLINK_SOCK_DIAG (4) or NETLINK_NETFILTER (12).
+    Protocols are `socket.NETLINK_ROUTE`, NETLINK_SOCK_DIAG (4) and NETLINK_NETFILTER (12). Requests raise
+    `NetlinkRefused` if the kernel answers with an error.
     """
 
     def __init__(self, protocol: int = socket.NETLINK_ROUTE) -> None:
@@ -161,20 +155,12 @@ class NetlinkSocket:
         self._socket.close()
 
     def change(self, kind: int, payload: bytes, flags: int = 0) -> None:
-        """Send a change and wait until the kernel has made it.
-
-        Raises:
-            NetlinkRefused: The kernel refused the change.
-        """
+        """Send a change and wait until the kernel has made it."""
         self._send(kind, payload, flags | ACK)
         self._collect()
 
     def find(self, kind: int, payload: bytes, *missing: int) -> bytes | None:
-        """Request one object; return `None` if the kernel answers with one of these errors, or has none.
-
-        Raises:
-            NetlinkRefused: The kernel answered with another error.
-        """
+        """Request one object; return `None` if the kernel answers with one of these errors, or has none."""
         self._send(kind, payload, 0)
         with Ignoring(*missing):
             answers, _ = self._collect(single=True)
@@ -182,11 +168,7 @@ class NetlinkSocket:
         return None
 
     def dump(self, kind: int, payload: bytes) -> list[bytes]:
-        """Request all objects; repeat the request if the table changed during the dump.
-
-        Raises:
-            NetlinkRefused: The kernel refused the request.
-        """
+        """Request all objects; repeat the request if the table changed during the dump."""
         answers: list[bytes] = []
         for _ in range(_DUMP_TRIES):
             self._send(kind, payload, DUMP)
@@ -202,9 +184,7 @@ class NetlinkSocket:
     def _collect(self, first: int = 0, *, single: bool = False) -> tuple[list[bytes], bool]:
         """Return the payloads of the last message's answers, and whether the table changed between them.
 
-        Args:
-            first: First sequence number whose errors count; by default only the last message's do.
-            single: Return after one answer.
+        Errors of messages from the sequence number `first` on count, by default only the last message's.
         """
         answers: list[bytes] = []
         interrupted = False

@@ -21,11 +21,9 @@ _FIRST_KEPT: Final = 3
 
 @dataclass(frozen=True, slots=True)
 class ServiceNotifier:
-    """Sender of states to the manager's socket.
+    """Sender of states to the manager's socket (`NOTIFY_SOCKET`: a path, or `@name` for an abstract socket).
 
-    Attributes:
-        address: Value of `NOTIFY_SOCKET`: a path, or `@name` for an abstract socket; empty without a manager, and then
-            every call does nothing.
+    Without a manager the address is empty, and every call does nothing.
     """
 
     address: str = ""
@@ -42,19 +40,11 @@ class ServiceNotifier:
         """Store an open file with the manager for the next process (`kept_sockets`); return false without a manager.
 
         The manager closes the file when the other side hangs up.
-
-        Args:
-            name: Name without `:`.
-            descriptor: Descriptor in this process.
         """
         return self._deliver(f"FDSTORE=1\nFDNAME={name}", descriptor)
 
     def send(self, **fields: str) -> None:
-        """Send `NAME=value` lines in one datagram, without fields that have an empty value.
-
-        Raises:
-            HostRefused: The manager's socket refuses the datagram.
-        """
+        """Send `NAME=value` lines in one datagram, without empty values; raise `HostRefused` if the socket refuses."""
         lines = [f"{name}={value.replace(chr(10), ' ')}" for name, value in fields.items() if value]
         if lines:
             self._deliver("\n".join(lines))
@@ -86,10 +76,7 @@ def is_journal(stream: IO[str], environment: Mapping[str, str]) -> bool:
 def kept_sockets(environment: Mapping[str, str], name: str, pid: int) -> list[socket.socket]:
     """Return the sockets that the manager stored under a name for an earlier process, set to non-blocking.
 
-    Args:
-        environment: Environment variables that describe the passed descriptors (sd_listen_fds(3)).
-        name: Name passed to `ServiceNotifier.keep`.
-        pid: Our pid; descriptors meant for another process are ignored.
+    `environment` describes the passed descriptors (sd_listen_fds(3)); those meant for another pid are ignored.
     """
     if environment.get("LISTEN_PID") != str(pid):
         return []
@@ -113,13 +100,8 @@ _LONGEST_BEAT_S: Final = 5.0
 class Heartbeat:
     """Heartbeat of an event loop.
 
-    Args:
-        notifier: Service manager.
-        environment: Environment variables with the manager's watchdog timeout (sd_watchdog_enabled(3)).
-        monotonic: Monotonic clock.
-
-    Attributes:
-        starting: While true, each beat also extends the start timeout.
+    `environment` has the manager's watchdog timeout (sd_watchdog_enabled(3)). While `starting`, each beat also extends
+    the start timeout.
     """
 
     def __init__(
@@ -140,7 +122,6 @@ class Heartbeat:
         return self._monotonic() - self._last < self._stuck_s
 
     async def run(self) -> None:
-        """Send heartbeats until cancelled."""
         while True:
             self._last = self._monotonic()
             extension = str(int(self._stuck_s * 1e6)) if self.starting else ""

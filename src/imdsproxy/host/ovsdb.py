@@ -52,7 +52,6 @@ class Schema:
     tables: Mapping[str, Mapping[str, object]]
 
     def as_json(self) -> dict[str, object]:
-        """Return the schema in python-ovs's form."""
         tables = {
             name: {"columns": {column: {"type": kind} for column, kind in columns.items()}}
             for name, columns in self.tables.items()
@@ -70,11 +69,7 @@ class Tls:
 
 
 def check_tls(tls: Tls) -> None:
-    """Check that the files can be read.
-
-    Raises:
-        OSError: A file cannot be read, or the files do not match.
-    """
+    """Check that the files can be read; raise `OSError` if a file cannot be read, or the files do not match."""
     for file in (tls.private_key, tls.certificate, tls.ca):
         file.read_bytes()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -108,14 +103,12 @@ class Ovsdb(Generic[View]):
     Args:
         remotes: Addresses in ovn-controller's form: `unix:PATH`, `tcp:ADDRESS:PORT`, `ssl:ADDRESS:PORT`, joined by
             commas. Any server will do: reading does not need the leader.
-        schema: Followed tables and columns.
         read: Function that makes a view from all rows, and returns conditions for the rows it wants; called in the
             thread after each change. The view counts once the wanted rows have arrived.
         conditions: Initial conditions by table (RFC 7047); a table without a condition is read whole.
         parse: Parsers by table, whose results `read` gets instead of rows; called in the thread once for each change of
             a row.
         probe_s: Seconds of silence until a probe, and again until the connection counts as lost. At least 1.
-        tls: Files for `ssl:`.
         random: Source of numbers from 0 to 1, to spread connection attempts.
     """
 
@@ -135,11 +128,7 @@ class Ovsdb(Generic[View]):
     _ended: bool = False
 
     async def follow(self) -> AsyncGenerator[Reading[View], None]:
-        """Yield every view from now on; of several that arrive at once, only the last.
-
-        Raises:
-            LibraryMissing: python-ovs is not installed.
-        """
+        """Yield every view from now on; of several that arrive at once, only the last."""
         self._library = import_library()
         loop = asyncio.get_running_loop()
         arrived = asyncio.Event()
@@ -179,8 +168,7 @@ class Ovsdb(Generic[View]):
     def transact(self, change: Change) -> asyncio.Future[None]:
         """Run a transaction: the thread calls `change` with the tables and the transaction.
 
-        Raises (in the future):
-            SourceUnavailable: The server refuses, or the connection is lost.
+        The future raises `SourceUnavailable` if the server refuses, or the connection is lost.
         """
         done: Future[None] = Future()
         done.set_running_or_notify_cancel()

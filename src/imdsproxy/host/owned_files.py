@@ -20,13 +20,7 @@ _HERE: Final = Path("/")
 
 @dataclass(frozen=True, slots=True)
 class OwnedFile:
-    """Open file and its open directory: later changes of names on the path affect neither.
-
-    Attributes:
-        itself: Descriptor that only names the file (`O_PATH`).
-        directory: Descriptor of the directory.
-        name: Name of the file in the directory.
-    """
+    """Open file, by `O_PATH`, and its open directory: later changes of names on the path affect neither."""
 
     itself: int
     directory: int
@@ -38,7 +32,6 @@ class OwnedFile:
         return Path(f"/proc/self/fd/{self.directory}") / self.name
 
     def read(self) -> bytes:
-        """Read the whole file."""
         return Path(f"/proc/self/fd/{self.itself}").read_bytes()
 
 
@@ -47,16 +40,8 @@ def open_owned(path: Path, owner: Owner, root: Path = _HERE) -> Iterator[OwnedFi
     """Open a regular file for the block.
 
     The file, and every directory and symbolic link on the path, must belong to root or the owner, and no other user may
-    write to them. Symbolic links are followed within the root.
-
-    Args:
-        path: Path of the file for processes with this root.
-        owner: User and group of the account that may own the file besides root.
-        root: Directory, as `/proc/PID/root`.
-
-    Raises:
-        ConfigUnreadable: The file does not exist.
-        FileUntrusted: Another user may change the file, or replace it.
+    write to them. Symbolic links are followed within the root, as `/proc/PID/root`. Raises `ConfigUnreadable` if the
+    file does not exist; `FileUntrusted` if another user may change the file, or replace it.
     """
     shown = root / path.relative_to("/")
     with _reading(shown), contextlib.ExitStack() as stack:
@@ -67,12 +52,7 @@ def open_owned(path: Path, owner: Owner, root: Path = _HERE) -> Iterator[OwnedFi
 
 
 def list_owned(path: Path, owner: Owner, root: Path = _HERE) -> list[str]:
-    """Return the sorted names in a directory, to which the rules of `open_owned` apply.
-
-    Raises:
-        ConfigUnreadable: The directory does not exist.
-        FileUntrusted: Another user may change the directory, or replace it.
-    """
+    """Return the sorted names in a directory, to which the rules and errors of `open_owned` apply."""
     with _reading(root / path.relative_to("/")), contextlib.ExitStack() as stack:
         directory = Path(f"/proc/self/fd/{_walk(stack, path, owner, root).itself}")
         return sorted(entry.name for entry in directory.iterdir())

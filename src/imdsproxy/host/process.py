@@ -63,7 +63,6 @@ class ProcessStat:
 
     Attributes:
         state: One letter: R running, S sleeping, D in disk sleep, T stopped, t traced, Z and X ended.
-        parent: Parent's pid.
         ticks: Processor time used, in clock ticks (usually 10 ms each).
         started: Clock ticks after boot: with the pid, the identity of a process.
     """
@@ -135,11 +134,7 @@ def socket_at(path: str) -> int | None:
 
 
 class ProcessHandle:
-    """Process held by pidfd: the handle refers to this process even if its pid is reused.
-
-    Attributes:
-        pid: Process id.
-    """
+    """Process held by pidfd: the handle refers to this process even if its pid is reused."""
 
     def __init__(self, pid: int, descriptor: int) -> None:
         self.pid = pid
@@ -155,8 +150,7 @@ class ProcessHandle:
     async def wait(self) -> int | None:
         """Wait until the process has ended, without polling.
 
-        Returns:
-            Exit status or negative signal number of our child; `None` for other processes.
+        Return the exit status or negative signal number of our child; `None` for other processes.
         """
         # A duplicate, because several tasks may wait, and an event loop watches a descriptor only once.
         watched = os.dup(self._descriptor)
@@ -176,11 +170,7 @@ class ProcessHandle:
         return self._status
 
     def kill(self, number: signal.Signals = signal.SIGTERM) -> bool:
-        """Send a signal; return false if the process has already ended.
-
-        Raises:
-            PrivilegeMissing: The process belongs to another user.
-        """
+        """Send a signal; return false if the process has already ended."""
         action = f"send {number.name} to process {self.pid}"
         with refusing(action), contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._descriptor, number)
@@ -197,11 +187,7 @@ class ProcessHandle:
                 await self.wait()
 
     async def stop(self, grace_s: float) -> bool:
-        """Send SIGTERM, then SIGKILL after `grace_s` seconds; wait until the process has ended.
-
-        Returns:
-            Whether the process ended within the grace period.
-        """
+        """Send SIGTERM, then SIGKILL after `grace_s` seconds; return whether the process ended before."""
         self.kill(signal.SIGTERM)
         try:
             async with asyncio.timeout(grace_s):
@@ -213,7 +199,6 @@ class ProcessHandle:
         return True
 
     def close(self) -> None:
-        """Close the handle; the process goes on."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -260,17 +245,8 @@ def spawn_logged(
 ) -> tuple[ProcessHandle, int]:
     """Start a process in its own session, so that it outlives us and our terminal.
 
-    Args:
-        arguments: Program's path and arguments; no shell is involved.
-        log: File to which standard output and error are appended.
-        environment: Complete environment.
-
-    Returns:
-        The process, and the offset in the log at which its output begins.
-
-    Raises:
-        HostRefused: The process could not be started.
-        OSError: The log cannot be opened.
+    Return the process, and the offset in the log at which its output begins. Raises `HostRefused` if the process could
+    not be started, `OSError` if the log cannot be opened.
     """
     limit_log(log)
     with os.fdopen(open_log(log), "ab") as sink, refusing(f"start {arguments[0]}"):
@@ -294,11 +270,7 @@ def spawn_logged(
 class Doubt:
     """Evidence of consecutive unanswered probes that a worker hangs.
 
-    Attributes:
-        worker: Worker's pid.
-        silent: Number of unanswered probes.
-        ticks: Processor time that the worker had used at the first probe.
-        stat: Worker's state at the last probe.
+    `ticks` is the processor time that the worker had used at the first probe, `stat` its state at the last.
     """
 
     worker: int = 0
@@ -307,7 +279,6 @@ class Doubt:
     stat: ProcessStat | None = None
 
     def after_silence(self, worker: int, stat: ProcessStat | None) -> Doubt:
-        """Add one more unanswered probe."""
         if worker != self.worker or not self.silent:
             return Doubt(worker, 1, 0 if stat is None else stat.ticks, stat)
         return Doubt(worker, self.silent + 1, self.ticks, stat)
@@ -323,18 +294,10 @@ class Doubt:
 
 
 async def run_program(*arguments: str, deadline_s: float, errors: bool = True) -> tuple[int, str]:
-    """Run a program to its end; return its exit status (negative: the signal) and output.
+    """Run a program to its end, without a shell; return its exit status (negative: the signal) and output.
 
-    The program has its own process group, which is killed at the deadline and on cancellation.
-
-    Args:
-        arguments: Program's path or name, and its arguments; no shell is involved.
-        deadline_s: Seconds until the program is killed.
-        errors: Whether the output includes standard error.
-
-    Raises:
-        HostRefused: The program did not end in time.
-        OSError: The program cannot be started.
+    The program has its own process group, which is killed at the deadline and on cancellation. `errors` adds standard
+    error. Raises `HostRefused` if the program did not end in time, `OSError` if the program cannot be started.
     """
     # Not asyncio's function: if cancelled during a start, that kills the program but not the program's children.
     process = subprocess.Popen(  # noqa: ASYNC220 - a millisecond
@@ -427,11 +390,7 @@ def garbage_left() -> Iterator[None]:
 
 
 def call_libc(name: str, *arguments: object) -> int:
-    """Call a C library function that the standard library lacks.
-
-    Raises:
-        OSError: The function returned -1.
-    """
+    """Call a C library function that the standard library lacks; raise `OSError` if the function returned -1."""
     result = int(getattr(_libc, name)(*arguments))
     if result < 0:
         number = ctypes.get_errno()

@@ -17,11 +17,7 @@ _LONGEST_PAUSES: Final = 8
 
 
 def import_library() -> Library:
-    """Import python-ovs.
-
-    Raises:
-        LibraryMissing: The library is not installed, or not for this Python.
-    """
+    """Import python-ovs; raise `LibraryMissing` if the library is not installed, or not for this Python."""
     with optional_library(
         "Open vSwitch's Python module",
         "apt install python3-openvswitch, or pip install 'imdsproxy[ovn]'",
@@ -53,7 +49,6 @@ class _Poll:
         self._masks: dict[int, int] = {}
 
     def register(self, what: int | socket.socket, events: int) -> None:
-        """Add events to wait for."""
         number = what if isinstance(what, int) else what.fileno()
         self._masks[number] = self._masks.get(number, 0) | events
 

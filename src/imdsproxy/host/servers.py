@@ -32,11 +32,7 @@ def _listener(family: int, kind: int, place: str) -> Iterator[socket.socket]:
 
 
 def open_tcp_socket(host: str, port: int) -> socket.socket:
-    """Open a listening TCP socket.
-
-    Raises:
-        HostRefused: The address does not exist, or the port is in use.
-    """
+    """Open a listening TCP socket; raise `HostRefused` if the address does not exist, or the port is in use."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with _listener(family, socket.SOCK_STREAM, f"{host} port {port}") as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -46,10 +42,7 @@ def open_tcp_socket(host: str, port: int) -> socket.socket:
 
 
 def try_tcp_listen(host: str, port: int) -> str | None:
-    """Return why an address of the host cannot be listened on now; `None` if it can.
-
-    The test does without SO_REUSEPORT: a port that another process would share is not free.
-    """
+    """Return why an address of the host cannot be listened on now, alone (no SO_REUSEPORT); `None` if it can."""
     try:
         open_tcp_socket(host, port).close()
     except DataplaneError as error:
@@ -62,17 +55,8 @@ def open_unix_socket(
 ) -> socket.socket:
     """Open a socket at `path`, which appears with its mode and owner set; a stream socket listens.
 
-    The new socket replaces an existing one atomically: from then on connections go to the new socket.
-
-    Args:
-        path: Path of the socket; the directory must exist.
-        mode: Permission bits; a client needs to write.
-        owner: User and group ids, -1 to leave one; `None` leaves this process's.
-        kind: `SOCK_STREAM` or `SOCK_DGRAM`.
-
-    Raises:
-        HostRefused: The socket cannot be bound there.
-        PrivilegeMissing: This process may not bind there.
+    The new socket replaces an existing one atomically: from then on connections go to the new socket. An owner id of -1
+    stays this process's. Raises `HostRefused` if the socket cannot be bound there.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with _listener(socket.AF_UNIX, kind, str(path)) as listener:

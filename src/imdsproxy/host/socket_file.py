@@ -57,16 +57,7 @@ class SocketFiles(SocketOwners):
     """Observer of socket files; caches which processes hold which sockets."""
 
     def observe(self, path: Path, our_pids: Collection[int]) -> SeenSocket:
-        """Return the state of the socket at a path.
-
-        Args:
-            path: Present or future path of the socket.
-            our_pids: HAProxy's master and workers.
-
-        Raises:
-            HostRefused: The path cannot be examined.
-            PrivilegeMissing: This process may not examine the path.
-        """
+        """Return the state of the socket at a path; raise `HostRefused` if the path cannot be examined."""
         listening = _listening()
         pattern = re.compile(re.escape(os.fsencode(path)) + _BEFORE_RENAME)
         bound = {one.inode: one for one in listening if pattern.fullmatch(one.name)}
@@ -142,12 +133,7 @@ class SocketHolder:
 
 
 def find_socket_holder(path: Path) -> SocketHolder | None:
-    """Return the process that listens at a path; `None` without one, even if there is a file.
-
-    Raises:
-        HostRefused: The path cannot be examined.
-        PrivilegeMissing: This process may not examine the path.
-    """
+    """Return the process that listens at a path; `None` without one, even if there is a file."""
     seen = SocketFiles().observe(path, ())
     if seen.state is not SocketState.FOREIGN:
         return None
@@ -157,12 +143,7 @@ def find_socket_holder(path: Path) -> SocketHolder | None:
 
 
 def open_sole_socket(path: Path, *, mode: int, owner: Owner) -> socket.socket:
-    """Open a socket as `open_unix_socket`, but do not replace the socket of a running process.
-
-    Raises:
-        HostRefused: Another process listens there, or the socket cannot be bound.
-        PrivilegeMissing: This process may not bind there.
-    """
+    """Open a socket as `open_unix_socket`, but raise `HostRefused` if a running process listens there."""
     state = SocketFiles().observe(path, ()).state
     if state is SocketState.OCCUPIED:
         raise HostRefused(f"{path} is there and is no socket")
@@ -173,14 +154,10 @@ def open_sole_socket(path: Path, *, mode: int, owner: Owner) -> socket.socket:
 
 
 def give_socket(path: Path, *, mode: int, owner: tuple[int, int]) -> None:
-    """Set mode and owner of a socket file.
+    """Set mode and owner of a socket file; raise `HostRefused` if there is no socket, or the file system refuses.
 
     If another account owns the directory, it could replace the socket by a link to any file meanwhile. So mode and
     owner are set on the file that was checked.
-
-    Raises:
-        HostRefused: There is no socket, or the file system refuses.
-        PrivilegeMissing: This process may not change the file.
     """
     with (
         refusing(f"give {path} its mode and owner"),
@@ -201,16 +178,7 @@ def identify_file(path: Path) -> FileIdentity | None:
 
 
 def remove_file(path: Path, identity: FileIdentity) -> None:
-    """Remove exactly this file, and no other that has replaced it meanwhile.
-
-    Args:
-        path: Path of the file.
-        identity: Result of `identify_file`.
-
-    Raises:
-        HostRefused: The file system refuses.
-        PrivilegeMissing: This process may not remove the file.
-    """
+    """Remove exactly this file, and no other that has replaced it meanwhile."""
     aside = path.with_name(f"{path.name}.{os.getpid()}.old")
     with refusing(f"remove {path}"), contextlib.suppress(FileNotFoundError):
         path.rename(aside)

@@ -50,10 +50,9 @@ _WILDCARDS: Final = frozenset((IPv4Address(0), IPv6Address(0)))
 
 @dataclass(frozen=True, slots=True)
 class TcpSocket:
-    """TCP socket of ours, or of a foreign program, in a namespace.
+    """TCP socket in a namespace.
 
     Attributes:
-        local: Local address.
         port: Peer's port.
         index: Index of the device to which the socket is bound; 0 for none.
     """
@@ -92,12 +91,7 @@ def _address(family: int, packed: bytes) -> IpAddress:
 def listening_sockets(
     channel: NetlinkSocket, ports: Collection[int] = (METADATA_PORT,)
 ) -> list[ListeningSocket]:
-    """Return every TCP socket that listens on one of these ports of a metadata address or a wildcard.
-
-    Args:
-        channel: SOCK_DIAG socket in the calling thread's namespace.
-        ports: Ports.
-    """
+    """Return every TCP socket that listens on one of these ports of a metadata address or a wildcard."""
     found: list[ListeningSocket] = []
     for port, one in _tcp_sockets(channel, ports, (_LISTEN,)):
         address = one.local
@@ -111,22 +105,14 @@ def listening_sockets(
 
 
 def list_connections(channel: NetlinkSocket, port: int) -> Iterator[TcpSocket]:
-    """Return the connections to a metadata address and port, in the namespace of the channel.
-
-    Args:
-        channel: SOCK_DIAG socket.
-        port: Our port.
-    """
+    """Return the connections to a metadata address and port, in the namespace of the channel."""
     return (one for _, one in _tcp_sockets(channel, (port,), _ALIVE) if one.local in _METADATA)
 
 
 def end_connections(port: int, peers: Collection[IpAddress]) -> None:
-    """Abort connections between these guests and our port, with all unsent data.
+    """Abort connections between these guests and our port in the calling thread's namespace, with all unsent data.
 
-    The function works in the calling thread's namespace.
-
-    Raises:
-        NetlinkRefused: The kernel cannot list or abort connections (CONFIG_INET_DIAG_DESTROY).
+    Raises `NetlinkRefused` if the kernel cannot list or abort connections (CONFIG_INET_DIAG_DESTROY).
     """
     with NetlinkSocket(SOCK_DIAG) as channel:
         for one in list_connections(channel, port):
@@ -145,14 +131,8 @@ def try_bind(
 ) -> int:
     """Try a bind like HAProxy's in the calling thread's namespace; return errno or 0.
 
-    The socket never listens, so it gets no connections, and it is closed at once.
-
-    Args:
-        family: Family of the metadata address.
-        device: Device to bind to, or `None`.
-        index: Index of the device, the scope of the link-local address; IPv6 only.
-        port: Port.
-        address: Address; the metadata address by default.
+    The socket never listens, so it gets no connections, and it is closed at once. The index of the device is the scope
+    of the link-local address, for IPv6 only.
     """
     number = socket.AF_INET if family is Family.IPV4 else socket.AF_INET6
     place = (str(address or family.metadata_address), port)
@@ -180,12 +160,8 @@ class SocketOwners:
     """Finder of the processes that hold sockets, with a cache.
 
     The finder reads our own processes' descriptors again if a socket is unknown, and every process's only for foreign
-    sockets.
-
-    Args:
-        proc: `/proc`, or a test's directory.
-        config: HAProxy's configuration. A process with this file in its command line is ours too: after a restart
-            HAProxy listens before its pids are known.
+    sockets. A process with HAProxy's configuration, `config`, in its command line is ours too: after a restart HAProxy
+    listens before its pids are known.
     """
 
     def __init__(self, proc: Path = process.PROC, config: Path | None = None) -> None:
@@ -198,12 +174,10 @@ class SocketOwners:
     def resolve(
         self, sockets: Iterable[ListeningSocket], our_pids: Collection[int]
     ) -> dict[int, ListeningSocket]:
-        """Return the sockets with their owners, by inode.
+        """Return the sockets with their owners, by inode; one call for many namespaces is much cheaper than many calls.
 
-        Args:
-            sockets: Result of `listening_sockets`; one call for many namespaces is much cheaper than many calls.
-            our_pids: HAProxy's master and workers. Their children count as ours too, so that a new worker is never
-                mistaken for a foreign process.
+        Our pids are HAProxy's master and workers. Their children count as ours too, so that a new worker is never
+        mistaken for a foreign process.
         """
         given = {one.inode: one for one in sockets}
         holders = self.holders(given, our_pids)
@@ -237,7 +211,6 @@ class SocketOwners:
         }
 
     def find_ours(self, inodes: Collection[int], our_pids: Collection[int]) -> frozenset[int]:
-        """Return those of these sockets that one of our processes holds."""
         self._ours = {inode: pid for inode, pid in self._ours.items() if pid in our_pids}
         for pid in our_pids if not self._ours.keys() >= set(inodes) else ():
             self._ours.update({one: pid for one, _ in process.open_sockets(pid, self._proc)})

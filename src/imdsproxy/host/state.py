@@ -44,7 +44,6 @@ class ObservedDevice:
     Attributes:
         index: Kernel's number of the interface within its namespace.
         up: Whether the interface is administratively up (IFF_UP), with or without carrier.
-        mtu: Bytes.
         alias: The ifalias, empty if there is none.
         master: Index of its bridge, bond or VRF; 0 for none.
         kind: `veth`, `bridge`, `dummy`, … ; empty for hardware and loopback.
@@ -62,8 +61,6 @@ class ObservedDevice:
 
 
 class AddressState(StrEnum):
-    """Ability of an address to be bound."""
-
     USABLE = "usable"
     TENTATIVE = "tentative"
     DUPLICATE = "duplicate"
@@ -71,11 +68,7 @@ class AddressState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ObservedAddress:
-    """Address on a device. Only the two metadata addresses are ever observed.
-
-    Attributes:
-        protocol: The kernel's IFA_PROTO, the program that added the address; 0 if unknown.
-    """
+    """Metadata address on a device; `protocol` is IFA_PROTO, the program that added the address, 0 if unknown."""
 
     device: str
     address: IpAddress
@@ -85,8 +78,6 @@ class ObservedAddress:
 
 
 class Effect(StrEnum):
-    """Effect of a foreign listening socket on ours (see `host.sockets`)."""
-
     BLOCKS = "blocks"
     """Our socket cannot be bound."""
 
@@ -99,15 +90,11 @@ class Effect(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class SocketOwner:
-    """Process that holds a socket."""
-
     pid: int
     command: str
 
 
 class SocketState(StrEnum):
-    """Kind of file at a socket's path."""
-
     MISSING = "missing"
     STALE = "stale"
     """Socket without a listener."""
@@ -145,7 +132,6 @@ class ListeningSocket:
         inode: The socket's inode, as `/proc/PID/fd` shows it.
         v6_only: Whether an IPv6 wildcard does not also accept IPv4.
         owners: All processes that hold the socket; empty if they could not be determined.
-        ours: Whether a process of imdsproxy is one of the owners.
     """
 
     address: IpAddress
@@ -178,8 +164,6 @@ class ObservedNamespace:
 
     Attributes:
         ref: Also `None` for a name of ours without a namespace, left by a process that was killed.
-        devices: Devices by name.
-        addresses: Metadata addresses, with their devices.
         default_routes: (family, device) of every default route in the main table; only for namespaces of ours.
         sockets: Sockets on a metadata address and the metadata port, ours included; if requests are redirected, sockets
             on the port of the redirection.
@@ -208,7 +192,6 @@ class ObservedHost:
     """Observed state of the host.
 
     Attributes:
-        root: Namespace of the daemon.
         namespaces: Existing observed namespaces, by name.
         asked: Names of a partial observation; `None` for all names in the directory.
         devices: Devices in `root` that a partial observation covers.

@@ -17,15 +17,11 @@ def to_number(address: IpAddress) -> int:
 
 
 def from_number(number: int) -> IpAddress:
-    """Return the address of a number from `to_number`."""
     return IPv6Address(number ^ _IPV6) if number & _IPV6 else IPv4Address(number)
 
 
 def text_of(address: IpAddress) -> str:
-    """Return `str` of a normalised address.
-
-    Four times as fast for a MAC's link-local address, which each instance has.
-    """
+    """Return `str` of a normalised address, four times as fast for a MAC's link-local address."""
     number = int(address)
     if number >> 64 != _LINK_LOCAL_PREFIX >> 64 or number >> 24 & 0xFFFF != _FILLER:
         return str(address)

@@ -26,11 +26,7 @@ _Claimants: TypeAlias = "InstanceId | frozenset[InstanceId]"
 
 
 class Claims:
-    """Claimants by address; addresses are stored as numbers (`to_number`).
-
-    Attributes:
-        contested: Addresses with more than one claimant.
-    """
+    """Claimants by address, stored as a number (`to_number`); contested addresses have more than one claimant."""
 
     __slots__ = ("_networks", "contested")
 
@@ -51,7 +47,6 @@ class Claims:
         return sum(map(len, self._networks.values()))
 
     def of(self, key: AddressKey) -> frozenset[InstanceId]:
-        """Return all claimants of an address."""
         return _as_set(self.owner(key))
 
     def owner(self, key: AddressKey) -> _Claimants | None:
@@ -60,7 +55,6 @@ class Claims:
         return None if claims is None else claims.get(to_number(key[1]))
 
     def networks(self) -> KeysView[NetworkId]:
-        """Return the networks with a claimed address."""
         return self._networks.keys()
 
     def within(self, network: NetworkId) -> Iterator[InstanceId]:
@@ -69,7 +63,6 @@ class Claims:
             yield from _as_set(found)
 
     def add(self, instance: InstanceId, key: AddressKey) -> None:
-        """Add an instance's claim on an address."""
         claims, number = self._networks.setdefault(key[0], {}), to_number(key[1])
         if number not in claims:
             claims[number] = instance
@@ -78,7 +71,6 @@ class Claims:
             self.contested.add(key)
 
     def remove(self, instance: InstanceId, key: AddressKey) -> None:
-        """Remove an instance's claim on an address."""
         claims, number = self._networks[key[0]], to_number(key[1])
         left = self.of(key) - {instance}
         if len(left) > 1:
@@ -108,12 +100,10 @@ def claim_places(instance: Instance) -> Iterator[tuple[AddressKey, tuple[str | i
 
 
 def address_keys(instance: Instance) -> frozenset[AddressKey]:
-    """Return every (network, address) by which the instance is known."""
     return frozenset(key for key, _ in claim_places(instance))
 
 
 def claimed_keys(ports: Iterable[ClaimingPort]) -> set[AddressKey]:
-    """Return every (network, address) that the ports claim."""
     keys: set[AddressKey] = set()
     for network, mac, addresses in ports:
         for address in addresses if mac is None else (*addresses, link_local_of(mac)):
@@ -131,17 +121,7 @@ def taken_address(
     file: str | None = None,
     lines: tuple[int | None, ...] = (),
 ) -> Problem:
-    """Return the problem of an instance that claims another instance's address.
-
-    Args:
-        instance: The refused instance.
-        address: The address that both claim.
-        holder: Id of the instance that has the address.
-        path: Path of the refused record in its document.
-        place: Place of the other record, if known.
-        file: File of the refused record.
-        lines: Lines of the refused record's claims, in the order of `claim_places`.
-    """
+    """Return the problem of an instance that claims another's address; `lines` are in the order of `claim_places`."""
     network, shown = address
     claims = zip_longest(claim_places(instance), lines)
     part, line = next((claim[1], line) for claim, line in claims if claim[0] == address)

@@ -51,8 +51,6 @@ EVERY_DIALECT: Final = frozenset(Dialect)
 
 
 class Upstream(StrEnum):
-    """Server of an instance's documents."""
-
     EMBEDDED = "embedded"
     """Our own document server, from the record."""
 
@@ -61,8 +59,6 @@ class Upstream(StrEnum):
 
 
 class Scope(StrEnum):
-    """Type of an id that has a listener."""
-
     NETWORK = "network"
     ROUTER = "router"
     """Group of networks behind one namespace; no two of them share an address."""
@@ -73,7 +69,6 @@ class NamespaceListener:
     """Network namespace of another program (`/run/netns/NAME`).
 
     Attributes:
-        namespace: Name in `/run/netns`.
         device: Interface in the namespace for the metadata addresses; without it every interface of the namespace may
             have the addresses.
         manage_addresses: Whether imdsproxy adds the metadata addresses to `device` and removes them. If false, the
@@ -121,7 +116,6 @@ class Network:
     Attributes:
         scope: `ROUTER` if the id is a router's: its guests are those of the networks behind it.
         mac_check: Whether a guest's address is valid only together with its MAC; false for guests behind a router.
-        policy: Rules in the network's record for its guests.
     """
 
     id: NetworkId
@@ -162,8 +156,6 @@ class Port:
 
 @dataclass(frozen=True, slots=True)
 class SshKey:
-    """Public key with a name, as `public-keys/` lists it."""
-
     name: str
     key: str
 
@@ -173,8 +165,6 @@ class StoredBytes:
     """Bytes that are not in memory: up to 16 MiB for each of many instances. Equal to the bytes themselves.
 
     Attributes:
-        length: Number of bytes.
-        digest: Result of `digest_of`.
         owner: Instance that has this user-data.
         fetch: Loads the bytes of an owner; raises `SourceError` if they are unavailable.
     """
@@ -206,7 +196,6 @@ def free_name(stem: str, taken: Container[str]) -> str:
 
 
 def digest_of(data: bytes) -> str:
-    """Return the digest of a payload: BLAKE2b-16, hexadecimal."""
     return blake2b(data, digest_size=16).hexdigest()
 
 
@@ -222,7 +211,6 @@ class Instance:
         tags: Pairs of name and value, in name order.
         upstream: Server of its documents. With `NOVA`, only `id`, `project`, `ports`, `policy` and `created_at` of the
             record are used.
-        policy: Rules in the instance's record.
         created_at: Time of its creation or rebuild, Unix time; `None` if unknown.
     """
 

@@ -21,8 +21,6 @@ from imdsproxy.model.observation import AddressKey, Claimant, Conflict, Expired
 
 
 class How(StrEnum):
-    """Property by which a guest was identified."""
-
     ADDRESS = "address"
     EUI64 = "eui64"
     NEIGHBOUR = "neighbour"
@@ -30,8 +28,6 @@ class How(StrEnum):
 
 
 class UnknownReason(StrEnum):
-    """Reason why no instance was found."""
-
     NETWORK = "no such network"
     ADDRESS = "no instance has the address in this network"
     MAC = "no instance has the address, nor the MAC that the neighbour table has for it"
@@ -63,11 +59,7 @@ class Ambiguous:
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """Address of an instance, used by another MAC than its port's: answered 403.
-
-    Attributes:
-        expected: MAC of the instance's port.
-    """
+    """Address of an instance, used by another MAC than its port's: answered 403."""
 
     instance: Instance
     expected: MacAddress
@@ -86,7 +78,6 @@ class Denial(StrEnum):
 
     @property
     def status(self) -> int:
-        """HTTP status of the answer to the guest."""
         return {Denial.UNKNOWN: 404, Denial.MISMATCH: 403}.get(self, 503)
 
 
@@ -101,7 +92,6 @@ class Learned:
         until: Expiry, by the monotonic clock in seconds.
         via: For an address behind a router: the address in its own network that identifies the instance; the entry is
             valid only while that address is. `None` for an address from the neighbour table.
-        mac: MAC in the neighbour table.
     """
 
     instance: InstanceId
@@ -120,8 +110,6 @@ def identify(
     """Return the instance that has `address` in `network`.
 
     Args:
-        inventory: All records.
-        network: Network of the listener.
         address: Peer address from the kernel (mapped and scoped forms are normalised).
         neighbour_mac: MAC of the address in the neighbour table of the listener's namespace. If the network does not
             check MACs, it counts for link-local addresses only: another address may be behind a router, and the MAC is
@@ -146,12 +134,7 @@ def identify(
 
 
 def deny(identity: Unknown | Ambiguous | Mismatch | Expired, *, in_sync: bool) -> Denial:
-    """Return the reason why the guest is denied.
-
-    Args:
-        identity: Result of the identification.
-        in_sync: Whether all sources have reported all of their records, so that an unknown address is not merely late.
-    """
+    """Return the reason why the guest is denied; until sources are `in_sync`, an unknown address may be late."""
     match identity:
         case Ambiguous():
             return Denial.CONFLICT

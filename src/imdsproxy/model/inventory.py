@@ -60,14 +60,11 @@ class Report:
 
 
 class Inventory:
-    """Merged index of the sources' records.
+    """Merged index of the records of the sources, which are all expected to report.
 
     Mutable: `observe` is its only writer. An observation takes time in proportion to its changes (a full observation:
     to the source's records), not to the inventory's size. The returned mappings are live views: iterate over them only
     while `observe` is not running.
-
-    Args:
-        sources: Sources that are expected to report; `in_sync` waits for each of them.
     """
 
     def __init__(self, sources: Iterable[SourceName] = ()) -> None:
@@ -114,7 +111,6 @@ class Inventory:
 
     @property
     def has_expired(self) -> bool:
-        """Whether any source has expired."""
         return self._expired
 
     def expired(self, instance: InstanceId) -> Expired | None:
@@ -143,7 +139,7 @@ class Inventory:
     def addresses(self) -> Iterator[tuple[AddressKey, InstanceId | Expired | Conflict]]:
         """Yield every claimed address of the existing networks, with its owner, network by network.
 
-        Observations are allowed during the iteration. Addresses that they add or remove may be missing.
+        Addresses that observations add or remove during the iteration may be missing.
         """
         for key, claimant in self._addresses.items():
             owner = self._judge(key, claimant)
@@ -151,15 +147,12 @@ class Inventory:
                 yield key, owner
 
     def addresses_of(self, instance: InstanceId) -> frozenset[AddressKey]:
-        """Return every address that the instance's record (each version of it) claims."""
         return frozenset(claimed_keys(self._ports(instance)))
 
     def instances_in(self, network: NetworkId) -> frozenset[InstanceId]:
-        """Return the instances with a port in the network, conflicting ones included."""
         return frozenset(self._addresses.within(network)) | self._idle.get(network, set())
 
     def carries_macs(self, network: NetworkId) -> bool:
-        """Whether any port in the network has a MAC."""
         return self._macs[network] > 0
 
     def knows(self, network: NetworkId) -> bool:
@@ -173,16 +166,13 @@ class Inventory:
     # Sources and conflicts
 
     def sources_of_network(self, network: NetworkId) -> tuple[SourceName, ...]:
-        """Return the sources that report the network, in name order."""
         return tuple(name for name, report in self._reports.items() if network in report.networks)
 
     def sources_of_instance(self, instance: InstanceId) -> tuple[SourceName, ...]:
-        """Return the sources that define the instance, in name order."""
         return tuple(name for name, _ in self._counting(instance))
 
     @property
     def reports(self) -> Mapping[SourceName, Report]:
-        """Present report of each source, in name order."""
         return MappingProxyType(self._reports)
 
     @property
@@ -206,7 +196,6 @@ class Inventory:
         return blake2b(repr((others, len(self._instances), marks)).encode()).digest()
 
     def conflicts(self) -> tuple[Conflict, ...]:
-        """Return all conflicts, by kind and subject."""
         contested = sorted(
             self._addresses.contested, key=lambda key: (key[0], key[1].version, int(key[1]))
         )

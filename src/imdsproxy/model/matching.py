@@ -16,11 +16,7 @@ _OF_ADDRESSES: Final = re.compile(r"[0-9a-f:.]+")
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Ids of one page, in order.
-
-    Attributes:
-        next: Last id of the page if more ids follow; else `None`.
-    """
+    """Ids of one page, in order; `next` is the last of them if more ids follow."""
 
     ids: Sequence[InstanceId]
     next: InstanceId | None
@@ -36,9 +32,7 @@ def cut_page(found: Sequence[InstanceId], after: str | None, limit: int) -> Page
 def matcher(text: str, project: str | None = None) -> Callable[[Instance], bool] | None:
     """Return a predicate for instances that match; `None` if every instance matches.
 
-    Args:
-        text: Words that each must occur in an id, name, host name, project, MAC, address or tag, in any case.
-        project: Project whose instances match; `None` for all projects.
+    Each word of the text must occur in an id, name, host name, project, MAC, address or tag, in any case.
     """
     words = text.lower().split()
     # Formatting addresses is most of the work.

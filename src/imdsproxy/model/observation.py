@@ -20,7 +20,6 @@ class Observation:
     """Report of a source. Sources give the records; `sources.api.Reports` adds the other fields.
 
     Attributes:
-        source: Source that reports.
         full: Whether the mappings are all records of the source; records not in them are gone. If false, they hold
             changes only, and `*_removed` the removals (removals apply before additions).
         in_sync: Whether the source has reported all of its records. Before that, the controller sweeps nothing, and an
@@ -76,7 +75,6 @@ class Observation:
 
     @property
     def has_records(self) -> bool:
-        """Whether any record was added, changed or removed."""
         return bool(
             self.networks or self.instances or self.networks_removed or self.instances_removed
         )
@@ -90,8 +88,6 @@ class Affected:
         networks: Networks whose listener, content or conflict changed.
         instances: Instances whose documents changed, by their own record or that of one of their networks.
         addresses: Addresses whose owner changed, or whose owner's documents changed.
-        gone: Instances that are in no source.
-        in_sync: Whether `Inventory.in_sync` changed.
     """
 
     networks: set[NetworkId] = field(default_factory=set)
@@ -105,8 +101,6 @@ class Affected:
 
 
 class ConflictKind(StrEnum):
-    """Subject on which two records disagree."""
-
     NETWORK = "network"
     INSTANCE = "instance"
     ADDRESS = "address"
@@ -122,13 +116,7 @@ class Claimant:
 
 @dataclass(frozen=True, slots=True)
 class Conflict:
-    """Records that contradict each other; on the disputed subject, no record is in force.
-
-    Attributes:
-        kind: Subject of the conflict.
-        subject: Id of the network, id of the instance, or `NETWORK/ADDRESS`.
-        claimants: All claimants, in order.
-    """
+    """Records that contradict each other on an id of a network or instance, or `NETWORK/ADDRESS`: none is in force."""
 
     kind: ConflictKind
     subject: str
@@ -155,11 +143,7 @@ class Expired:
 
 @dataclass(frozen=True, slots=True)
 class StrandedPort:
-    """Port in a network that no source reports: it claims nothing until a source reports the network.
-
-    Attributes:
-        number: Index of the port in the instance's record, from 0.
-    """
+    """Port, by its index in the record, that claims nothing until a source reports its network."""
 
     source: SourceName
     instance: InstanceId

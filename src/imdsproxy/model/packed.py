@@ -75,11 +75,9 @@ class PackedInstance:
 
     @classmethod
     def of(cls, instance: Instance) -> PackedInstance:
-        """Pack an instance."""
         return cls(instance.id, _pack(instance))
 
     def open(self) -> Instance:
-        """Unpack the instance."""
         return _unpack(self.id, self.packed)
 
 
@@ -112,15 +110,12 @@ class PackedInstances(MutableMapping[InstanceId, Instance]):
         return key in self._packed
 
     def packed(self, key: InstanceId) -> _Packed:
-        """Return the packed form of an instance."""
         return self._packed[key]
 
     def put(self, one: PackedInstance) -> None:
-        """Store a packed instance."""
         self._packed[one.id] = one.packed
 
     def part(self, keys: Iterable[InstanceId]) -> PackedInstances:
-        """Return the instances with these ids."""
         part = PackedInstances()
         part._packed = {key: self._packed[key] for key in keys}
         return part
@@ -158,13 +153,7 @@ class PackedInstances(MutableMapping[InstanceId, Instance]):
         return int.from_bytes(self.digest(key, salt.encode()))
 
     def put_plain(self, key: InstanceId, data: bytes, fetch: Fetch | None) -> None:
-        """Store the bytes that `plain` returned, in this process or an earlier one of the same `FORMAT`.
-
-        Args:
-            key: Id of the instance.
-            data: Bytes of `plain`.
-            fetch: Loads the user-data, if the instance has any.
-        """
+        """Store the bytes that `plain` returned, in this process or an earlier one of the same `FORMAT`."""
         self._packed[key] = data if fetch is None else (data, fetch, None, NO_RULES)
 
     def take(self, key: InstanceId, other: Mapping[InstanceId, Instance]) -> bool:
@@ -225,7 +214,6 @@ class PackedPairs(MutableMapping[NetworkId, Mapping[IpAddress, MacAddress]]):
 
     @property
     def total(self) -> int:
-        """Number of pairs in all networks."""
         return self._count.total()
 
 

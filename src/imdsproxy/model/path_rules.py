@@ -56,7 +56,6 @@ class PathWord(StrEnum):
 
     @property
     def letter(self) -> str:
-        """Letter of the word in HAProxy's maps."""
         return self.value[0]
 
 
@@ -88,11 +87,7 @@ def _spell_out(path: bytes) -> bytes | None:
 
 
 def plain_path(undone: bytes) -> bytes:
-    """Replace the version by `latest`, whatever the version is: the form of paths in rules.
-
-    Args:
-        undone: Result of `undo_spelling`.
-    """
+    """Replace the version by `latest`, whatever the version is: the form of paths in rules."""
     for version, latest in _VERSIONS:
         undone = version.sub(latest, undone)
     return undone
@@ -126,7 +121,6 @@ def _find_odd_spelling(path: str) -> tuple[str, str] | None:
 
 
 def _right(path: str, otherwise: str) -> str:
-    """Return the correct spelling if there is one."""
     undone = undo_spelling(path.partition("?")[0].encode("utf-8", "replace"))
     if undone is None or not path.startswith("/"):
         return otherwise
@@ -152,10 +146,7 @@ def find_rule(rules: PathRules, plain: str) -> tuple[str, PathWord] | None:
 def fold_paths(scopes: Iterable[tuple[_Scope, PathRules]]) -> dict[str, tuple[PathWord, _Scope]]:
     """Merge scopes so that the longest rule that covers a path is that of the most specific scope with a rule for it.
 
-    A rule for a path removes the rules of less specific scopes for the same path and for paths below it.
-
-    Args:
-        scopes: Scopes from the least to the most specific.
+    A rule for a path removes the rules of less specific scopes, which come first, for that path and for paths below it.
     """
     folded: dict[str, tuple[PathWord, _Scope]] = {}
     for scope, rules in scopes:
@@ -166,7 +157,6 @@ def fold_paths(scopes: Iterable[tuple[_Scope, PathRules]]) -> dict[str, tuple[Pa
 
 
 def path_rule_name(path: str) -> str:
-    """Return the name of a path rule among the rules of a policy."""
     return f"{_NAMED}{path}"
 
 

@@ -58,7 +58,6 @@ class Rule:
     Attributes:
         name: Key in settings and records; the flag has hyphens instead of underscores.
         kind: `bool`, `TokenMode`, `int` (within `bounds`), or `tuple` for path rules.
-        help: Description; `--help` shows only the first sentence.
         part: Part of the policy word that holds the rule; `None` if parts of the word are computed from the rule.
         since: As `model.records.schema.Key.since`.
         limits: As `Key.limits`: a host that ignored the rule would serve documents that it must refuse.
@@ -194,9 +193,8 @@ _SIMPLE: Final = tuple(name for name in RULES if name != "paths")
 class OperatorOverride:
     """Operator's override for one instance; it survives every restart.
 
-    Attributes:
-        epoch: Number of times that its tokens were revoked; each token belongs to one epoch.
-        reopened_at: Time at which an operator started a new boot, Unix time; 0 for never.
+    `epoch` counts revocations of its tokens: each token belongs to one epoch. `reopened_at` is the Unix time at which
+    an operator started a new boot, 0 for never.
     """
 
     epoch: int = 0
@@ -209,11 +207,7 @@ UNTOUCHED: Final = OperatorOverride()
 
 @dataclass(frozen=True, slots=True)
 class Folded:
-    """Effective policy and the scope of each of its rules; a rule without a scope is the default.
-
-    Attributes:
-        origins: Scope by rule name; `path_rule_name` gives the names of path rules.
-    """
+    """Effective policy and the scope of each rule (by name or `path_rule_name`); defaults have no scope."""
 
     policy: Policy
     origins: tuple[tuple[str, PolicyScope], ...] = ()
@@ -223,10 +217,9 @@ _NOTHING_FOLDED: Final = Folded(DEFAULT)
 
 
 def fold_policy(scopes: Iterable[tuple[PolicyScope, PolicyRules]]) -> Folded:
-    """Merge scopes: for each rule, and for each path (`model.path_rules.fold_paths`), the most specific scope wins.
+    """Merge scopes, from the least to the most specific: for each rule and path, the most specific scope wins.
 
-    Args:
-        scopes: Scopes from the least to the most specific. If a scope comes twice, its later rules win.
+    If a scope comes twice, its later rules win. `model.path_rules.fold_paths` merges path rules.
     """
     values: dict[str, object] = {}
     origins: dict[str, PolicyScope] = {}
@@ -252,12 +245,7 @@ def fold_policy(scopes: Iterable[tuple[PolicyScope, PolicyRules]]) -> Folded:
 
 @dataclass(frozen=True, slots=True)
 class FleetRules:
-    """Rules of a fleet for guests of this host.
-
-    Attributes:
-        everywhere: Rules for guests of every host in the fleet.
-        host: Rules for all guests of this host.
-    """
+    """Rules of a fleet for guests of this host, and of every host."""
 
     everywhere: PolicyRules = NO_RULES
     host: PolicyRules = NO_RULES
@@ -271,9 +259,7 @@ _NO_FLEET: Final = FleetRules()
 class PolicyBook:
     """All rules of the settings, operators and the fleet; records bring their own rules.
 
-    Attributes:
-        networks: Rules by the id of a network, or of a router whose guests share one listener.
-        overrides: Operators' overrides by instance.
+    A router whose guests share one listener counts as a network.
     """
 
     host: PolicyRules = NO_RULES
@@ -284,11 +270,9 @@ class PolicyBook:
     fleet: FleetRules = _NO_FLEET
 
     def fold(self, place: PolicyPlace) -> Folded:
-        """Return the effective policy of an instance."""
         return fold_policy(self._scopes(place))
 
     def override(self, instance: str) -> OperatorOverride:
-        """Return the operator's override for an instance, or an empty one."""
         return self.overrides.get(instance, UNTOUCHED)
 
     def word(self, place: PolicyPlace, created_at: int | None) -> tuple[str, PathRules]:
@@ -313,13 +297,7 @@ class PolicyBook:
 
 @dataclass(frozen=True, slots=True)
 class PolicyPlace:
-    """Instance in one network.
-
-    Attributes:
-        project: Project of the port.
-        of_network: Rules in the network's record.
-        of_instance: Rules in the instance's record.
-    """
+    """Instance in one network, with the project of its port."""
 
     network: str
     project: str | None
@@ -329,13 +307,7 @@ class PolicyPlace:
 
 
 def boot_ends_at(policy: Policy, override: OperatorOverride, created_at: int | None) -> int | None:
-    """Return the end of the boot, Unix time; `None` if its start is unknown, so that the boot is over.
-
-    Args:
-        policy: Effective policy.
-        override: Operator's override for the instance.
-        created_at: Creation time of the instance, Unix time. Without it, the boot counts as over.
-    """
+    """Return the end of the boot, Unix time; `None` without a creation time, so that the boot is over."""
     begun = max(created_at or 0, override.reopened_at)
     return begun + policy.boot_grace_s if begun else None
 
@@ -345,22 +317,12 @@ def boot_is_over(ends_at: int | None, now: int) -> bool:
 
     A boot with an end beyond the longest boot is over too: the clock that gave the creation time or this host's clock
     is wrong, and a clock that is set back must not open anything.
-
-    Args:
-        ends_at: Result of `boot_ends_at`.
-        now: Unix time.
     """
     return ends_at is None or not 0 < ends_at - now <= LONGEST_BOOT_S
 
 
 def render_policy_word(policy: Policy, override: OperatorOverride, created_at: int | None) -> str:
-    """Render the word for HAProxy's rules (`model.policy_word`); empty for the default policy.
-
-    Args:
-        policy: Effective policy.
-        override: Operator's override for the instance.
-        created_at: As of `boot_ends_at`.
-    """
+    """Render the word for HAProxy's rules (`model.policy_word`); empty for the default policy."""
     if (policy is DEFAULT or policy == DEFAULT) and override.epoch == 0:
         return ""
     modes = (policy.tokens, policy.openstack_tokens, policy.nocloud_tokens)

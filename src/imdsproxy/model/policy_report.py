@@ -64,14 +64,6 @@ class PolicyInForce:
 def report_policy(
     folded: Folded, override: OperatorOverride, created_at: int | None, now: int
 ) -> PolicyInForce:
-    """Return a policy with its origins.
-
-    Args:
-        folded: Effective policy for one instance in one network.
-        override: Operator's override for the instance.
-        created_at: Creation time of the instance, Unix time, if known.
-        now: Unix time.
-    """
     origins: dict[str, str] = dict(folded.origins)
     values = {one.name: getattr(folded.policy, one.name) for one in fields(folded.policy)}
     for path, word in values.pop("paths"):
@@ -108,7 +100,6 @@ class Decided:
         status: Status of the refusal; `None` if the policy allows the request.
         rule: Deciding rule, by its name in the settings or by `path_rule_name`; `path` if the path itself is refused;
             empty if nothing is refused.
-        why: Reason in a few words.
     """
 
     status: int | None
@@ -124,9 +115,7 @@ def decide_read(word: str, now: int, target: str, *, token: bool, paths: PathRul
 
     Args:
         word: Policy word of the record (`model.policy.render_policy_word`).
-        now: Unix time.
         target: Path and query as the guest would send them.
-        token: Whether the request has a valid token.
         paths: Path rules of the set to which the word refers.
     """
     path = target.partition("?")[0].encode()

@@ -25,18 +25,13 @@ _VARIABLE: Final = "var(txn.policy)"
 
 @dataclass(frozen=True, slots=True)
 class Letter:
-    """One character of the word, `on` or `off`.
-
-    Attributes:
-        index: Position from 0, the position of the `+`.
-    """
+    """One character of the word, `on` or `off`; position 0 is the `+`."""
 
     index: int
     on: str
     off: str = "-"
 
     def sample(self) -> str:
-        """Return the HAProxy expression for the letter."""
         return f"{_VARIABLE},bytes({self.index},1)"
 
     def is_on(self, word: str) -> bool:
@@ -46,11 +41,7 @@ class Letter:
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """Text between colons.
-
-    Attributes:
-        number: Number from 1, which is `+` with the letters, as in HAProxy's converter `field`.
-    """
+    """Text between colons, numbered from 1 (the `+` with the letters) as in HAProxy's converter `field`."""
 
     number: int
 

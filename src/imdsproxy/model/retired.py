@@ -24,11 +24,9 @@ _MOST_KEPT: Final = 1_000
 
 @dataclass(frozen=True, slots=True)
 class Retired:
-    """Filter of the retired instances.
+    """Filter of the retired instances; no bits while there are none.
 
-    Attributes:
-        epoch: Epoch of each instance that appears again; above all of their earlier epochs.
-        bits: The filter; empty while no instance is retired.
+    An instance that appears again has `epoch`, which is above all epochs that were ever retired.
     """
 
     epoch: int = 0
@@ -41,7 +39,6 @@ class Retired:
         return OperatorOverride(self.epoch)
 
     def render(self) -> list[object]:
-        """Return a JSON value for `parse_retired`."""
         return [self.epoch, base64.b64encode(self.bits).decode()]
 
 
@@ -50,17 +47,12 @@ _EMPTY: Final = Retired()
 
 @dataclass(frozen=True, slots=True)
 class Overrides(Mapping[str, OperatorOverride]):
-    """Operators' overrides by instance; a retired instance, which is not listed, has one too.
-
-    Attributes:
-        listed: Overrides by instance.
-    """
+    """Operators' overrides by instance; a retired instance, which is not listed, has one too."""
 
     listed: Mapping[str, OperatorOverride] = field(default_factory=dict)
     retired: Retired = _EMPTY
 
     def __getitem__(self, instance: str) -> OperatorOverride:
-        """Return the override in force for an instance."""
         found = self.listed.get(instance) or self.retired.override(instance)
         if instance not in self.listed and found == UNTOUCHED:
             raise KeyError(instance)
@@ -73,7 +65,6 @@ class Overrides(Mapping[str, OperatorOverride]):
         return len(self.listed)
 
     def replace(self, instance: str, override: OperatorOverride) -> Self:
-        """Return the overrides with a new override for an instance."""
         return replace(self, listed={**self.listed, instance: override})
 
     def retire(self, here: Iterable[str]) -> Self:
@@ -102,11 +93,7 @@ class Overrides(Mapping[str, OperatorOverride]):
 
 
 def parse_retired(value: object) -> Retired:
-    """Parse the retired instances from a file's value.
-
-    Raises:
-        ValueError: The value has another form.
-    """
+    """Parse the retired instances from a file's value; raise `ValueError` if the value has another form."""
     match value:
         case [int(epoch), str(text)] if epoch >= 0:
             bits = base64.b64decode(text, validate=True)

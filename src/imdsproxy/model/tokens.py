@@ -45,12 +45,6 @@ class TokenKeysUnreadable(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class TokenKey:
-    """Key that signs tokens.
-
-    Attributes:
-        secret: `KEY_BYTES` random bytes.
-    """
-
     secret: bytes = field(repr=False)
 
     def __post_init__(self) -> None:
@@ -71,8 +65,7 @@ class TokenKey:
 def parse_token_keys(text: str) -> tuple[TokenKey, ...]:
     """Parse a key file: one key per line in base64, the key in force first; blank lines and `#` comments are skipped.
 
-    Raises:
-        TokenKeysUnreadable: A line is not a key, a key occurs twice, or the file has no key.
+    Raises `TokenKeysUnreadable` if a line is not a key, a key occurs twice, or the file has no key.
     """
     keys: list[TokenKey] = []
     for number, raw in enumerate(text.splitlines(), start=1):
@@ -91,7 +84,6 @@ def parse_token_keys(text: str) -> tuple[TokenKey, ...]:
 
 
 def render_token_keys(keys: Iterable[TokenKey]) -> str:
-    """Render a key file."""
     head = "# imdsproxy: keys of session tokens, the key in force first; a reader of this file can make tokens\n"
     return head + "".join(f"{key.text}\n" for key in keys)
 
@@ -120,10 +112,7 @@ def instance_key(fleet_key: TokenKey, instance: str) -> TokenKey:
 def render_key_map(keys: Iterable[TokenKey], of_instances: InstanceKeys = _NONE) -> dict[str, str]:
     """Render HAProxy's key map: the key of each kid, then the kid in force, which refers to one of them.
 
-    Args:
-        keys: The host's own keys, the key in force first.
-        of_instances: Keys of instances; their entries' names end with `|INSTANCE`. The host's own keys sign no tokens
-            for these instances.
+    The host's own keys, the key in force first, sign no tokens for instances that have keys, under `…|INSTANCE`.
     """
     entries = _entries(tuple(keys), "")
     for instance, own in of_instances.items():
@@ -137,7 +126,6 @@ def _entries(keys: tuple[TokenKey, ...], whose: str) -> dict[str, str]:
 
 
 def parse_key_map(entries: Mapping[str, str]) -> dict[InstanceId, tuple[TokenKey, ...]]:
-    """Return the keys of instances in a key map."""
     found: dict[InstanceId, list[TokenKey]] = {}
     for name, text in entries.items():
         kid, _, instance = name.partition("|")

@@ -110,12 +110,7 @@ MAP_NOVA: Final = "@"
 
 @dataclass(frozen=True, slots=True)
 class EmbeddedRecord:
-    """Record of one (network, address) that our document server serves: its instance and revision.
-
-    Attributes:
-        policy: As of `NovaRecord`.
-        paths: As of `NovaRecord`.
-    """
+    """Record of one (network, address) that our document server serves: its instance and revision."""
 
     instance: InstanceId
     revision: str
@@ -129,7 +124,6 @@ class NovaRecord:
 
     Attributes:
         endpoint_set: Set of Nova metadata APIs.
-        project: Project of the port.
         signatures: Signature by the secret in force and, during a change of secrets, by the next one.
         policy: Policy word, empty for the default (`model.policy.render_policy_word`).
         paths: Path rules of the set to which the word refers. They are in another map, not in the value.
@@ -194,7 +188,6 @@ def parse_map_value(text: str) -> MapRecord | None:
 
 
 def hop_limit_of(value: str | None) -> int:
-    """Return the hop limit in a map value (`render_map_value`)."""
     word = word_of(value or "")
     return int(HOP_LIMIT.read(word)) if word else UNLIMITED
 

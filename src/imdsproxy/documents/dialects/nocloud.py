@@ -82,10 +82,7 @@ FILES: Final[tree.Rows] = (
 
 
 def render_yaml(document: dict[str, JsonValue]) -> bytes:
-    """Render a mapping as YAML, one line for each member, without a final newline.
-
-    Values are JSON, a subset of YAML; characters that YAML forbids are escaped.
-    """
+    """Render a mapping as YAML, one line for each member: values are JSON, without characters that YAML forbids."""
     return "\n".join(
         f"{key if _PLAIN.fullmatch(key) else _flow(key)}: {_flow(value)}"
         for key, value in document.items()

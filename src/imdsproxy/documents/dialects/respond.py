@@ -39,13 +39,7 @@ class Answer:
 
 
 def refusal(status: int, *headers: Header, text: str = "") -> Answer:
-    """Return an answer without a document.
-
-    Args:
-        status: HTTP status.
-        headers: Headers in addition to those of the body.
-        text: One line for people; without it the answer has no body.
-    """
+    """Return an answer with one line of text for people, or without a body."""
     kind = ((b"content-type", b"text/plain"),) if text else ()
     body = text.encode("ascii")
     return Answer(status, (*headers, *kind, (b"content-length", b"%d" % len(body))), body)
@@ -78,7 +72,6 @@ class DocumentTree:
         self._root = _root(record["dialects"])
 
     def find(self, names: tuple[str, ...]) -> tree.Node | None:
-        """Return the node at a path; `None` if there is none."""
         if not names:
             return self._root
         dialect, versions, files = _OTHERS.get(names[0], _EC2)
@@ -123,10 +116,7 @@ def respond(
     request's answer as a token. No answer is a redirect.
 
     Args:
-        method: HTTP method.
         path: Path as received, without the query, which no document uses.
-        body: Body of the request.
-        documents: All documents of the guest.
         random_seed: Returns `SEED_LENGTH` fresh bytes; called only if needed.
         password: Returns the instance's present password; called only if needed.
     """

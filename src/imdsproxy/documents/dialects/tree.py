@@ -110,7 +110,6 @@ def _nodes(contents: Mapping[str, Content]) -> dict[str, Node]:
 
 
 def user_data(record: DocumentRecord, _version: str) -> Node | None:
-    """Return the record's user-data, byte for byte."""
     return None if record["user_data"] is None else Node(record["user_data"], BINARY)
 
 
@@ -148,7 +147,6 @@ def parse_path(path: bytes) -> tuple[str, ...] | int:
 
 
 def find_node(root: Node, names: Iterable[str]) -> Node | None:
-    """Return the node at the names below `root`; `None` if there is none."""
     node: Node | None = root
     for name in names:
         node = None if node is None or node.children is None else node.children.get(name)
@@ -188,7 +186,6 @@ def unique_names(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def named_keys(record: DocumentRecord) -> dict[str, str]:
-    """Return the record's ssh keys, by their names in documents."""
     names = unique_names(tuple(name for name, _ in record["ssh_keys"]))
     return dict(zip(names, (key.strip() for _, key in record["ssh_keys"]), strict=True))
 

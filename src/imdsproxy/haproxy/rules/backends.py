@@ -17,7 +17,6 @@ _BEYOND_HOLD_S: Final = 3
 
 
 def names_of_backends(spec: DataplaneSpec) -> dict[str, Value]:
-    """Return the names that `backends.cfg` uses in addition to the common ones."""
     # The resolver holds a request first. Then it may wait for Nova as long as HAProxy itself would.
     held_s = spec.limits.hold_s + _BEYOND_HOLD_S
     workers: list[dict[str, Value]] = [

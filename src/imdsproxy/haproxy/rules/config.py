@@ -31,11 +31,7 @@ _SHORT_PER_MB: Final = 256
 
 
 def render_config(spec: DataplaneSpec) -> str:
-    """Render the configuration file: equal for equal specs, whatever the order of their binds.
-
-    Raises:
-        UnquotableWord: A name or path holds a control character.
-    """
+    """Render the configuration file: equal for equal specs, whatever the order of their binds."""
     return render(_sections(spec, CONSTANTS | _values(spec)))
 
 
@@ -48,10 +44,7 @@ def _sections(spec: DataplaneSpec, values: dict[str, Value]) -> Iterator[str]:
 
 
 def _values(spec: DataplaneSpec) -> dict[str, Value]:
-    """Return the names for templates in addition to `CONSTANTS`.
-
-    These are the fields of `Limits`, the paths, and values derived from the other fields.
-    """
+    """Return the names for templates in addition to `CONSTANTS`: fields of `Limits`, paths, and derived values."""
     sizes = spec.limits
     namespaces = count_namespaces((*spec.binds, *spec.unverified))
     by_chance = f"{{ rand({spec.count_reads}) 0 }}" if spec.count_reads > 1 else ""

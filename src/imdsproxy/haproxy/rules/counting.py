@@ -50,14 +50,12 @@ class CountedRow:
     age_s: float
 
     def plus(self, other: CountedRow) -> CountedRow:
-        """Return the sum of both rows of one key."""
         age_s = min(self.age_s, other.age_s)
         reads, refused = self.reads + other.reads, self.refused + other.refused
         return CountedRow(self.key, reads, refused, age_s)
 
 
 def read_counter(one_in: int) -> int:
-    """Return the counter of an entry for a read, at a sampling rate."""
     return _ONE_BY_ONE if one_in == 1 else _BY_CHANCE
 
 

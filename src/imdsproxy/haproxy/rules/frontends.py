@@ -25,7 +25,6 @@ _IPV6: Final = f"^[0-9A-Fa-f:]+(?:{_QUAD})?$"
 
 
 def names_of_frontends(spec: DataplaneSpec) -> dict[str, Value]:
-    """Return the names that `frontends.cfg` uses in addition to the common ones."""
     bind = spec.unix or UnixBind("", "", 0, 0)
     return {
         "guests": bool(spec.binds),

@@ -55,7 +55,6 @@ class Asker:
     Attributes:
         instance: `None` for unknown guests of `network`.
         network: `None` for an instance, which may be in several networks.
-        requests: Number of requests that passed in the counting window.
         connections: Open connections; behind the unix listener, open requests.
         limited: Whether HAProxy refuses some of its requests, or did so in the last seconds.
     """
@@ -69,15 +68,6 @@ class Asker:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Requests and connections of one instance, with its limits.
-
-    Attributes:
-        requests: Number of requests that passed in the last `window_s` seconds.
-        most_requests: Maximum number of requests in that window; HAProxy refuses more.
-        connections: Open connections.
-        limited: Whether HAProxy refuses some of its requests, or did so in the last seconds.
-    """
-
     requests: int
     most_requests: int
     window_s: int
@@ -87,7 +77,6 @@ class Usage:
 
 
 def names_of_limits(limits: Limits) -> dict[str, Value]:
-    """Return the names that the templates of this module use, in addition to the fields of `Limits`."""
     most = limits.maxconn_per_network
     window_s = _window_s(limits.requests_per_s, limits.burst)
     return {
@@ -100,16 +89,11 @@ def names_of_limits(limits: Limits) -> dict[str, Value]:
 
 
 def most_in_window(requests_per_s: int, burst: int) -> int:
-    """Return the maximum number of requests in the counting window."""
     return min(burst, requests_per_s * _window_s(requests_per_s, burst))
 
 
 def misses_in_window(requests: int) -> int:
-    """Return how many requests in the window may lead to no document; cloud-init's whole crawl makes a handful.
-
-    Args:
-        requests: Maximum number of requests in the window.
-    """
+    """Return how many requests in the window may lead to no document; cloud-init's whole crawl makes a handful."""
     return max(_FEWEST_MISSES, requests // _MISSES)
 
 
@@ -124,12 +108,7 @@ def _window_s(requests_per_s: int, burst: int) -> int:
 def busiest(usual: str, own: str, *, requests: int, connections: int, now: float) -> list[Asker]:
     """Return the ten busiest instances: first those that are limited, then those closest to their limit.
 
-    Args:
-        usual: Table of all instances, as `show table` prints it.
-        own: Table of the instances whose policy has limits, as `show table` prints it.
-        requests: The settings' maximum number of requests in the counting window.
-        connections: The settings' maximum number of connections.
-        now: Unix time.
+    `usual` is the table of all instances, `own` that of instances whose policy has limits, as `show table` prints them.
     """
     limited, found = dict(parse_table(own)), []
     for key, counted in dict(parse_table(usual)).items():
@@ -156,17 +135,7 @@ def read_usage(
     connections: int,
     now: float,
 ) -> Usage:
-    """Parse one instance's counters and add its limits.
-
-    Args:
-        usual: Entry of the instance in the table of all instances, as `show table` prints it.
-        own: Entry of the instance in the table of instances whose policy has limits.
-        requests_per_s: The settings' limit.
-        burst: The settings' limit.
-        policy: Policy of the instance; its limits override the settings'.
-        connections: The settings' limit.
-        now: Unix time.
-    """
+    """Parse one instance's counters and add its limits; the entries are from the tables of `busiest`."""
     counted = next((one for _, one in parse_table(usual)), {})
     window_s = most_s = _window_s(requests_per_s, burst)
     asked, most = counted.get("gpc0_rate", 0), most_in_window(requests_per_s, burst)
@@ -183,12 +152,7 @@ def read_usage(
 
 
 def refused_lately(own: str, now: float) -> list[str]:
-    """Return at most ten instances that HAProxy refused in the last seconds because of their policy's limits.
-
-    Args:
-        own: As of `busiest`.
-        now: Unix time.
-    """
+    """Return at most ten instances that HAProxy refused in the last seconds because of their policy's limits."""
     return [key for key, counted in parse_table(own) if _is_late(counted, now)][:MOST_SHOWN]
 
 

@@ -78,15 +78,10 @@ class PackedMap(Mapping[str, str]):
 
 @dataclass(frozen=True, slots=True)
 class MapChanges:
-    """Changes of a map's entries, in the order of their application.
+    """Changes of a map's entries, in the order of their application; `changed` may add tombstones.
 
     Removals and changes come before additions: while an address moves, for a moment no instance has it, and never do
     two.
-
-    Attributes:
-        changed: New values of present keys, and tombstones, also for keys that are not present yet.
-        removed: Keys to delete.
-        added: Keys to add, with their values.
     """
 
     changed: tuple[tuple[str, str], ...] = ()
@@ -119,7 +114,6 @@ class MapState:
         return merge(base if isinstance(self.base, PackedMap) else sorted(base), overlay)
 
     def effective(self) -> dict[str, str]:
-        """Return `entries` as a mapping."""
         return dict(self.entries())
 
     def differing(self, wanted: Mapping[str, str | None]) -> dict[str, str | None]:

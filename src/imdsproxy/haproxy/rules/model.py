@@ -23,7 +23,6 @@ class Bind:
 
     Attributes:
         network: Becomes the bind's `name`, which identifies the network in every request.
-        address: Metadata address of either family, or the family's wildcard.
         port: TCP port, 80 for guests that are not redirected.
         device: `SO_BINDTODEVICE`; needed for link-local IPv6, since a `%DEV` scope is refused.
         namespace: Name that HAProxy resolves below `/var/run/netns`, or `None` for the host's own.
@@ -64,10 +63,8 @@ class Limits:
     """Sizes and times.
 
     Attributes:
-        maxconn: Connections of the whole process.
         maxconn_per_network: Connections of each bind, so that one network cannot use up the others'.
         cache_mb: Size of the document cache in MiB (at most 4095).
-        max_object_bytes: Largest document that is cached.
         hold_s: Maximum time for which the resolver may hold a request, in seconds.
         misses_per_second: Unknown addresses per network and second that may reach Python.
         hard_stop_after_s: Time after which an old worker closes its remaining connections, in seconds.
@@ -98,8 +95,7 @@ class Limits:
 class NovaServer:
     """Address of one of Nova's metadata APIs.
 
-    Attributes:
-        slot: Index of the record's signature for it: 0 for the secret in force, 1 for the next secret.
+    `slot` is the index of the record's signature for it: 0 for the secret in force, 1 for the next secret.
     """
 
     address: IpAddress
@@ -125,7 +121,6 @@ class NovaTls:
     Attributes:
         name: Server name for SNI and for the verification of certificates.
         ca: File of the authorities, or `@system-ca`.
-        client: File of our certificate and its key.
         contents: Digest of these files' contents. HAProxy reads the files when it loads, so changed contents under the
             same names are another configuration.
     """
@@ -158,11 +153,7 @@ class NovaBackend:
 
 @dataclass(frozen=True, slots=True)
 class NovaTimes:
-    """Deadlines of requests to Nova, in seconds.
-
-    Attributes:
-        check: Health check of an endpoint: a connection, `GET /`, or failed requests only.
-    """
+    """Deadlines of requests to Nova, in seconds, and the health check: a connection, `GET /`, or failed requests."""
 
     connect_s: float = 2.0
     response_s: float = 30.0
@@ -172,13 +163,7 @@ class NovaTimes:
 
 @dataclass(frozen=True, slots=True)
 class UnixBind:
-    """The listener `unix`: Neutron's agent protocol on a socket.
-
-    Attributes:
-        mode: Mode of the socket, as `0644`.
-        user: Uid of its owner.
-        group: Gid of its group.
-    """
+    """The listener `unix`: Neutron's agent protocol on a socket, with its mode as `0644`, uid and gid."""
 
     path: str
     mode: str
@@ -195,7 +180,6 @@ class DataplaneSpec:
         binds: Binds whose guests are identified by their address: MACs are not checked there, or a MAC filter checks
             them.
         unverified: Binds whose requests all go to the resolver (`network.anti_spoofing.plan`).
-        watched: Whether a client of the admin API watches requests.
         count_reads: Sampling rate of reads without a token where none is required: one in so many is counted; 0 for
             none.
         audit: Sampling rate of the audit log: one in so many requests has a line; 0 for none.

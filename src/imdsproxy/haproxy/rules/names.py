@@ -77,10 +77,7 @@ _VALUES: Final[dict[str, Value]] = {
 
 
 def _policy() -> dict[str, Value]:
-    """Return the names for the parts of the policy word.
-
-    `policy_epoch` for the part `EPOCH`, `policy_sealed_on` and `policy_sealed_off` for the letter `SEALED`.
-    """
+    """Return names for the parts of the policy word: `policy_epoch` for `EPOCH`, `policy_sealed_on` for `SEALED`."""
     names: dict[str, Value] = {}
     for name, part in vars(layout).items():
         if isinstance(part, Letter | Field):

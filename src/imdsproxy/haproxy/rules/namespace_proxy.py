@@ -33,15 +33,12 @@ class NamespaceProxySpec:
     Attributes:
         header: Name of the header that gives the agent behind the socket the id of the guests' network, or of their
             networks' router.
-        uuid: Id of that network or router.
         upstream: Absolute path of the unix socket for requests.
         port: TCP port, at every address of the namespace.
-        dual_stack: Whether to listen for IPv6 too.
         user: Account for HAProxy after its binds; `None` keeps the account that starts it.
         group: Group for HAProxy after its binds; `None` keeps the group that starts it.
         syslog: Socket for the request log; `None` for no log.
         facility: Syslog facility, by HAProxy's name.
-        debug: Whether to log at the level debug instead of info.
     """
 
     header: str
@@ -57,11 +54,7 @@ class NamespaceProxySpec:
 
 
 def render_namespace_proxy(spec: NamespaceProxySpec) -> str:
-    """Render the configuration file.
-
-    Raises:
-        UnquotableWord: A path or name holds a control character.
-    """
+    """Render the configuration file; raise `UnquotableWord` if a path or name holds a control character."""
     own: dict[str, Value] = {
         "level": "debug" if spec.debug else "info",
         "forgeable": f"^(?:{_FORGEABLE})$",
@@ -75,8 +68,7 @@ def render_namespace_proxy(spec: NamespaceProxySpec) -> str:
 def parse_resource(network_id: str | None, router_id: str | None) -> tuple[str, str]:
     """Return the header that names the proxy's network or router, and its uuid.
 
-    Raises:
-        RequestRefused: Both ids are given, or none, or the id is not a UUID.
+    Raises `RequestRefused` if both ids are given, or none, or the id is not a UUID.
     """
     if network_id is not None and router_id is not None:
         raise RequestRefused(
@@ -96,9 +88,8 @@ def parse_resource(network_id: str | None, router_id: str | None) -> tuple[str, 
 def parse_uuid(text: str) -> str:
     """Check an id and return it unchanged: agents search the command line for exactly this text.
 
-    Raises:
-        RequestRefused: The id is not a UUID in its usual form, and may hold characters that a path or header must not
-            have.
+    Raises `RequestRefused` if the id is not a UUID in its usual form, and may hold characters that a path or header
+    must not have.
     """
     if _UUID.fullmatch(text) is None:
         raise RequestRefused(

@@ -51,7 +51,6 @@ _LEFT_OUT: Final = re.compile(rb"(\d+) events? dropped")
 
 
 def names_of_log(spec: DataplaneSpec) -> dict[str, Value]:
-    """Return the names that the templates of this module use."""
     # While a client watches, every request needs a line in the watch ring: silencing requests would drop that line too.
     sampled = spec.audit > 1 and spec.watched
     return {
@@ -72,8 +71,6 @@ def names_of_log(spec: DataplaneSpec) -> dict[str, Value]:
 
 
 class AnsweredBy(StrEnum):
-    """Component that gave the answer."""
-
     CACHE = "cache"
     DOCUMENTS = "documents"
     NOVA = "nova"
@@ -93,7 +90,6 @@ class Watched:
         network: Empty if HAProxy refused the request before it determined the network.
         instance: `None` if HAProxy's maps had no instance: then the resolver answered.
         method: Empty if the request was not HTTP.
-        path: Path without the query.
         milliseconds: Time from the first byte of the request to the end of the answer.
     """
 
@@ -111,13 +107,7 @@ class Watched:
 
 @dataclass(frozen=True, slots=True)
 class WatchReport:
-    """Requests answered since the client's previous call.
-
-    Attributes:
-        cursor: Value for the next call.
-        requests: Oldest first.
-        missed: Whether some requests are missing because there were too many.
-    """
+    """Requests answered since the client's previous call, oldest first; too many are `missed`."""
 
     cursor: int
     requests: tuple[Watched, ...]
@@ -126,12 +116,7 @@ class WatchReport:
 
 @dataclass(frozen=True, slots=True)
 class AuditLines:
-    """Whole lines, each valid JSON.
-
-    Attributes:
-        requests: Number of lines for requests.
-        lost: Number of requests for which HAProxy had no room.
-    """
+    """Whole lines, each valid JSON, and the number of requests for which HAProxy had no room."""
 
     text: bytes
     requests: int
@@ -141,11 +126,7 @@ class AuditLines:
 def read_audit(read: bytes, now: float) -> AuditLines:
     """Return the lines of requests, made valid and without tokens, and the number of dropped lines.
 
-    HAProxy reports dropped lines by messages of its own.
-
-    Args:
-        read: Whole lines.
-        now: Unix time, for the lines that replace dropped ones.
+    HAProxy reports dropped lines by messages of its own; lines with the time `now` replace these.
     """
     if any(begin in read for begin in _begins_of_expiries(now)):
         read = _TOKEN.sub(_NO_TOKEN, read)

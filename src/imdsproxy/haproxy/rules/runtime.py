@@ -36,7 +36,6 @@ class Processes:
 
     @property
     def pids(self) -> tuple[int, ...]:
-        """All processes, the master first."""
         return (self.master, *self.workers)
 
 
@@ -121,10 +120,7 @@ def parse_load(text: str) -> Load | None:
 def parse_stat(text: str, columns: Collection[str] | None = None) -> list[dict[str, str]]:
     """Parse the CSV of `show stat`: one mapping per line, by the header's names; cells hold no commas.
 
-    Args:
-        text: HAProxy's answer.
-        columns: Columns to return, as far as they exist; `None` for all. A line has a hundred columns, and a thousand
-            networks have two thousand lines.
+    A line has a hundred columns, and a thousand networks have two thousand lines: choose columns.
     """
     lines = [line for line in text.splitlines() if line]
     if not lines or not lines[0].startswith("#"):

@@ -46,10 +46,8 @@ def read_template(name: str) -> str:
 def quote(word: str) -> str:
     """Quote one word of a configuration line, with strong quotes if a character needs them.
 
-    Source: HAProxy configuration manual, section 2.2 "Quoting and escaping".
-
-    Raises:
-        UnquotableWord: The word holds a control character other than TAB.
+    Source: HAProxy configuration manual, section 2.2 "Quoting and escaping". Raises `UnquotableWord` if the word holds
+    a control character other than TAB.
     """
     # Nearly all words are bare, and a thousand networks have twenty thousand of them.
     if _BARE.fullmatch(word):
@@ -66,17 +64,12 @@ class Text(str):
 
 
 def option(keyword: str, text: str | None) -> Text:
-    """Return a keyword and its word; empty if the word is `None`."""
     return Text("" if text is None else f"{keyword} {quote(text)}")
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Lines of a template that other templates name; `<argument>` in it is the value in parentheses after the name.
-
-    Attributes:
-        rows: Values by which the lines are written, once for each row.
-    """
+    """Lines of a template that other templates name, once for each row; `<argument>` is the value in parentheses."""
 
     template: str
     rows: Sequence[Mapping[str, Value]] = ({},)
@@ -123,10 +116,8 @@ def blocks_of(*texts: str) -> dict[str, Block]:
 def fill(template: str, values: Mapping[str, Value]) -> list[str]:
     """Return the lines of a template.
 
-    Raises:
-        UnquotableWord: A value holds a control character.
-        KeyError: A template names a value that does not exist.
-        TypeError: A value has a type that cannot be written.
+    Raises `UnquotableWord` if a value holds a control character, `KeyError` if a template names a value that does not
+    exist, `TypeError` if a value has a type that cannot be written.
     """
     lines: list[str] = []
     for flags, parts in _parse(template):

@@ -44,11 +44,7 @@ class UnixListenerReport:
     Attributes:
         serving: HAProxy's socket is at the path.
         mode: The socket's mode, as `0644`; empty if the socket is not served.
-        user: Its owner's uid.
-        group: Its group's gid.
-        problem: Reason if the socket is not served.
         taken_over: How often HAProxy took the path from a running process since the controller started.
-        taken_from: The process that had the path last; empty for none.
     """
 
     path: str
@@ -67,11 +63,7 @@ class UnixListener:
 
     Attributes:
         bind: Bind for the configuration; `None` if the listener is off or disabled by a problem.
-        problem: Problem that disables the listener.
-        serving: Whether the socket at the path is HAProxy's.
         rebind: Whether HAProxy must close its socket first: its next worker would get one that no client can reach.
-        taken_over: Number of takeovers of the path from a running process.
-        taken_from: Process of the last takeover.
     """
 
     settings: Callable[[], UnixListenerSettings]
@@ -92,7 +84,6 @@ class UnixListener:
     _again_at: float = 0.0
 
     async def choose(self) -> None:
-        """Observe the host and update `bind`, `problem` and `rebind`."""
         self.rebind, self._taking = False, None
         settings, bind, problem = self.settings(), None, None
         try:
@@ -148,15 +139,10 @@ class UnixListener:
         return True
 
     def clear_rejection(self) -> None:
-        """Clear the rejection, because HAProxy refused the configuration without the listener too."""
         self._refused = None
 
     async def settle(self, before: str | None) -> None:
-        """After a reload, set mode and owner of the socket, and remove the socket of an earlier path.
-
-        Args:
-            before: Path that the earlier configuration had bound.
-        """
+        """After a reload, set mode and owner of the socket, and remove the socket of an earlier path."""
         bind = self.bind
         if self._taking is not None and bind is not None:
             self._takeovers.note(self.clock.monotonic())
@@ -174,7 +160,6 @@ class UnixListener:
             self.problem = Problem("unix_listener", error.message, error.hint)
 
     def report(self) -> UnixListenerReport | None:
-        """Report the socket; `None` if it is disabled."""
         settings, bind = self.settings(), self.bind
         if not settings.enabled:
             return None
@@ -234,11 +219,7 @@ class UnixListener:
 
 
 def _prepare(settings: UnixListenerSettings) -> UnixBind:
-    """Return the bind for HAProxy, and create a missing directory.
-
-    Raises:
-        HostRefused: An account in the settings does not exist, or the directory cannot be created.
-    """
+    """Return the bind for HAProxy, and create a missing directory."""
     directory = settings.path.parent
     user = None if settings.user is None else user_id(settings.user)
     group = None if settings.group is None else group_id(settings.group)
@@ -259,22 +240,12 @@ def _prepare(settings: UnixListenerSettings) -> UnixBind:
 
 
 def bound_path(config: str) -> str | None:
-    """Return the path that a configuration binds, if it has the listener."""
     found = _BIND.search(config)
     return None if found is None else found[1]
 
 
 def sweep_unix_socket(config: Path, look: SocketLook) -> None:
-    """Remove the socket of a HAProxy that has ended, unless a process listens there.
-
-    Args:
-        config: Configuration of that HAProxy.
-        look: Observes the file at a path.
-
-    Raises:
-        HostRefused: The file system refuses.
-        PrivilegeMissing: This process may not remove the file.
-    """
+    """Remove the socket of a HAProxy that has ended, unless a process listens there."""
     try:
         bound = bound_path(config.read_text())
     except OSError:

@@ -25,20 +25,12 @@ _LAST_PAUSE_S: Final = 600.0
 
 
 def name_owners(seen: SeenSocket) -> str:
-    """Return the names of the listening processes, for messages."""
     who = " and ".join(f"{one.command} (pid {one.pid})" for one in seen.owners)
     return who or "another process"
 
 
 def judge_socket(path: str, seen: SeenSocket, *, take_over: bool, pause_s: float) -> Problem | None:
-    """Return why HAProxy may not bind the path; `None` if it may.
-
-    Args:
-        path: Path of the socket.
-        seen: Observed file at the path.
-        take_over: Whether HAProxy may take the path from a running process.
-        pause_s: Current pause between two takeovers, in seconds; 0 when a takeover is allowed.
-    """
+    """Return why HAProxy may not bind the path, with the seconds until the next takeover; `None` if it may."""
     if seen.state is SocketState.OCCUPIED:
         return Problem(
             "unix_listener.path",
@@ -102,8 +94,6 @@ def deduce_socket_mode(
 
     Args:
         word: `metadata_proxy_socket_mode`: `deduce`, `user`, `group` or `all`.
-        owner: Uid of the socket.
-        group: Gid of the socket.
         proxy_user: Uid of the proxies; `None` for the socket's owner or root.
         proxy_group: Gid of the proxies; `None` for the socket's group.
     """

@@ -31,11 +31,9 @@ LISTS: Final = tuple(TABLES)
 
 @dataclass(frozen=True, slots=True)
 class Records:
-    """Content of a document.
+    """Records of a document in the order of their lists, networks first, with paths as `("instances", 3)`.
 
-    Attributes:
-        found: Records in the order of their lists, networks first, with their paths, as `("instances", 3)`.
-        problems: Problems of the document itself; the document then has no records.
+    A document that itself has problems has no records.
     """
 
     found: tuple[tuple[Path, Network | Instance | Refused], ...] = ()
@@ -45,7 +43,6 @@ class Records:
     def of(
         cls, found: Iterable[tuple[Path, Network | Instance | Refused]], problems: Sequence[Problem]
     ) -> Records:
-        """Return the records, unless the document itself has problems."""
         if problems:
             return cls(problems=tuple(problems))
         # Stable, and `networks` comes after `instances` in the alphabet.
@@ -53,17 +50,14 @@ class Records:
 
     @property
     def networks(self) -> list[Network]:
-        """Networks without problems."""
         return [one for _, one in self.found if isinstance(one, Network)]
 
     @property
     def instances(self) -> list[Instance]:
-        """Instances without problems."""
         return [one for _, one in self.found if isinstance(one, Instance)]
 
     @property
     def all_problems(self) -> tuple[Problem, ...]:
-        """Problems of the document and of all records."""
         refused = (one for _, one in self.found if isinstance(one, Refused))
         return (*self.problems, *(problem for one in refused for problem in one.problems))
 
@@ -103,7 +97,6 @@ def parse_each(
         document: Mapping from the YAML or JSON decoder; `None` for an empty file.
         findings: Receives problems of the document itself. With such a problem, none of its records counts.
         faults: Faults of the decoder; a fault inside a record refuses that record, any other fault the document.
-        tables: Tables of the lists.
     """
     by_record: dict[Path, list[Fault]] = {}
     for fault in faults:

@@ -46,19 +46,15 @@ class Grant:
     addresses: tuple[SharedRange, ...] = ()
 
     def has_host(self, host: str) -> bool:
-        """Return whether instances of the project may be placed on a host."""
         return EVERY_HOST in self.hosts or host in self.hosts
 
     def has_listener(self, listener: Listener) -> bool:
-        """Return whether networks of the project may have a listener."""
         return any(_covers(one, listener) for one in self.listeners)
 
     def has_network(self, network: str) -> bool:
-        """Return whether the project has any addresses in a shared network."""
         return any(one.network == network for one in self.addresses)
 
     def has_address(self, network: str, address: IpAddress) -> bool:
-        """Return whether instances of the project may have an address in a shared network."""
         return any(one.network == network and address in one.cidr for one in self.addresses)
 
 

@@ -293,11 +293,7 @@ INSTANCE: Final = Table(
 
 @dataclass(frozen=True, slots=True)
 class PlacedInstance(Instance):
-    """Instance of a fleet.
-
-    Attributes:
-        hosts: Hosts that serve the instance; two during a move.
-    """
+    """Instance of a fleet, on one host, or two during a move."""
 
     hosts: tuple[str, ...] = ()
 

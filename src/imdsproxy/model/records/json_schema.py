@@ -39,13 +39,7 @@ def schema_of_records() -> dict[str, Any]:
 def _define(
     table: Table[Any], definitions: dict[str, Json], siblings: tuple[str, ...] = ()
 ) -> None:
-    """Add a table, and the tables of its keys, to the definitions.
-
-    Args:
-        table: Table of the mapping.
-        definitions: Definitions by the table's name.
-        siblings: Keys of alternative tables; they may be present with null.
-    """
+    """Add a table, and the tables of its keys, to the definitions by name; `siblings` may be present with null."""
     if table.name in definitions:
         return
     definitions[table.name] = None  # holds its place in the order

@@ -20,11 +20,7 @@ _Drops: TypeAlias = Callable[[Key], bool]
 
 @dataclass(frozen=True)
 class Schema:
-    """Tables of one version.
-
-    Attributes:
-        tables: Tables by kind of item.
-    """
+    """Tables of one version, by kind of item."""
 
     tables: Mapping[str, Table[Any]]
 

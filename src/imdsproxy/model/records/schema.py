@@ -47,8 +47,6 @@ class Fault(Exception):
     """Problem at a path. Decoders also report by it problems that the decoded value no longer shows.
 
     Attributes:
-        path: Place in the document.
-        reason: Problem, in one sentence.
         hint: Correct form.
         line: Exact line, if it is not the line of `path`.
     """
@@ -61,12 +59,7 @@ class Fault(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """Record that is refused.
-
-    Attributes:
-        problems: All problems, in the record's own order.
-        id: Id of the record, if it could be read.
-    """
+    """Record that is refused, with its id if it could be read."""
 
     problems: tuple[Problem, ...]
     id: str | None = None
@@ -90,7 +83,6 @@ class Findings:
     """Problems of one record, and the helpers that read its fields.
 
     Attributes:
-        file: File of the record, for the problems.
         line_of: Lines of the record's parts in that file.
         read_file: Reads the file of `user_data_file`; without it the key is refused.
     """
@@ -118,11 +110,9 @@ class Field:
     findings: Findings
 
     def error(self, reason: str, hint: str = "") -> Fault:
-        """Return a fault at this field's path."""
         return Fault(self.path, reason, hint)
 
     def refuse(self, reason: str, hint: str = "") -> None:
-        """Add a problem of this field without raising."""
         self.findings.add(self.error(reason, hint))
 
     def read(self, parse: Callable[[Field], _T]) -> _T | None:
@@ -141,9 +131,7 @@ class Field:
     ) -> dict[str, Field]:
         """Return the entries of a mapping that are not null; add a problem for each unknown or missing key.
 
-        Args:
-            known: Keys that are allowed; `None` for any text.
-            required: Keys that must be present.
+        `None` allows any text as a key.
         """
         if not isinstance(self.value, Mapping):
             raise self.error(f"expected a mapping (key: value), found {_kind(self.value)}")
@@ -161,7 +149,6 @@ class Field:
         return entries
 
     def items(self) -> list[Field]:
-        """Return the items of a list."""
         if not isinstance(self.value, list | tuple):
             raise self.error(f"expected a list, found {_kind(self.value)}", "write [a, b] or - a")
         return [self.child(index, item) for index, item in enumerate(self.value)]
@@ -197,14 +184,12 @@ class Field:
         return value
 
     def one_of(self, words: Sequence[str]) -> str:
-        """Return text that equals one of the words."""
         value = self.any_text()
         if value not in words:
             raise self.error(f"{quoted(value)} is not acceptable", f"one of {', '.join(words)}")
         return value
 
     def whole_number(self, lowest: int, highest: int) -> int:
-        """Return a whole number within bounds."""
         value = self.value
         if isinstance(value, bool) or not isinstance(value, int):
             found = f"expected a whole number, found {_kind(value)}"
@@ -252,7 +237,6 @@ class Kind:
         schema: JSON Schema of the value; `None` if `tables` define it completely.
         render: Converts the core's value to JSON.
         tables: Mappings that the value may be.
-        item: Kind of a list's items.
     """
 
     parse: Callable[[Field], Any]
@@ -268,7 +252,6 @@ class Key:
 
     Attributes:
         attribute: Name of the dataclass's attribute, if it differs.
-        required: Whether the key must be present.
         only_in_files: Whether only files may have the key: the admin API refuses it, and no shown record has it.
         since: Level of records that introduced the key (`model.records.levels`).
         limits: Whether a fleet host that does not know the key must not ignore it.
@@ -295,14 +278,7 @@ class Key:
 
 
 class Table(Generic[_T]):
-    """Mapping with known keys.
-
-    Attributes:
-        name: Name in the OpenAPI document.
-        help: Description, in one sentence.
-        names: Names of all keys, in their order.
-        required: Names of the required keys.
-    """
+    """Mapping with known keys; the name is that in the OpenAPI document."""
 
     def __init__(
         self,
@@ -318,7 +294,6 @@ class Table(Generic[_T]):
             name: Name in the OpenAPI document.
             of: Makes the value from the parsed values of the present keys: most often a dataclass. Its defaults are the
                 defaults of the keys.
-            help_text: Description, in one sentence.
             keys: Keys, in the order in which problems are reported and records are shown.
             check: Refuses values that contradict each other; may change values.
         """
@@ -346,9 +321,7 @@ class Table(Generic[_T]):
         """Return the value of a record, or all of its problems.
 
         Args:
-            record: Mapping that the YAML or JSON decoder returned.
             path: Place of the record in its document.
-            findings: Findings without problems.
             faults: Problems that the decoder found inside this record.
         """
         findings = findings or Findings()
@@ -362,7 +335,6 @@ class Table(Generic[_T]):
         return parsed
 
     def parse(self, field: Field) -> _T | None:
-        """Parse a mapping."""
         return self.build(field.mapping(self.names, self.required))
 
     def build(self, entries: Mapping[str, Field]) -> _T | None:
@@ -388,7 +360,6 @@ class Table(Generic[_T]):
 
     @property
     def kind(self) -> Kind:
-        """Kind of a key that holds such a mapping."""
         return Kind(self.parse, render=self.render, tables=(self,))
 
 
@@ -406,12 +377,7 @@ def refuse_repeated(
 def list_of(
     kind: Kind, check: Callable[[Sequence[tuple[Field, Any]]], None] = lambda _items: None
 ) -> Kind:
-    """Return the kind of a list.
-
-    Args:
-        kind: Kind of each item.
-        check: Refuses items that contradict each other; receives the valid items with their fields.
-    """
+    """Return the kind of a list; `check` refuses items that contradict each other, and gets the valid ones."""
 
     def parse(field: Field) -> tuple[Any, ...]:
         items = [(item, item.read(kind.parse)) for item in field.items()]

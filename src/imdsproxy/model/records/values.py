@@ -41,26 +41,18 @@ _BROADCAST: Final = IPv4Address("255.255.255.255")
 
 
 def choice_of(words: type[StrEnum]) -> Kind:
-    """Return the kind of a word from an enumeration."""
     listed = [word.value for word in words]
     schema: dict[str, Json] = {"type": "string", "enum": [*listed]}
     return Kind(lambda field: words(field.one_of(listed)), schema, lambda word: str(word.value))
 
 
 def number_between(lowest: int, highest: int) -> Kind:
-    """Return the kind of a whole number within bounds."""
     schema: dict[str, Json] = {"type": "integer", "minimum": lowest, "maximum": highest}
     return Kind(lambda field: field.whole_number(lowest, highest), schema)
 
 
 def _matching(pattern: str, wanted: str, *, shared: bool = False) -> Kind:
-    """Return the kind of text that a pattern matches as a whole.
-
-    Args:
-        pattern: Regular expression, valid also in JSON Schema.
-        wanted: Description of the text.
-        shared: Whether many records have the same text: they then share one string.
-    """
+    """Return the kind of text that a pattern matches as a whole; if many records share it, they share one string."""
     compiled = re.compile(pattern)
 
     def parse(field: Field) -> str:
@@ -84,10 +76,7 @@ def one_line(longest: int) -> dict[str, Json]:
 
 
 def entries(names: str, value: Json) -> dict[str, Json]:
-    """Return the JSON Schema of a mapping that `Field.mapping` accepts: values by names that match a pattern.
-
-    A null entry is ignored, whatever its name.
-    """
+    """Return the JSON Schema of a mapping that `Field.mapping` accepts: values or null, by names of a pattern."""
     return {
         "type": "object",
         "patternProperties": {names: value},
@@ -154,7 +143,6 @@ def _faults(address: entities.IpAddress) -> Iterator[tuple[bool, str, str]]:
 
 
 def parse_guest_address(field: Field) -> entities.IpAddress:
-    """Parse an address that a guest may have."""
     address = parse_address(field)
     if address in (entities.METADATA_IPV4, entities.METADATA_IPV6):
         raise field.error(f"{address} is the metadata service's own address", "the guest's address")
@@ -200,11 +188,7 @@ _MOMENT_WANTED: Final = 'Unix time, or a time with its zone: "2026-11-26T12:00:0
 
 
 def unix_time_of(text: str) -> int | None:
-    """Convert an RFC 3339 time to whole seconds of Unix time, rounded down.
-
-    Returns:
-        `None` if the text has another form, or is no time from 1970 to 2286.
-    """
+    """Convert an RFC 3339 time from 1970 to 2286 to whole seconds of Unix time, rounded down; `None` for other text."""
     match = _MOMENT_TEXT.fullmatch(text)
     if match is None:
         return None
