@@ -36,7 +36,7 @@ from imdsproxy.hub.api.callers import Admits
 from imdsproxy.hub.api.metrics import HubMetrics
 from imdsproxy.model.records.json_schema import schema_of_records
 from imdsproxy.network.endpoints import NotServedCode
-from imdsproxy.tools.namespace_proxy.command import run_parser
+from imdsproxy.tools.namespace_proxy import run_parser
 
 _TEXTS: Final[Mapping[str, Any]] = tomllib.loads(
     Path(__file__).with_name("docgen_texts.toml").read_text("utf-8")

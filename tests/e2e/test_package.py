@@ -9,7 +9,7 @@ from typing import Final
 
 import pytest
 
-from imdsproxy.tools.takeover.stand_in import STAND_IN, render_stand_in
+from imdsproxy.tools.takeover.seen import STAND_IN, render_stand_in
 from support.demonstration import REPOSITORY
 from support.guest import Load
 from support.lab import run, until

@@ -20,7 +20,7 @@ import yaml
 
 from imdsproxy.cli.doctor import parse_url
 from imdsproxy.errors import ImdsproxyError, Starting
-from imdsproxy.tools.doctor.crawl import Answer, crawl
+from imdsproxy.tools.doctor import Answer, crawl
 from support.daemon import Daemon, alive, instance, user_data_of
 from support.guest import IPV4, Background, Guest, Load, Lost, Reply, inside
 from support.health import METRICS, ask_operator

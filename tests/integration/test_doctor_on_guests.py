@@ -13,9 +13,8 @@ import pytest
 
 from imdsproxy.cli.doctor import parse_url
 from imdsproxy.model.entities import Dialect
-from imdsproxy.tools.doctor import Severity, Surroundings
+from imdsproxy.tools.doctor import Severity, Surroundings, crawl
 from imdsproxy.tools.doctor.checks_documents import asked_by, examine
-from imdsproxy.tools.doctor.crawl import crawl
 from support.daemon import instance
 from support.ds_identify import Machine, identify
 from support.guest import IPV4, IPV6, inside

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Final
 
-from imdsproxy.tools.doctor.crawl import Answer, Ask
+from imdsproxy.tools.doctor import Answer, Ask
 
 
 @dataclass(frozen=True)

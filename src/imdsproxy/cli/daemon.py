@@ -306,7 +306,7 @@ def bundle(
 
     Also works without a daemon; README.txt in the file lists the missing parts.
     """
-    from imdsproxy.tools.bundle.make import make_bundle
+    from imdsproxy.tools.bundle import make_bundle
 
     with run.output.waiting("collecting"):
         made = make_bundle(run.load, run.socket, output)

@@ -27,9 +27,8 @@ from imdsproxy.errors import RequestRefused, spell_count
 from imdsproxy.model.entities import METADATA_IPV4, METADATA_IPV6, Dialect, IpAddress
 from imdsproxy.model.records import parse_instance, parse_network
 from imdsproxy.tools import snippets
-from imdsproxy.tools.doctor import Nic, Severity, Surroundings
+from imdsproxy.tools.doctor import Answer, Ask, Nic, Severity, Surroundings, crawl
 from imdsproxy.tools.doctor.checks_documents import examine
-from imdsproxy.tools.doctor.crawl import Answer, Ask, crawl
 
 _PATHS_SHOWN: Final = 3
 _COLOURS: Final = {"error": "bold red", "warning": "yellow", "note": "cyan"}

@@ -17,7 +17,7 @@ from imdsproxy.cli.doctor import (
     parse_url,
 )
 from imdsproxy.cli.main import main
-from imdsproxy.tools.doctor.crawl import TOKEN, Answer, Ask
+from imdsproxy.tools.doctor import TOKEN, Answer, Ask
 from support.cli import Cli
 from support.metadata_server import GOOD, MetadataServer, Reply, metadata_server
 

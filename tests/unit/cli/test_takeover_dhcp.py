@@ -13,8 +13,15 @@ import pytest
 from imdsproxy.config.neutron_ini import parse_ini
 from imdsproxy.host.process import read_arguments
 from imdsproxy.tools.takeover.dhcp import KIND, WaitStandIns
-from imdsproxy.tools.takeover.seen import Agent, Commands, Proxy, Seen
-from imdsproxy.tools.takeover.stand_in import STAND_IN, is_stand_in, render_stand_in
+from imdsproxy.tools.takeover.seen import (
+    STAND_IN,
+    Agent,
+    Commands,
+    Proxy,
+    Seen,
+    is_stand_in,
+    render_stand_in,
+)
 from imdsproxy.tools.takeover.steps import EditSettings
 from support.lab import until
 

@@ -11,9 +11,17 @@ from typing import Any
 import pytest
 
 from imdsproxy.model.entities import Dialect
-from imdsproxy.tools.doctor import Finding, Nic, Severity, Surroundings
+from imdsproxy.tools.doctor import (
+    GOOGLE,
+    TOKEN,
+    Answer,
+    Finding,
+    Nic,
+    Severity,
+    Surroundings,
+    crawl,
+)
 from imdsproxy.tools.doctor.checks_documents import check_smbios, examine
-from imdsproxy.tools.doctor.crawl import GOOGLE, TOKEN, Answer, crawl
 from support.demonstration import REPOSITORY
 from support.metadata_server import GOOD, MetadataServer, Reply
 

@@ -28,8 +28,14 @@ from imdsproxy.errors import (
     RequestRefused,
 )
 from imdsproxy.host.files import write_atomic
-from imdsproxy.tools.namespace_proxy import NetworkMetadataProxyHandler, ProxyDaemon, main, proxy
-from imdsproxy.tools.namespace_proxy.command import parse_command_line, read_settings
+from imdsproxy.tools.namespace_proxy import (
+    NetworkMetadataProxyHandler,
+    ProxyDaemon,
+    main,
+    parse_command_line,
+    proxy,
+    read_settings,
+)
 from support.umask import umask
 
 UUID: Final = "8f6a1e0c-3b52-4c1d-9a57-0d2f4b6c8e10"

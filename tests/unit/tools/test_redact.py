@@ -3,7 +3,7 @@
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from imdsproxy.tools.bundle.redact import LEAST_SECRET, REMOVED, Redactor
+from imdsproxy.tools.bundle.plan import LEAST_SECRET, REMOVED, Redactor
 from support.spelled import spellings_of
 
 _SECRETS = st.text(

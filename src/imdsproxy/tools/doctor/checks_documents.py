@@ -9,8 +9,19 @@ from http import HTTPStatus
 from typing import Any, Final, TypeAlias
 
 from imdsproxy.model.entities import Dialect
-from imdsproxy.tools.doctor import TEXTS, Finding, Severity, Surroundings, checks_http, found, seen
-from imdsproxy.tools.doctor.crawl import CLOUD_INIT_OPENSTACK, NOCLOUD_FILES, REFUSED, Crawl
+from imdsproxy.tools.doctor import (
+    CLOUD_INIT_OPENSTACK,
+    NOCLOUD_FILES,
+    REFUSED,
+    TEXTS,
+    Crawl,
+    Finding,
+    Severity,
+    Surroundings,
+    checks_http,
+    found,
+    seen,
+)
 from imdsproxy.tools.snippets import looks_like_amazon
 
 _OPENSTACK_NAMES: Final = frozenset({"OpenStack Nova", "OpenStack Compute"})

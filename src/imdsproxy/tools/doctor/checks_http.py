@@ -7,8 +7,19 @@ from typing import Final
 from imdsproxy.documents.dialects.ec2 import TAG_KEY
 from imdsproxy.model.entities import Dialect
 from imdsproxy.model.tokens import TTL_HEADER
-from imdsproxy.tools.doctor import TEXTS, Finding, Severity, found, seen
-from imdsproxy.tools.doctor.crawl import GOOGLE, ODD_LEAF, REFUSED, TOKEN, Answer, Crawl
+from imdsproxy.tools.doctor import (
+    GOOGLE,
+    ODD_LEAF,
+    REFUSED,
+    TEXTS,
+    TOKEN,
+    Answer,
+    Crawl,
+    Finding,
+    Severity,
+    found,
+    seen,
+)
 
 _FINE_S: Final = 0.3
 _BAD_S: Final = 1.0

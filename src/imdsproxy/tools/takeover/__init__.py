@@ -2,7 +2,7 @@
 
 | module | content |
 |---|---|
-| `seen.py` | pure: observed state (`Seen`) and the kind of agent (`Kind`) |
+| `seen.py` | pure: observed state (`Seen`), the kind of agent (`Kind`), its option, its idle HAProxy |
 | `steps.py` | shared steps: words, effect, and what undoes each; a kind's interface (`Takeover`) |
 | `KIND.py` | a `Takeover` and its own steps; from the observed state alone it computes the steps of both directions |
 | `genuine.py` | pure: tells agents from other users' processes |

@@ -13,10 +13,15 @@ from imdsproxy.host.files import write_atomic
 from imdsproxy.host.process import open_process
 from imdsproxy.model.entities import METADATA_IPV4
 from imdsproxy.tools.takeover.actor import Actor
-from imdsproxy.tools.takeover.agent_settings import AgentOption, refuse_restart
 from imdsproxy.tools.takeover.observe import find_proxies, find_stand_ins, find_unrouted
-from imdsproxy.tools.takeover.seen import Seen, option_of
-from imdsproxy.tools.takeover.stand_in import is_stand_in, render_stand_in
+from imdsproxy.tools.takeover.seen import (
+    AgentOption,
+    Seen,
+    is_stand_in,
+    option_of,
+    refuse_restart,
+    render_stand_in,
+)
 from imdsproxy.tools.takeover.steps import (
     EditSettings,
     EndProxies,

@@ -8,8 +8,7 @@ from typing import Final
 
 from imdsproxy.config.neutron_agents import DEFAULT_PORT
 from imdsproxy.errors import Problem
-from imdsproxy.tools.takeover.agent_settings import AgentOption, refuse_restart
-from imdsproxy.tools.takeover.seen import Seen, option_of
+from imdsproxy.tools.takeover.seen import AgentOption, Seen, option_of, refuse_restart
 from imdsproxy.tools.takeover.steps import (
     EditSettings,
     EndProxies,

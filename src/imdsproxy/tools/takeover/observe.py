@@ -18,8 +18,16 @@ from imdsproxy.host.owned_files import list_owned
 from imdsproxy.host.process import PROC, command_name, read_arguments, read_stat
 from imdsproxy.sources.neutron_namespaces.records import ROUTER_PREFIX
 from imdsproxy.tools.takeover.agents import find_agents, pids, read_file, root_of, unit_of
-from imdsproxy.tools.takeover.seen import Commands, Kind, Proxy, Reach, Seen, find_option
-from imdsproxy.tools.takeover.stand_in import STAND_IN, is_stand_in
+from imdsproxy.tools.takeover.seen import (
+    STAND_IN,
+    Commands,
+    Kind,
+    Proxy,
+    Reach,
+    Seen,
+    find_option,
+    is_stand_in,
+)
 
 _HAPROXY: Final = "haproxy"
 _PAGE: Final = 4096

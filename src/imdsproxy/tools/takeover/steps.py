@@ -20,14 +20,13 @@ from imdsproxy.host.sockets import SOCK_DIAG, listening_sockets
 from imdsproxy.model.entities import METADATA_IPV4, METADATA_PORT
 from imdsproxy.sources.neutron_namespaces.records import ROUTER_PREFIX
 from imdsproxy.tools.takeover.actor import Actor, migrating
-from imdsproxy.tools.takeover.agent_settings import AgentOption, restart_command
 from imdsproxy.tools.takeover.agents import edit_file
 from imdsproxy.tools.takeover.observe import (
     find_proxies,
     find_stand_ins,
     is_idle_router,
 )
-from imdsproxy.tools.takeover.seen import Kind, Reach, Seen
+from imdsproxy.tools.takeover.seen import AgentOption, Kind, Reach, Seen, restart_command
 
 _FOREIGN: Final = "foreign-listener"
 SETTINGS_MODE: Final = 0o640
