@@ -6,12 +6,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from socket import socket
+from typing import Final
 
 from imdsproxy.api.starting import StartingServer
 from imdsproxy.documents.http import serve
 from imdsproxy.host.servers import open_unix_socket
 from imdsproxy.reconcile.progress import Step
 from support.admin_server import AdminServer, make_app
+
+_ASKED: Final = 3
 
 
 @dataclass
@@ -23,12 +26,24 @@ class StartingDaemon:
     listener: socket
     starting: StartingServer
     serving: asyncio.Task[None] | None = None
+    going: asyncio.Task[None] | None = None
 
     def show(self, *steps: Step) -> None:
         self.starting.steps = lambda: steps
 
     def go_on(self) -> None:
         asyncio.run_coroutine_threadsafe(self._go_on(), self.server.loop).result(20)
+
+    def go_on_when_asked(self) -> None:
+        """Go on after some answers, so that a client has seen how far the start is."""
+        show, left = self.starting.steps, iter(range(_ASKED, 0, -1))
+
+        def count() -> Sequence[Step]:
+            if next(left, 0) == 1:
+                self.going = asyncio.create_task(self._go_on())
+            return show()
+
+        self.starting.steps = count
 
     async def _go_on(self) -> None:
         await self.starting.end()

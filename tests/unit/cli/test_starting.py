@@ -58,7 +58,7 @@ def test_status_says_how_far_a_start_is_and_check_that_it_is_not_ready(
 def test_a_command_shows_how_far_the_start_is_and_then_its_answer(
     filled: Cli, daemon: StartingDaemon, words: str, out: str
 ) -> None:
-    threading.Timer(0.3, daemon.go_on).start()
+    daemon.go_on_when_asked()
     ran = _run(filled, daemon, *words.split())
     assert ran.status == 0
     assert out in ran.words
@@ -88,7 +88,7 @@ def test_a_daemon_that_never_appears_is_not_waited_for_long(
 
 
 def test_a_program_that_waits_is_not_bothered(filled: Cli, daemon: StartingDaemon) -> None:
-    threading.Timer(0.3, daemon.go_on).start()
+    daemon.go_on_when_asked()
     ran = _run(filled, daemon, "instance", "list", "--json")
     assert (ran.status, ran.err) == (0, "")
     assert [one["record"]["id"] for one in ran.json] == ["web-1"]
@@ -112,7 +112,7 @@ def test_a_client_that_sends_a_long_body_reads_why_it_is_refused(daemon: Startin
 def test_records_of_a_file_are_sent_once_the_daemon_has_started(
     filled: Cli, daemon: StartingDaemon
 ) -> None:
-    threading.Timer(0.3, daemon.go_on).start()
+    daemon.go_on_when_asked()
     seen: list[object] = []
     line = b'{"instance": {"id": "web-2", "name": "web-2"}}\n'
     AdminClient(daemon.path).post_records(iter([line]), {}, seen.extend)
