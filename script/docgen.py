@@ -21,21 +21,37 @@ from fastapi.dependencies.models import Dependant
 from fastapi.routing import APIRoute
 
 from imdsproxy.api.app import admin_app
-from imdsproxy.api.exposition import Exposed
-from imdsproxy.api.metrics import NETWORK_SUM, Metrics
+from imdsproxy.api.exposition import Metric, metrics_of
+from imdsproxy.api.metrics import NETWORK_SUM, PREFIX, Metrics
 from imdsproxy.cli.main import SHELLS, build_program, iterate_commands, render_completion
+from imdsproxy.config.changes import SettingsHolder
 from imdsproxy.config.describe import Setting, iterate_settings
 from imdsproxy.config.neutron_options import NEUTRON_OPTIONS
 from imdsproxy.config.render import render_records_schema, render_schema
 from imdsproxy.config.schema import Settings
 from imdsproxy.config.strict_yaml import render_value
+from imdsproxy.controller.audit import Audit
+from imdsproxy.controller.companion import Companion
+from imdsproxy.controller.macs import Macs
+from imdsproxy.controller.record_loop import RecordLoop
+from imdsproxy.controller.sources import Sources
+from imdsproxy.controller.token_counting import TokenCounting
+from imdsproxy.controller.traffic import Traffic
+from imdsproxy.controller.watchdog import HaproxyWatchdog
+from imdsproxy.documents.resolver import Resolver
 from imdsproxy.errors import KINDS, ImdsproxyError
 from imdsproxy.fleet.members import Role
+from imdsproxy.haproxy.process import Haproxy
+from imdsproxy.haproxy.unix_listener.listener import UnixListener
 from imdsproxy.hub.api.app import ROUTERS, operators_app
 from imdsproxy.hub.api.callers import Admits
 from imdsproxy.hub.api.metrics import HubMetrics
 from imdsproxy.model.records.json_schema import schema_of_records
 from imdsproxy.network.endpoints import NotServedCode
+from imdsproxy.network.listeners.loop import ListenerLoop
+from imdsproxy.nova.upstream import NovaWatch
+from imdsproxy.sources.fleet.source import FleetSource
+from imdsproxy.sources.neutron.source import NeutronSource
 from imdsproxy.tools.namespace_proxy import run_parser
 
 _TEXTS: Final[Mapping[str, Any]] = tomllib.loads(
@@ -92,6 +108,27 @@ def _default(setting: Setting, lead: str = "") -> str:
     return f"{lead}`{render_value(setting.schema['default'] if value is None else value)}`"
 
 
+_PARTS: Final = (
+    Metrics,
+    Sources,
+    RecordLoop,
+    ListenerLoop,
+    HaproxyWatchdog,
+    Haproxy,
+    Companion,
+    Resolver,
+    Traffic,
+    Macs,
+    TokenCounting,
+    UnixListener,
+    Audit,
+    NovaWatch,
+    SettingsHolder,
+    FleetSource,
+    NeutronSource,
+)
+
+
 def render_cli_page() -> str:
     """Render docs/reference/cli.md."""
     lines = [*_head("Command line", _TEXTS["command_line"]), "", "## Exit statuses", ""]
@@ -122,13 +159,22 @@ def _parameters(command: Any) -> list[tuple[str, str]]:
 def render_metrics_page() -> str:
     """Render docs/reference/metrics.md."""
     introduction = _TEXTS["metrics"].format(network_sum=NETWORK_SUM)
-    lines = [*_head("Metrics", introduction), "", *_metrics_table(Metrics)]
+    metrics = [metric for part in _PARTS for metric in metrics_of(part, PREFIX)]
+    lines = [*_head("Metrics", introduction), "", *_metrics_table(metrics)]
     return _page(
-        [*lines, "", "## Of a hub", "", _TEXTS["hub_metrics"], "", *_metrics_table(HubMetrics)]
+        [
+            *lines,
+            "",
+            "## Of a hub",
+            "",
+            _TEXTS["hub_metrics"],
+            "",
+            *_metrics_table(HubMetrics.metrics),
+        ]
     )
 
 
-def _metrics_table(of: type[Exposed]) -> list[str]:
+def _metrics_table(metrics: Iterable[Metric]) -> list[str]:
     rows = (
         (
             f"`{metric.exposed}`",
@@ -136,7 +182,7 @@ def _metrics_table(of: type[Exposed]) -> list[str]:
             ", ".join(f"`{label}`" for label in metric.labels) or "-",
             metric.help,
         )
-        for metric in of.metrics
+        for metric in metrics
     )
     return _table(("metric", "type", "labels", "meaning"), rows)
 

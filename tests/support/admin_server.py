@@ -6,12 +6,10 @@ import asyncio
 import contextlib
 import functools
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 from unittest.mock import patch
 
 from fastapi import FastAPI
@@ -22,27 +20,20 @@ from imdsproxy.api.app import admin_app
 from imdsproxy.api.client import AdminClient
 from imdsproxy.api.status import StatusReport, report_status
 from imdsproxy.config.changes import SettingChange, SettingsReload
-from imdsproxy.config.policy import LimitsSettings
-from imdsproxy.controller.compiler import CompiledIndex, RecordCompiler
+from imdsproxy.controller import build
 from imdsproxy.controller.controller import Controller
-from imdsproxy.controller.lookup import Lookup
 from imdsproxy.controller.policy_store import PolicyStore
 from imdsproxy.controller.record_loop import RecordLoop
-from imdsproxy.controller.rule_sets import RuleSets
-from imdsproxy.controller.token_keys import TokenKeys
+from imdsproxy.controller.token_counting import TokenCounting
 from imdsproxy.controller.token_report import InstanceTokens, TokenReport, TokenVerdict
-from imdsproxy.controller.watching import Watching
 from imdsproxy.documents.dialects.respond import Answer
 from imdsproxy.documents.http import Send, send_answer, serve
 from imdsproxy.documents.resolver_app import GuestRequest
-from imdsproxy.documents.store import DiskFiles, PasswordStore
+from imdsproxy.documents.store import PasswordStore
 from imdsproxy.errors import Problem
 from imdsproxy.fleet.guests import FleetPolicies
-from imdsproxy.haproxy.launch import Launcher
-from imdsproxy.haproxy.layout import Layout
 from imdsproxy.haproxy.process import Haproxy
-from imdsproxy.haproxy.records import RecordApplier, write_table
-from imdsproxy.host.clock import Clock
+from imdsproxy.haproxy.records import write_table
 from imdsproxy.host.servers import open_unix_socket
 from imdsproxy.host.state import NamespaceRef, ObservedHost
 from imdsproxy.model.entities import (
@@ -58,16 +49,16 @@ from imdsproxy.model.inventory import Inventory
 from imdsproxy.model.observation import Observation
 from imdsproxy.model.tokens import render_key_map
 from imdsproxy.model.wire import MapRecord
-from imdsproxy.network.anti_spoofing.claims import ForgedClaims
+from imdsproxy.network.anti_spoofing.hop_limits import HopLimits
+from imdsproxy.network.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.network.endpoints import Endpoint, NotServed, NotServedCode
 from imdsproxy.network.listeners.plan import ListenerPlan
+from imdsproxy.reconcile.part import Part
 from imdsproxy.reconcile.reconciler import Tickets
-from imdsproxy.sources.sqlite.source import SqliteSource
-from support.fake_controller import HEALTHY, fake_controller
+from support.controllers import StillClock, make_controller
 from support.fake_haproxy import FakeHaproxy, FakeLauncher
 from support.fake_mac_filters import no_hop_limits, no_mac_filters
 
-NOW = 1_760_093_784
 NETWORK: dict[str, object] = {"id": "blue", "listener": {"namespace": "blue"}}
 INSTANCE: dict[str, object] = {
     "id": "web-1",
@@ -76,28 +67,30 @@ INSTANCE: dict[str, object] = {
 }
 
 
-class _StillClock(Clock):
-    def now(self) -> datetime:
-        return datetime.fromtimestamp(NOW, UTC)
-
-
 @dataclass
-class Listeners:
+class Listeners(Part):
     """A listener loop whose rounds end at once: all networks are served but those that a test leaves out."""
 
     inventory: Inventory
     not_served: dict[str, NotServed] = field(default_factory=dict)
+    unapplied: list[Problem] = field(default_factory=list)
     tickets: Tickets = field(default_factory=Tickets)
     seen: ObservedHost = field(default_factory=ObservedHost)
     now: ObservedHost = field(default_factory=ObservedHost)
     rounds: int = 0
     failure: Problem | None = None
     working: bool = False
-    unix: None = None
+    unix: Part = field(default_factory=Part)
     haproxy: Haproxy | None = None
 
+    def problems(self) -> list[Problem]:
+        return self.unapplied
+
+    async def report(self) -> Mapping[str, object]:
+        return {"serving": len(self.inventory.networks) - len(self.not_served)}
+
     @property
-    def report(self) -> ListenerPlan:
+    def last_plan(self) -> ListenerPlan:
         served = self.inventory.networks.keys() - self.not_served.keys()
         ref = NamespaceRef("x", 1)
         return ListenerPlan(
@@ -131,7 +124,6 @@ class AdminServer:
         controller: The parts that the routes use.
         status: Fields of the status report that differ from the usual ones.
         answers: What HAProxy answers to a found guest, by target; everything else is 404.
-        unapplied: What keeps changes from guests.
         reloads: What `reload` was asked for, in order: whether settings may be dropped.
         stopped: What `stop` was asked for: whether the data plane ends too.
         failure: Raised by `status` and `reload`.
@@ -149,11 +141,14 @@ class AdminServer:
     status: dict[str, Any] = field(default_factory=dict)
     token_report: TokenReport = field(default_factory=lambda: TokenReport(0.0, (), (), 0))
     answers: dict[str, Answer] = field(default_factory=dict)
-    unapplied: list[Problem] = field(default_factory=list)
     pending: tuple[str, ...] = ()
     reloads: list[bool] = field(default_factory=list)
     stopped: list[bool] = field(default_factory=list)
     failure: Exception | None = None
+
+    @property
+    def unapplied(self) -> list[Problem]:
+        return self.listeners.unapplied
 
     @property
     def client(self) -> AdminClient:
@@ -213,11 +208,7 @@ class AdminServer:
     async def report(self, controller: Any) -> StatusReport:
         """Of this server's records and networks, and else of the usual parts."""
         self._fail()
-        real = {name: getattr(controller, name) for name in ("inventory", "records", "sources")}
-        one = fake_controller(**HEALTHY, **real)
-        one.listeners.degraded = self.listeners.degraded
-        one.listeners.serving = len(self.networks) - len(self.listeners.not_served)
-        return replace(await report_status(one), **self.status)
+        return replace(await report_status(controller), **self.status)
 
     async def reload(self, _controller: object, *, allow_dropped: bool) -> SettingsReload:
         self._fail()
@@ -245,80 +236,56 @@ class AdminServer:
 
 
 @contextlib.asynccontextmanager
-async def _served(directory: Path) -> Any:
-    layout = Layout(directory, directory, chroot=False)
-    for made in (layout.records, layout.passwords):
-        made.mkdir(exist_ok=True)
-    clock, inventory = _StillClock(), Inventory(["sqlite", "file"])
-    applier = RecordApplier(layout)
-    keys = TokenKeys(layout)
-    policy_store = PolicyStore(keys, clock)
-    keys.read(None)
+async def _served(directory: Path) -> AsyncIterator[AdminServer]:
+    files = directory / "records"
+    files.mkdir()
+    sources = {"file": {"enabled": True, "directory": files}}
+    with (
+        patch.object(build, "build_filters", _no_filters),
+        make_controller(directory, StillClock(), sources=sources) as controller,
+    ):
+        async with _serve(directory, controller) as server:
+            yield server
+
+
+def _no_filters(
+    _layout: object, _host: object, inventory: Inventory, _clock: object
+) -> tuple[MacFilters, HopLimits]:
+    return no_mac_filters(inventory), no_hop_limits()
+
+
+@contextlib.asynccontextmanager
+async def _serve(directory: Path, controller: Controller) -> AsyncIterator[AdminServer]:
+    one: Any = controller
+    layout, records, haproxy = controller.layout, controller.records, controller.haproxy
+    applier, keys = records.applier, controller.policy_store.keys
+    layout.passwords.mkdir(exist_ok=True)
     write_table(layout.token_keys_map, render_key_map(keys.keys), secret=True)
     applier.write_all({})
     fake = FakeHaproxy(
         layout.master_socket, (layout.base_map, layout.overlay_map, layout.token_keys_map)
     )
     await fake.start()
-    launcher = FakeLauncher(fake, applier.master, layout.config)
-    haproxy = Haproxy("haproxy", cast("Launcher", launcher), applier, clock)
+    one.haproxy.launcher = FakeLauncher(fake, applier.master, layout.config)
     await haproxy.adopt()
-    passwords = PasswordStore(layout.passwords)
-    mac_filters = no_mac_filters(inventory)
-    files = DiskFiles(layout.records, passwords, None)
-    records = RecordLoop(
-        inventory,
-        applier,
-        RecordCompiler(inventory, files, CompiledIndex(layout.compiled_index)),
-        clock,
-        lambda _: None,
-        lambda _: None,
-        mac_filters,
-        no_hop_limits(),
-        RuleSets(applier, clock),
-        keys,
-        policies=policy_store.book,
-    )
-    store = SqliteSource(layout.state / "store.sqlite", now=clock.now().timestamp)
-    listeners = Listeners(inventory)
-    listeners.haproxy = haproxy
-    lookup = Lookup(inventory, records, _no_neighbour, clock, lambda: 60.0, mac_filters)
-    watching = Watching(haproxy, _nothing, lambda _network, _address: None)
-    sources = [store, SimpleNamespace(name="file")]
-    controller = SimpleNamespace(
-        clock=clock,
-        inventory=inventory,
-        records=records,
-        listeners=listeners,
-        lookup=lookup,
-        haproxy=haproxy,
-        sources=SimpleNamespace(all=sources, writable=store, look_up=None, fleet=None),
-        policy_store=policy_store,
-        passwords=passwords,
-        fleet_passwords=None,
-        companion=SimpleNamespace(needed=True),
-        watching=watching,
-        forged_claims=ForgedClaims(mac_filters, clock),
-        documents_problem=lambda: None,
-        holder=SimpleNamespace(settings=SimpleNamespace(limits=LimitsSettings())),
-        **{name: asyncio.Lock() for name in ("patching", "claiming", "overriding")},
-    )
+    one.listeners = listeners = Listeners(controller.inventory, haproxy=haproxy)
+    controller.lookup.read_neighbour = _no_neighbour
+    controller.watching.apply = _nothing
+    controller.probe.problem = None
     server = AdminServer(
         controller,
         directory / "admin.sock",
-        inventory,
+        controller.inventory,
         records,
         listeners,
         fake,
-        policy_store,
-        passwords,
+        controller.policy_store,
+        controller.passwords,
         asyncio.get_running_loop(),
     )
-    controller.forward, controller.end = server.forward, server.end
-    controller.unapplied = lambda: tuple(server.unapplied)
-    controller.counting = SimpleNamespace(
-        report=server.count_tokens, report_instance=server.count_tokens_of
-    )
+    one.forward, one.end = server.forward, server.end
+    store = controller.sources.writable
+    assert store is not None
 
     app = make_app()
     app.state.controller = controller
@@ -330,7 +297,7 @@ async def _served(directory: Path) -> Any:
             records.run(),
             store.run(records.observe),
             keys.run(applier),
-            watching.run(),
+            controller.watching.run(),
             serve(app, listener),
         )
     ]
@@ -341,6 +308,8 @@ async def _served(directory: Path) -> Any:
         with (
             patch.object(status, "report_status", server.report),
             patch.object(routes, "reload_settings", server.reload),
+            patch.object(TokenCounting, "report_tokens", server.count_tokens),
+            patch.object(TokenCounting, "report_instance", server.count_tokens_of),
         ):
             yield server
     finally:

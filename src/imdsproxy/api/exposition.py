@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias, get_type_hints
+from typing import Any, ClassVar, Final, Literal, TypeAlias, get_type_hints
 
 from prometheus_client import metrics_core
 from prometheus_client.exposition import choose_encoder
@@ -26,13 +26,6 @@ _SUFFIXES: Final[Mapping[_Kind, tuple[str, ...]]] = {
     "counter": ("_total",),
     "histogram": ("_bucket", "_count", "_sum"),
 }
-
-# The kinds of metrics; `None` gives no series.
-Gauge: TypeAlias = Annotated[float | None, "gauge"]
-Count: TypeAlias = Annotated[float | None, "counter"]
-Times: TypeAlias = Annotated[Durations | None, "histogram"]
-By: TypeAlias = Mapping[str, float] | Mapping[tuple[str, str], float] | None
-"""Values by label, or by two labels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +47,9 @@ class Metric:
         """The names to use in a query."""
         return ", ".join(self.name + suffix for suffix in _SUFFIXES[self.kind])
 
-    def collect(self, now: Exposed) -> metrics_core.Metric:
-        """Return the family with its current values."""
-        value, about = self.read(now), (self.name, self.help)
+    def family(self, value: Any) -> metrics_core.Metric:
+        """Return the family with these values."""
+        about = self.name, self.help
         if isinstance(value, Durations):
             within = value.within().items()
             buckets = [("+Inf" if le == math.inf else str(le), count) for le, count in within]
@@ -83,7 +76,7 @@ class Exposed(Collector):
     metrics: ClassVar[tuple[Metric, ...]] = ()
 
     def __init_subclass__(cls, prefix: str) -> None:
-        cls.metrics = tuple(_metrics(cls, prefix))
+        cls.metrics = metrics_of(cls, prefix)
 
     @abstractmethod
     def readiness(self) -> Readiness:
@@ -103,13 +96,18 @@ class Exposed(Collector):
 
     def collect(self) -> Iterator[metrics_core.Metric]:
         """Return every family with its current values."""
-        return (metric.collect(self) for metric in self.metrics)
+        return (metric.family(metric.read(self)) for metric in self.metrics)
 
 
-def _metrics(of: type[Exposed], prefix: str) -> Iterator[Metric]:
-    for name, read in vars(of).items():
-        hint: Any = callable(read) and get_type_hints(read, include_extras=True).get("return")
+def metrics_of(cls: type, prefix: str) -> tuple[Metric, ...]:
+    """Return the metrics that a class's own methods are, in their order."""
+    found: list[Metric] = []
+    for name, read in vars(cls).items():
+        if list(getattr(read, "__annotations__", ())) != ["return"]:
+            continue
+        hint: Any = get_type_hints(read, include_extras=True)["return"]
         if hasattr(hint, "__metadata__"):
             kind, *labels = hint.__metadata__
             text = " ".join((read.__doc__ or "").split())
-            yield Metric(f"{prefix}{name}", kind, text, tuple(labels), read)
+            found.append(Metric(f"{prefix}{name}", kind, text, tuple(labels), read))
+    return tuple(found)

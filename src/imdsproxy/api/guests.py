@@ -263,7 +263,7 @@ async def explain(
     else:
         denial = owner.denial or identity.deny(owner.known, in_sync=inventory.in_sync)
         _explain_denied(found, owner, owner.known, denial)
-    served = networks_of(listeners.report.endpoints)
+    served = networks_of(listeners.last_plan.endpoints)
     if not (network in served if network in inventory.networks else listeners.unix.serving):
         # Without a listener the guest gets no answer at all.
         found.verdict, found.answer = "not-served", 503
@@ -382,7 +382,7 @@ def _explain_found(
     if instance.upstream is entities.Upstream.EMBEDDED:
         found.policy = {"dialects": ", ".join(sorted(instance.dialects)) or "none"}
         found.answer = 200 if instance.dialects else 404
-        problem = controller.documents_problem()
+        problem = controller.probe.failure
         if problem is not None:
             found.add(f"no document is answered now: {problem.reason}")
         if problem is not None or not controller.companion.needed:

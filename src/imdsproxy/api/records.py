@@ -28,6 +28,7 @@ from imdsproxy.model.entities import Instance, InstanceId, Network, NetworkId, U
 from imdsproxy.model.inventory import Inventory
 from imdsproxy.model.observation import Conflict
 from imdsproxy.network.listeners.endpoints import networks_of
+from imdsproxy.reconcile.part import Impact, list_problems
 from imdsproxy.sources.sqlite.source import SqliteSource
 
 _AT_ONCE = 500
@@ -133,7 +134,7 @@ def _describe_instances(controller: Controller, instances: Iterable[Instance]) -
     for conflict in inventory.conflicts():
         for claimant in {one.instance for one in conflict.claimants}:
             contested.setdefault(claimant, []).append(conflict)
-    serving = networks_of(listeners.report.endpoints)
+    serving = networks_of(listeners.last_plan.endpoints)
     degraded = [one for one in reversed(listeners.degraded()) if one.network not in serving]
     unserved = {one.network: one.reason for one in degraded}
     refused = {
@@ -329,7 +330,7 @@ async def _in_force(
     pending: list[str] = []
     if not await wait_confirmed(controller, listeners=bool(networks)):
         pending.append(UNCONFIRMED)
-    pending += [problem.reason for problem in controller.unapplied()]
+    pending += [problem.reason for problem in list_problems(controller.parts(), Impact.DELAYS)]
     if networks:
         pending += map(str, await find_unserved(controller.listeners, frozenset(networks)))
     reasons = tuple(dict.fromkeys(pending))

@@ -178,7 +178,7 @@ async def token_report(
     elif project is not None:
         scope = ("project", project)
     policies = controller.records.policies
-    return await controller.counting.report(inventory, policies, days, scope)
+    return await controller.counting.report_tokens(inventory, policies, days, scope)
 
 
 @router.get("/haproxy-configuration", response_class=PlainTextResponse)

@@ -15,6 +15,7 @@ from imdsproxy.model.entities import InstanceId
 from imdsproxy.model.observation import AddressKey
 from imdsproxy.model.policy import OperatorOverride
 from imdsproxy.model.wire import parse_map_value
+from imdsproxy.reconcile.part import Impact, list_problems
 
 _APPLY_DEADLINE_S: Final = 10.0
 
@@ -142,6 +143,6 @@ async def _pending(controller: Controller, confirmation: Awaitable[object]) -> t
         async with asyncio.timeout(_APPLY_DEADLINE_S):
             await confirmation
     except TimeoutError:
-        reasons = (problem.reason for problem in controller.unapplied())
+        reasons = (problem.reason for problem in list_problems(controller.parts(), Impact.DELAYS))
         return tuple(dict.fromkeys((UNCONFIRMED, *reasons)))
     return ()

@@ -7,13 +7,14 @@ so only a comparison with the settings in force shows that settings are missing.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from imdsproxy.config.describe import Setting, all_settings, join_place
 from imdsproxy.config.load import Loaded
 from imdsproxy.config.schema import Settings
 from imdsproxy.config.section import Change
 from imdsproxy.errors import ImdsproxyError, Problem, SettingsDropped
+from imdsproxy.reconcile.part import Gauge, Impact, Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,25 +129,33 @@ def _rules(value: object, place: str = "policy") -> dict[str, object]:
 
 
 @dataclass(slots=True)
-class SettingsHolder:
+class SettingsHolder(Part):
     """Holder of the settings in force, which may change while the parts that read them run.
 
     Settings that need a restart are reported and change nothing until then: parts read them once.
 
     Attributes:
         taken: Called with settings that have come into force.
-        problems: Problems for which the last reload was refused; empty after a success.
+        refused: Problems for which the last reload was refused; empty after a success.
     """
 
+    impact: ClassVar = Impact.UNNOTICED
     loaded: Loaded
     load: Callable[[], Loaded]
     taken: Callable[[Settings], None] = lambda _: None
-    problems: tuple[Problem, ...] = ()
+    refused: tuple[Problem, ...] = ()
 
     @property
     def settings(self) -> Settings:
         """Settings in force."""
         return self.loaded.settings
+
+    def problems(self) -> tuple[Problem, ...]:
+        return self.refused
+
+    def settings_refused(self) -> Gauge:
+        """1 while the last reload of the settings files is refused and the settings before it stay in force."""
+        return bool(self.refused)
 
     def reload(
         self, accept: Callable[[Settings], Iterable[str]], *, allow_dropped: bool = False
@@ -167,13 +176,13 @@ class SettingsHolder:
             files = accept(after.settings)
         except ImdsproxyError as error:
             reason = f"the last reload was refused: {error.message}"
-            self.problems = (Problem("settings", reason, error.hint), *error.problems)
+            self.refused = (Problem("settings", reason, error.hint), *error.problems)
             raise
         changed = diff_settings(self.settings, after.settings)
         known = {one.path for one in changed}
         content = "its content of before", "its new content", Change.LIVE.value
         changed += tuple(SettingChange(path, *content) for path in files if path not in known)
-        self.loaded, self.problems = after, ()
+        self.loaded, self.refused = after, ()
         self.taken(self.settings)
         return SettingsReload(
             changes=changed,

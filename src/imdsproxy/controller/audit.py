@@ -13,11 +13,11 @@ import errno
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import ClassVar, Final
 
 import structlog
 
@@ -26,6 +26,7 @@ from imdsproxy.errors import Problem
 from imdsproxy.haproxy.rules.request_log import lost_line, read_audit
 from imdsproxy.host.files import open_log
 from imdsproxy.host.process import start_thread
+from imdsproxy.reconcile.part import Count, Gauge, Impact, Part
 
 KEPT_WORKERS: Final = "audit-worker"
 """Name under which the service manager stores workers' connections."""
@@ -158,7 +159,7 @@ class _Worker:
 
 
 @dataclass(slots=True)
-class Audit:
+class Audit(Part):
     """Writer of the audit log.
 
     Args:
@@ -170,6 +171,7 @@ class Audit:
         lost: Requests without a line, because HAProxy's ring or the journal had no room.
     """
 
+    impact: ClassVar = Impact.UNNOTICED
     settings: Callable[[], AuditSettings]
     keep: Callable[[socket.socket], bool] = lambda _: False
     clock: Callable[[], float] = time.monotonic
@@ -194,13 +196,28 @@ class Audit:
         reason = f"{settings.destination}: a write has not come back for {waited:.0f} s"
         return Problem(_FIELD, reason, "look at what it is stored on")
 
-    def report(self) -> AuditReport | None:
-        """Report the log; `None` if the settings have none."""
+    def problems(self) -> tuple[Problem | None]:
+        return (self.problem,)
+
+    async def report(self) -> Mapping[str, object]:
         settings, problem = self.settings(), self.problem
         if not settings.one_in:
-            return None
+            return {}
         reason = "" if problem is None else problem.reason
-        return AuditReport(settings.mode, settings.destination, self.written, self.lost, reason)
+        sums = self.written, self.lost
+        return {"audit": AuditReport(settings.mode, settings.destination, *sums, reason)}
+
+    def audit_lines(self) -> Count:
+        """Lines written to the audit log."""
+        return self.written
+
+    def audit_lines_lost(self) -> Count:
+        """Requests without a line in the audit log, because HAProxy's ring or the journal had no room."""
+        return self.lost
+
+    def audit_failing(self) -> Gauge:
+        """1 while the audit log cannot be written; `imdsproxy status` has the reason. Guests are served."""
+        return self.problem is not None if self.settings().one_in else None
 
     async def run(
         self, listener: socket.socket, last: socket.socket, kept: Sequence[socket.socket] = ()

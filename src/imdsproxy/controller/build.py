@@ -2,11 +2,8 @@
 
 import os
 import sys
-from collections.abc import Awaitable, Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from random import SystemRandom
-from typing import TYPE_CHECKING
 
 from imdsproxy.config.schema import DocumentsSettings, HaproxySettings, Settings
 from imdsproxy.controller.companion import Companion
@@ -19,7 +16,6 @@ from imdsproxy.host.files import ensure_directory, write_atomic
 from imdsproxy.host.names import Naming
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.sockets import SocketOwners
-from imdsproxy.host.state import NamespaceRef
 from imdsproxy.model.inventory import Inventory
 from imdsproxy.model.wire import RETRY_AFTER_S
 from imdsproxy.network.anti_spoofing.hop_limits import HopLimits
@@ -27,17 +23,6 @@ from imdsproxy.network.anti_spoofing.kernel import KernelHopLimits, KernelMacFil
 from imdsproxy.network.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.network.listeners.host import SystemHost
 from imdsproxy.nova.upstream import NovaUpstream
-from imdsproxy.reconcile.progress import Backoff, Progress
-from imdsproxy.sources.api import Source
-from imdsproxy.sources.libvirt.source import LibvirtClient, LibvirtSource
-from imdsproxy.sources.neutron.client import NeutronClient
-from imdsproxy.sources.neutron.source import NeutronSource
-from imdsproxy.sources.neutron_namespaces.source import NeutronNamespacesSource
-from imdsproxy.sources.ovn.source import OvnSource
-from imdsproxy.sources.sqlite.source import SqliteSource
-
-if TYPE_CHECKING:
-    from imdsproxy.sources.fleet.source import FleetSource
 
 _SYSTEMD = Path("/run/systemd/system")
 _UNIT_DIRECTORIES = tuple(Path(root, "systemd/system") for root in ("/etc", "/usr/lib", "/lib"))
@@ -128,112 +113,6 @@ def build_spec(settings: Settings, layout: Layout, nova: NovaUpstream) -> Datapl
         nova_times=nova.times,
         count_reads=settings.tokens.one_in,
         audit=settings.audit.one_in,
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class Sources:
-    """Enabled sources.
-
-    Attributes:
-        writable: Source that the admin API writes to.
-        look_up: Source to query for addresses that were not reported.
-        ovn: Source whose networks are provisioned.
-        fleet: Source whose hub learns which records are in force.
-    """
-
-    all: tuple[Source, ...]
-    writable: SqliteSource | None
-    look_up: NeutronSource | None
-    ovn: OvnSource | None
-    fleet: "FleetSource | None"
-
-
-def build_sources(
-    settings: Settings,
-    clock: Clock,
-    begin: Callable[[], Awaitable[object]],
-    progress: Progress,
-    drop_others: Callable[[Collection[NamespaceRef]], Awaitable[None]],
-) -> Sources:
-    """Return the sources that the settings enable.
-
-    Args:
-        settings: Settings of all sources.
-        clock: Clock for expiry times and ages.
-        begin: Wait until sources may start work that is not urgent.
-        progress: Progress of sources' long work.
-        drop_others: Keep requests from leaving these routers, before they are reported.
-    """
-    state, wanted = settings.paths.state_dir, settings.sources
-    sqlite: SqliteSource | None = None
-    neutron: NeutronSource | None = None
-    ovn: OvnSource | None = None
-    found: list[Source] = []
-    if wanted.sqlite.enabled:
-        sqlite = SqliteSource(
-            settings.store_path, now=lambda: clock.now().timestamp(), progress=progress
-        )
-        found.append(sqlite)
-    if wanted.file.enabled:
-        # Import late: with its YAML parser this source takes a sixteenth of a start, and it is off by default.
-        from imdsproxy.sources.file.source import FileSource
-
-        # If a restart finds a broken record file, guests keep their documents.
-        kept = state / "last-good.sqlite"
-        found.append(FileSource(wanted.file.directory, kept, progress=progress))
-    if wanted.neutron.enabled:
-        neutron = NeutronSource(
-            NeutronClient(wanted.neutron),
-            state / "neutron.sqlite",
-            wanted.neutron,
-            clock=clock,
-            random=SystemRandom().random,
-            begin=begin,
-        )
-        found.append(neutron)
-    if wanted.libvirt.enabled:
-        found.append(LibvirtSource(LibvirtClient(wanted.libvirt.uri), wanted.libvirt))
-    if wanted.ovn.enabled:
-        ovn = OvnSource(wanted.ovn)
-        found.append(ovn)
-    if wanted.neutron_namespaces.enabled:
-        directory = NamespaceDirectory(settings.paths.netns_dir)
-        found.append(NeutronNamespacesSource(wanted.neutron_namespaces, directory, drop_others))
-    fleet = build_fleet(settings, clock) if wanted.fleet.enabled else None
-    if fleet is not None:
-        found.append(fleet)
-    return Sources(tuple(found), sqlite, neutron, ovn, fleet)
-
-
-def build_fleet(settings: Settings, clock: Clock) -> "FleetSource":
-    """Return the source that follows a fleet's hubs."""
-    # Import late: most hosts do not need TLS and its libraries.
-    from imdsproxy.sources.fleet.client import HostFiles, HubClient
-    from imdsproxy.sources.fleet.renewal import renew_apart
-    from imdsproxy.sources.fleet.source import FleetSource
-
-    state, wanted = settings.paths.state_dir, settings.sources.fleet
-    files = HostFiles.configured(wanted, state)
-
-    def hubs() -> tuple[str, ...]:
-        return wanted.hubs or files.read_hubs()
-
-    async def renew() -> float | None:
-        # If the certificate file is configured, another PKI made it and renews it.
-        if wanted.certificate_file is None and files.certificate.exists():
-            return await renew_apart(files, hubs(), wanted.timeout_s)
-        return None
-
-    return FleetSource(
-        HubClient(files, wanted.timeout_s),
-        hubs,
-        state / "fleet.sqlite",
-        serve_s=wanted.serve_without_hubs_s,
-        clock=clock,
-        random=SystemRandom().random,
-        backoff=Backoff(min(0.5, wanted.retry_s), wanted.retry_s),
-        renew=renew,
     )
 
 

@@ -23,6 +23,7 @@ from imdsproxy.host import process
 from imdsproxy.host.account import Account, find_closed
 from imdsproxy.model.entities import Instance
 from imdsproxy.model.wire import PROBE_INSTANCE, PROBE_PATH
+from imdsproxy.reconcile.part import Gauge, Part
 from imdsproxy.reconcile.reconciler import Reconciler
 
 _START_DEADLINE_S: Final = 15.0
@@ -32,7 +33,7 @@ _STOP_GRACE_S: Final = 10.0
 
 
 @dataclass(slots=True)
-class Companion:
+class Companion(Part):
     """Supervisor of the document server's parent process: starts, watches and stops it.
 
     Args:
@@ -66,6 +67,10 @@ class Companion:
     def read(self) -> DocumentProcesses:
         """Return the server's running processes."""
         return read_pids(self.pid_file)
+
+    def documents_processes(self) -> Gauge:
+        """Running workers of the document server; no series if the settings disable the server."""
+        return len(self.read().workers) if self.needed else None
 
     async def ensure(self) -> int | None:
         """Start the server, wait until it answers, and return its pid. If it is not needed, stop it and return `None`.
@@ -181,8 +186,21 @@ _probe_record: Final = cache(partial(compile_instance, _INSTANCE, {}))
 _UNASKED: Final = Problem("documents", "no document has been asked for yet", "a moment")
 
 
+@dataclass(frozen=True, slots=True)
+class DocumentsReport:
+    """The document server's processes, the parent first.
+
+    Attributes:
+        needed: False if the settings disable the document server; then it does not run.
+    """
+
+    pids: tuple[int, ...] = ()
+    problem: str = ""
+    needed: bool = True
+
+
 @dataclass(slots=True)
-class DocumentProbe:
+class DocumentProbe(Part):
     """Probe that repeatedly reads a document of its own through HAProxy and the document server.
 
     No real record may have the probe's id, and HAProxy serves it only on a root-only socket: no guest can read it. Its
@@ -190,31 +208,43 @@ class DocumentProbe:
 
     Args:
         account: Getter of the document server's account.
-        needed: False if there is no document server.
 
     Attributes:
-        problem: Reason why guests get no documents.
+        problem: Result of the last probes.
     """
 
+    companion: Companion
     haproxy: Haproxy
     files: DiskFiles
     account: Callable[[], Account | None]
-    needed: bool = True
     problem: Problem | None = field(init=False)
     _failures: int = 0
 
     def __post_init__(self) -> None:
-        self.problem = _UNASKED if self.needed else None
+        self.problem = _UNASKED if self.companion.needed else None
+
+    @property
+    def failure(self) -> Problem | None:
+        """Reason why guests get no documents."""
+        return self.companion.failure or self.problem
+
+    def problems(self) -> tuple[Problem | None]:
+        return (self.failure,)
+
+    async def report(self) -> Mapping[str, object]:
+        reason = "" if self.failure is None else self.failure.reason
+        companion = self.companion
+        return {"documents": DocumentsReport(companion.read().pids, reason, companion.needed)}
 
     async def run(self) -> None:
         """Probe until cancelled."""
-        while self.needed:
+        while self.companion.needed:
             await asyncio.sleep(_EVERY_S)
             await self.ask()
 
     async def ask(self) -> None:
         """Probe once, if the server is needed; one failure after good answers changes nothing."""
-        if not self.needed:
+        if not self.companion.needed:
             return
         found = await self._ask()
         self._failures = 0 if found is None else self._failures + 1

@@ -6,7 +6,7 @@ import sqlite3
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, TypeAlias, TypeVar
+from typing import ClassVar, Final, TypeAlias, TypeVar
 
 import structlog
 
@@ -21,6 +21,7 @@ from imdsproxy.model.entities import Instance, InstanceId, Network, NetworkId, U
 from imdsproxy.model.inventory import Inventory
 from imdsproxy.model.observation import AddressKey
 from imdsproxy.model.packed import FORMAT as PACKED_FORMAT
+from imdsproxy.reconcile.part import Impact, Part
 
 COMPILER: Final = f"{__version__} {COMPILED_FORMAT} {PACKED_FORMAT} ".encode()
 """Program and format versions that compiled a record; another version may compile another record."""
@@ -136,12 +137,13 @@ class Compiling:
 
 
 @dataclass(slots=True)
-class RecordCompiler:
+class RecordCompiler(Part):
     """Compiler that writes and removes records on disk.
 
     Args:
         files: Directory from which the document server reads records.
         region: Getter of the region in the current settings.
+        serves: Whether a document server answers guests from these records.
 
     Attributes:
         revisions: Revisions of the records on disk that guests may read.
@@ -149,14 +151,27 @@ class RecordCompiler:
         warnings: Differences between instances' documents and records.
     """
 
+    impact: ClassVar = Impact.HARMS
     inventory: Inventory
     files: DiskFiles
     index: CompiledIndex
     region: Callable[[], str | None] = lambda: None
+    serves: bool = True
     revisions: dict[InstanceId, str] = field(default_factory=dict)
     failures: dict[InstanceId, Problem] = field(default_factory=dict)
     warnings: dict[InstanceId, tuple[Problem, ...]] = field(default_factory=dict)
     _marks: dict[NetworkId, tuple[Network | None, bytes]] = field(default_factory=dict)
+
+    def problems(self) -> Iterable[Problem]:
+        if self.revisions and not self.serves:
+            yield Problem(
+                "documents.enabled",
+                f"it is off, and {len(self.revisions)} instances have documents of ours: their guests get 503",
+                "switch it on, or give the records `upstream: nova`",
+            )
+
+    async def report(self) -> Mapping[str, object]:
+        return {"warnings": list_warnings(one for found in self.warnings.values() for one in found)}
 
     def compile(
         self, instances: Iterable[InstanceId], compiling: Compiling, *, starting: bool

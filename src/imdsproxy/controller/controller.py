@@ -21,16 +21,19 @@ from imdsproxy.controller.audit import KEPT_WORKERS, Audit
 from imdsproxy.controller.companion import DocumentProbe
 from imdsproxy.controller.compiler import CompiledIndex, RecordCompiler
 from imdsproxy.controller.lookup import Lookup
+from imdsproxy.controller.macs import Macs
 from imdsproxy.controller.policy_store import PolicyStore
 from imdsproxy.controller.record_loop import RecordLoop
 from imdsproxy.controller.rule_sets import RuleSets
+from imdsproxy.controller.sources import build_sources
 from imdsproxy.controller.token_counting import TokenCounting
 from imdsproxy.controller.token_keys import TokenKeys
+from imdsproxy.controller.traffic import Traffic
 from imdsproxy.controller.watchdog import HaproxyWatchdog
 from imdsproxy.controller.watching import Watching
 from imdsproxy.documents.resolver import Resolver
 from imdsproxy.documents.store import DiskFiles, PasswordStore
-from imdsproxy.errors import HostRefused, Problem
+from imdsproxy.errors import HostRefused
 from imdsproxy.fleet.guests import FLEET, FleetPolicies
 from imdsproxy.haproxy.launch import HaproxyProgram, Launcher
 from imdsproxy.haproxy.layout import Layout
@@ -55,6 +58,7 @@ from imdsproxy.network.listeners.loop import ListenerLoop
 from imdsproxy.network.operations import RouterTable
 from imdsproxy.network.ovn.host import OvnHost
 from imdsproxy.nova.upstream import NovaUpstream, NovaWatch
+from imdsproxy.reconcile.part import Part
 from imdsproxy.reconcile.progress import Progress
 
 if TYPE_CHECKING:
@@ -120,21 +124,18 @@ class Controller:
         self.with_data_plane = False
         self.kept = kept_sockets(environment, KEPT_WORKERS, os.getpid())
         self.background: set[asyncio.Task[None]] = set()
-        self.policy_store = PolicyStore(TokenKeys(layout), clock)
-        self.policy_store.open(settings)
         applier = RecordApplier(layout)
         launcher = Launcher(program.path, build.unit_of(settings.haproxy), layout)
-        self.haproxy = Haproxy(program.path, launcher, applier, clock)
-        self.haproxy_version = program.version
+        self.haproxy = Haproxy(program.path, launcher, applier, clock, version=program.version)
         self.nova_watch = NovaWatch(self.haproxy, nova.names)
         self.passwords = PasswordStore(layout.passwords)
         progress, group = Progress(), settings.documents.group
         reader = None if group is None else group_id(group)
         files = DiskFiles(layout.records, self.passwords, reader)
-        self.sources = build.build_sources(
-            settings, clock, self.served.wait, progress, host.drop_others
-        )
-        self.inventory = inventory = Inventory(source.name for source in self.sources.all)
+        self.sources = build_sources(settings, clock, self.served.wait, progress, host.drop_others)
+        self.inventory = inventory = self.sources.inventory
+        self.policy_store = PolicyStore(TokenKeys(layout), clock, inventory)
+        self.policy_store.open(settings)
         self.mac_filters, self.hop_limits = build.build_filters(layout, host, inventory, clock)
         self.mac_filters.on_change = self.hop_limits.on_change = self._trust_changed
         self.mac_filters.on_missing = lambda one: self.touch("MAC filter is gone", (one,))
@@ -145,7 +146,13 @@ class Controller:
         self.records = RecordLoop(
             inventory,
             applier,
-            RecordCompiler(inventory, files, index, lambda: holder.settings.documents.region),
+            RecordCompiler(
+                inventory,
+                files,
+                index,
+                lambda: holder.settings.documents.region,
+                settings.documents.enabled,
+            ),
             clock,
             lambda networks: self.touch("networks changed", networks),
             self._wake,
@@ -181,7 +188,7 @@ class Controller:
         self.watchdog = HaproxyWatchdog(self.haproxy, self._compare_again, self.touch)
         self.companion = build.build_companion(settings, layout, config, environment)
         account = partial(find_account, settings.documents.user, settings.documents.group)
-        self.probe = DocumentProbe(self.haproxy, files, account, settings.documents.enabled)
+        self.probe = DocumentProbe(self.companion, self.haproxy, files, account)
         self.lookup = Lookup(
             inventory,
             self.records,
@@ -196,6 +203,8 @@ class Controller:
         self.resolver = Resolver(
             self.lookup.look, lambda: holder.settings.resolver, clock.monotonic
         )
+        self.macs = Macs(self.mac_filters, self.forged_claims, self.records, self.resolver)
+        self.traffic = Traffic(self.haproxy, clock, lambda: holder.settings.limits)
         self.audit = Audit(lambda: holder.settings.audit, self._keep_worker)
         ovn = self.sources.ovn
         host.ovn = self.ovn = None if ovn is None else OvnHost(ovn, self.touch)
@@ -268,42 +277,31 @@ class Controller:
 
         return found_forwarder(str(self.layout.found_socket), _FORWARD_S)
 
-    def documents_problem(self) -> Problem | None:
-        """Return why guests get no documents."""
-        return self.companion.failure or self.probe.problem
-
-    def unapplied(self) -> tuple[Problem, ...]:
-        """Return the problems that keep changes from guests."""
-        return _found(
-            *self.records.compiler.failures.values(),
-            self.records.failure,
-            self.listeners.failure,
-            self.watchdog.failure,
-            self.documents_problem(),
-            *self.listeners.report.problems,
-            *(() if self.ovn is None else self.ovn.problems()),
+    def parts(self) -> tuple[Part, ...]:
+        """Return the parts that report, in the order of their problems."""
+        optional = (self.ovn, self.sources.look_up, self.sources.fleet)
+        return (
+            self.sources,
+            self.records,
+            self.listeners,
+            self.watchdog,
+            self.probe,
+            *(part for part in optional if part is not None),
+            self.haproxy,
+            self.policy_store.keys,
+            self.records.compiler,
+            self.nova,
+            self.nova_watch,
+            self.audit,
+            self.counting,
+            self.holder,
+            self.listeners.unix,
+            self.companion,
+            self.resolver,
+            self.macs,
+            self.policy_store,
+            self.traffic,
         )
-
-    def own_problems(self) -> tuple[Problem, ...]:
-        """Return the problems that belong to no source, network or instance."""
-        compiled = len(self.records.compiler.revisions)
-        unserved = Problem(
-            "documents.enabled",
-            f"it is off, and {compiled} instances have documents of ours: their guests get 503",
-            "switch it on, or give the records `upstream: nova`",
-        )
-        return _found(
-            *self.unapplied(),
-            self.haproxy.full,
-            self.policy_store.keys.failure,
-            unserved if compiled and not self.companion.needed else None,
-            *self.nova.problems,
-            *self.nova_watch.problems,
-        )
-
-    def unnoticed_problems(self) -> tuple[Problem, ...]:
-        """Return the problems that guests do not notice."""
-        return _found(self.audit.problem, self.counting.problem, *self.holder.problems)
 
     def end(self, *, data_plane: bool) -> None:
         """Request the end of the controller; the admin API finishes its open answers first."""
@@ -408,7 +406,3 @@ def _owner_of(inventory: Inventory, network: str, address: str) -> str | None:
     except ValueError:
         return None
     return owner if isinstance(owner, str) else None
-
-
-def _found(*problems: Problem | None) -> tuple[Problem, ...]:
-    return tuple(problem for problem in problems if problem is not None)

@@ -71,7 +71,7 @@ class FleetHost:
         controller, inventory = self.controller, self.controller.inventory
         failure = controller.records.compiler.failures.get(instance)
         found = [] if failure is None else [failure.reason]
-        documents = controller.documents_problem()
+        documents = controller.probe.failure
         if documents is not None and instance in controller.records.compiler.revisions:
             found.append(documents.reason)
         return found + list(_contradictions(inventory, instance))

@@ -4,7 +4,7 @@ An operator's override is on disk before it takes effect, and survives every res
 """
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from imdsproxy.model.inventory import Inventory
 from imdsproxy.model.policy import OperatorOverride, PolicyBook
 from imdsproxy.model.retired import Overrides, parse_retired
 from imdsproxy.model.tokens import TTL_LIMIT_S
+from imdsproxy.reconcile.part import Part
 
 _FORMAT: Final = 3
 _write: Final = partial(write_atomic, mode=0o600, durable=True)
@@ -87,7 +88,7 @@ class FleetChange:
 
 
 @dataclass(slots=True)
-class PolicyStore:
+class PolicyStore(Part):
     """Store of the policies in force, changed by `read`, `take_fleet` and operators' commands.
 
     Attributes:
@@ -99,6 +100,7 @@ class PolicyStore:
 
     keys: TokenKeys
     clock: Clock
+    inventory: Inventory = field(default_factory=Inventory)
     overrides: Overrides = field(default_factory=Overrides)
     fleet: FleetPolicies = field(default_factory=FleetPolicies)
     departed: dict[str, int] = field(default_factory=dict)
@@ -237,12 +239,15 @@ class PolicyStore:
         self.keys.load()
         self.keys.preload()
 
-    def find_unmatched(self, inventory: Inventory) -> tuple[str, ...]:
+    async def report(self) -> Mapping[str, object]:
+        return {"unmatched_policies": self.find_unmatched()}
+
+    def find_unmatched(self) -> tuple[str, ...]:
         """Return settings sections for a network, project or instance that no source reports.
 
         A section with a mistyped name has no effect, so the instance it should protect stays open.
         """
-        book = self._book
+        book, inventory = self._book, self.inventory
         projects: set[str | None] = set()
         if book.projects:
             for instance in inventory.instances.values():

@@ -34,6 +34,7 @@ from imdsproxy.network.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.network.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.network.anti_spoofing.plan import plan_pairs
 from imdsproxy.nova.routing import NovaRouting
+from imdsproxy.reconcile.part import Part, Times
 from imdsproxy.reconcile.progress import Durations, Progress
 from imdsproxy.reconcile.reconciler import Reconciler, Tickets
 
@@ -76,7 +77,7 @@ class _RoundPlan:
 
 
 @dataclass(slots=True)
-class RecordLoop:
+class RecordLoop(Part):
     """Reconcile loop that keeps compiled records and HAProxy's maps equal to the inventory.
 
     Args:
@@ -131,6 +132,16 @@ class RecordLoop:
     def failure(self) -> Problem | None:
         """Reason why the last round failed."""
         return self._rounds.failure
+
+    def problems(self) -> tuple[Problem | None, ...]:
+        return (*self.compiler.failures.values(), self.failure)
+
+    async def report(self) -> Mapping[str, object]:
+        return {"progress": self.progress.steps}
+
+    def convergence_seconds(self) -> Times:
+        """Time from a source's observation until every worker of HAProxy has confirmed it."""
+        return self.rounds
 
     def observe(self, observation: Observation) -> int:
         """Apply a source's observation; return the ticket that closes when its records are in force."""

@@ -12,6 +12,7 @@ from imdsproxy.controller.controller import UNCONFIRMED, Controller
 from imdsproxy.errors import ImdsproxyError
 from imdsproxy.haproxy.process import link_jail_to_itself
 from imdsproxy.nova.routing import changed_secrets
+from imdsproxy.reconcile.part import Impact, list_problems
 
 _TAKE_OVER_S: Final = 10.0
 _log: Final = structlog.get_logger()
@@ -30,7 +31,8 @@ async def reload_settings(controller: Controller, *, allow_dropped: bool) -> Set
     result, taken_over = _begin(controller, allow_dropped=allow_dropped)
     if taken_over is None or (await asyncio.wait([taken_over], timeout=_TAKE_OVER_S))[0]:
         return result
-    reasons = dict.fromkeys(problem.reason for problem in controller.own_problems())
+    problems = list_problems(controller.parts(), Impact.DELAYS, Impact.HARMS)
+    reasons = dict.fromkeys(problem.reason for problem in problems)
     return replace(result, haproxy_reloaded=False, pending=(UNCONFIRMED, *reasons))
 
 

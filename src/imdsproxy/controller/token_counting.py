@@ -6,7 +6,7 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Annotated, ClassVar, Final, TypeAlias
 
 import structlog
 
@@ -34,6 +34,7 @@ from imdsproxy.host.turns import in_turns
 from imdsproxy.model.entities import InstanceId
 from imdsproxy.model.inventory import Inventory
 from imdsproxy.model.policy import PolicyBook
+from imdsproxy.reconcile.part import By, Impact, Part
 
 _Key: TypeAlias = tuple[str, ...]
 
@@ -57,7 +58,7 @@ def _write(connection: sqlite3.Connection, key: _Key, numbers: Kept | None) -> N
 
 
 @dataclass(slots=True)
-class TokenCounting:
+class TokenCounting(Part):
     """Sums of workers' counts, updated for a report, and before a reload ends a worker.
 
     The sums are on disk within a minute, with the last count of each worker. A worker's table outlives the controller,
@@ -74,6 +75,7 @@ class TokenCounting:
         recalled: Whether the sums include those of earlier controllers.
     """
 
+    impact: ClassVar = Impact.UNNOTICED
     haproxy: Haproxy
     clock: Clock
     one_in: Callable[[], int]
@@ -91,10 +93,22 @@ class TokenCounting:
         self._saved = self.clock.monotonic()
         self.haproxy.before_reload.append(self.refresh)
 
-    @property
-    def problem(self) -> Problem | None:
-        """Reason why counts do not outlive this controller."""
-        return self._cache.problem
+    def problems(self) -> tuple[Problem | None]:
+        """Return why counts do not outlive this controller."""
+        return (self._cache.problem,)
+
+    def metadata_no_token(self) -> Annotated[By, "counter", "network"]:
+        """Reads without a session token that were not refused for that, by network as above.
+
+        Reads of the EC2 tree and of trees that require tokens are counted: each read, an estimate from one read in 20,
+        or none, by `tokens.count_reads`. The count continues over restarts of the controller.
+        """
+        # Until earlier controllers' counts are loaded, Prometheus would take them for new reads.
+        return self.ledger.read if self.recalled else None
+
+    def metadata_no_token_rejected(self) -> Annotated[By, "counter", "network"]:
+        """Reads refused because a session token is required, by network as above."""
+        return self.ledger.refused if self.recalled else None
 
     async def refresh(self) -> None:
         """Read all workers' tables once; retry at the next call what cannot be read."""
@@ -139,7 +153,7 @@ class TokenCounting:
             return
         self.ledger.keep_workers(workers)
 
-    async def report(
+    async def report_tokens(
         self,
         inventory: Inventory,
         policies: Callable[[], PolicyBook],

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from random import SystemRandom
-from typing import Final
+from typing import ClassVar, Final
 
 from imdsproxy.errors import Problem, SecretUnreadable
 from imdsproxy.haproxy.layout import Layout
@@ -15,13 +15,14 @@ from imdsproxy.haproxy.rules.maps import parse_map
 from imdsproxy.host.files import read_secret, write_atomic
 from imdsproxy.model import tokens
 from imdsproxy.model.entities import InstanceId
+from imdsproxy.reconcile.part import Impact, Part
 from imdsproxy.reconcile.reconciler import Reconciler
 
 _write: Final = partial(write_atomic, mode=0o600, durable=True)
 
 
 @dataclass(slots=True)
-class TokenKeys:
+class TokenKeys(Part):
     """Token keys in force.
 
     Args:
@@ -34,6 +35,7 @@ class TokenKeys:
             (`RecordLoop`) calls `ensure`, and drops obsolete ones at `sweep`.
     """
 
+    impact: ClassVar = Impact.HARMS
     layout: Layout
     random: Callable[[int], bytes] = field(default=SystemRandom().randbytes, repr=False)
     keys: tuple[tokens.TokenKey, ...] = field(default=(), repr=False)
@@ -51,6 +53,9 @@ class TokenKeys:
     def failure(self) -> Problem | None:
         """Reason why a worker may not know the keys in force."""
         return self._rounds.failure
+
+    def problems(self) -> tuple[Problem | None]:
+        return (self.failure,)
 
     def read(self, configured: Path | None) -> bool:
         """Read the keys from the file; return whether they have changed.

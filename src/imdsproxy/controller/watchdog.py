@@ -1,7 +1,7 @@
 """Watchdog for HAProxy: handles its end, a hang, and reloads by other programs before guests notice for long."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
@@ -11,9 +11,10 @@ import structlog
 
 from imdsproxy.errors import DataplaneError, HostRefused, Problem, RuntimeUnavailable
 from imdsproxy.haproxy.master import WorkerEnded
-from imdsproxy.haproxy.process import Haproxy
+from imdsproxy.haproxy.process import Haproxy, ReloadReport
 from imdsproxy.haproxy.rules.runtime import Load, Processes
 from imdsproxy.host.process import Doubt, read_stat, wait_gone
+from imdsproxy.reconcile.part import Gauge, Part
 from imdsproxy.reconcile.reconciler import Reconciler
 
 _PROBE_EVERY_S: Final = 1.0
@@ -24,8 +25,21 @@ _PATIENCE_S: Final = 0.2
 so it does not delay the detection of a hung worker."""
 
 
+@dataclass(frozen=True, slots=True)
+class HaproxyReport:
+    """The data plane; `None` for values that are unknown (HAProxy is not started or does not answer)."""
+
+    version: str | None = None
+    master: int | None = None
+    worker: int | None = None
+    old_workers: tuple[int, ...] = ()
+    reloads: int = 0
+    last_reload: ReloadReport | None = None
+    problem: str = ""
+
+
 @dataclass(slots=True)
-class HaproxyWatchdog:
+class HaproxyWatchdog(Part):
     """Supervisor that restarts HAProxy when its master ends, and kills HAProxy when its master or worker hangs.
 
     Args:
@@ -51,6 +65,27 @@ class HaproxyWatchdog:
     def failure(self) -> Problem | None:
         """Reason why HAProxy does not run, or does not answer its master socket."""
         return self._starts.failure
+
+    def problems(self) -> tuple[Problem | None]:
+        return (self.failure,)
+
+    async def report(self) -> Mapping[str, object]:
+        haproxy = self.haproxy
+        processes = haproxy.processes or Processes(0, None)
+        report = HaproxyReport(
+            haproxy.version,
+            processes.master or None,
+            processes.worker,
+            processes.draining,
+            processes.reloads,
+            haproxy.last_reload,
+            "" if self.failure is None else self.failure.reason,
+        )
+        return {"haproxy": report}
+
+    def haproxy_up(self) -> Gauge:
+        """1 while HAProxy's worker answers."""
+        return self.answering and self.haproxy.processes is not None
 
     async def run(self) -> None:
         """Watch until cancelled.

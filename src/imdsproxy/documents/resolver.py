@@ -13,13 +13,14 @@ from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import Final, TypeAlias
+from typing import Annotated, Final, TypeAlias
 
 from imdsproxy.config.schema import ResolverSettings
 from imdsproxy.model.entities import NetworkId, Scope
 from imdsproxy.model.identity import Denial
 from imdsproxy.model.observation import AddressKey
 from imdsproxy.model.wire import MapRecord
+from imdsproxy.reconcile.part import By, Gauge, Part, Times
 from imdsproxy.reconcile.progress import Durations
 
 _QUIET_S: Final = 60.0
@@ -41,7 +42,7 @@ _MAY_COME: Final = (Denial.UNKNOWN, Denial.UNAVAILABLE)
 
 
 @dataclass(slots=True)
-class Resolver:
+class Resolver(Part):
     """Resolver of unknown addresses, which holds a request while the answer may still arrive.
 
     Args:
@@ -67,6 +68,24 @@ class Resolver:
     @property
     def held(self) -> int:
         return self._held.total()
+
+    def resolver_requests(self) -> Annotated[By, "counter", "outcome"]:
+        """Requests from unknown addresses by outcome.
+
+        The outcomes are found, unknown, unavailable, conflict, over-limit and gone (the guest left).
+        """
+        return {outcome: self.outcomes[outcome] for outcome in (FOUND, *Denial)}
+
+    def resolver_seconds(self) -> Times:
+        """Time from a request of an unknown address until its guest was identified, without the answer itself.
+
+        The time includes the wait of a request that is held until a source reports the guest.
+        """
+        return self.durations
+
+    def resolver_held(self) -> Gauge:
+        """Requests from unknown addresses that are held now."""
+        return self.held
 
     def wake(self, keys: Iterable[AddressKey] | None) -> None:
         """Look these addresses up again, which may have become known; `None` for all, as when a source came in sync."""

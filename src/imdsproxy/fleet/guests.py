@@ -84,3 +84,31 @@ def plan_password(local: bytes | None, fleet: bytes | None, before: bytes | None
         return None
     # A local password that differs from the cleared one is new: the guest may post again after the clearing.
     return Forget() if fleet == CLEARED and local == before else Send(local)
+
+
+@dataclass(frozen=True, slots=True)
+class FleetReport:
+    """State of the fleet on this host.
+
+    Attributes:
+        hub: URL of the hub that this host follows; empty for none.
+        age_s: Seconds since a followed hub last knew the state of the fleet.
+        revision: All items up to this revision are in force, except items in `failing`.
+        items: Number of items in force.
+        held: Items that are still served although the fleet's store lacks them or has an older version.
+        failing: Items whose newest version is not in force, with reasons.
+        skew_s: Seconds by which the hub's clock is ahead of this host's.
+        certificate_end: Unix time when this host's certificate ends; `None` if another program renews the certificate.
+        serves_for_s: Seconds for which instances are still served without a hub; 0 if guests get 503, `None` for no
+            limit.
+    """
+
+    hub: str
+    age_s: float
+    revision: int
+    items: int
+    held: tuple[str, ...] = ()
+    failing: Mapping[str, str] = field(default_factory=dict)
+    skew_s: float = 0.0
+    certificate_end: float | None = None
+    serves_for_s: float | None = None

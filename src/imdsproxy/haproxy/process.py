@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
 import structlog
 
@@ -23,6 +23,7 @@ from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import ensure_directory, write_atomic
 from imdsproxy.host.process import Doubt, read_stat, run_program, wait_gone
 from imdsproxy.host.socket_file import read_listener
+from imdsproxy.reconcile.part import By, Gauge, Impact, Part, Times
 from imdsproxy.reconcile.progress import Durations
 
 _CHECK_DEADLINE_S = 60.0
@@ -45,10 +46,11 @@ class ReloadReport:
 
 
 @dataclass(slots=True)
-class Haproxy:
+class Haproxy(Part):
     """HAProxy on this host: starts, adopts and reloads it, and probes whether it answers.
 
     Attributes:
+        version: Version of the program; `None` if unknown.
         reload_durations: Durations of successful starts and reloads, from the command until the worker serves.
         full: Reason why guests wait, while HAProxy has reached its connection limit.
         before_reload: Callbacks before a reload, to read from the old workers within half a second; must not raise.
@@ -57,6 +59,7 @@ class Haproxy:
     Every start and reload happens under the records' lock, so a new worker's maps equal the files.
     """
 
+    impact: ClassVar = Impact.HARMS
     program: str
     launcher: Launcher
     records: RecordApplier
@@ -70,6 +73,7 @@ class Haproxy:
     reload_counts: Counter[str] = field(default_factory=lambda: Counter(ok=0, failed=0))
     reload_durations: Durations = field(default_factory=Durations)
     before_reload: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
+    version: str | None = None
 
     def __post_init__(self) -> None:
         self.layout, self.master = self.records.layout, self.records.master
@@ -83,6 +87,25 @@ class Haproxy:
     def pids(self) -> tuple[int, ...]:
         """Pids of the master and all workers; none while HAProxy does not run."""
         return () if self.processes is None else self.processes.pids
+
+    def problems(self) -> tuple[Problem | None]:
+        return (self.full,)
+
+    def haproxy_old_workers(self) -> Gauge:
+        """Workers from before a reload that still have open connections."""
+        return 0 if self.processes is None else len(self.processes.draining)
+
+    def haproxy_reloads(self) -> Annotated[By, "counter", "result"]:
+        """Reloads of HAProxy by result: ok or failed."""
+        return self.reload_counts
+
+    def haproxy_reload_seconds(self) -> Times:
+        """Time from the order to start or reload HAProxy until the new worker serves; failures are not counted."""
+        return self.reload_durations
+
+    def haproxy_commands(self) -> Annotated[By, "counter", "result"]:
+        """Runtime API commands by result: ok or failed."""
+        return self.master.commands
 
     async def adopt(self) -> bool:
         """Adopt a running master; return whether there is one together with its map files.

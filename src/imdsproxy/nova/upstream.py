@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Final
+from typing import Annotated, ClassVar, Final
 
 import structlog
 
@@ -22,6 +22,7 @@ from imdsproxy.haproxy.rules.runtime import WorkerTotals, parse_count
 from imdsproxy.host.files import read_secret, write_atomic
 from imdsproxy.model.entities import IpAddress
 from imdsproxy.nova.routing import EndpointSet, NovaRouting, find_secret_fault
+from imdsproxy.reconcile.part import By, Impact, Part
 
 RESOLVE_EVERY_S: Final = 30.0
 _MAX_ADDRESSES: Final = 8
@@ -43,20 +44,21 @@ async def resolve_name(name: str) -> tuple[IpAddress, ...]:
 
 
 @dataclass(slots=True)
-class NovaUpstream:
+class NovaUpstream(Part):
     """Nova's endpoints in force, changed by `read`, and by `resolve` if a name has other addresses.
 
     Attributes:
         directory: Directory for files that HAProxy reads and that are made from other files.
         resolver: Function that returns the addresses of a host's name; raises `OSError` if the look-up fails.
         routing: Destinations of requests, and their signing secrets.
-        problems: Names that cannot be resolved.
+        unresolved: Names that cannot be resolved, with reasons.
     """
 
+    impact: ClassVar = Impact.HARMS
     directory: Path
     resolver: Callable[[str], Awaitable[tuple[IpAddress, ...]]] = resolve_name
     routing: NovaRouting = field(default_factory=NovaRouting)
-    problems: tuple[Problem, ...] = ()
+    unresolved: tuple[Problem, ...] = ()
     _settings: NovaSettings = field(default_factory=NovaSettings)
     _tls: Mapping[str, NovaTls | None] = field(default_factory=dict)
     _addresses: dict[str, tuple[IpAddress, ...]] = field(default_factory=dict)
@@ -79,6 +81,9 @@ class NovaUpstream:
         changed = routing != self.routing
         self.routing, self._settings = routing, settings
         return changed
+
+    def problems(self) -> tuple[Problem, ...]:
+        return self.unresolved
 
     def names(self) -> tuple[str, ...]:
         """Return the names of the endpoint sets."""
@@ -109,11 +114,11 @@ class NovaUpstream:
         ]
         problems = tuple(problem for problem in looked_up if problem is not None)
         for problem in problems:
-            if problem not in self.problems:
+            if problem not in self.unresolved:
                 structlog.get_logger().warning(
                     "nova endpoint not found", field=problem.field, reason=problem.reason
                 )
-        self.problems = problems
+        self.unresolved = problems
         return before != self._addresses
 
     async def follow(self, on_change: Callable[[], object]) -> None:
@@ -244,7 +249,7 @@ class NovaEndpointReport:
 
 
 @dataclass(slots=True)
-class NovaWatch:
+class NovaWatch(Part):
     """Reader of HAProxy's counters for Nova, at intervals.
 
     If Nova refuses our signature, it answers 403 to every request of its guests. That is logged once, and again only
@@ -258,6 +263,7 @@ class NovaWatch:
         refused: Number of answers 403 by endpoint set, since the controller knows the set.
     """
 
+    impact: ClassVar = Impact.HARMS
     haproxy: Haproxy
     sets: Callable[[], Iterable[str]]
     endpoints: tuple[NovaEndpointReport, ...] = ()
@@ -266,12 +272,27 @@ class NovaWatch:
     _refusing: set[str] = field(default_factory=set)
     _looked: bool = False
 
-    @property
     def problems(self) -> tuple[Problem, ...]:
-        """Endpoint sets whose Nova refuses our signature now, and sets without an answering endpoint."""
+        """Return endpoint sets whose Nova refuses our signature now, and sets without an answering endpoint."""
         answering = {one.endpoint_set for one in self.endpoints if one.up}
         silent = {one.endpoint_set for one in self.endpoints} - answering
         return (*map(_refused, sorted(self._refusing)), *map(_silent, sorted(silent)))
+
+    async def report(self) -> Mapping[str, object]:
+        await self.refresh()
+        return {"nova": self.endpoints}
+
+    def nova_endpoint_up(self) -> Annotated[By, "gauge", "endpoint_set", "endpoint"]:
+        """1 while HAProxy considers the endpoint of Nova up."""
+        return {(one.endpoint_set, one.endpoint): one.up for one in self.endpoints}
+
+    def nova_endpoint_failures(self) -> Annotated[By, "counter", "endpoint_set", "endpoint"]:
+        """Failed connections to the endpoint of Nova, and requests without a timely and complete answer."""
+        return {(one.endpoint_set, one.endpoint): one.failures for one in self.endpoints}
+
+    def nova_refused(self) -> Annotated[By, "counter", "endpoint_set"]:
+        """Answers 403 from Nova, by endpoint set: Nova refuses the signature, most likely for another secret."""
+        return {**dict.fromkeys(self.sets(), 0), **self.refused.totals}
 
     async def refresh(self) -> None:
         """Read the counters once; if HAProxy does not answer, the last report stays."""

@@ -28,7 +28,8 @@ from imdsproxy.model.records import INSTANCE as INSTANCE_TABLE
 from imdsproxy.model.records import NETWORK as NETWORK_TABLE
 from imdsproxy.model.records import parse_instance
 from imdsproxy.model.records.schema import Table
-from support.admin_server import INSTANCE, NETWORK, NOW, AdminServer
+from support.admin_server import INSTANCE, NETWORK, AdminServer
+from support.controllers import NOW
 
 WEB = InstanceId("web-1")
 

@@ -93,7 +93,7 @@ def test_what_another_record_or_source_has_is_refused_with_its_fields(
 
 
 def test_without_a_writable_source_nothing_can_be_written(server: AdminServer) -> None:
-    server.controller.sources.writable = None
+    server.controller.sources = replace(server.controller.sources, writable=None)
     with pytest.raises(SourceRefused, match="no source can be written to"):
         _put(server, "blue", "other")
 
@@ -389,7 +389,8 @@ def test_what_is_not_confirmed_in_time_says_why(
     for done in (_act(server), server.client.request("POST", "/v1/token-keys/rotate")):
         assert not done["applied"]
         unconfirmed = "the data plane has not confirmed it yet"
-        assert done["pending"] == [unconfirmed, "HAProxy does not answer"]
+        assert done["pending"][0] == unconfirmed
+        assert "HAProxy does not answer" in done["pending"]
 
 
 def test_a_rotation_returns_when_workers_know_the_key(server: AdminServer) -> None:

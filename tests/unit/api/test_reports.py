@@ -5,33 +5,36 @@ import contextlib
 import http.client
 import json
 import math
+import os
 import re
+import shutil
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from imdsproxy import __version__
 from imdsproxy.api.answers import Readiness
+from imdsproxy.api.exposition import Exposed
 from imdsproxy.api.health import HealthServer
-from imdsproxy.api.metrics import Metrics, count_traffic
 from imdsproxy.api.status import report_readiness, report_status
-from imdsproxy.config.policy import AuditSettings
-from imdsproxy.controller.audit import Audit
+from imdsproxy.controller.controller import Controller
+from imdsproxy.controller.traffic import count_traffic
 from imdsproxy.errors import Problem
 from imdsproxy.haproxy.rules.runtime import WorkerTotals
-from imdsproxy.model.entities import InstanceId, NetworkId
-from imdsproxy.model.inventory import Report
-from imdsproxy.model.observation import StrandedPort
-from imdsproxy.network.endpoints import NotServed, NotServedCode
+from imdsproxy.model.entities import Instance, InstanceId, NetworkId, Port
+from imdsproxy.model.observation import Observation
+from imdsproxy.network.endpoints import NotServed
+from imdsproxy.network.listeners.plan import ListenerPlan
+from imdsproxy.nova.upstream import NovaEndpointReport
+from imdsproxy.reconcile.part import Gauge
 from imdsproxy.reconcile.progress import Durations
-from support.fake_controller import HEALTHY, fake_controller, fake_metrics, row
+from support.controllers import BROKEN, BUSY, busy_controller, expose, idle_controller, row
 
 _RELOAD = ("number", "at", "reason", "ok", "result", "took_s")
 
@@ -40,10 +43,17 @@ async def _report(controller: Any) -> dict[str, Any]:
     return asdict(await report_status(controller))
 
 
-async def test_every_part_is_in_the_report() -> None:
-    report = await _report(fake_controller())
+@pytest.fixture
+def busy(tmp_path: Path) -> Iterator[Controller]:
+    with busy_controller(tmp_path) as controller:
+        yield controller
+
+
+async def test_every_part_is_in_the_report(busy: Controller) -> None:
+    busy.started = 5.0
+    report = await _report(busy)
     counts = [report[name] for name in ("networks", "serving", "instances", "addresses")]
-    assert counts == [3, 2, 3, 4]
+    assert counts == [2, 1, 3, 4]
     assert report["uptime_s"] == 93_784.0
     assert report["not_served"][0]["reason"] == "nginx has port 80"
     assert report["unmatched_policies"] == ("policy.networks.bleu",)
@@ -56,100 +66,168 @@ async def test_every_part_is_in_the_report() -> None:
     }
     reload = dict(zip(_RELOAD, (8, 6.0, "networks changed", False, "no file", 0.5), strict=True))
     assert values == {
-        "documents": ((1, 2, 3), "", True),
+        "documents": ((os.getpid(),) * 3, "", True),
         "last_plan": (7.0, 3, ("networks changed",), ("red: no device",), 0.002),
         "unix_listener": ("/run/agent", True, "0644", 1, 2, "", 2, "agent (pid 7)"),
         "macs": (
             *(3, 4, 2, 1, {"red": 3}),
             {"red": 7},
-            ("10.0.0.5 in network red by 52:54:00:00:00:09",),
+            ("169.254.169.254 in network red by 52:54:00:00:00:09",),
         ),
         "audit": ("all", "/x", 40, 4, "/x: disk full"),
         "fleet": (
             "https://hub1:7443",
-            2.5,
+            pytest.approx(2.5, abs=2),
             812,
             2,
             ("instance/b",),
             {"instance/a": "the disk is full"},
             0.25,
             1_800_000_000.0,
-            3600.0,
+            pytest.approx(3597.5, abs=2),
         ),
         "haproxy": ("3.0.11", 100, 102, (101,), 8, reload, ""),
     }
 
 
-async def test_a_source_that_does_not_answer_says_for_how_long() -> None:
-    one = fake_controller()
-    sources = {each["name"]: each for each in (await _report(one))["sources"]}
+async def test_a_source_that_does_not_answer_says_for_how_long(busy: Controller) -> None:
+    sources = {each["name"]: each for each in (await _report(busy))["sources"]}
     assert sources["neutron"]["stale_s"] == 12.5
+    assert sources["fleet"]["stale_s"] == pytest.approx(2.5, abs=2)
     assert (sources["sqlite"]["stale_s"], sources["sqlite"]["instances"]) == (0.0, 3)
     assert [each["reason"] for each in sources["sqlite"]["problems"]] == ["is empty"]
-    one.sources.look_up.queries.stale_s = 0.0
-    assert [each["stale_s"] for each in (await _report(one))["sources"]] == [0.0, 0.0]
+    assert busy.sources.look_up is not None
+    busy.sources.look_up.queries.outage = None
+    sources = {each["name"]: each for each in (await _report(busy))["sources"]}
+    assert sources["neutron"]["stale_s"] == 0.0
 
 
-async def test_a_port_in_a_network_that_no_source_has_is_a_problem_of_its_source() -> None:
-    one = fake_controller()
-    stranded = StrandedPort("sqlite", InstanceId("web"), 0, NetworkId("gone"))
-    one.inventory.stranded = lambda: (stranded,)
-    one.sources.all[1].explain_stranded = lambda port: port.problem(file="/etc/web.yaml", line=3)
-    neutron, sqlite = (await _report(one))["sources"]
+async def test_a_port_in_a_network_that_no_source_has_is_a_problem_of_its_source(
+    busy: Controller,
+) -> None:
+    gone = Port(NetworkId("gone"))
+    web = Instance(InstanceId("web"), "web", "web", ports=(gone,))
+    busy.records.observe(Observation("sqlite", instances={web.id: web}))
+    neutron, *_, sqlite = sorted((await _report(busy))["sources"], key=lambda one: one["name"])[1:]
     found = sqlite["problems"][-1]
     assert found["field"] == "instances.web.ports[0].network"
-    assert (found["file"], found["line"]) == ("/etc/web.yaml", 3)
     assert (found["reason"], neutron["problems"]) == ("there is no network gone", ())
 
 
-async def test_without_haproxy_its_processes_are_not_known() -> None:
-    one = fake_controller()
-    one.haproxy.processes = one.haproxy.last_reload = None
-    haproxy = (await _report(one))["haproxy"]
+async def test_without_haproxy_its_processes_are_not_known(busy: Controller) -> None:
+    busy.haproxy.processes = busy.haproxy.last_reload = None
+    haproxy = (await _report(busy))["haproxy"]
     assert (haproxy["master"], haproxy["old_workers"], haproxy["last_reload"]) == (None, (), None)
 
 
-_BROKEN = Problem("x", "is broken")
+def _set(*places: str) -> Callable[[Controller], None]:
+    """Put a problem at these paths."""
+
+    def change(one: Any) -> None:
+        for place in places:
+            part, name = one, place
+            while "." in name:
+                step, name = name.split(".", 1)
+                part = getattr(part, step)
+            setattr(part, name, BROKEN)
+
+    return change
+
+
+def _end_haproxy(one: Controller) -> None:
+    one.haproxy.processes = None
+
+
+def _hang_haproxy(one: Controller) -> None:
+    one.watchdog.answering = False
+
+
+def _lose_source(one: Controller) -> None:
+    one.records.observe(Observation("sqlite", in_sync=False))
+
+
+def _end_documents(one: Controller) -> None:
+    one.records.compiler.serves, one.records.compiler.revisions = False, {InstanceId("a"): "1"}
+
+
+def _fail_record(one: Controller) -> None:
+    one.records.compiler.failures[InstanceId("a")] = BROKEN
+
+
+def _lose_name(one: Controller) -> None:
+    one.nova.unresolved = (BROKEN,)
+
+
+def _lose_endpoint(one: Controller) -> None:
+    one.nova_watch.endpoints = (NovaEndpointReport("default", "192.0.2.2:8775", up=False),)
+
+
+def _refuse_operation(one: Controller) -> None:
+    one.listeners.last_plan = ListenerPlan(problems=(BROKEN,))
 
 
 @pytest.mark.parametrize(
-    ("changed", "reason"),
+    ("change", "reason"),
     [
-        ({"listeners.report.problems": ()}, ""),
-        ({"haproxy.processes": None}, "HAProxy does not run"),
-        ({"watchdog.answering": False}, "HAProxy does not answer a probe"),
-        ({"inventory.reports": {"sqlite": Report()}}, "source sqlite is not in sync"),
-        ({"companion.needed": False, "records.compiler.revisions": {"a": "1"}}, "upstream: nova"),
+        (lambda _: None, ""),
+        (_end_haproxy, "HAProxy does not run"),
+        (_hang_haproxy, "HAProxy does not answer a probe"),
+        (_lose_source, "source sqlite is not in sync"),
+        (_end_documents, "upstream: nova"),
+        (_fail_record, "x: is broken"),
+        (_lose_name, "x: is broken"),
+        (_lose_endpoint, "no endpoint answers"),
+        (_refuse_operation, "x: is broken"),
         *(
-            ({name: _BROKEN}, "x: is broken")
+            (_set(name), "x: is broken")
             for name in (
                 "haproxy.full",
-                "policy_store.keys.failure",
-                "records.failure",
-                "listeners.failure",
-                "watchdog.failure",
-                "companion.failure",
+                "policy_store.keys._rounds.failure",
+                "records._rounds.failure",
+                "listeners._rounds.failure",
+                "watchdog._starts.failure",
+                "companion._starts.failure",
                 "probe.problem",
             )
         ),
-        ({"records.compiler.failures": {"a": _BROKEN}}, "x: is broken"),
-        ({"nova.problems": (_BROKEN,)}, "x: is broken"),
-        ({"nova_watch.problems": (_BROKEN,)}, "x: is broken"),
-        ({"holder.settings.metrics.degraded": "not-ready"}, "network red: nginx has port 80"),
     ],
 )
 def test_a_controller_is_ready_unless_guests_do_not_get_what_sources_have(
-    changed: dict[str, object], reason: str
+    tmp_path: Path, change: Callable[[Controller], None], reason: str
 ) -> None:
-    one = fake_controller(**{"listeners.report.problems": (), **changed})
-    readiness = report_readiness(one)
+    with idle_controller(tmp_path, audit={"mode": "all", "destination": "/x"}) as one:
+        one.audit._failure = Problem("audit.destination", "/x: disk full")
+        change(one)
+        readiness = report_readiness(one)
     assert readiness.ready is not bool(reason)
     assert reason in "\n".join(readiness.reasons)
     assert readiness.degraded[-1] == "audit.destination: /x: disk full"
 
 
+@pytest.mark.parametrize("degraded", ["ready", "not-ready"])
+def test_a_network_that_is_not_served_counts_by_the_settings(tmp_path: Path, degraded: str) -> None:
+    with idle_controller(tmp_path, metrics={"degraded": degraded}) as one:
+        one.listeners.last_plan = ListenerPlan(not_served=(BUSY,))
+        readiness = report_readiness(one)
+    assert "network red: nginx has port 80" in readiness.degraded[0]
+    assert readiness.ready is (degraded == "ready")
+    assert readiness.reasons == (() if readiness.ready else readiness.degraded)
+
+
 _NOT_READY: Final = Readiness(False, ("source file is not in sync", "the probe failed"))
 _OPENMETRICS: Final = "application/openmetrics-text; version=1.0.0"
+
+
+@dataclass(eq=False)
+class _Reports(Exposed, prefix="imdsproxy_"):
+    answer: Readiness
+
+    def readiness(self) -> Readiness:
+        return self.answer
+
+    def ready(self) -> Gauge:
+        """Whether it is."""
+        return self.answer.ready
 
 
 @contextlib.contextmanager
@@ -158,9 +236,7 @@ def _server(readiness: Readiness | None = None, *, alive: bool = True) -> Iterat
     listener = socket.create_server(("127.0.0.1", 0))
     with HealthServer(listener, alive=lambda: alive) as server:
         if readiness is not None:
-            metrics = fake_metrics(fake_controller())
-            reports = SimpleNamespace(readiness=lambda: readiness, expose=metrics.expose)
-            server.reports = cast("Metrics", reports)
+            server.reports = _Reports(readiness)
         yield listener.getsockname()[1]
 
 
@@ -263,23 +339,26 @@ async def test_what_is_no_request_is_400(request_bytes: bytes) -> None:
         writer.close()
 
 
-def test_many_degraded_networks_are_counted_and_the_first_are_named() -> None:
-    busy, one = NotServedCode.PORT_BUSY, fake_controller(**HEALTHY)
-    not_served = [
-        NotServed(NetworkId(f"m{number:04}"), None, busy, "no device", "add it")
+def test_many_degraded_networks_are_counted_and_the_first_are_named(tmp_path: Path) -> None:
+    not_served = tuple(
+        NotServed(NetworkId(f"m{number:04}"), None, BUSY.code, "no device", "add it")
         for number in range(1000)
-    ]
-    one.listeners.degraded = lambda: not_served
-    lines = report_readiness(one).degraded
-    assert lines[0] == "network m0000: no device (port-busy); add it"
-    assert (len(lines), lines[-1]) == (21, "and 980 more networks: imdsproxy status")
-    one.listeners.degraded = lambda: not_served[:20]
-    assert len(report_readiness(one).degraded) == 20
+    )
+    with idle_controller(tmp_path) as one:
+        one.listeners.last_plan = ListenerPlan(not_served=not_served)
+        lines = report_readiness(one).degraded
+        assert lines[0] == "network m0000: no device (port-busy); add it"
+        assert (len(lines), lines[-1]) == (21, "and 980 more networks: imdsproxy status")
+        one.listeners.last_plan = ListenerPlan(not_served=not_served[:20])
+        assert len(report_readiness(one).degraded) == 20
 
 
 FIGURES = f"""
 build_info{{version="{__version__}"}} 1.0
 ready 0.0
+learned_addresses 1.0
+pairs 2.0
+networks_serving 1.0
 networks_not_served{{code="port-busy"}} 1.0
 foreign_listeners{{effect="blocks"}} 2.0
 source_in_sync{{source="sqlite"}} 1.0
@@ -295,21 +374,21 @@ nova_endpoint_failures_total{{endpoint="192.0.2.1:8775",endpoint_set="default"}}
 nova_endpoint_up{{endpoint="192.0.2.2:8775",endpoint_set="default"}} 0.0
 nova_refused_total{{endpoint_set="default"}} 6.0
 haproxy_reloads_total{{result="failed"}} 1.0
-haproxy_reload_seconds_count 7.0
-haproxy_reload_seconds_sum 0.5
-haproxy_reload_seconds_bucket{{le="0.05"}} 6.0
-plan_seconds_bucket{{le="0.025"}} 8.0
-resolver_seconds_bucket{{le="0.005"}} 3.0
-neutron_query_seconds_bucket{{le="0.25"}} 8.0
-neutron_query_seconds_sum 1.5
+haproxy_reload_seconds_count 1.0
+haproxy_reload_seconds_sum 0.05
+haproxy_reload_seconds_bucket{{le="0.05"}} 1.0
+plan_seconds_bucket{{le="0.025"}} 1.0
+resolver_seconds_bucket{{le="0.005"}} 1.0
+neutron_query_seconds_bucket{{le="0.25"}} 1.0
+neutron_query_seconds_sum 0.25
 clock_seconds 1.760093784e+09
 documents_processes 2.0
 limited_guests 2.0
 convergence_seconds_sum 0.125
-convergence_seconds_count 10.0
+convergence_seconds_count 1.0
 convergence_seconds_bucket{{le="0.002"}} 0.0
-convergence_seconds_bucket{{le="0.01"}} 9.0
-convergence_seconds_bucket{{le="+Inf"}} 10.0
+convergence_seconds_bucket{{le="0.25"}} 1.0
+convergence_seconds_bucket{{le="+Inf"}} 1.0
 resolver_requests_total{{outcome="unknown"}} 2.0
 network_connections_total{{network="blue"}} 100.0
 network_denied_total{{network="blue"}} 3.0
@@ -320,7 +399,6 @@ metadata_no_token_total{{network="blue"}} 8.0
 metadata_no_token_rejected_total{{network="blue"}} 2.0
 metadata_no_token_rejected_total{{network="red"}} 0.0
 fleet_connected 1.0
-fleet_age_seconds 2.5
 fleet_expired 0.0
 fleet_revision 812.0
 fleet_failing 1.0
@@ -336,8 +414,10 @@ neutron_backoff_seconds 0.75
 """
 
 
-def _exposed(**changed: object) -> str:
-    return fake_metrics(fake_controller(**changed)).expose("")[1].decode()
+@pytest.fixture(scope="module")
+def exposed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with busy_controller(tmp_path_factory.mktemp("busy")) as controller:
+        yield expose(controller)
 
 
 def _names(text: str) -> set[str]:
@@ -346,26 +426,31 @@ def _names(text: str) -> set[str]:
 
 
 @pytest.mark.parametrize("figure", FIGURES.split("\n")[1:-1])
-def test_a_figure_has_its_name(figure: str) -> None:
-    assert f"\nimdsproxy_{figure}\n" in _exposed()
+def test_a_figure_has_its_name(exposed: str, figure: str) -> None:
+    assert f"\nimdsproxy_{figure}\n" in exposed
 
 
-def test_what_is_off_has_no_series() -> None:
-    off = {
-        "sources.look_up": None,
-        "sources.fleet": None,
-        "audit": Audit(AuditSettings),
-    }
-    names = _names(_exposed(**off, **{"companion.needed": False}))
-    absent = ("audit_failing", "documents_processes")
+def test_an_age_is_exposed(exposed: str) -> None:
+    found = re.search(r"^imdsproxy_fleet_age_seconds (.*)$", exposed, re.MULTILINE)
+    assert found is not None
+    assert float(found[1]) == pytest.approx(2.5, abs=5)
+
+
+def test_what_is_off_has_no_series(tmp_path: Path) -> None:
+    with idle_controller(tmp_path, documents={"enabled": False}) as controller:
+        names = _names(expose(controller))
+    absent = ("audit_failing", "documents_processes", "unix_listener_serving")
+    assert "imdsproxy_ready" in names
     assert not [
         name for name in names if "neutron" in name or "fleet" in name or name.endswith(absent)
     ]
 
 
-def test_the_room_on_the_disks_of_both_directories_is_exposed(tmp_path: Path) -> None:
-    places = {"layout.runtime": tmp_path, "layout.state": tmp_path / "removed"}
-    text = _exposed(**places)
+def test_the_room_on_the_disks_of_both_directories_is_exposed(
+    tmp_path: Path, busy: Controller
+) -> None:
+    shutil.rmtree(tmp_path / "state")
+    text = expose(busy)
     lines = re.findall(
         r'^imdsproxy_disk_(\w+)_bytes{directory="runtime"} (\S+)$', text, re.MULTILINE
     )
@@ -373,25 +458,28 @@ def test_the_room_on_the_disks_of_both_directories_is_exposed(tmp_path: Path) ->
     assert 'directory="state"' not in text
 
 
-def test_each_metric_is_exposed_once_with_help_and_type_and_no_other_of_ours() -> None:
-    text = _exposed()
-    described = {name for metric in Metrics.metrics for name in metric.exposed.split(", ")}
-    assert {name for name in _names(text) if name.startswith("imdsproxy_")} == described
-    assert "process_resident_memory_bytes" in _names(text)
+def test_each_metric_is_exposed_once_with_help_and_type_and_no_other_of_ours(exposed: str) -> None:
+    page = (
+        (Path(__file__).parents[3] / "docs/reference/metrics.md")
+        .read_text()
+        .partition("## Of a hub")[0]
+    )
+    described = set(re.findall(r"imdsproxy_\w+", page))
+    assert {name for name in _names(exposed) if name.startswith("imdsproxy_")} == described
+    assert "process_resident_memory_bytes" in _names(exposed)
     for word in ("HELP", "TYPE"):
-        names = re.findall(rf"^# {word} (\S+)", text, re.MULTILINE)
+        names = re.findall(rf"^# {word} (\S+)", exposed, re.MULTILINE)
         assert len(names) == len(set(names))
-        assert {name.removesuffix("_total") for name in names} >= {
-            one.name for one in Metrics.metrics
-        }
 
 
-def test_with_more_networks_than_wanted_there_is_one_sum() -> None:
-    metrics = fake_metrics(fake_controller(**{"holder.settings.metrics.network_series": 1}))
-    metrics.traffic.add(2, count_traffic([row(f"net-{number}", 1) for number in range(1000)]))
-    lines = metrics.expose("")[1].decode().split("\n")
-    lines = [one for one in lines if "network_connections_total{" in one]
-    assert lines == ['imdsproxy_network_connections_total{network="*"} 1110.0']
+def test_with_more_networks_than_wanted_there_is_one_sum(tmp_path: Path) -> None:
+    with idle_controller(tmp_path, metrics={"network_series": 1}) as controller:
+        rows = [row(f"net-{number}", 1) for number in range(1000)]
+        controller.traffic.totals.add(2, count_traffic(rows))
+        lines = [
+            one for one in expose(controller).split("\n") if "network_connections_total{" in one
+        ]
+    assert lines == ['imdsproxy_network_connections_total{network="*"} 1000.0']
 
 
 def test_a_duration_is_counted_in_the_first_bucket_that_holds_it() -> None:

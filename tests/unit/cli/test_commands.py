@@ -19,9 +19,11 @@ from imdsproxy import __version__
 from imdsproxy.api import client as admin_client
 from imdsproxy.api.answers import Readiness
 from imdsproxy.api.client import AdminClient
-from imdsproxy.api.status import FleetReport, SourceReport
 from imdsproxy.cli.main import EXAMPLES, build_program, iterate_commands, main
 from imdsproxy.controller.audit import AuditReport
+from imdsproxy.controller.companion import DocumentsReport
+from imdsproxy.controller.sources import SourceReport
+from imdsproxy.controller.watchdog import HaproxyReport
 from imdsproxy.errors import (
     AdminError,
     AdminUnavailable,
@@ -30,6 +32,8 @@ from imdsproxy.errors import (
     Problem,
     ReloadFailed,
 )
+from imdsproxy.fleet.guests import FleetReport
+from imdsproxy.haproxy.process import ReloadReport
 from imdsproxy.haproxy.unix_listener.listener import UnixListenerReport
 from imdsproxy.reconcile.progress import Step
 from support.cli import Cli, Ran, run_main
@@ -326,6 +330,11 @@ def test_status_shows_what_is_wrong(filled: Cli) -> None:
     silent = SourceReport("file", in_sync=True, stale_s=12.0, problems=(wrong, odd))
     filled.server.status["sources"] = (silent,)
     filled.server.status["readiness"] = Readiness(ready=False)
+    filled.server.status["uptime_s"] = 93_784.0
+    reload = ReloadReport(8, 6.0, "networks changed", False, "no file", 0.5)
+    haproxy = HaproxyReport("3.0.11", 100, 102, (101,), 8, reload)
+    filled.server.status["haproxy"] = haproxy
+    filled.server.status["documents"] = DocumentsReport((1, 2, 3))
     ran = filled("status")
     assert (ran.status, filled("status", "--check").status) == (0, 1)
     for text in (

@@ -16,8 +16,8 @@ from imdsproxy.model.policy import FleetRules, OperatorOverride, PolicyBook, Pol
 from imdsproxy.model.tokens import TokenKey
 from imdsproxy.model.wire import HEADER_AUDITED
 from imdsproxy.nova.routing import EndpointSet, NovaRouting
-from support.admin_server import NOW
 from support.cli import Cli, Ran
+from support.controllers import NOW
 
 GUEST = ("--network", "blue", "--from", "10.0.0.5")
 EXPLAIN = ("explain", *GUEST)

@@ -521,7 +521,7 @@ def test_of_many_reasons_and_problems_some_are_printed_and_the_rest_counted(
     assert lines[21] == "  and 80 more: see --json"
     assert len(lines) <= 23
     missing = (Problem("x", f"namespace n{number} is missing") for number in range(9485))
-    cli.server.unapplied += missing
+    cli.server.unapplied.extend(missing)
     stored = cli("instance", "add", "--file", _write(tmp_path / "one.json", 1))
     assert stored.status != 0
     lines = stored.out.splitlines()

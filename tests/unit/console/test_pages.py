@@ -1,8 +1,9 @@
 """What pages say of the daemon's answers: paths, problems, secrets, lines."""
 
 import json
-from collections import Counter
 from dataclasses import asdict
+from ipaddress import ip_address
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +15,11 @@ from imdsproxy.console.masking import is_secret, mask_secrets
 from imdsproxy.console.pages import make_environment
 from imdsproxy.console.rates import HEIGHT, WIDTH, Rates, draw_line
 from imdsproxy.console.troubles import list_troubles
-from imdsproxy.model.entities import InstanceId, MacAddress
-from imdsproxy.model.observation import Claimant, Conflict, ConflictKind
+from imdsproxy.controller.controller import Controller
+from imdsproxy.model.entities import Instance, InstanceId, MacAddress, NetworkId, Port
+from imdsproxy.model.observation import Claimant, Observation
 from imdsproxy.model.policy_report import PolicyInForce, RuleInForce
-from support.fake_controller import HEALTHY, fake_controller
+from support.controllers import busy_controller, idle_controller
 from support.record_builders import key
 
 # Paths
@@ -107,33 +109,33 @@ def test_rules_that_a_scope_sets_are_on_the_path() -> None:
 # Problems
 
 
-async def _troubles(**fields: Any) -> list[tuple[str, str]]:
-    report = asdict(await report_status(fake_controller(**fields)))
-    return [(one.level, f"{one.where}: {one.what}") for one in list_troubles(report)]
+async def _troubles(one: Controller) -> list[tuple[str, str]]:
+    report = asdict(await report_status(one))
+    return [(each.level, f"{each.where}: {each.what}") for each in list_troubles(report)]
 
 
-async def test_where_nothing_is_wrong_there_is_no_problem() -> None:
-    usual: dict[str, object] = {
-        "inventory.reports": {},
-        "listeners.degraded": tuple,
-        "nova_watch.endpoints": (),
-        "resolver.mismatched": Counter(),
-        "forged_claims.counts": {},
-    }
-    assert await _troubles(**HEALTHY, **usual) == []
+async def test_where_nothing_is_wrong_there_is_no_problem(tmp_path: Path) -> None:
+    with idle_controller(tmp_path) as controller:
+        assert await _troubles(controller) == []
 
 
-async def test_everything_that_the_status_names_is_a_problem_and_what_guests_notice_comes_first() -> (
-    None
-):
-    claimants = (Claimant("file", InstanceId("a")), Claimant("sqlite", InstanceId("b")))
-    conflict = Conflict(ConflictKind.ADDRESS, "blue/10.0.0.5", claimants)
-    found = await _troubles(**{"inventory.conflicts": lambda: (conflict,)})
+async def test_everything_that_the_status_names_is_a_problem_and_what_guests_notice_comes_first(
+    tmp_path: Path,
+) -> None:
+    with busy_controller(tmp_path) as controller:
+        other = Instance(
+            InstanceId("other"),
+            "other",
+            "other",
+            ports=(Port(NetworkId("blue"), None, (ip_address("10.0.0.3"),)),),
+        )
+        controller.records.observe(Observation("neutron", instances={other.id: other}))
+        found = await _troubles(controller)
     text = "\n".join(f"{level} {what}" for level, what in found)
     for part in (
         "bad red: not served: nginx has port 80",
         "bad last plan: red: no device",
-        "bad address blue/10.0.0.5: claimed by a of file, b of sqlite",
+        "bad address blue/10.0.0.3: claimed by other of neutron, b of sqlite",
         "bad source sqlite: name is empty",
         "bad source neutron: has not answered for 12 s",
         "warn red: 3 requests with an address of one and the MAC of another",

@@ -5,6 +5,7 @@ from typing import Any
 
 from imdsproxy.config.schema import Settings
 from imdsproxy.controller import build
+from imdsproxy.controller.sources import Sources, build_sources
 from imdsproxy.haproxy.layout import Layout
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.state import NamespaceRef
@@ -20,8 +21,8 @@ async def _drop_others(_: Collection[NamespaceRef]) -> None:
     return
 
 
-def _build(settings: Settings) -> build.Sources:
-    return build.build_sources(settings, Clock(), _begin, Progress(), _drop_others)
+def _build(settings: Settings) -> Sources:
+    return build_sources(settings, Clock(), _begin, Progress(), _drop_others)
 
 
 def test_neutron_is_the_one_that_is_asked_for_addresses(tmp_path: Path) -> None:

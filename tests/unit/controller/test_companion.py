@@ -105,8 +105,7 @@ async def test_where_it_is_not_needed_it_does_not_run_and_no_document_is_asked_f
     assert await world.companion.ensure() is None
     await world.companion.run()
     assert world.done == ["stop"]
-    probe = _probe(tmp_path)
-    probe = DocumentProbe(probe.haproxy, probe.files, probe.account, needed=False)
+    probe = _probe(tmp_path, needed=False)
     await probe.run()
     await probe.ask()
     assert probe.problem is None
@@ -129,9 +128,12 @@ class _Haproxy:
         return self.answers.pop(0)
 
 
-def _probe(directory: Path, *answers: tuple[int | None, bytes]) -> DocumentProbe:
+def _probe(
+    directory: Path, *answers: tuple[int | None, bytes], needed: bool = True
+) -> DocumentProbe:
     files = DiskFiles(directory, PasswordStore(directory / "passwords"), None)
-    return DocumentProbe(cast("Haproxy", _Haproxy(answers)), files, lambda: None)
+    beside = Companion(directory / "pid", directory / "log", (), {}, needed=needed)
+    return DocumentProbe(beside, cast("Haproxy", _Haproxy(answers)), files, lambda: None)
 
 
 async def test_a_full_haproxy_changes_nothing(tmp_path: Path) -> None:

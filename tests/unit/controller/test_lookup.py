@@ -198,7 +198,7 @@ class Rig:
         controller: Any = SimpleNamespace(
             lookup=self.lookup,
             listeners=SimpleNamespace(
-                report=SimpleNamespace(endpoints=()), degraded=tuple, unix=self.unix
+                last_plan=SimpleNamespace(endpoints=()), degraded=tuple, unix=self.unix
             ),
             haproxy=SimpleNamespace(worker=None, layout=None),
             policy_store=SimpleNamespace(is_of_fleet=lambda _: False),

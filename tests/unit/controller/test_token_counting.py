@@ -134,12 +134,12 @@ async def test_a_broken_file_is_a_problem_and_counting_goes_on(host: _Host) -> N
     counting = host.controller()
     await counting.refresh()
     assert _sums(counting) == (5, 2)
-    assert "not kept over a restart" in str(counting.problem)
-    assert "if the file is deleted" in str(counting.problem)
+    assert "not kept over a restart" in str(counting.problems())
+    assert "if the file is deleted" in str(counting.problems())
     host.path.unlink()
     host.clock.time += 60
     await counting.refresh()
-    assert counting.problem is None
+    assert counting.problems() == (None,)
     after = host.controller()
     await after.refresh()
     assert _sums(after) == (5, 2)
@@ -200,7 +200,7 @@ async def test_a_report_on_very_many_instances_takes_turns_with_other_work(host:
     watched = cast("Inventory", SimpleNamespace(instances=Watched(known), networks={}))
     host.workers.counts[1] = 5, 0
     async with background(other()):
-        report = await host.controller().report(watched, PolicyBook, 7)
+        report = await host.controller().report_tokens(watched, PolicyBook, 7)
     assert [one.id for one in report.verdicts] == ["", "shop"]
     assert len(set(turns)) >= 3
     assert max(Counter(turns).values()) <= 2 * AT_ONCE

@@ -161,7 +161,7 @@ class Rig:
     def not_served(self) -> dict[str, NotServedCode]:
         return {
             one.network: one.code
-            for one in self.loop.report.not_served
+            for one in self.loop.last_plan.not_served
             if one.family is None or one.family.value == 4
         }
 
@@ -285,7 +285,7 @@ async def test_what_the_host_refuses_is_told_and_tried_again(rig: Rig) -> None:
     rig.add(NamespaceListener("red", "eth0", manage_addresses=True))
     rig.host.refusal = "no permission"
     await rig.settle("networks changed", "red")
-    assert {problem.reason for problem in rig.loop.report.problems} == {"no permission"}
+    assert {problem.reason for problem in rig.loop.last_plan.problems} == {"no permission"}
     assert rig.not_served() == {"red": NotServedCode.HOST_REFUSED}
     assert rig.host.operations["failed"] >= 1
     rig.host.refusal = ""
@@ -298,7 +298,7 @@ async def test_what_was_made_is_looked_at_and_planned_with_in_the_same_round(rig
     rig.host.asked.clear()
     await rig.settle("networks changed", "red")
     assert rig.host.asked == [(False, frozenset({NetworkId("red")}))] * 2
-    report = rig.loop.report
+    report = rig.loop.last_plan
     assert (report.not_served, len(report.endpoints), report.operations) == ((), 2, 2)
 
 
@@ -332,7 +332,7 @@ async def test_an_exporter_whose_port_is_taken_costs_no_guest_anything(rig: Rig)
     await rig.settle("haproxy did not start", "red")
     assert rig.bound() == {"red"}
     assert "name exporter" not in rig.layout.config.read_text()
-    assert [problem.field for problem in rig.loop.report.problems] == ["metrics.haproxy_listen"]
+    assert [problem.field for problem in rig.loop.last_plan.problems] == ["metrics.haproxy_listen"]
     rig.taken[0] = None
     await until(lambda: "name exporter" in rig.layout.config.read_text())
 
@@ -347,7 +347,7 @@ async def test_the_host_answers_arp_only_where_a_network_listens_on_its_device_o
     assert "virbr0" in str(arp_filter.call_args)
     arp_filter.return_value = (Problem("host", "no nft"),)
     await rig.serve("red")
-    assert [problem.reason for problem in rig.loop.report.problems] == ["no nft"]
+    assert [problem.reason for problem in rig.loop.last_plan.problems] == ["no nft"]
     assert rig.bound() == {"red"}
 
 
@@ -358,7 +358,7 @@ async def test_a_haproxy_that_does_not_start_with_the_agents_socket_starts_witho
     assert "frontend agents" not in rig.layout.config.read_text()
     await rig.serve("red")
     assert rig.bound() == {"red"}
-    (problem,) = rig.loop.report.problems
+    (problem,) = rig.loop.last_plan.problems
     assert problem.reason.endswith("the unix listener is not served")
 
 
@@ -372,7 +372,7 @@ async def test_a_refusal_that_it_is_not_to_blame_for_costs_the_agents_nothing(ri
     await rig.wait()
     assert rig.bound() == {"red"}
     assert "frontend agents" in rig.layout.config.read_text()
-    assert rig.loop.report.problems == ()
+    assert rig.loop.last_plan.problems == ()
 
 
 # The journal of where we have put addresses

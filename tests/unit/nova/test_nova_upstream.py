@@ -109,17 +109,17 @@ async def test_a_name_that_cannot_be_looked_up_keeps_its_addresses(rig: Rig) -> 
     rig.read("http://nova")
     await rig.nova.resolve()
     assert rig.servers() == ()
-    assert "no address" in rig.nova.problems[0].reason
+    assert "no address" in rig.nova.unresolved[0].reason
     rig.known["nova"] = ("192.0.2.9",)
     assert await rig.nova.resolve()
     rig.silent = True
     assert not await rig.nova.resolve()
     assert rig.servers() == (NovaServer(ip_address("192.0.2.9"), 8775),)
-    (problem,) = rig.nova.problems
+    (problem,) = rig.nova.unresolved
     assert problem.field == "nova.endpoint_sets.default.endpoints[0].url"
     rig.silent, rig.known["nova"] = False, ("192.0.2.10",)
     assert await rig.nova.resolve()
-    assert rig.nova.problems == ()
+    assert rig.nova.unresolved == ()
 
 
 def test_certificate_and_key_are_joined_for_haproxy_alone(rig: Rig) -> None:
@@ -216,12 +216,14 @@ def test_each_endpoint_is_listed_once_with_all_its_backends_added_up(watch: Nova
         NovaEndpointReport("default", _ONE, True, "", 16, 1),
         NovaEndpointReport("default", _TWO, False, "L4CON Connection refused", 0, 2),
     )
-    assert watch.problems == ()
+    assert watch.problems() == ()
 
 
 def test_no_endpoint_that_answers_is_a_problem(watch: NovaWatch) -> None:
     _look(watch, [_row("nova.default", status="DOWN"), _row("nova.default", _TWO, "DOWN 1/2")])
-    assert [problem.field for problem in watch.problems] == ["nova.endpoint_sets.default.endpoints"]
+    assert [problem.field for problem in watch.problems()] == [
+        "nova.endpoint_sets.default.endpoints"
+    ]
     for status in ("UP", "UP 1/2", "no check"):
         _look(watch, [_row("nova.default", status=status)])
         assert watch.endpoints[0].up
@@ -241,7 +243,7 @@ def test_a_refused_signature_is_told_once_until_nova_has_answered_well(watch: No
     ]
     for good, refused, events in steps:
         assert _look(watch, [_row("nova.default", good=good)], refused=refused) == events
-        fields = [problem.field for problem in watch.problems]
+        fields = [problem.field for problem in watch.problems()]
         wrong = bool(refused) and events != steps[-1][2]
         assert fields == (["nova.endpoint_sets.default.secret_file"] if wrong else [])
     # Counters that begin again with another worker are added up.
@@ -254,7 +256,7 @@ def test_what_nova_refused_before_a_start_is_a_problem_only_if_it_has_answered_n
     watch: NovaWatch,
 ) -> None:
     assert _look(watch, [_row("nova.default", good=4)], refused=3) == []
-    assert watch.problems == ()
+    assert watch.problems() == ()
     assert watch.refused.totals == {"default": 3}
     assert _look(watch, [_row("nova.default", good=4)], refused=4) == ["nova refuses our signature"]
 

@@ -5,7 +5,7 @@ settings allow a takeover.
 """
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, TypeAlias
@@ -28,6 +28,7 @@ from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import ensure_directory
 from imdsproxy.host.socket_file import FileIdentity, give_socket, identify_file, remove_file
 from imdsproxy.host.state import SeenSocket, SocketState
+from imdsproxy.reconcile.part import Count, Gauge, Part
 from imdsproxy.reconcile.progress import Backoff
 
 _BIND: Final = re.compile(rf"^\s*bind unix@(\S+) name {AGENTS}\b", re.MULTILINE)
@@ -58,7 +59,7 @@ class UnixListenerReport:
 
 
 @dataclass(slots=True)
-class UnixListener:
+class UnixListener(Part):
     """Chooses the bind before each change of HAProxy's configuration, and checks the socket afterwards.
 
     Attributes:
@@ -159,11 +160,11 @@ class UnixListener:
         except DataplaneError as error:
             self.problem = Problem("unix_listener", error.message, error.hint)
 
-    def report(self) -> UnixListenerReport | None:
+    async def report(self) -> Mapping[str, object]:
         settings, bind = self.settings(), self.bind
         if not settings.enabled:
-            return None
-        return UnixListenerReport(
+            return {}
+        socket = UnixListenerReport(
             path=str(settings.path),
             serving=self.serving,
             mode="" if bind is None else bind.mode,
@@ -173,6 +174,18 @@ class UnixListener:
             taken_over=self.taken_over,
             taken_from=self.taken_from,
         )
+        return {"unix_listener": socket}
+
+    def unix_listener_serving(self) -> Gauge:
+        """1 while HAProxy's socket is at unix_listener.path; no series if the unix listener is disabled."""
+        return self.serving if self.settings().enabled else None
+
+    def unix_listener_taken_over(self) -> Count:
+        """Times that HAProxy took unix_listener.path from a running process.
+
+        The count grows each time that process takes the path back.
+        """
+        return self.taken_over
 
     def changed(self) -> bool:
         """Return whether the socket file is no longer HAProxy's."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 from imdsproxy import __version__
 from imdsproxy.api.answers import Readiness
-from imdsproxy.api.exposition import By, Count, Exposed, Gauge
+from imdsproxy.api.exposition import Exposed
 from imdsproxy.errors import ConfigError
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.layout import HostId
@@ -25,6 +25,7 @@ from imdsproxy.hub.hosts.in_force import APPLIED_PATH
 from imdsproxy.hub.replica import SILENT_S
 from imdsproxy.hub.store.etcd_messages import MemberStatus
 from imdsproxy.hub.store.upkeep import absent_hubs
+from imdsproxy.reconcile.part import By, Count, Gauge
 
 if TYPE_CHECKING:
     from imdsproxy.hub.hosts.in_force import Peers

@@ -4,9 +4,11 @@ Every round observes the host before it decides. A listener that cannot be bound
 listener from coming into force.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Annotated
 
 import structlog
 
@@ -18,37 +20,53 @@ from imdsproxy.haproxy.unix_listener.listener import UnixListener, bound_path
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.process import descriptor_limit
 from imdsproxy.host.servers import try_tcp_listen
+from imdsproxy.host.state import Effect
 from imdsproxy.model.entities import Network, NetworkId
 from imdsproxy.model.inventory import Inventory
 from imdsproxy.network.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.network.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.network.anti_spoofing.plan import MacFilterPlan
-from imdsproxy.network.endpoints import Endpoint, NotServed, NotServedCode
+from imdsproxy.network.endpoints import Endpoint, Foreign, NotServed, NotServedCode
 from imdsproxy.network.listeners.apply import apply_links, haproxy_name
 from imdsproxy.network.listeners.endpoints import (
     compute_maxconn,
     find_degraded,
     networks_of,
+    owners_of,
     plan_binds,
     plan_links,
 )
 from imdsproxy.network.listeners.host import KeptNetworks, SystemHost
 from imdsproxy.network.listeners.plan import ListenerPlan, plan_redirects
 from imdsproxy.network.listeners.watch import HostWatch
+from imdsproxy.reconcile.part import By, Gauge, Part, Times
 from imdsproxy.reconcile.progress import Durations
 from imdsproxy.reconcile.reconciler import Reconciler, Tickets
 
 _RECHECK_S = 1.0
 """Seconds until refused operations are tried again without an event."""
 
+_SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True)
+class PlanReport:
+    """The last plan: its operations, its reasons, and its failures (which are retried)."""
+
+    at: float
+    operations: int
+    reasons: tuple[str, ...] = ()
+    failed: tuple[str, ...] = ()
+    took_s: float = 0.0
+
 
 @dataclass(slots=True)
-class ListenerLoop:
+class ListenerLoop(Part):
     """Keeps HAProxy's binds equal to the listeners that the networks want and the host allows.
 
     Attributes:
         settings: Returns HAProxy's configuration from the settings, without binds; `maxconn` 0 to compute it.
-        report: Result of the last round.
+        last_plan: Result of the last round.
         audits_per_s: Returns the number of networks to compare with the kernel each second without an event.
         serves_routers: Whether a source reports routers, so that their tables of an earlier process may stay.
     """
@@ -65,7 +83,7 @@ class ListenerLoop:
     kept: KeptNetworks
     unix: UnixListener
     tickets: Tickets = field(default_factory=Tickets)
-    report: ListenerPlan = field(default_factory=ListenerPlan)
+    last_plan: ListenerPlan = field(default_factory=ListenerPlan)
     working: bool = False
     unexported: Problem | None = None
     rounds: int = 0
@@ -90,6 +108,47 @@ class ListenerLoop:
         """Reason why the last round failed."""
         return self._rounds.failure
 
+    def problems(self) -> tuple[Problem | None, ...]:
+        return (self.failure, *self.last_plan.problems)
+
+    async def report(self) -> Mapping[str, object]:
+        plan = self.last_plan
+        failed = tuple(map(str, plan.problems))
+        return {
+            "serving": self.serving,
+            "last_plan": PlanReport(plan.at, plan.operations, plan.reasons, failed, plan.seconds),
+            "foreign": _list_idle(plan.foreign),
+        }
+
+    def networks_serving(self) -> Gauge:
+        """Networks that are served as configured."""
+        return self.serving
+
+    def networks_not_served(self) -> Annotated[By, "gauge", "code"]:
+        """Configured networks that are not served now, by the code of the reason."""
+        degraded = {(one.network, one.code.value) for one in self.degraded()}
+        return Counter(code for _, code in degraded)
+
+    def foreign_listeners(self) -> Annotated[By, "gauge", "effect"]:
+        """Sockets of other programs at networks' addresses and port, by effect.
+
+        The effects are `blocks` (HAProxy cannot listen), `shares` (both answer guests) and `yields` (HAProxy alone
+        answers guests). `status` and the log name the programs.
+        """
+        foreign = self.last_plan.foreign
+        return {
+            effect.value: len({one.socket for one in foreign if one.effect is effect})
+            for effect in Effect
+        }
+
+    def plan_seconds(self) -> Times:
+        """Time to apply a plan."""
+        return self.durations
+
+    def plan_operations(self) -> Annotated[By, "counter", "result"]:
+        """Operations of plans by result: ok or failed (failed operations are retried)."""
+        return self.host.operations
+
     def touch(self, reason: str, networks: Iterable[NetworkId] | None = None) -> int:
         """Observe the host again. Return a ticket that closes once the result is in force.
 
@@ -112,7 +171,7 @@ class ListenerLoop:
 
     def degraded(self) -> tuple[NotServed, ...]:
         """Return networks that are configured but not served, as of the last round."""
-        known, last = self.inventory, self.report
+        known, last = self.inventory, self.last_plan
         return find_degraded(
             known.networks, known.contradictory, last.endpoints, last.not_served, last.foreign
         )
@@ -121,7 +180,7 @@ class ListenerLoop:
     def serving(self) -> int:
         """Number of networks that imdsproxy alone serves, over every family that their guests use."""
         wrong = {one.network for one in self.degraded()}
-        return len(networks_of(self.report.endpoints) - wrong)
+        return len(networks_of(self.last_plan.endpoints) - wrong)
 
     def spec(self) -> DataplaneSpec:
         """Return the configuration for the endpoints of the last round, with the current settings.
@@ -191,14 +250,14 @@ class ListenerLoop:
         await self._rounds.run(self._next_round, after_s=self._patience_s())
 
     def _patience_s(self) -> float | None:
-        return _RECHECK_S if self.report.problems or self.report.waiting else None
+        return _RECHECK_S if self.last_plan.problems or self.last_plan.waiting else None
 
     async def _next_round(self) -> float | None:
         ticket = self.tickets.given
         reasons, self._reasons = tuple(sorted(self._reasons)), set()
         if not reasons:
             # No event, but time has passed.
-            self.host.touch(one.network for one in self.report.not_served)
+            self.host.touch(one.network for one in self.last_plan.not_served)
         self.working = True
         try:
             await self._round(reasons or ("recheck",))
@@ -242,8 +301,8 @@ class ListenerLoop:
         self.watch.expect(networks, {one.network for one in plan.not_served if one.code.silent})
         self.rounds += 1
         self.durations.add(self.clock.monotonic() - began)
-        before, known = self.report, self._degraded
-        self.report = replace(
+        before, known = self.last_plan, self._degraded
+        self.last_plan = replace(
             plan,
             at=self.clock.now().timestamp(),
             endpoints=endpoints,
@@ -307,7 +366,7 @@ class ListenerLoop:
             if left.code not in {NotServedCode.PENDING, NotServedCode.FOREIGN_LISTENER}:
                 why = {"code": left.code.value, "reason": left.reason, "hint": left.hint}
                 log.warning("listener not served", network=left.network, **why)
-        for foreign in self.report.foreign:
+        for foreign in self.last_plan.foreign:
             if foreign not in before.foreign:
                 owners = foreign.socket.owners
                 log.warning(
@@ -317,6 +376,17 @@ class ListenerLoop:
                     pids=[owner.pid for owner in owners],
                     programs=[owner.command for owner in owners],
                 )
-        for one in self.report.problems:
+        for one in self.last_plan.problems:
             if one not in before.problems:
                 log.error("host refused", field=one.field, reason=one.reason, hint=one.hint)
+
+
+def _list_idle(foreign: Iterable[Foreign]) -> tuple[str, ...]:
+    """Return a line for each program that listens beside HAProxy and gets no request."""
+    found = dict.fromkeys(
+        f"network {one.network}: {owners_of([one.socket])} listens on {one.socket.address} port {one.socket.port}"
+        for one in foreign
+        if one.effect is Effect.YIELDS
+    )
+    lines, more = list(found)[:_SHOWN], len(found) - _SHOWN
+    return (*lines, f"and {more} more") if more > 0 else tuple(lines)

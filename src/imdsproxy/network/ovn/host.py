@@ -13,6 +13,7 @@ from imdsproxy.model.entities import NetworkId
 from imdsproxy.network.operations import ChangePorts, MetadataPlace
 from imdsproxy.network.ovn.heartbeat import OvnHeartbeat
 from imdsproxy.network.ovn.plan import OvnWanted
+from imdsproxy.reconcile.part import Part
 from imdsproxy.sources.ovn.ports import NETWORK_KEY, namespace_of
 from imdsproxy.sources.ovn.source import OvnSource
 
@@ -27,7 +28,7 @@ _NO_PORT: Final = "neutron-ovn-db-sync-util makes it again"
 
 
 @dataclass(slots=True)
-class OvnHost:
+class OvnHost(Part):
     """Needs of one source's networks, for the loop of the listeners.
 
     Args:

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Final, TypeAlias, TypeVar
 import structlog
 
 from imdsproxy.errors import ImdsproxyError, Problem, SourceError, SourceUnavailable
-from imdsproxy.fleet.guests import FleetPolicies
+from imdsproxy.fleet.guests import FleetPolicies, FleetReport
 from imdsproxy.fleet.layout import UserData
 from imdsproxy.fleet.stream import (
     CONNECT_S,
@@ -38,6 +38,7 @@ from imdsproxy.fleet.stream import (
 from imdsproxy.host.clock import Clock, Moment
 from imdsproxy.model.entities import InstanceId
 from imdsproxy.model.observation import Observation, StrandedPort
+from imdsproxy.reconcile.part import Gauge, Part
 from imdsproxy.reconcile.progress import Backoff
 from imdsproxy.reconcile.reconciler import Reconciler
 from imdsproxy.sources.api import Publish, Reports, publish_in_pieces
@@ -121,7 +122,7 @@ async def _answer_nothing(_: Ask) -> tuple[int, Any]:
 
 
 @dataclass(slots=True)
-class FleetSource:
+class FleetSource(Part):
     """Source of the items that a fleet places on this host.
 
     Args:
@@ -256,6 +257,60 @@ class FleetSource:
         if self._complete:
             return not self._awaits and self._hub_age_s < _STALE_S
         return self._lost_at is not None and self.clock.monotonic() - self._lost_at < _GRACE_S
+
+    @property
+    def stale_s(self) -> float:
+        """Age of the items if they may be out of date, else 0."""
+        return 0.0 if self.in_sync else self.age_s
+
+    async def report(self) -> Mapping[str, object]:
+        report = FleetReport(
+            self.hub or "",
+            self.age_s,
+            self.acknowledged,
+            len(self.known.items),
+            tuple(sorted(self.known.held)),
+            self.failing,
+            self.skew_s,
+            self.certificate_end,
+            self.serves_for_s,
+        )
+        return {"fleet": report}
+
+    def fleet_connected(self) -> Gauge:
+        """1 while this host follows a hub of the fleet. Without a hub, guests are served from disk."""
+        return bool(self.hub)
+
+    def fleet_age_seconds(self) -> Gauge:
+        """Seconds since a followed hub last knew the state of the fleet."""
+        return self.age_s
+
+    def fleet_expired(self) -> Gauge:
+        """1 while guests of the fleet's instances get 503, because sources.fleet.serve_without_hubs_s is over."""
+        return self.expired
+
+    def fleet_revision(self) -> Gauge:
+        """Revision of the fleet's store up to which all items for this host are in force, except failing items."""
+        return self.acknowledged
+
+    def fleet_failing(self) -> Gauge:
+        """Items of the fleet whose newest version is not in force; `imdsproxy status` has the reasons."""
+        return len(self.failing)
+
+    def fleet_held(self) -> Gauge:
+        """Items that this host still serves although the fleet's store lacks them, as after a restore from a backup."""
+        return len(self.known.held)
+
+    def fleet_clock_difference_seconds(self) -> Gauge:
+        """Seconds by which the hub's clock is ahead of this host's."""
+        return self.skew_s
+
+    def fleet_certificate_end_seconds(self) -> Gauge:
+        """Unix time when this host's certificate in the fleet ends; the host renews the certificate ten days before.
+
+        No series if another program renews the certificate.
+        """
+        return self.certificate_end
 
     async def run(self, publish: Publish) -> None:
         """Report until cancelled."""

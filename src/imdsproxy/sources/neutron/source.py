@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Se
 from dataclasses import InitVar, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Final, Literal, TypeAlias
+from typing import Annotated, ClassVar, Final, Literal, TypeAlias, get_args
 
 import structlog
 
@@ -21,12 +21,13 @@ from imdsproxy.host.sqlite_file import SideCache
 from imdsproxy.model.addresses import normalise_address
 from imdsproxy.model.entities import IpAddress, NetworkId, Scope
 from imdsproxy.model.observation import AddressKey, Observation, StrandedPort
+from imdsproxy.reconcile.part import By, Gauge, Part, Times
 from imdsproxy.sources import api
 from imdsproxy.sources.neutron.cache import open_cache
 from imdsproxy.sources.neutron.client import NeutronClient
 from imdsproxy.sources.neutron.known import EntryKey, KnownPorts, Route
 from imdsproxy.sources.neutron.ports import MAX_VALUES, NeutronPort, PortQuery
-from imdsproxy.sources.neutron.queries import Queries, chunks
+from imdsproxy.sources.neutron.queries import Queries, QueryResult, chunks
 
 LookUpResult: TypeAlias = Literal[
     "known", "found", "missing", "ambiguous", "unavailable", "negative-cached", "coalesced"
@@ -51,7 +52,7 @@ _SPREAD: Final = 0.1
 
 
 @dataclass(slots=True)
-class NeutronSource:
+class NeutronSource(Part):
     """Source of ports as instances whose documents Nova has; see `api.LookUpSource`. It can run once.
 
     Args:
@@ -94,6 +95,39 @@ class NeutronSource:
         self._cache, self._saved = open_cache(cache), self.clock.monotonic()
         asked = self.client, self.settings, self.clock, self.random
         self.queries = Queries(*asked, self._outage_changed)
+
+    @property
+    def stale_s(self) -> float:
+        """Seconds since Neutron's last answer while Neutron does not answer, else 0."""
+        return self.queries.stale_s
+
+    def neutron_queries(self) -> Annotated[By, "counter", "result"]:
+        """Queries to Neutron by result: ok, failed or timeout."""
+        return {**dict.fromkeys(get_args(QueryResult), 0), **self.queries.results}
+
+    def neutron_look_ups(self) -> Annotated[By, "counter", "result"]:
+        """Look-ups of guests that HAProxy did not know, by result.
+
+        The results are found, known (without a query), missing, negative-cached (missing, without a query), coalesced
+        (waited for another look-up's query), ambiguous and unavailable.
+        """
+        return {**dict.fromkeys(get_args(LookUpResult), 0), **self.look_ups}
+
+    def neutron_query_seconds(self) -> Times:
+        """Time that Neutron took for the queries that it answered."""
+        return self.queries.durations
+
+    def neutron_ports(self) -> Gauge:
+        """Neutron's ports that are known and kept up to date."""
+        return len(self.known.ports)
+
+    def neutron_stale_seconds(self) -> Gauge:
+        """Seconds since Neutron's last answer while Neutron does not answer, else 0. Known guests are still served."""
+        return self.stale_s
+
+    def neutron_backoff_seconds(self) -> Gauge:
+        """Seconds until the next query while Neutron does not answer, else 0."""
+        return self.queries.backoff_s
 
     async def run(self, publish: api.Publish) -> None:
         """Report the known ports, and keep them up to date, until cancelled.
