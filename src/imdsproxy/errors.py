@@ -44,6 +44,7 @@ chained with `raise … from`.
 import errno
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -433,6 +434,19 @@ def optional_library(name: str, hint: str) -> Iterator[None]:
         yield
     except ImportError as error:
         raise LibraryMissing(f"{name} cannot be imported: {error}", hint=hint) from error
+
+
+@contextmanager
+def hidden_library(name: str) -> Iterator[None]:
+    """Hide a library that is not loaded yet: libraries imported in the block do without the hidden one."""
+    hidden = name not in sys.modules
+    if hidden:
+        sys.modules[name] = None  # type: ignore[assignment]  # by the import system's own rules: there is none
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules[name]
 
 
 KINDS: Final = tuple(

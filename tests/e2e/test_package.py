@@ -43,6 +43,7 @@ _NOT_ITS: Final = (
 _SUITE: Final = (
     *("api", "config", "console", "documents"),
     *("cli/test_commands.py", "cli/test_guests.py", "cli/test_records.py"),
+    "cli/test_program.py::test_help_and_a_daemon_before_it_serves_load_no_more_than_they_need",
     *("sources/test_neutron_rest.py", "sources/test_record_files.py"),
     "sources/test_sources_file.py",
 )

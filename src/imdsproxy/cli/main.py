@@ -13,14 +13,17 @@ from copy import copy
 from pathlib import Path
 from typing import Annotated, Any, Final
 
-import typer
-import typer.core
-import typer.main
-
 from imdsproxy import __version__
-from imdsproxy.cli import options
-from imdsproxy.cli.output import Output
-from imdsproxy.errors import ImdsproxyError, RequestRefused
+from imdsproxy.errors import ImdsproxyError, RequestRefused, hidden_library
+
+# Debian 13's typer imports rich, which takes half of a short command's time: `_show_help_with_rich` does so for help.
+with hidden_library("rich"):
+    import typer
+    import typer.core
+    import typer.main
+
+    from imdsproxy.cli import options
+    from imdsproxy.cli.output import Output
 
 try:  # new typer versions bundle click; Debian 13's typer 0.15 uses the class of the package click
     from typer import TyperException as CommandLineError
@@ -251,7 +254,7 @@ def _load_command(name: str) -> Any:
     command = typer.main.get_group(app).commands[name]
     for path, each in iterate_commands(command, name):
         each.epilog = _example(path)
-        _hide_type_of_help(each)
+        _prepare_help(each)
         for parameter in each.params:
             if parameter.param_type_name == "argument":
                 _show_as_written(parameter)
@@ -278,7 +281,7 @@ def build_program() -> Any:
     )
     app.callback(no_args_is_help=True)(_root)
     program = typer.main.get_group(app)
-    _hide_type_of_help(program)
+    _prepare_help(program)
     return program
 
 
@@ -299,7 +302,9 @@ def _show_as_written(argument: Any) -> None:
         argument.type.name = argument.metavar
 
 
-def _hide_type_of_help(command: Any) -> None:
+def _prepare_help(command: Any) -> None:
+    """Show a command's help with rich, and its help option without a type."""
+    _show_help_with_rich(command)
     make_help_option = command.get_help_option
 
     def help_option(context: typer.Context) -> Any:
@@ -309,6 +314,21 @@ def _hide_type_of_help(command: Any) -> None:
         return option
 
     command.get_help_option = help_option
+
+
+def _show_help_with_rich(command: Any) -> None:
+    format_help = command.format_help
+
+    def format_with_rich(context: Any, formatter: Any) -> None:
+        core: Any = typer.core
+        if getattr(core, "rich", command) is None:
+            import rich
+            from typer import rich_utils
+
+            core.rich, core.rich_utils = rich, rich_utils
+        format_help(context, formatter)
+
+    command.format_help = format_with_rich
 
 
 @options.bare_command

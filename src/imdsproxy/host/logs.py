@@ -8,21 +8,16 @@ structlog.
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import MutableMapping
 from typing import TYPE_CHECKING, Final, Literal, TextIO, TypeAlias, cast
+
+from imdsproxy.errors import hidden_library
 
 # structlog imports rich if it is installed, for coloured tracebacks. Ours are plain, and rich takes several MiB in a
 # long-running process and a fifteenth of its start. Code that needs rich, as the command line's tables, can import it
 # afterwards.
-_HIDDEN: Final = "rich" not in sys.modules
-if _HIDDEN:
-    sys.modules["rich"] = None  # type: ignore[assignment]  # by the import system's own rules: there is none
-try:
+with hidden_library("rich"):
     import structlog
-finally:
-    if _HIDDEN:
-        del sys.modules["rich"]
 
 if TYPE_CHECKING:
     from structlog.typing import Processor, WrappedLogger
