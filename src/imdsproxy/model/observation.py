@@ -101,6 +101,8 @@ class Affected:
 
 
 class ConflictKind(StrEnum):
+    """Subject on which two records disagree."""
+
     NETWORK = "network"
     INSTANCE = "instance"
     ADDRESS = "address"

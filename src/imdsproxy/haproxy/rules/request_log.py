@@ -71,6 +71,8 @@ def names_of_log(spec: DataplaneSpec) -> dict[str, Value]:
 
 
 class AnsweredBy(StrEnum):
+    """Component that gave the answer."""
+
     CACHE = "cache"
     DOCUMENTS = "documents"
     NOVA = "nova"
