@@ -47,8 +47,8 @@ from imdsproxy.hub.api.app import ROUTERS, operators_app
 from imdsproxy.hub.api.callers import Admits
 from imdsproxy.hub.api.metrics import HubMetrics
 from imdsproxy.model.records.json_schema import schema_of_records
-from imdsproxy.network.endpoints import NotServedCode
 from imdsproxy.network.listeners.loop import ListenerLoop
+from imdsproxy.network.planned import NotServedCode
 from imdsproxy.nova.upstream import NovaWatch
 from imdsproxy.sources.fleet.source import FleetSource
 from imdsproxy.sources.neutron.source import NeutronSource

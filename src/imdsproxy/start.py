@@ -49,7 +49,7 @@ from imdsproxy.network.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.network.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.network.listeners.apply import apply_links
 from imdsproxy.network.listeners.host import SystemHost
-from imdsproxy.network.ovn.sweep import sweep_ovn
+from imdsproxy.network.ovn.host import sweep_ovn
 from imdsproxy.nova.upstream import NovaUpstream
 
 if TYPE_CHECKING:

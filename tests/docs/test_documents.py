@@ -9,7 +9,7 @@ from typing import Final
 from imdsproxy.config.describe import find_setting
 from imdsproxy.config.schema import Settings
 from imdsproxy.haproxy.layout import Layout
-from imdsproxy.network.endpoints import NotServedCode
+from imdsproxy.network.planned import NotServedCode
 from support.demonstration import REPOSITORY
 from support.pages import each_page, each_page_of_now, prose
 

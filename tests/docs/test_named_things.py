@@ -22,7 +22,7 @@ from imdsproxy.config.strict_yaml import parse_yaml
 from imdsproxy.errors import KINDS
 from imdsproxy.hub.api.app import operators_app
 from imdsproxy.model.records import parse_records
-from imdsproxy.network.endpoints import NotServedCode
+from imdsproxy.network.planned import NotServedCode
 from imdsproxy.tools.namespace_proxy import run_parser
 from support.demonstration import REPOSITORY
 from support.pages import PAGES, code_blocks, each_page, each_page_of_now, inline_code

@@ -16,7 +16,7 @@ from imdsproxy.host.namespaces import DEFAULT_DIRECTORY, NamespaceDirectory, Nam
 from imdsproxy.host.netlink import add_address, set_link
 from imdsproxy.host.nlmessages import NetlinkSocket
 from imdsproxy.model.entities import METADATA_IPV4, NetworkId
-from imdsproxy.network.listeners.endpoints import compute_maxconn
+from imdsproxy.network.endpoints import compute_maxconn
 from support.haproxy_alone import paths_below
 from support.patience import patience
 

@@ -25,13 +25,12 @@ from imdsproxy.model.entities import (
     Network,
     NetworkId,
 )
-from imdsproxy.network.endpoints import Endpoint, NotServedCode
+from imdsproxy.network.endpoints import plan_binds, plan_links
 from imdsproxy.network.listeners.apply import HostTable, apply_links, apply_ops, haproxy_name
-from imdsproxy.network.listeners.endpoints import plan_binds, plan_links
 from imdsproxy.network.listeners.host import SystemHost
 from imdsproxy.network.listeners.plan import ListenerPlan, plan_listeners
 from imdsproxy.network.listeners.rules import plan_arp_filter
-from imdsproxy.network.operations import DeleteLink, DeleteNamespace
+from imdsproxy.network.planned import DeleteLink, DeleteNamespace, Endpoint, NotServedCode
 from support.guest import inside
 from support.hostlab import HostLab
 from support.lab import NETNS, until, within

@@ -26,7 +26,7 @@ from imdsproxy.model.entities import (
 )
 from imdsproxy.network.listeners.host import Peek, SystemHost
 from imdsproxy.network.listeners.watch import HostWatch
-from imdsproxy.network.ovn.host import OvnHost
+from imdsproxy.sources.ovn.source import OvnSource
 from support.hostlab import HostLab, create_namespace
 from support.patience import patience
 
@@ -125,7 +125,7 @@ async def test_ovns_namespaces_and_all_their_addresses_are_events_even_of_no_net
     lab.ip("netns", "add", of_ovn)
     try:
         async with _watching(lab, {"blue": NamespaceListener(name)}) as watched:
-            watched.host.ovn = Mock(OvnHost)
+            watched.host.ovn = Mock(OvnSource)
             for step in (("netns", "del", of_ovn), ("netns", "add", of_ovn)):
                 await watched.quiet()
                 await asyncio.to_thread(lab.ip, *step)

@@ -36,7 +36,7 @@ from imdsproxy.model.inventory import Inventory
 from imdsproxy.model.observation import AddressKey, Observation
 from imdsproxy.network.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.network.anti_spoofing.plan import ANY_MAC, Pairs, plan_pair
-from imdsproxy.network.endpoints import Endpoint
+from imdsproxy.network.planned import Endpoint
 from support.fake_mac_filters import FakeMacFilters, MemoryJournal, no_hop_limits
 
 _NET = NetworkId("n")

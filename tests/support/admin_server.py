@@ -51,8 +51,8 @@ from imdsproxy.model.tokens import render_key_map
 from imdsproxy.model.wire import MapRecord
 from imdsproxy.network.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.network.anti_spoofing.mac_filters import MacFilters
-from imdsproxy.network.endpoints import Endpoint, NotServed, NotServedCode
 from imdsproxy.network.listeners.plan import ListenerPlan
+from imdsproxy.network.planned import Endpoint, NotServed, NotServedCode
 from imdsproxy.reconcile.part import Part
 from imdsproxy.reconcile.reconciler import Tickets
 from support.controllers import StillClock, make_controller

@@ -38,9 +38,9 @@ from imdsproxy.model.entities import (
 from imdsproxy.model.identity import Denial, Learned
 from imdsproxy.model.observation import Observation
 from imdsproxy.network.anti_spoofing.kernel import Claims
-from imdsproxy.network.anti_spoofing.plan import MacFilter, MacFilterPlan
-from imdsproxy.network.endpoints import Endpoint, Foreign, NotServed, NotServedCode
+from imdsproxy.network.endpoints import MacFilter, MacFilterPlan
 from imdsproxy.network.listeners.plan import ListenerPlan
+from imdsproxy.network.planned import Endpoint, Foreign, NotServed, NotServedCode
 from imdsproxy.nova.upstream import NovaEndpointReport, NovaUpstream
 from imdsproxy.sources.fleet.known import Position
 

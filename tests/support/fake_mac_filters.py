@@ -20,7 +20,8 @@ from imdsproxy.network.anti_spoofing.kernel import (
     TableJournal,
 )
 from imdsproxy.network.anti_spoofing.mac_filters import MacFilters
-from imdsproxy.network.anti_spoofing.plan import MacFilter, PairMap
+from imdsproxy.network.anti_spoofing.plan import PairMap
+from imdsproxy.network.endpoints import MacFilter
 
 
 @dataclass

@@ -18,7 +18,6 @@ from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.nlmessages import NetlinkSocket
 from imdsproxy.model.entities import NetworkId
 from imdsproxy.network.listeners.host import SystemHost
-from imdsproxy.network.ovn.host import OvnHost
 from imdsproxy.sources.ovn.source import OvnSource
 from support.lab import NETNS
 from support.ovn_lab import OvnLab, OvnNetwork
@@ -100,15 +99,9 @@ async def _converge(order: _Order) -> None:
     thread = NamespaceThread(NamespaceDirectory())
     nowhere = Path("/nowhere")
     host = SystemHost(thread, Naming(order.prefix), links=nowhere, journal=nowhere)
-    host.ovn = OvnHost(source, lambda *_: None)
+    host.ovn = source
     changed = asyncio.Event()
-    forget = source.on_change
-
-    def on_change() -> None:
-        forget()
-        changed.set()
-
-    source.on_change = on_change
+    source.on_change = changed.set
     following = asyncio.create_task(source.run(lambda _: None))
     async with asyncio.timeout(_CONVERGES_S * patience()):
         while True:

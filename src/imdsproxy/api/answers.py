@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from imdsproxy.model.entities import NetworkId
-from imdsproxy.network import endpoints
+from imdsproxy.network import planned
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class NotServed:
     hint: str = ""
 
     @classmethod
-    def of(cls, one: endpoints.NotServed) -> Self:
+    def of(cls, one: planned.NotServed) -> Self:
         """Convert the core's value."""
         family = "" if one.family is None else f"IPv{one.family.value}: "
         return cls(one.network, one.code.value, f"{family}{one.reason}", one.hint)

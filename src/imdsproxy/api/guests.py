@@ -23,7 +23,7 @@ from imdsproxy.model.path_rules import PathRules
 from imdsproxy.model.policy_report import Decided, PolicyInForce, decide_read, report_policy
 from imdsproxy.model.wire import HEADER_AUDITED, MISMATCH_TEXT, NovaRecord, hide_signatures
 from imdsproxy.network.anti_spoofing.plan import ANY_MAC, plan_pair
-from imdsproxy.network.listeners.endpoints import networks_of
+from imdsproxy.network.endpoints import networks_of
 from imdsproxy.network.listeners.loop import ListenerLoop
 from imdsproxy.sources.api import LookUpUnavailable, PortAmbiguous, PortFound, PortMissing
 

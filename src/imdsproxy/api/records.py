@@ -27,7 +27,7 @@ from imdsproxy.model.claims import find_shared
 from imdsproxy.model.entities import Instance, InstanceId, Network, NetworkId, Upstream
 from imdsproxy.model.inventory import Inventory
 from imdsproxy.model.observation import Conflict
-from imdsproxy.network.listeners.endpoints import networks_of
+from imdsproxy.network.endpoints import networks_of
 from imdsproxy.reconcile.part import Impact, list_problems
 from imdsproxy.sources.sqlite.source import SqliteSource
 

@@ -55,8 +55,8 @@ from imdsproxy.network.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.network.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.network.listeners.host import KeptNetworks, SystemHost
 from imdsproxy.network.listeners.loop import ListenerLoop
-from imdsproxy.network.operations import RouterTable
 from imdsproxy.network.ovn.host import OvnHost
+from imdsproxy.network.planned import RouterTable
 from imdsproxy.nova.upstream import NovaUpstream, NovaWatch
 from imdsproxy.reconcile.part import Part
 from imdsproxy.reconcile.progress import Progress
@@ -206,8 +206,8 @@ class Controller:
         self.macs = Macs(self.mac_filters, self.forged_claims, self.records, self.resolver)
         self.traffic = Traffic(self.haproxy, clock, lambda: holder.settings.limits)
         self.audit = Audit(lambda: holder.settings.audit, self._keep_worker)
-        ovn = self.sources.ovn
-        host.ovn = self.ovn = None if ovn is None else OvnHost(ovn, self.touch)
+        ovn = host.ovn = self.sources.ovn
+        self.ovn = None if ovn is None else OvnHost(ovn, host, self.touch)
         fleet = self.sources.fleet
         self.fleet_passwords = None if fleet is None else _serve_hubs(self, fleet)
         self.counting = TokenCounting(

@@ -6,9 +6,9 @@ import asyncio
 from typing import TYPE_CHECKING, Final
 
 from imdsproxy.model.entities import NetworkId
-from imdsproxy.network import endpoints
-from imdsproxy.network.endpoints import NotServedCode
+from imdsproxy.network import planned
 from imdsproxy.network.listeners.loop import ListenerLoop
+from imdsproxy.network.planned import NotServedCode
 
 if TYPE_CHECKING:
     from imdsproxy.controller.controller import Controller
@@ -56,7 +56,7 @@ async def wait_confirmed(controller: Controller, *, listeners: bool) -> bool:
 
 async def find_unserved(
     listeners: ListenerLoop, networks: frozenset[NetworkId]
-) -> list[endpoints.NotServed]:
+) -> list[planned.NotServed]:
     """Return why these networks are not served, after a wait for pending ones."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + _LISTENER_DEADLINE_S

@@ -1,105 +1,463 @@
-"""Endpoints that HAProxy can bind, networks that are not served, and sockets of other programs. Values only."""
+"""Endpoints that HAProxy can bind in an observed namespace, and its binds. Pure.
 
-from dataclasses import dataclass
-from enum import StrEnum
+HAProxy cannot see a client's MAC, so nf_tables sorts packets on each device that guests of a network use. It redirects
+packets from an address with its own MAC (a pair) to a separate port, where HAProxy answers from its maps. All other
+packets stay on their port, where HAProxy asks the resolver. Without a filter every request goes to the resolver: no
+guest is trusted by accident.
+
+    guest ─► port 80 ─► MAC filter ─┬─ a pair        ─► port 254 ─► maps
+                                    └─ anything else ─► port 80  ─► resolver
+"""
+
+import errno
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from ipaddress import IPv4Address
 from typing import Final
 
-from imdsproxy.host.state import Effect, Family, ListeningSocket, NamespaceRef
-from imdsproxy.model.entities import IpAddress, NetworkId
+from imdsproxy.errors import HostRefused
+from imdsproxy.haproxy.rules.model import Bind, count_namespaces
+from imdsproxy.host.names import Naming
+from imdsproxy.host.state import (
+    REDIRECTED,
+    AddressState,
+    Effect,
+    Family,
+    ListeningSocket,
+    NamespaceRef,
+    ObservedHost,
+    ObservedNamespace,
+)
+from imdsproxy.model.entities import METADATA_PORT, IpAddress, Network, NetworkId
+from imdsproxy.model.wire import REDIRECTED_PORT, VERIFIED_PORT
+from imdsproxy.network.planned import (
+    ENSLAVING,
+    LOOPBACK,
+    Endpoint,
+    Foreign,
+    NotServed,
+    NotServedCode,
+)
 
-LOOPBACK = "lo"
+_NO_ADDRESS = frozenset({NotServedCode.ADDRESS_MISSING, NotServedCode.ADDRESS_ON_LOOPBACK})
 
-ENSLAVING: Final = frozenset({"bridge", "bond", "team", "openvswitch"})
-"""Kinds of devices that take over the packets of their ports."""
+
+def listen(
+    network: NetworkId,
+    seen: ObservedNamespace,
+    family: Family,
+    *,
+    device: str | None,
+    managed: bool,
+) -> Iterator[Endpoint | NotServed | Foreign]:
+    """Yield the endpoints for one family in an observed namespace.
+
+    IPv4 is bound to `device` if given, else to every device. IPv6 is always bound to a device: to each device with
+    the address except `lo` (a link-local address on `lo` cannot be reached).
+
+    Args:
+        network: Network of the listener.
+        seen: The namespace.
+        family: Family of the metadata address.
+        device: Device that the listener names, if any.
+        managed: Whether imdsproxy adds the address itself, so that a missing address is pending.
+    """
+    carriers = [one for one in seen.addresses if one.address == family.metadata_address]
+    on_loopback = any(one.device == LOOPBACK for one in carriers)
+    if family is Family.IPV6:
+        reachable = (one for one in carriers if one.device != LOOPBACK)
+        carriers = [one for one in reachable if device in (None, one.device)]
+    usable = [one for one in carriers if one.state is AddressState.USABLE]
+    if not usable:
+        where, code = f"on device {device}" if device else "on any device", NotServedCode.PENDING
+        if carriers:
+            where, code = carriers[0].device, NotServedCode(f"address-{carriers[0].state.value}")
+        elif not managed:
+            code = (
+                NotServedCode.ADDRESS_ON_LOOPBACK if on_loopback else NotServedCode.ADDRESS_MISSING
+            )
+        text, hint = _UNUSABLE[code]
+        yield NotServed(network, family, code, text.format(family.metadata_address, where), hint)
+        return
+    devices = [device] if family is Family.IPV4 else dict.fromkeys(one.device for one in usable)
+    found = [one for name in devices for one in _bind(network, seen, family, name)]
+    # A listener is served if one device serves it. Foreign sockets on the other devices are still reported.
+    not_served = [one for one in found if isinstance(one, NotServed)]
+    served = any(isinstance(one, Endpoint) for one in found)
+    yield from () if served else not_served[:1]
+    yield from (one for one in found if not isinstance(one, NotServed))
+
+
+def listen_redirected(
+    network: NetworkId, seen: ObservedNamespace, family: Family
+) -> Iterator[Endpoint | NotServed | Foreign]:
+    """Yield the endpoints for one family in a namespace whose rules redirect requests to a port of ours.
+
+    While our rules exist, processes on the ports that other programs' rules redirect to get no requests.
+    """
+    others = [
+        Foreign(network, family, effect, one)
+        for one in seen.sockets
+        if not one.ours and (effect := effect_of(one, family, None)) is not None
+    ]
+    error = seen.trials.get((family, REDIRECTED), 0)
+    if error in _NO_FAMILY:
+        reason = f"the kernel has no IPv{family.value} there"
+        yield NotServed(network, family, NotServedCode.ADDRESS_MISSING, reason)
+    elif error:
+        at = (family.any_address, REDIRECTED_PORT)
+        yield _refused(network, family, error, others, at)
+    else:
+        yield Endpoint(network, family.any_address, REDIRECTED_PORT, None, seen.ref)
+    yield from others
+
+
+_NO_FAMILY: Final = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
+
+_UNUSABLE: Final = {
+    NotServedCode.PENDING: ("{} is being added {}", ""),
+    NotServedCode.ADDRESS_TENTATIVE: ("{} on {} is still tentative", "add it with nodad"),
+    NotServedCode.ADDRESS_DUPLICATE: (
+        "{} on {} is also used by another host of the link",
+        "take it away there, then add it here again, with nodad",
+    ),
+    NotServedCode.ADDRESS_ON_LOOPBACK: (
+        "{} is on lo, where no guest can reach it",
+        "put it on the device that leads to the guests, with nodad",
+    ),
+    NotServedCode.ADDRESS_MISSING: (
+        "{} is not {}",
+        "add it, or name a device and set manage_addresses",
+    ),
+}
+"""Reason, as a format of address and place, and hint for an address that cannot be bound."""
+
+
+def _bind(
+    network: NetworkId, seen: ObservedNamespace, family: Family, device: str | None
+) -> Iterator[Endpoint | NotServed | Foreign]:
+    address = family.metadata_address
+    others = [
+        Foreign(network, family, effect, one)
+        for one in seen.sockets
+        if not one.ours and (effect := effect_of(one, family, device)) is not None
+    ]
+    error = seen.trials.get((family, device), 0)
+    if error == errno.EADDRINUSE:
+        others = [replace(one, effect=Effect.BLOCKS) for one in others]
+    if error:
+        yield _refused(network, family, error, others, (address, METADATA_PORT))
+    else:
+        bound_to = seen.devices.get(device or "")
+        index = 0 if bound_to is None else bound_to.index
+        yield Endpoint(network, address, METADATA_PORT, device, seen.ref, index)
+    yield from others
+
+
+def _refused(
+    network: NetworkId,
+    family: Family,
+    error: int,
+    others: Iterable[Foreign],
+    at: tuple[IpAddress, int],
+) -> NotServed:
+    address, port = at
+    if error != errno.EADDRINUSE:
+        name = errno.errorcode.get(error, str(error))
+        reason = f"the kernel refuses to bind {address}: {name}"
+        return NotServed(network, family, NotServedCode.BIND_REFUSED, reason)
+    sockets = tuple(one.socket for one in others if one.socket.port == port)
+    reason = f"{address} port {port} is in use by {owners_of(sockets)}"
+    hint = "stop it; the listener comes back within a second"
+    return NotServed(network, family, NotServedCode.PORT_BUSY, reason, hint, sockets)
+
+
+def owners_of(sockets: Iterable[ListeningSocket]) -> str:
+    """Return the programs that hold the sockets, with their pids."""
+    names = sorted({f"{who.command} (pid {who.pid})" for one in sockets for who in one.owners})
+    return " and ".join(names) or "a program that cannot be seen from here"
+
+
+def effect_of(other: ListeningSocket, family: Family, device: str | None) -> Effect | None:
+    """Return the effect on our socket of a foreign socket that root bound with SO_REUSEPORT; `None` for no effect.
+
+    The kernel looks for listeners of the exact address before wildcards. Among listeners of the same address, it takes
+    the first that it finds, even if another is bound more precisely to a device (inet_lhash2_lookup ignores its scores
+    for SO_REUSEPORT). Whether a socket has SO_REUSEPORT cannot be read; only a trial bind shows it.
+    """
+    address = other.address
+    if not address.is_unspecified:
+        covers = address == family.metadata_address
+    elif isinstance(address, IPv4Address):
+        covers = family is Family.IPV4
+    else:
+        covers = family is Family.IPV6 or not other.v6_only
+    if not covers or (device is not None and other.device not in (None, device)):
+        return None
+    if other.port == REDIRECTED_PORT:
+        return Effect.SHARES
+    return Effect.YIELDS if address.is_unspecified else Effect.SHARES
+
+
+def find_degraded(
+    networks: Mapping[NetworkId, Network],
+    contradictory: Iterable[NetworkId],
+    endpoints: Iterable[Endpoint],
+    not_served: Iterable[NotServed],
+    foreign: Iterable[Foreign],
+) -> tuple[NotServed, ...]:
+    """Return networks whose guests get no answer, or another program's, over a family that they use; sorted by id.
+
+    A network served over IPv4 does not need the IPv6 address: a router's namespace often has none. A network served
+    over IPv6 does not need the IPv4 address if all its subnets are IPv6.
+
+    Args:
+        networks: Networks with a listener.
+        contradictory: Networks without a listener because sources contradict each other.
+        endpoints: Endpoints that HAProxy listens on.
+        not_served: Endpoints that HAProxy cannot listen on.
+        foreign: Other processes' sockets there.
+    """
+    served: dict[NetworkId, set[int]] = {}
+    for endpoint in endpoints:
+        served.setdefault(endpoint.network, set()).add(endpoint.address.version)
+    found = [
+        one
+        for one in not_served
+        if one.code not in _NO_ADDRESS or _needs(networks, one, served.get(one.network, set()))
+    ]
+    found += [_shared(one) for one in foreign if one.effect is Effect.SHARES]
+    differ = "sources give it different listeners"
+    mend = "leave it in one source only, or make its records equal"
+    code = NotServedCode.NETWORK_CONFLICT
+    found += [NotServed(network, None, code, differ, mend) for network in contradictory]
+    known = served.keys() | {one.network for one in found}
+    coming, code = "HAProxy does not listen there yet", NotServedCode.PENDING
+    found += [
+        NotServed(network, None, code, coming, "imdsproxy status")
+        for network in networks.keys() - known
+    ]
+    return tuple(sorted(found, key=lambda one: one.network))
+
+
+def _needs(networks: Mapping[NetworkId, Network], missing: NotServed, served: set[int]) -> bool:
+    """Return whether guests need the family whose address is missing."""
+    network = networks.get(missing.network)
+    if not served or network is None or missing.family is None:
+        return True
+    if missing.family is Family.IPV6:
+        return False
+    versions = {subnet.cidr.version for subnet in network.subnets}
+    return versions != {Family.IPV6.value}
+
+
+def _shared(foreign: Foreign) -> NotServed:
+    socket = foreign.socket
+    return NotServed(
+        foreign.network,
+        foreign.family,
+        NotServedCode.FOREIGN_LISTENER,
+        f"{owners_of([socket])} also listens on {socket.address} port {socket.port}: guests may get its answers",
+        "end it",
+        (socket,),
+    )
 
 
 @dataclass(frozen=True, slots=True)
-class Endpoint:
-    """Address and port that HAProxy can bind now.
+class MacFilter:
+    """Filter of one network, on all devices that its guests use.
 
     Attributes:
-        device: Device to bind to (`interface DEV`); always set for IPv6, whose address is link-local.
-        namespace: Namespace of the bind; `None` is the host's own.
-        device_index: Index of the device, 0 without a device. If another device gets the name later, the index differs,
-            and a socket bound to the old device receives nothing.
+        namespace: Namespace of the filter; `None` is the host's own.
+        devices: Names and indexes of the devices; the index detects a new device with an old name.
+        table: Name of the table in nf_tables, used only by us.
     """
 
     network: NetworkId
-    address: IpAddress
-    port: int
-    device: str | None
     namespace: NamespaceRef | None
-    device_index: int = 0
+    devices: tuple[tuple[str, int], ...]
+    table: str
 
 
-class NotServedCode(StrEnum):
-    """Reason why a network (or one of its families) is not served."""
+@dataclass(frozen=True, slots=True)
+class MacFilterPlan:
+    """Endpoints that HAProxy binds, by the component that answers, and their filters.
 
-    PENDING = "pending"
-    NAMESPACE_MISSING = "namespace-missing"
-    NAMESPACE_UNUSABLE = "namespace-unusable"
-    DEVICE_MISSING = "device-missing"
-    DEVICE_DOWN = "device-down"
-    DEVICE_ENSLAVED = "device-enslaved"
-    NOT_A_BRIDGE = "not-a-bridge"
-    NAME_TAKEN = "name-taken"
-    ADDRESS_MISSING = "address-missing"
-    ADDRESS_ON_LOOPBACK = "address-on-loopback"
-    ADDRESS_TENTATIVE = "address-tentative"
-    ADDRESS_DUPLICATE = "address-duplicate"
-    PORT_BUSY = "port-busy"
-    BIND_REFUSED = "bind-refused"
-    LISTENER_SHARED = "listener-shared"
-    HOST_METADATA = "host-metadata"
-    FOREIGN_LISTENER = "foreign-listener"
-    NETWORK_CONFLICT = "network-conflict"
-    HOST_REFUSED = "host-refused"
+    Attributes:
+        plain: Endpoints answered from the maps, in networks without MAC checks.
+        verified: Endpoints behind a filter, answered from the maps.
+        unverified: Endpoints answered by the resolver.
+        filters: Filters by network.
+    """
+
+    plain: tuple[Endpoint, ...] = ()
+    verified: tuple[Endpoint, ...] = ()
+    unverified: tuple[Endpoint, ...] = ()
+    filters: Mapping[NetworkId, MacFilter] = field(default_factory=dict)
 
     @property
-    def silent(self) -> bool:
-        """Whether no event reports the end of the problem, so that it must be polled.
+    def plain_networks(self) -> frozenset[NetworkId]:
+        """Networks without MAC checks."""
+        return frozenset(one.network for one in self.plain)
 
-        There are events for namespaces, devices and addresses, and none for sockets and refusals.
-        """
-        return self in {
-            NotServedCode.PORT_BUSY,
-            NotServedCode.BIND_REFUSED,
-            NotServedCode.NAMESPACE_UNUSABLE,
-            NotServedCode.NAME_TAKEN,
-            NotServedCode.HOST_REFUSED,
-        }
+    @property
+    def binds(self) -> tuple[Endpoint, ...]:
+        """All endpoints that HAProxy listens on."""
+        return (*self.plain, *self.verified, *self.unverified)
+
+    def without(self, refused: Collection[NetworkId]) -> "MacFilterPlan":
+        """Return the plan without filters for some networks, in which then no request is verified."""
+        return replace(
+            self,
+            verified=tuple(one for one in self.verified if one.network not in refused),
+            filters={name: one for name, one in self.filters.items() if name not in refused},
+        )
 
 
-@dataclass(frozen=True, slots=True)
-class NotServed:
-    """Network that is not served now.
+def plan_mac_filters(
+    networks: Mapping[NetworkId, Network],
+    endpoints: Iterable[Endpoint],
+    observed: ObservedHost,
+    naming: Naming,
+    carries_macs: Callable[[NetworkId], bool],
+) -> MacFilterPlan:
+    """Plan the filters that networks need, and the endpoints.
 
-    Attributes:
-        family: Affected family; `None` for both.
-        reason: Problem, in one sentence without a full stop.
-        hint: Correction, and who can make it; empty if the problem ends by itself.
-        sockets: Sockets of other programs at its address and port, as far as known.
+    Args:
+        networks: All networks.
+        endpoints: Endpoints that can be bound.
+        observed: Host from which the endpoints were planned.
+        naming: Names of our own tables.
+        carries_macs: Returns whether a network's ports have MACs; without MACs nothing can be checked.
     """
+    given = tuple(endpoints)
+    checked = {
+        name
+        for name in {one.network for one in given} & networks.keys()
+        if networks[name].checks_macs and carries_macs(name)
+    }
+    devices = {one: _devices(one, observed) for one in given if one.network in checked}
+    filters: dict[NetworkId, MacFilter] = {}
+    for one, some in devices.items():
+        name = one.network
+        before = filters[name].devices if name in filters else ()
+        if both := tuple(dict.fromkeys((*before, *some))):
+            filters[name] = MacFilter(name, one.namespace, both, naming.link(name))
+    return MacFilterPlan(
+        plain=tuple(one for one in given if one.network not in checked),
+        verified=tuple(
+            replace(one, port=VERIFIED_PORT, device=device, device_index=index)
+            for one, some in devices.items()
+            for device, index in some
+        ),
+        unverified=tuple(devices),
+        filters=filters,
+    )
 
-    network: NetworkId
-    family: Family | None
-    code: NotServedCode
-    reason: str
-    hint: str = ""
-    sockets: tuple[ListeningSocket, ...] = ()
 
-    def __str__(self) -> str:
-        over = "" if self.family is None else f" over IPv{self.family.value}"
-        alone = " by imdsproxy alone" if self.code is NotServedCode.FOREIGN_LISTENER else ""
-        hint = f" ({self.hint})" if self.hint else ""
-        return f"network {self.network} is not served{over}{alone}: {self.reason}{hint}"
+def _devices(endpoint: Endpoint, observed: ObservedHost) -> tuple[tuple[str, int], ...]:
+    """Return the devices on which packets for an endpoint arrive."""
+    if endpoint.device is not None:
+        return ((endpoint.device, endpoint.device_index),)
+    if endpoint.namespace is None:
+        return ()
+    seen = observed.namespaces.get(endpoint.namespace.name)
+    if seen is None:
+        return ()
+    kinds = {one.index: one.kind for one in seen.devices.values()}
+    # IPv4 is answered on every device, wherever the address is. Only devices with a MAC can be checked.
+    return tuple(
+        (one.name, one.index)
+        for one in sorted(seen.devices.values(), key=lambda one: one.index)
+        if one.name != LOOPBACK and one.mac and one.up and kinds.get(one.master) not in ENSLAVING
+    )
 
 
-@dataclass(frozen=True, slots=True)
-class Foreign:
-    """Listening socket of another program at a network's address and port."""
+_RESERVED_DESCRIPTORS = 256
+"""Descriptors for HAProxy itself: logs, pipes, sockets to itself and to its master."""
 
-    network: NetworkId
-    family: Family
-    effect: Effect
-    socket: ListeningSocket
+_LEAST_CONNECTIONS = 64
+"""Minimum number of connections; a lower limit is reported."""
+
+_MASTER_SOCKETS = 16
+"""Connections that make room for the master's sockets beside its namespaces."""
+
+_OWN_NAMESPACE = "/proc/self/ns/net"
+"""Link target for binds in the host's own namespace."""
+
+
+def link_name(endpoint: Endpoint) -> str | None:
+    """Return a link name that changes if the namespace or device was deleted and created again under the same name.
+
+    HAProxy hands listening sockets to its next worker by name. Inode and index distinguish a new namespace or device
+    from the deleted one. `None` for the host's own namespace without a device.
+    """
+    namespace, index = endpoint.namespace, endpoint.device_index
+    if namespace is None:
+        return f"host@0.{index}" if index else None
+    return f"{namespace.name}@{namespace.inode}" + (f".{index}" if index else "")
+
+
+def plan_links(endpoints: Iterable[Endpoint], directory: str) -> dict[str, str]:
+    """Return the symbolic links that HAProxy needs at every load: link name to path.
+
+    Args:
+        endpoints: Endpoints to bind.
+        directory: Directory of the namespaces.
+    """
+    return {
+        name: _OWN_NAMESPACE if one.namespace is None else f"{directory}/{one.namespace.name}"
+        for one in endpoints
+        if (name := link_name(one)) is not None
+    }
+
+
+def plan_binds(endpoints: Iterable[Endpoint], links: str) -> tuple[Bind, ...]:
+    """Return a bind for each endpoint.
+
+    Args:
+        endpoints: Endpoints that can be bound now.
+        links: Directory of the links of `plan_links`, relative to `/var/run/netns`.
+    """
+    named = ((one, link_name(one)) for one in endpoints)
+    return tuple(
+        Bind(one.network, one.address, one.port, one.device, name and f"{links}/{name}")
+        for one, name in named
+    )
+
+
+def compute_maxconn(wanted: int, binds: Collection[Bind], hard_limit: int) -> int:
+    """Compute `maxconn` from the setting and the limit on open files.
+
+    HAProxy needs two descriptors per connection (guest and server), one per bind and one per network namespace. It
+    refuses to start if the sum exceeds the hard limit. Its master does not count the namespaces, and exits if a
+    descriptor number of its sockets exceeds those that its connections allow.
+
+    Args:
+        wanted: The setting; 0 to compute a value.
+        binds: All listening sockets.
+        hard_limit: Hard limit of `RLIMIT_NOFILE`; -1 for none.
+
+    Raises:
+        HostRefused: The limit is too low for these binds.
+    """
+    namespaces = count_namespaces(binds)
+    preferred = wanted or min(65_536, max(4_096, len(binds) * 8))
+    least = max(namespaces // 2 + _MASTER_SOCKETS, min(preferred, _LEAST_CONNECTIONS))
+    if hard_limit < 0:
+        return max(preferred, least)
+    fixed = len(binds) + namespaces + _RESERVED_DESCRIPTORS
+    possible = (hard_limit - fixed) // 2
+    if possible < least:
+        needed = 2 * least + fixed
+        raise HostRefused(
+            f"the limit on open files (RLIMIT_NOFILE) is {hard_limit}; HAProxy needs at least {needed} "
+            f"for {len(binds)} listening sockets in {namespaces} network namespaces",
+            hint="raise LimitNOFILE= of imdsproxy and imdsproxy-haproxy, or `ulimit -Hn` without systemd",
+        )
+    return min(max(preferred, least), possible)
+
+
+def networks_of(endpoints: Iterable[Endpoint]) -> frozenset[NetworkId]:
+    """Return the networks that have at least one endpoint."""
+    return frozenset(endpoint.network for endpoint in endpoints)

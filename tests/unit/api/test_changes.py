@@ -21,7 +21,7 @@ from imdsproxy.model.identity import Learned
 from imdsproxy.model.observation import Observation
 from imdsproxy.model.policy import OperatorOverride
 from imdsproxy.model.tokens import TokenKey, instance_key
-from imdsproxy.network.endpoints import NotServedCode
+from imdsproxy.network.planned import NotServedCode
 from imdsproxy.sources.sqlite.source import SqliteSource
 from support.admin_server import AdminServer
 from support.record_builders import instance, key, port

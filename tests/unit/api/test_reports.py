@@ -29,8 +29,8 @@ from imdsproxy.errors import Problem
 from imdsproxy.haproxy.rules.runtime import WorkerTotals
 from imdsproxy.model.entities import Instance, InstanceId, NetworkId, Port
 from imdsproxy.model.observation import Observation
-from imdsproxy.network.endpoints import NotServed
 from imdsproxy.network.listeners.plan import ListenerPlan
+from imdsproxy.network.planned import NotServed
 from imdsproxy.nova.upstream import NovaEndpointReport
 from imdsproxy.reconcile.part import Gauge
 from imdsproxy.reconcile.progress import Durations

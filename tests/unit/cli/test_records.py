@@ -20,7 +20,7 @@ from imdsproxy.model.entities import BridgeListener, Dialect, InstanceId, Namesp
 from imdsproxy.model.path_rules import PathWord
 from imdsproxy.model.policy import NO_RULES, RULES, PolicyRules, TokenMode
 from imdsproxy.model.records import parse_network
-from imdsproxy.network.endpoints import NotServedCode
+from imdsproxy.network.planned import NotServedCode
 from imdsproxy.reconcile.progress import Step
 from imdsproxy.sources.libvirt.xml import METADATA_URI
 from support.cli import Cli, on_a_terminal

@@ -30,14 +30,14 @@ from imdsproxy.model.inventory import Inventory
 from imdsproxy.model.observation import AddressKey, Observation
 from imdsproxy.model.path_rules import PathWord, set_id
 from imdsproxy.model.policy import PolicyBook, PolicyRules, rule_set_of
-from imdsproxy.network.endpoints import Endpoint
-from imdsproxy.network.listeners.endpoints import (
+from imdsproxy.network.endpoints import (
     compute_maxconn,
     link_name,
     networks_of,
     plan_binds,
     plan_links,
 )
+from imdsproxy.network.planned import Endpoint
 from imdsproxy.nova.routing import EndpointSet, NovaRouting, sign_instance
 from support import record_builders as build
 from support.record_strategies import ids

@@ -41,16 +41,16 @@ from imdsproxy.model.entities import (
 )
 from imdsproxy.model.inventory import Inventory
 from imdsproxy.model.observation import Observation
-from imdsproxy.network.endpoints import NotServedCode
 from imdsproxy.network.listeners.apply import HostTable
 from imdsproxy.network.listeners.host import KeptNetworks, SystemHost
 from imdsproxy.network.listeners.loop import ListenerLoop
 from imdsproxy.network.listeners.plan import Place
-from imdsproxy.network.operations import (
+from imdsproxy.network.planned import (
     AddAddress,
     DeleteLink,
     DeleteNamespace,
     HostOp,
+    NotServedCode,
     RemoveAddress,
 )
 from support.fake_haproxy import FakeHaproxy, control_fake

@@ -34,8 +34,7 @@ from imdsproxy.model.entities import (
     NetworkId,
     Subnet,
 )
-from imdsproxy.network.endpoints import Endpoint, Foreign, NotServed, NotServedCode
-from imdsproxy.network.listeners.endpoints import find_degraded
+from imdsproxy.network.endpoints import find_degraded
 from imdsproxy.network.listeners.plan import (
     ListenerPlan,
     PlanMemo,
@@ -46,13 +45,17 @@ from imdsproxy.network.listeners.plan import (
     plan_redirects,
 )
 from imdsproxy.network.listeners.rules import Diversions, plan_diversions
-from imdsproxy.network.operations import (
+from imdsproxy.network.planned import (
     AddAddress,
     AttachBridge,
     DeleteLink,
     DeleteNamespace,
+    Endpoint,
+    Foreign,
     HostOp,
     MakeTable,
+    NotServed,
+    NotServedCode,
     RemoveAddress,
     RemoveTable,
     RouterTable,

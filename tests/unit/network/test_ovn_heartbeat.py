@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any, Final, cast
 
 from imdsproxy.errors import SourceUnavailable
-from imdsproxy.network.ovn.heartbeat import OvnHeartbeat, agent_id, plan_registration
+from imdsproxy.network.ovn.host import OvnHeartbeat, agent_id, plan_registration
 from imdsproxy.sources.ovn.ports import LocalChassis, SouthboundView
 from imdsproxy.sources.ovn.source import OvnSource
 from support.patience import patience

@@ -16,14 +16,14 @@ from imdsproxy.host.state import (
     ObservedNamespace,
 )
 from imdsproxy.model.entities import METADATA_IPV4, NetworkId
-from imdsproxy.network.operations import (
+from imdsproxy.network.ovn.plan import OvnWanted, plan_ovn
+from imdsproxy.network.planned import (
     AttachOvn,
     ChangePorts,
     DetachOvn,
     HostOp,
     MetadataPlace,
 )
-from imdsproxy.network.ovn.plan import OvnWanted, plan_ovn
 from imdsproxy.sources.ovn.ports import BridgePort, LocalChassis, PortBinding
 from support.ovn_rows import METADATA, NETWORK, PORT, known
 

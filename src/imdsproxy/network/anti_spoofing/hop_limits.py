@@ -15,7 +15,7 @@ from imdsproxy.errors import Problem
 from imdsproxy.model.entities import NetworkId
 from imdsproxy.model.wire import UNLIMITED, hop_limit_of, withhold_token
 from imdsproxy.network.anti_spoofing.kernel import HopPlace, KernelHopLimits, TableJournal, name_of
-from imdsproxy.network.endpoints import Endpoint
+from imdsproxy.network.planned import Endpoint
 
 _NONE: frozenset[NetworkId] = frozenset()
 
@@ -48,6 +48,11 @@ class HopLimits:
     def in_use(self) -> bool:
         """Whether any record has a limit."""
         return bool(self._limited)
+
+    @property
+    def needed(self) -> frozenset[NetworkId]:
+        """Networks with records that rely on the rule, or may do so."""
+        return frozenset(self._limited) | self._promised
 
     async def preload(self) -> None:
         """Restore the rules of an earlier process, as far as possible, and rely on them.
@@ -111,7 +116,7 @@ class HopLimits:
         """Create the rule wherever it is needed, before HAProxy listens there.
 
         Args:
-            endpoints: Endpoints that can be bound.
+            endpoints: Endpoints of the networks in `needed` that can be bound.
 
         Returns:
             Networks not to listen in yet: HAProxy has records that rely on the rule, which cannot be created there.
@@ -119,15 +124,13 @@ class HopLimits:
         Raises:
             HostRefused: Our journal cannot be read or written.
         """
-        needed = frozenset(self._limited) | self._promised
-        if not needed:
+        if not self.needed:
             self._armed, self._open, self.refused = _NONE, frozenset(), {}
             return _NONE
         # Namespaces that send answers to guests of these networks; networks without an endpoint have none.
         places: dict[NetworkId, set[HopPlace]] = {}
         for one in endpoints:
-            if one.network in needed:
-                places.setdefault(one.network, set()).add(one.namespace)
+            places.setdefault(one.network, set()).add(one.namespace)
         wanted = frozenset(place for some in places.values() for place in some)
         # The next round handles a removal during this call.
         before, self._suspect = frozenset() if self._suspect else self._open, False

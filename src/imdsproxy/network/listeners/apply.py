@@ -3,17 +3,25 @@
 If a process is killed between two steps, the next observation finds the remains.
 """
 
+import asyncio
 import contextlib
 import errno
 import os
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Final, assert_never
 
-from imdsproxy.errors import DataplaneError, Ignoring, Problem, host_refused, refusing
+from imdsproxy.errors import (
+    DataplaneError,
+    Ignoring,
+    Problem,
+    SourceUnavailable,
+    host_refused,
+    refusing,
+)
 from imdsproxy.host import netlink
 from imdsproxy.host.names import Naming
 from imdsproxy.host.namespaces import NamespaceMissing, NamespaceThread
@@ -26,20 +34,26 @@ from imdsproxy.host.nftables import (
     replace_table,
 )
 from imdsproxy.host.nlmessages import NetlinkRefused, NetlinkSocket
+from imdsproxy.host.ovsdb import Row, Table, Transaction
 from imdsproxy.host.state import Family, ObservedDevice
 from imdsproxy.model.entities import IpAddress, NetworkId
-from imdsproxy.network import operations
+from imdsproxy.network import planned
 from imdsproxy.network.anti_spoofing.kernel import close_tables
-from imdsproxy.network.endpoints import LOOPBACK
 from imdsproxy.network.listeners.rules import ROUTER_COMMENT, fill_router_table
 from imdsproxy.network.ovn.plan import plan_interface
-from imdsproxy.sources.ovn.ports import IpInterface, devices_of, namespace_of
+from imdsproxy.network.planned import LOOPBACK
+from imdsproxy.sources.ovn.ports import NETWORK_KEY, IpInterface, devices_of, namespace_of
+from imdsproxy.sources.ovn.source import OvnSource
 
 HAPROXY_NETNS: Final = Path("/var/run/netns")
 """Directory in which HAProxy opens namespaces (compiled in: `src/namespace.c`)."""
 
 _READ_ONLY: Final = "/proc/sys must be writable (ProtectKernelTunables=no in the unit)"
 _NO_NAT: Final = "nf_tables with family inet and NAT is needed; guests behind this router get no answer until then"
+_WRITTEN_S: Final = 5.0
+_VSWITCH: Final = "ovn.open_vswitch"
+_NO_BRIDGE: Final = "ovn-controller makes it; another name belongs in external_ids:ovn-bridge"
+_NO_WRITE: Final = "look at ovsdb-server and its log; it is tried again"
 _PREFIXES: Final = {Family.IPV4: 32, Family.IPV6: 64}
 _SWITCHED_OFF: Final = (
     # Packets from a guest must not give us routes or addresses, nor make us a router.
@@ -52,42 +66,42 @@ _SWITCHED_OFF: Final = (
 
 async def apply_ops(
     thread: NamespaceThread,
-    ops: Iterable[operations.HostOp],
-    change_ports: Callable[[operations.ChangePorts], Awaitable[Problem | None]] | None = None,
-) -> dict[operations.HostOp, Problem]:
+    ops: Iterable[planned.HostOp],
+    ovn: OvnSource | None = None,
+) -> dict[planned.HostOp, Problem]:
     """Carry out ops in order; a failed op never stops the others.
 
     Args:
         thread: Thread that enters namespaces.
         ops: Operations to carry out.
-        change_ports: Changes Open vSwitch's ports; required for such ops.
+        ovn: Source with Open vSwitch's database; required for changes of its ports.
 
     Returns:
         The failed ops, with the reasons.
     """
-    failures: dict[operations.HostOp, Problem] = {}
+    failures: dict[planned.HostOp, Problem] = {}
     for _, group in groupby(ops, _kind):
         some = tuple(group)
         failures |= await thread.run(
-            partial(_try_each, thread, [op for op in some if isinstance(op, operations.ThreadOp)])
+            partial(_try_each, thread, [op for op in some if isinstance(op, planned.ThreadOp)])
         )
         failures |= await _remove_tables(
-            thread, [op for op in some if isinstance(op, operations.RemoveTable)]
+            thread, [op for op in some if isinstance(op, planned.RemoveTable)]
         )
         for op in some:
-            if isinstance(op, operations.ChangePorts) and change_ports is not None:
-                problem = await change_ports(op)
+            if isinstance(op, planned.ChangePorts) and ovn is not None:
+                problem = await _change_ports(ovn, op)
                 failures |= {} if problem is None else {op: problem}
     return failures
 
 
-def _kind(op: operations.HostOp) -> type[operations.HostOp] | None:
-    return type(op) if isinstance(op, operations.ChangePorts | operations.RemoveTable) else None
+def _kind(op: planned.HostOp) -> type[planned.HostOp] | None:
+    return type(op) if isinstance(op, planned.ChangePorts | planned.RemoveTable) else None
 
 
 async def _remove_tables(
-    thread: NamespaceThread, ops: Collection[operations.RemoveTable]
-) -> dict[operations.HostOp, Problem]:
+    thread: NamespaceThread, ops: Collection[planned.RemoveTable]
+) -> dict[planned.HostOp, Problem]:
     try:
         await close_tables(thread.directory, INET, [(op.router, op.name) for op in ops])
     except DataplaneError as error:
@@ -96,9 +110,9 @@ async def _remove_tables(
 
 
 def _try_each(
-    thread: NamespaceThread, ops: Iterable[operations.ThreadOp]
-) -> dict[operations.HostOp, Problem]:
-    failures: dict[operations.HostOp, Problem] = {}
+    thread: NamespaceThread, ops: Iterable[planned.ThreadOp]
+) -> dict[planned.HostOp, Problem]:
+    failures: dict[planned.HostOp, Problem] = {}
     for op in ops:
         try:
             _do(thread, op)
@@ -106,41 +120,41 @@ def _try_each(
             if isinstance(error, OSError):
                 # The only file system that refuses is /proc/sys.
                 hint = _READ_ONLY if error.errno == errno.EROFS else ""
-                hint = _NO_NAT if isinstance(op, operations.MakeTable) else hint
+                hint = _NO_NAT if isinstance(op, planned.MakeTable) else hint
                 error = host_refused(op.action.format(op), error, hint=hint)
-            of_ovn = isinstance(op, operations.AttachOvn | operations.DetachOvn)
+            of_ovn = isinstance(op, planned.AttachOvn | planned.DetachOvn)
             field = f"ovn.{error.code}" if of_ovn else "host"
             failures[op] = Problem(field, error.message, error.hint)
     return failures
 
 
-def _do(thread: NamespaceThread, op: operations.ThreadOp) -> None:
+def _do(thread: NamespaceThread, op: planned.ThreadOp) -> None:
     match op:
-        case operations.AttachBridge():
+        case planned.AttachBridge():
             _attach_bridge(thread, op)
-        case operations.AttachOvn(place, naming):
+        case planned.AttachOvn(place, naming):
             _attach_ovn(thread, naming, place)
-        case operations.DetachOvn(network, naming):
+        case planned.DetachOvn(network, naming):
             _detach_ovn(thread, naming, network)
-        case operations.AddAddress(_, name, device, address, mark):
+        case planned.AddAddress(_, name, device, address, mark):
             with thread.inside(name), NetlinkSocket() as channel:
                 _add(channel, name, device, address, mark)
-        case operations.RemoveAddress(name, device, address, prefix):
+        case planned.RemoveAddress(name, device, address, prefix):
             gone = Ignoring(errno.ENOENT, errno.ENODEV, errno.EADDRNOTAVAIL)
             with gone, thread.inside(name), NetlinkSocket() as channel:
                 netlink.remove_address(channel, _find(channel, device).index, address, prefix)
-        case operations.DeleteNamespace(name):
+        case planned.DeleteNamespace(name):
             thread.directory.delete(name)
-        case operations.MakeTable():
+        case planned.MakeTable():
             _make_table(thread, op)
-        case operations.DeleteLink(name):
+        case planned.DeleteLink(name):
             with Ignoring(errno.ENODEV), NetlinkSocket() as channel:
                 netlink.delete_link(channel, _find(channel, name).index)
         case never:
             assert_never(never)
 
 
-def _make_table(thread: NamespaceThread, op: operations.MakeTable) -> None:
+def _make_table(thread: NamespaceThread, op: planned.MakeTable) -> None:
     fill = partial(fill_router_table, op.table)
     with contextlib.suppress(NamespaceMissing), thread.inside(op.router.name) as ref:
         # The name may belong to another namespace by now.
@@ -172,7 +186,7 @@ def _add(
         raise host_refused(f"add {address} on device {device}{where}", error, hint=hint) from error
 
 
-def _attach_bridge(thread: NamespaceThread, op: operations.AttachBridge) -> None:
+def _attach_bridge(thread: NamespaceThread, op: planned.AttachBridge) -> None:
     naming, alias = op.naming, op.naming.alias(op.network)
     name, link, inner = naming.namespace(op.network), naming.link(op.network), naming.inner_device
     thread.create_now(name)
@@ -247,7 +261,7 @@ def _set_up(
     return found.index
 
 
-def _attach_ovn(thread: NamespaceThread, naming: Naming, place: operations.MetadataPlace) -> None:
+def _attach_ovn(thread: NamespaceThread, naming: Naming, place: planned.MetadataPlace) -> None:
     """Create the missing parts, and leave the rest unchanged: an agent's namespace stays without our mark."""
     name = place.namespace
     thread.create_now(name, lambda: _mark(naming, place.network))
@@ -287,8 +301,8 @@ def _set_addresses(
             with Ignoring(errno.EEXIST):  # the kernel has added its own link-local address
                 prefix, protocol = one.network.prefixlen, naming.protocol
                 netlink.add_address(channel, index, one.ip, prefix, protocol=protocol)
-        for planned, one in present.items():
-            if planned not in wanted:
+        for interface, one in present.items():
+            if interface not in wanted:
                 with Ignoring(errno.EADDRNOTAVAIL):
                     netlink.remove_address(channel, index, one.ip, one.network.prefixlen)
 
@@ -301,6 +315,60 @@ def _detach_ovn(thread: NamespaceThread, naming: Naming, network: NetworkId) -> 
     with Ignoring(errno.ENODEV), NetlinkSocket() as channel:
         netlink.delete_link(channel, _find(channel, devices_of(network)[0]).index)
     thread.directory.delete(name)
+
+
+async def _change_ports(source: OvnSource, op: planned.ChangePorts) -> Problem | None:
+    """Change Open vSwitch's ports. Return the reason if they stay as they were."""
+    local, plug, problem = source.local, op.plug, None
+    if plug and local is not None and local.datapath is None:
+        problem = Problem(_VSWITCH, f"there is no bridge {local.bridge}", _NO_BRIDGE)
+        plug = ()
+    if plug or op.unplug:
+        try:
+            async with asyncio.timeout(_WRITTEN_S):
+                await source.change_vswitch(partial(_write_ports, plug, op.unplug))
+        except SourceUnavailable as error:
+            problem = Problem(_VSWITCH, error.message, error.hint or _NO_WRITE)
+        except TimeoutError:
+            problem = Problem(_VSWITCH, f"no answer within {_WRITTEN_S:g} s", _NO_WRITE)
+    return problem
+
+
+def _write_ports(
+    places: Collection[planned.MetadataPlace],
+    unplug: Collection[str],
+    tables: Mapping[str, Table],
+    transaction: Transaction,
+) -> None:
+    """Add and remove ports of Open vSwitch's bridges as planned; in the connection's thread."""
+    bridges = {row.name: row for row in tables["Bridge"].rows.values()}
+    ports = {row.name: row for row in tables["Port"].rows.values()}
+    interfaces = {row.name: row for row in tables["Interface"].rows.values()}
+    for place in places:
+        port, interface = ports.get(place.outer), interfaces.get(place.outer)
+        bridge = bridges.get(place.bridge)
+        if bridge is None:  # it was removed meanwhile: the next observation shows that
+            continue
+        if port is None or interface is None or port.uuid not in bridge.ports:
+            # Create a new port for another bridge: ovn-controller overlooks an interface that only changes its bridge.
+            unplug_port(port, bridges)
+            interface = transaction.insert(tables["Interface"])
+            interface.name = place.outer
+            port = transaction.insert(tables["Port"])
+            port.name = place.outer
+            port.interfaces = [interface.uuid]
+            bridge.addvalue("ports", port.uuid)
+        interface.setkey("external_ids", "iface-id", place.port)
+        interface.setkey("external_ids", NETWORK_KEY, place.network)
+    for name in unplug:
+        unplug_port(ports.get(name), bridges)
+
+
+def unplug_port(port: Row | None, bridges: Mapping[str, Row]) -> None:
+    """Remove a port from its bridge, within a transaction."""
+    for bridge in bridges.values():
+        if port is not None and port.uuid in bridge.ports:
+            bridge.delvalue("ports", port.uuid)
 
 
 @dataclass(slots=True)
@@ -347,7 +415,7 @@ def haproxy_name(directory: Path) -> str:
 
     HAProxy hands a listening socket over to its next worker by the names of its namespace and device. If a namespace
     or device was deleted and created again under its name, the worker would get the socket of the deleted one. A link
-    with another name (`network.listeners.endpoints.link_name`) makes HAProxy open a new socket. HAProxy opens
+    with another name (`network.endpoints.link_name`) makes HAProxy open a new socket. HAProxy opens
     `/var/run/netns/NAME` and accepts slashes in NAME, so the links are in a directory of ours, hidden from `ip netns`:
     `bind … namespace ../imdsproxy/netns/blue@4026532317`.
     """

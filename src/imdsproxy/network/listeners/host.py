@@ -55,7 +55,6 @@ from imdsproxy.model.entities import (
 )
 from imdsproxy.model.records import Refused, parse_network, render_record
 from imdsproxy.model.wire import REDIRECTED_PORT
-from imdsproxy.network.endpoints import LOOPBACK
 from imdsproxy.network.listeners.apply import HostTable, apply_ops
 from imdsproxy.network.listeners.plan import (
     ListenerPlan,
@@ -70,7 +69,9 @@ from imdsproxy.network.listeners.plan import (
     plan_listeners,
 )
 from imdsproxy.network.listeners.rules import ROUTER_COMMENT, plan_arp_filter, plan_diversions
-from imdsproxy.network.operations import (
+from imdsproxy.network.ovn.plan import OvnWanted, network_of
+from imdsproxy.network.planned import (
+    LOOPBACK,
     AddAddress,
     AttachOvn,
     DetachOvn,
@@ -81,10 +82,9 @@ from imdsproxy.network.operations import (
     RemoveTable,
     RouterTable,
 )
-from imdsproxy.network.ovn.host import OvnHost
-from imdsproxy.network.ovn.plan import network_of
 from imdsproxy.sources.neutron_namespaces.records import router_of
 from imdsproxy.sources.ovn.ports import devices_of
+from imdsproxy.sources.ovn.source import OvnSource
 
 Peek: TypeAlias = tuple[int, frozenset[int]]
 """Inode of a namespace, and inodes of the sockets that listen there."""
@@ -136,7 +136,8 @@ class SystemHost:
         operations: Number of ops so far, by `ok` and `failed`.
         arp_filter: Drops ARP requests for the metadata address on devices that no network listens on.
         diverter: Redirects frames for the metadata address to our veths on bridges that have one.
-        ovn: Needs of OVN's networks, and Open vSwitch's database; `None` without that source.
+        ovn: Source of OVN's networks, with Open vSwitch's database; `None` without that source.
+        planned_needs: Needs of OVN's networks with which the last round planned.
     """
 
     def __init__(
@@ -161,7 +162,9 @@ class SystemHost:
         self._all_dirty = True
         self._dirty: set[NetworkId] = set()
         self._cleared: set[Place] = set()
-        self.ovn: OvnHost | None = None
+        self.ovn: OvnSource | None = None
+        self.planned_needs: OvnWanted | None = None
+        self._needs: tuple[int, OvnWanted] | None = None
         self._waits: dict[NetworkId, float] = {}
         self._unfinished: set[NetworkId] = set()
         self.our_pids: Callable[[], Collection[int]] = tuple
@@ -213,7 +216,7 @@ class SystemHost:
         """
         # The ARP table comes first: the host answers for an address as soon as a device has it. Observing is harmless.
         filtering = self.arp_filter.apply(plan_arp_filter(networks.values()))
-        wanted = None if self.ovn is None else self.ovn.wanted()
+        wanted = self.planned_needs = self.ovn_needs()
         if wanted is not None:
             unseen = (
                 n for n, p in wanted.places.items() if p.namespace not in self.seen.namespaces
@@ -356,6 +359,16 @@ class SystemHost:
         pids = self.our_pids()
         return await self.thread.run(lambda: self._owners.find_ours(inodes, pids))
 
+    def ovn_needs(self) -> OvnWanted | None:
+        """Return the needs of OVN's networks as of now; `None` until Open vSwitch's database was read."""
+        source = self.ovn
+        if source is None or source.local is None:
+            return None
+        if self._needs is None or self._needs[0] != source.changes:
+            needs = OvnWanted.of(source.known, source.local, sweep=source.settled)
+            self._needs = source.changes, needs
+        return self._needs[1]
+
     def ovn_places(self) -> list[Place]:
         """Return the places of all namespaces with the name of one of OVN's networks."""
         found = map(network_of, self.thread.directory.names())
@@ -488,8 +501,7 @@ class SystemHost:
         # Write the journal first, so that the next process knows what this one added if it is killed.
         added = {(one.namespace, one.device) for one in given if isinstance(one, AddAddress)}
         self._note(self.managed() | added)
-        change_ports = None if self.ovn is None else self.ovn.change_ports
-        failures = await apply_ops(self.thread, given, change_ports)
+        failures = await apply_ops(self.thread, given, self.ovn)
         removals = {o: (o.namespace, o.device) for o in given if isinstance(o, RemoveAddress)}
         left = {place for op, place in removals.items() if op in failures}
         self._note(self.managed() - (set(removals.values()) - left))

@@ -25,10 +25,8 @@ from imdsproxy.model.entities import Network, NetworkId
 from imdsproxy.model.inventory import Inventory
 from imdsproxy.network.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.network.anti_spoofing.mac_filters import MacFilters
-from imdsproxy.network.anti_spoofing.plan import MacFilterPlan
-from imdsproxy.network.endpoints import Endpoint, Foreign, NotServed, NotServedCode
-from imdsproxy.network.listeners.apply import apply_links, haproxy_name
-from imdsproxy.network.listeners.endpoints import (
+from imdsproxy.network.endpoints import (
+    MacFilterPlan,
     compute_maxconn,
     find_degraded,
     networks_of,
@@ -36,9 +34,11 @@ from imdsproxy.network.listeners.endpoints import (
     plan_binds,
     plan_links,
 )
+from imdsproxy.network.listeners.apply import apply_links, haproxy_name
 from imdsproxy.network.listeners.host import KeptNetworks, SystemHost
 from imdsproxy.network.listeners.plan import ListenerPlan, plan_redirects
 from imdsproxy.network.listeners.watch import HostWatch
+from imdsproxy.network.planned import Endpoint, Foreign, NotServed, NotServedCode
 from imdsproxy.reconcile.part import By, Gauge, Part, Times
 from imdsproxy.reconcile.progress import Durations
 from imdsproxy.reconcile.reconciler import Reconciler, Tickets
@@ -327,7 +327,8 @@ class ListenerLoop(Part):
         self, endpoints: tuple[Endpoint, ...], reasons: tuple[str, ...]
     ) -> tuple[Endpoint, ...]:
         """Make HAProxy listen on the endpoints. Return those on which it listens now."""
-        unsafe = await self.hop_limits.open(endpoints)
+        limited = self.hop_limits.needed
+        unsafe = await self.hop_limits.open(one for one in endpoints if one.network in limited)
         endpoints = tuple(one for one in endpoints if one.network not in unsafe)
         self._listening = await self.mac_filters.open(
             self._networks(), endpoints, self.host.seen, running=self.haproxy.processes is not None

@@ -35,27 +35,25 @@ from imdsproxy.model.entities import (
     NetworkId,
 )
 from imdsproxy.model.wire import REDIRECTED_PORT
-from imdsproxy.network.endpoints import (
+from imdsproxy.network.endpoints import listen, listen_redirected
+from imdsproxy.network.ovn.plan import OvnWanted, network_of, plan_ovn
+from imdsproxy.network.planned import (
     ENSLAVING,
     LOOPBACK,
-    Endpoint,
-    Foreign,
-    NotServed,
-    NotServedCode,
-)
-from imdsproxy.network.listeners.endpoints import listen, listen_redirected
-from imdsproxy.network.operations import (
     AddAddress,
     AttachBridge,
     DeleteLink,
     DeleteNamespace,
+    Endpoint,
+    Foreign,
     HostOp,
     MakeTable,
+    NotServed,
+    NotServedCode,
     RemoveAddress,
     RemoveTable,
     RouterTable,
 )
-from imdsproxy.network.ovn.plan import OvnWanted, network_of, plan_ovn
 from imdsproxy.sources.ovn.ports import devices_of, namespace_of
 
 _NAMING = Naming()

@@ -66,7 +66,7 @@ from imdsproxy.model.entities import (
 )
 from imdsproxy.model.wire import REDIRECTED_PORT
 from imdsproxy.network.anti_spoofing.rules import LAYOUTS, Layout, fill_redirected_hop_limit
-from imdsproxy.network.operations import RouterTable
+from imdsproxy.network.planned import RouterTable
 
 _GUEST_KINDS: Final = frozenset({"tun", "veth"})
 _ETHER: Final = 9

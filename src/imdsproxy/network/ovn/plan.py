@@ -17,8 +17,8 @@ from imdsproxy.host.names import Naming
 from imdsproxy.host.state import Family, ObservedHost, ObservedNamespace
 from imdsproxy.model.addresses import link_local_of
 from imdsproxy.model.entities import NetworkId
-from imdsproxy.network.endpoints import LOOPBACK
-from imdsproxy.network.operations import (
+from imdsproxy.network.planned import (
+    LOOPBACK,
     AttachOvn,
     ChangePorts,
     DetachOvn,

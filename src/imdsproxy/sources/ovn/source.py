@@ -77,7 +77,8 @@ class OvnSource:
         local: This chassis; `None` until Open vSwitch's database was read.
         known: Ports in force.
         view: This host's rows in the Southbound database; `None` until they were read.
-        on_change: Called when an attribute may have changed.
+        changes: Number of possible changes of an attribute.
+        on_change: Called after each of them.
     """
 
     name: ClassVar = "ovn"
@@ -85,6 +86,7 @@ class OvnSource:
     local: LocalChassis | None = None
     known: OvnKnown = field(default_factory=OvnKnown)
     view: SouthboundView | None = None
+    changes: int = 0
     on_change: Callable[[], object] = lambda: None
     _vswitch: Ovsdb[LocalChassis] | None = None
     _southbound: Ovsdb[SouthboundView] | None = None
@@ -222,6 +224,7 @@ class OvnSource:
         return there and not self._keeps_absent and not failing
 
     def _report(self, publish: Publish, changes: Observation) -> None:
+        self.changes += 1
         lost = [reason for reason in self._failures.values() if reason is not None]
         observation = self._reports.next(
             changes,
