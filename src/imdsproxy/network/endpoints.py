@@ -56,10 +56,6 @@ def listen(
     the address except `lo` (a link-local address on `lo` cannot be reached).
 
     Args:
-        network: Network of the listener.
-        seen: The namespace.
-        family: Family of the metadata address.
-        device: Device that the listener names, if any.
         managed: Whether imdsproxy adds the address itself, so that a missing address is pending.
     """
     carriers = [one for one in seen.addresses if one.address == family.metadata_address]
@@ -173,7 +169,6 @@ def _refused(
 
 
 def owners_of(sockets: Iterable[ListeningSocket]) -> str:
-    """Return the programs that hold the sockets, with their pids."""
     names = sorted({f"{who.command} (pid {who.pid})" for one in sockets for who in one.owners})
     return " and ".join(names) or "a program that cannot be seen from here"
 
@@ -212,11 +207,7 @@ def find_degraded(
     over IPv6 does not need the IPv4 address if all its subnets are IPv6.
 
     Args:
-        networks: Networks with a listener.
         contradictory: Networks without a listener because sources contradict each other.
-        endpoints: Endpoints that HAProxy listens on.
-        not_served: Endpoints that HAProxy cannot listen on.
-        foreign: Other processes' sockets there.
     """
     served: dict[NetworkId, set[int]] = {}
     for endpoint in endpoints:
@@ -241,7 +232,6 @@ def find_degraded(
 
 
 def _needs(networks: Mapping[NetworkId, Network], missing: NotServed, served: set[int]) -> bool:
-    """Return whether guests need the family whose address is missing."""
     network = networks.get(missing.network)
     if not served or network is None or missing.family is None:
         return True
@@ -268,9 +258,7 @@ class MacFilter:
     """Filter of one network, on all devices that its guests use.
 
     Attributes:
-        namespace: Namespace of the filter; `None` is the host's own.
         devices: Names and indexes of the devices; the index detects a new device with an old name.
-        table: Name of the table in nf_tables, used only by us.
     """
 
     network: NetworkId
@@ -287,7 +275,6 @@ class MacFilterPlan:
         plain: Endpoints answered from the maps, in networks without MAC checks.
         verified: Endpoints behind a filter, answered from the maps.
         unverified: Endpoints answered by the resolver.
-        filters: Filters by network.
     """
 
     plain: tuple[Endpoint, ...] = ()
@@ -297,12 +284,10 @@ class MacFilterPlan:
 
     @property
     def plain_networks(self) -> frozenset[NetworkId]:
-        """Networks without MAC checks."""
         return frozenset(one.network for one in self.plain)
 
     @property
     def binds(self) -> tuple[Endpoint, ...]:
-        """All endpoints that HAProxy listens on."""
         return (*self.plain, *self.verified, *self.unverified)
 
     def without(self, refused: Collection[NetworkId]) -> "MacFilterPlan":
@@ -324,10 +309,6 @@ def plan_mac_filters(
     """Plan the filters that networks need, and the endpoints.
 
     Args:
-        networks: All networks.
-        endpoints: Endpoints that can be bound.
-        observed: Host from which the endpoints were planned.
-        naming: Names of our own tables.
         carries_macs: Returns whether a network's ports have MACs; without MACs nothing can be checked.
     """
     given = tuple(endpoints)
@@ -356,7 +337,6 @@ def plan_mac_filters(
 
 
 def _devices(endpoint: Endpoint, observed: ObservedHost) -> tuple[tuple[str, int], ...]:
-    """Return the devices on which packets for an endpoint arrive."""
     if endpoint.device is not None:
         return ((endpoint.device, endpoint.device_index),)
     if endpoint.namespace is None:
@@ -399,12 +379,7 @@ def link_name(endpoint: Endpoint) -> str | None:
 
 
 def plan_links(endpoints: Iterable[Endpoint], directory: str) -> dict[str, str]:
-    """Return the symbolic links that HAProxy needs at every load: link name to path.
-
-    Args:
-        endpoints: Endpoints to bind.
-        directory: Directory of the namespaces.
-    """
+    """Return the symbolic links that HAProxy needs at every load: link name to path."""
     return {
         name: _OWN_NAMESPACE if one.namespace is None else f"{directory}/{one.namespace.name}"
         for one in endpoints
@@ -416,7 +391,6 @@ def plan_binds(endpoints: Iterable[Endpoint], links: str) -> tuple[Bind, ...]:
     """Return a bind for each endpoint.
 
     Args:
-        endpoints: Endpoints that can be bound now.
         links: Directory of the links of `plan_links`, relative to `/var/run/netns`.
     """
     named = ((one, link_name(one)) for one in endpoints)
@@ -435,7 +409,6 @@ def compute_maxconn(wanted: int, binds: Collection[Bind], hard_limit: int) -> in
 
     Args:
         wanted: The setting; 0 to compute a value.
-        binds: All listening sockets.
         hard_limit: Hard limit of `RLIMIT_NOFILE`; -1 for none.
 
     Raises:
@@ -459,5 +432,4 @@ def compute_maxconn(wanted: int, binds: Collection[Bind], hard_limit: int) -> in
 
 
 def networks_of(endpoints: Iterable[Endpoint]) -> frozenset[NetworkId]:
-    """Return the networks that have at least one endpoint."""
     return frozenset(endpoint.network for endpoint in endpoints)

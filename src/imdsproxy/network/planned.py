@@ -22,7 +22,6 @@ class Endpoint:
 
     Attributes:
         device: Device to bind to (`interface DEV`); always set for IPv6, whose address is link-local.
-        namespace: Namespace of the bind; `None` is the host's own.
         device_index: Index of the device, 0 without a device. If another device gets the name later, the index differs,
             and a socket bound to the old device receives nothing.
     """
@@ -78,7 +77,6 @@ class NotServed:
     """Network that is not served now.
 
     Attributes:
-        family: Affected family; `None` for both.
         reason: Problem, in one sentence without a full stop.
         hint: Correction, and who can make it; empty if the problem ends by itself.
         sockets: Sockets of other programs at its address and port, as far as known.
@@ -117,7 +115,6 @@ class MetadataPlace:
         mtu: MTU in bytes; `None` leaves the MTU unchanged.
         interfaces: Addresses of the metadata port in subnets that have ports here, its link-local address, and the
             metadata addresses.
-        bridge: Integration bridge.
         in_user_space: Whether Open vSwitch forwards packets in user space, and needs their checksums.
     """
 
@@ -131,26 +128,21 @@ class MetadataPlace:
 
     @property
     def namespace(self) -> str:
-        """The network's namespace."""
         return namespace_of(self.network)
 
     @property
     def outer(self) -> str:
-        """The device on the bridge."""
         return devices_of(self.network)[0]
 
     @property
     def inner(self) -> str:
-        """The device in the namespace."""
         return devices_of(self.network)[1]
 
     @property
     def plugged(self) -> BridgePort:
-        """The port on the bridge that Open vSwitch should have."""
         return BridgePort(self.bridge, self.port, self.network)
 
     def addresses(self, *, ipv6: bool) -> frozenset[IpInterface]:
-        """Return the planned addresses of the inner device, with or without IPv6."""
         if ipv6:
             return self.interfaces
         return frozenset(one for one in self.interfaces if isinstance(one, IPv4Interface))
@@ -158,11 +150,7 @@ class MetadataPlace:
 
 @dataclass(frozen=True, slots=True)
 class AttachBridge:
-    """Create the missing parts of a bridge's listener, marked as ours: namespace, veth pair, addresses, default routes.
-
-    Attributes:
-        mtu: MTU of the bridge, in bytes.
-    """
+    """Create the missing parts of a bridge's listener, with our mark: namespace, veth pair, addresses, routes."""
 
     action: ClassVar[str] = "attach a namespace to bridge {0.bridge}"
     network: NetworkId
@@ -185,8 +173,6 @@ class AddAddress:
 
 @dataclass(frozen=True, slots=True)
 class RemoveAddress:
-    """Remove an address from a device."""
-
     action: ClassVar[str] = "remove {0.address} on device {0.device}"
     network: ClassVar[None] = None
     namespace: str | None
@@ -215,7 +201,6 @@ class AttachOvn:
 
     @property
     def network(self) -> NetworkId:
-        """The network."""
         return self.place.network
 
 
@@ -235,7 +220,6 @@ class ChangePorts:
 
     Attributes:
         plug: Places whose device Open vSwitch does not have, or has elsewhere.
-        unplug: Devices without a network that Open vSwitch still has.
     """
 
     network: ClassVar[None] = None
@@ -245,8 +229,6 @@ class ChangePorts:
 
 @dataclass(frozen=True, slots=True)
 class DeleteLink:
-    """Remove one of our links from the host's own namespace."""
-
     action: ClassVar[str] = "delete link {0.device}"
     network: ClassVar[None] = None
     namespace: ClassVar[None] = None
@@ -260,7 +242,6 @@ class RouterTable(StrEnum):
     REDIRECT = "redirect"
 
     def name_in(self, naming: Naming) -> str:
-        """Return the name of the table."""
         return f"{naming.prefix}-{self.value}"
 
 
@@ -276,14 +257,11 @@ class MakeTable:
 
     @property
     def name(self) -> str:
-        """Name of the table."""
         return self.table.name_in(self.naming)
 
 
 @dataclass(frozen=True, slots=True)
 class RemoveTable:
-    """Remove a table from a router's namespace."""
-
     action: ClassVar[str] = "remove table {0.name} in namespace {0.router}"
     network: ClassVar[None] = None
     router: str
@@ -292,7 +270,6 @@ class RemoveTable:
 
     @property
     def name(self) -> str:
-        """Name of the table."""
         return self.table.name_in(self.naming)
 
 

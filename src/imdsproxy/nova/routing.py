@@ -35,10 +35,6 @@ def find_secret_fault(secret: bytes) -> str | None:
 def sign_instance(secret: bytes, instance: InstanceId) -> str:
     """Return `X-Instance-ID-Signature`: HMAC-SHA256 of the instance's id, 64 lower-case hexadecimal digits.
 
-    Args:
-        secret: Nova's `[neutron] metadata_proxy_shared_secret`.
-        instance: Id to sign, as in `X-Instance-ID`.
-
     Raises:
         ValueError: The secret is empty: anybody could sign with it.
     """
@@ -52,10 +48,7 @@ class EndpointSet:
     """Nova metadata APIs that have the same instances.
 
     Attributes:
-        secret: Secret that signs requests to them; never empty.
         next_secret: Secret that replaces it, during the replacement.
-        networks: Networks and routers whose guests use this set.
-        projects: Projects whose instances use this set.
     """
 
     name: str

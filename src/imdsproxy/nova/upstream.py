@@ -30,11 +30,7 @@ _MAX_ADDRESSES: Final = 8
 
 
 async def resolve_name(name: str) -> tuple[IpAddress, ...]:
-    """Resolve a name as this host does (/etc/hosts, DNS).
-
-    Raises:
-        OSError: The name cannot be resolved now.
-    """
+    """Resolve a name as this host does (/etc/hosts, DNS). Raises `OSError`: the name cannot be resolved now."""
     loop = asyncio.get_running_loop()
     try:
         found = await loop.getaddrinfo(name, None, type=socket.SOCK_STREAM)
@@ -50,7 +46,6 @@ class NovaUpstream(Part):
     Attributes:
         directory: Directory for files that HAProxy reads and that are made from other files.
         resolver: Function that returns the addresses of a host's name; raises `OSError` if the look-up fails.
-        routing: Destinations of requests, and their signing secrets.
         unresolved: Names that cannot be resolved, with reasons.
     """
 
@@ -86,18 +81,15 @@ class NovaUpstream(Part):
         return self.unresolved
 
     def names(self) -> tuple[str, ...]:
-        """Return the names of the endpoint sets."""
         return tuple(one.name for one in self.routing.sets)
 
     @property
     def times(self) -> NovaTimes:
-        """Deadlines and health checks for HAProxy."""
         one = self._settings
         check = one.health_check, one.health_check_interval_s
         return NovaTimes(one.connect_timeout_s, one.response_timeout_s, *check)
 
     def backends(self) -> tuple[NovaBackend, ...]:
-        """Return the endpoint sets as HAProxy backends."""
         sets = sorted(self._settings.endpoint_sets.items())
         return tuple(self._backend(name, one) for name, one in sets)
 
@@ -122,7 +114,6 @@ class NovaUpstream(Part):
         return before != self._addresses
 
     async def follow(self, on_change: Callable[[], object]) -> None:
-        """Resolve names periodically until cancelled."""
         while True:
             await asyncio.sleep(RESOLVE_EVERY_S)
             if await self.resolve():
@@ -235,7 +226,6 @@ class NovaEndpointReport:
 
     Attributes:
         endpoint: `ADDRESS:PORT`.
-        reason: Reason why the endpoint is down.
         requests: Requests that the running worker has sent there.
         failures: Requests without an answer.
     """
@@ -255,11 +245,7 @@ class NovaWatch(Part):
     If Nova refuses our signature, it answers 403 to every request of its guests. That is logged once, and again only
     after it has recovered in between.
 
-    Args:
-        sets: Getter of the names of the endpoint sets in force.
-
     Attributes:
-        endpoints: Endpoints at the last refresh.
         refused: Number of answers 403 by endpoint set, since the controller knows the set.
     """
 

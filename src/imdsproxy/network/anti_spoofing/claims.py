@@ -22,11 +22,7 @@ _FRESH_S: Final = 1.0
 
 @dataclass(slots=True)
 class ForgedClaims:
-    """Counts of forged claims, read from the MAC filters when an operator or Prometheus asks.
-
-    Attributes:
-        by_network: Claims by network, for each network with a MAC filter.
-    """
+    """Counts of forged claims, read from the MAC filters when an operator or Prometheus asks."""
 
     filters: MacFilters
     clock: Clock
@@ -51,7 +47,6 @@ class ForgedClaims:
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """Claims since each filter was created, by network."""
         return {str(name): claims.count for name, claims in self.by_network.items()}
 
     def claimants(self, key: AddressKey) -> tuple[MacAddress, ...]:
@@ -61,7 +56,6 @@ class ForgedClaims:
         return tuple(mac for mac in found if mac != self.filters.granted(key))
 
     def lines(self) -> tuple[str, ...]:
-        """Return a line for each address that was claimed in the last ten minutes."""
         keys = [
             (network, address)
             for network, claims in self.by_network.items()

@@ -27,9 +27,6 @@ class HopLimits:
     Args:
         on_change: Called with networks whose records must be planned again.
         on_need: Called with networks whose listeners must be checked again.
-
-    Attributes:
-        refused: Problems of networks without the rule.
     """
 
     kernel: KernelHopLimits
@@ -46,7 +43,6 @@ class HopLimits:
 
     @property
     def in_use(self) -> bool:
-        """Whether any record has a limit."""
         return bool(self._limited)
 
     @property
@@ -76,11 +72,7 @@ class HopLimits:
         return withhold_token(policy)
 
     def restrict(self, wanted: dict[str, str | None]) -> frozenset[NetworkId]:
-        """Change map values that rely on a missing rule. Return a value to pass to `commit`.
-
-        Args:
-            wanted: Map values by map key.
-        """
+        """Change map values that rely on a missing rule. Return a value to pass to `commit`."""
         before = frozenset(self._limited)
         for key, value in wanted.items():
             network = NetworkId(key.rpartition("/")[0])
@@ -101,7 +93,6 @@ class HopLimits:
         """Note that the map values of `restrict` are in force.
 
         Args:
-            armed: Return value of `restrict`.
             complete: Whether every record has been checked by now.
         """
         if not complete or not self._promised:
@@ -114,9 +105,6 @@ class HopLimits:
 
     async def open(self, endpoints: Iterable[Endpoint]) -> frozenset[NetworkId]:
         """Create the rule wherever it is needed, before HAProxy listens there.
-
-        Args:
-            endpoints: Endpoints of the networks in `needed` that can be bound.
 
         Returns:
             Networks not to listen in yet: HAProxy has records that rely on the rule, which cannot be created there.
@@ -170,7 +158,6 @@ class HopLimits:
         await self._close(self._limited.keys() | self._promised)
 
     async def close_all(self) -> None:
-        """Remove all our rules."""
         await self._close(set())
 
     async def _close(self, needed: set[NetworkId]) -> None:

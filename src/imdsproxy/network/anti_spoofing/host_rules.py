@@ -53,7 +53,6 @@ class GuestBridge:
     """Bridge with guests.
 
     Attributes:
-        name: Name of the bridge, and its namespace.
         macs: Description, by port, of the rule that binds the guest to its MAC; empty without such a rule.
         posing: Ports whose guest may answer ARP and ND in place of the metadata service.
     """
@@ -68,7 +67,6 @@ class GuestBridges:
     """Bridges of a network's guests.
 
     Attributes:
-        bridges: Visible bridges.
         missing: Device or namespace that does not exist in the observing process's network namespace.
     """
 
@@ -85,9 +83,6 @@ def observe_guests(
     """Observe the bridges of a network's guests: in this namespace, and behind a namespace's devices.
 
     Args:
-        listener: Listener of the network.
-        naming: Names of our own ports.
-        directory: Directory of namespaces.
         read: Lists the rules (`read_rules`) in the calling thread's namespace. Its argument is the namespace's name, or
             `None` for that of this process.
 
@@ -190,7 +185,6 @@ def read_rules(commands: Iterable[tuple[str, ...]] = _RULE_READERS) -> str:
 
 
 def _run(program: str, *arguments: str) -> tuple[int, str] | None:
-    """Run a program; return its status and output, or `None` if it is not installed."""
     path = shutil.which(program)
     if path is None:
         return None

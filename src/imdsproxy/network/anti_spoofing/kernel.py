@@ -68,12 +68,10 @@ _NO_TABLES: Final = (errno.EOPNOTSUPP, errno.EPROTONOSUPPORT, errno.ENOENT, errn
 
 
 def table_journal(path: Path) -> TableJournal:
-    """Return the journal in a file."""
     return Journal(path, {}, "remove it; nft list tables shows what is left")
 
 
 def name_of(namespace: NamespaceRef | None) -> str | None:
-    """Return the name of a namespace; `None` is the host's own."""
     return None if namespace is None else namespace.name
 
 
@@ -84,11 +82,7 @@ class TableGone(HostRefused):
 async def close_tables(
     directory: NamespaceDirectory, family: int, places: Collection[Sequence[str | None]]
 ) -> None:
-    """Remove tables of a family, given by namespace (`None` for the host's own) and name.
-
-    Raises:
-        HostRefused: The kernel refuses.
-    """
+    """Remove tables of a family, given by namespace (`None` for the host's own) and name."""
     work = iter(places)
 
     async def close_some() -> None:
@@ -109,11 +103,7 @@ async def close_tables(
 
 
 class KernelTables:
-    """Tables of one family in many namespaces.
-
-    Args:
-        thread: Thread that enters namespaces.
-    """
+    """Tables of one family in many namespaces."""
 
     family: int
     hint: str
@@ -123,11 +113,7 @@ class KernelTables:
         self.thread = thread
 
     async def close(self, places: Collection[Sequence[str | None]]) -> None:
-        """Remove tables, given by namespace (`None` for the host's own) and name.
-
-        Raises:
-            HostRefused: The kernel refuses.
-        """
+        """Remove tables, given by namespace (`None` for the host's own) and name."""
         await close_tables(self.thread.directory, self.family, places)
 
     def _at(self, namespace: NamespaceRef | None, action: str, work: Callable[[], T]) -> T:
@@ -191,7 +177,6 @@ class KernelMacFilters(KernelTables):
         """Change the pairs of many filters.
 
         Args:
-            changes: Changes of each filter.
             fresh: Networks whose filter is new; in the others, an address may have changed its guest.
             busy: Networks in which HAProxy listened before the filter existed: their open connections continue as they
                 began.
@@ -219,9 +204,6 @@ class KernelMacFilters(KernelTables):
 
         Args:
             places: Tables by namespace (`None` for the host's own) and name.
-
-        Raises:
-            HostRefused: The kernel refuses.
         """
 
         def release() -> None:
@@ -274,11 +256,7 @@ class KernelMacFilters(KernelTables):
         return await self._change(one, bind)
 
     async def sender(self, one: MacFilter, address: IpAddress, port: int) -> MacAddress | None:
-        """Return the MAC that an unverified connection came from; `None` if unknown or expired.
-
-        Raises:
-            HostRefused: The kernel refuses.
-        """
+        """Return the MAC that an unverified connection came from; `None` if unknown or expired."""
 
         def ask() -> bytes | None:
             flow = rules.flow_of(address, port)
@@ -296,7 +274,6 @@ class KernelMacFilters(KernelTables):
         """Read the counters of forged claims.
 
         Args:
-            filters: Filters to read.
             before: Claims of the last reading. If the counter is unchanged and no claim was recent then, the sets are
                 not read.
         """
@@ -324,12 +301,7 @@ class KernelMacFilters(KernelTables):
 
 
 class KernelHopLimits(KernelTables):
-    """The rule for hop limits: one table of family `inet` in each namespace.
-
-    Args:
-        thread: Thread that enters namespaces.
-        table: Name of the table, used only by us.
-    """
+    """The rule for hop limits: one table of family `inet` in each namespace."""
 
     family = INET
     hint = (
@@ -432,7 +404,6 @@ def _read_claims(table: str, before: Claims) -> Claims:
 
 
 def _release(table: str) -> None:
-    """Release a table in the calling thread's namespace."""
     batch = Batch(table)
     rules.pass_by_new(batch)
     commit(batch)

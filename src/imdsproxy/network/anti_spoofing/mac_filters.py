@@ -49,10 +49,6 @@ class MacFilters:
     Args:
         on_change: Called with networks whose rule for trusting guests has changed.
         on_missing: Called when another program has removed a filter.
-
-    Attributes:
-        plan: HAProxy's current endpoints and filters.
-        refused: Problems of networks without a filter.
     """
 
     kernel: KernelMacFilters
@@ -90,17 +86,14 @@ class MacFilters:
         return network in self._full
 
     def granted(self, key: AddressKey) -> MacAddress | None:
-        """Return the MAC in the granted pair of an address; `None` without a pair."""
         return self._granted.get(key[0], {}).get(key[1])
 
     def keys(self) -> Iterator[AddressKey]:
-        """Yield all addresses that have a pair."""
         for network in tuple(self._granted):
             yield from ((network, address) for address in self._granted.get(network, {}))
 
     @property
     def pair_count(self) -> int:
-        """Number of addresses that have a pair."""
         return self._granted.total
 
     # For the listener loop
@@ -116,9 +109,6 @@ class MacFilters:
         """Plan the endpoints and create their filters, before HAProxy listens behind them.
 
         Args:
-            networks: All networks.
-            endpoints: Endpoints that can be bound.
-            observed: Host from which the endpoints were planned.
             running: Whether HAProxy listens already.
 
         Raises:
@@ -193,10 +183,6 @@ class MacFilters:
 
         HAProxy still listens: other processes get each connection that begins from now on.
 
-        Args:
-            plan: Plan returned by `open`.
-            sweep: As for `settle`.
-
         Raises:
             HostRefused: A filter cannot be changed, or our journal cannot be written.
         """
@@ -221,7 +207,6 @@ class MacFilters:
         """Fill new filters and remove unneeded ones, after HAProxy listens.
 
         Args:
-            plan: Plan returned by `open`.
             sweep: Also remove filters left by an earlier process; off until all sources are in sync.
 
         Raises:
@@ -258,7 +243,6 @@ class MacFilters:
         self.refused[network] = Problem(f"networks.{network}", error.message, error.hint)
 
     async def close_all(self) -> None:
-        """Remove all our filters."""
         async with self._lock:
             await self._close(self.journal.load().keys() | self._open.keys())
 
@@ -289,7 +273,6 @@ class MacFilters:
     # For the record loop
 
     def preload(self, pairs: Pairs) -> None:
-        """Add pairs before HAProxy runs."""
         self._known = True
         # This stays set: these pairs were planned without the sources that are in sync only later.
         self._partial |= not self.inventory.in_sync
@@ -325,9 +308,6 @@ class MacFilters:
             pairs: Wanted MACs by address; `None` for an address without an owner.
             staying: Addresses that stay with their instance. Their new pairs replace the old ones at once: a controller
                 killed before `grant` would otherwise leave the guest without a pair.
-
-        Raises:
-            HostRefused: The kernel refuses.
         """
         async with self._lock:
             gone: list[AddressKey] = []
@@ -352,11 +332,7 @@ class MacFilters:
                 await self._change(network, granted, {one: granted[one] for one in come}, come)
 
     async def expire(self) -> None:
-        """Withdraw lingering pairs whose time is over, and remove idle released filters.
-
-        Raises:
-            HostRefused: The kernel refuses.
-        """
+        """Withdraw lingering pairs whose time is over, and remove idle released filters."""
         now = self.clock.monotonic()
         async with self._lock:
             await self._withdraw([key for key, until in self._lingering.items() if until <= now])
@@ -371,11 +347,7 @@ class MacFilters:
             await self._change(network, granted, gone, {})
 
     async def grant(self, pairs: Pairs) -> None:
-        """Add these pairs.
-
-        Raises:
-            HostRefused: The kernel refuses.
-        """
+        """Add these pairs. Raises `HostRefused`: the kernel refuses."""
         async with self._lock:
             self._known = True
             for network, some in _by_network(pairs.items()).items():
@@ -392,20 +364,12 @@ class MacFilters:
             self._granted[network] = {**left, **come}
 
     async def sender(self, key: AddressKey, port: int) -> MacAddress | None:
-        """Return the MAC that an unverified connection came from; `None` if unknown.
-
-        Raises:
-            HostRefused: The kernel refuses.
-        """
+        """Return the MAC that an unverified connection came from; `None` if unknown."""
         mac_filter = self._open.get(key[0])
         return None if mac_filter is None else await self.kernel.sender(mac_filter, key[1], port)
 
     async def bind_answers(self, key: AddressKey, port: int, mac: MacAddress) -> bool:
-        """Send answers on an unverified connection to this MAC only. Return false if no filter can.
-
-        Raises:
-            HostRefused: The kernel refuses.
-        """
+        """Send answers on an unverified connection to this MAC only. Return false if no filter can."""
         network, address = key
         kernel = self.kernel
         bound = await self._try(network, lambda one: kernel.bind_answers(one, address, port, mac))
@@ -414,12 +378,10 @@ class MacFilters:
     async def read_claims(
         self, before: Mapping[NetworkId, Claims]
     ) -> Mapping[NetworkId, Claims | DataplaneError]:
-        """Read guests' claims to addresses whose pair has another MAC; see `KernelMacFilters`."""
         full = [one for name, one in self._open.items() if name in self._full]
         return await self.kernel.read_claims(full, before)
 
     async def _try(self, network: NetworkId, work: Callable[[MacFilter], Awaitable[T]]) -> T | None:
-        """Run work on a network's filter; return `None` if it has no filter."""
         if network in self._full:
             try:
                 return await work(self._open[network])
@@ -441,7 +403,6 @@ class MacFilters:
             self.on_missing(name)
 
     def tables(self) -> Collection[str]:
-        """Return the names of our tables."""
         return {mac_filter.table for mac_filter in self._open.values()}
 
     def namespace_of(self, network: NetworkId) -> NamespaceRef | None:
@@ -456,7 +417,6 @@ class MacFilters:
 
 
 def _is_shared(one: MacFilter, observed: ObservedHost) -> bool:
-    """Return whether another process listens in a filter's namespace."""
     name = name_of(one.namespace)
     seen = observed.root if name is None else observed.namespaces.get(name)
     return seen is not None and any(not each.ours for each in seen.sockets)

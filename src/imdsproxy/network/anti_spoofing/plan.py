@@ -53,7 +53,6 @@ def plan_pair(
 def plan_pairs(
     inventory: Inventory, keys: Iterable[AddressKey], learned: Mapping[AddressKey, Learned]
 ) -> dict[AddressKey, MacAddress | None]:
-    """Return the pairs of many addresses; see `plan_pair`."""
     return {key: plan_pair(inventory, key, learned) for key in keys}
 
 

@@ -156,7 +156,6 @@ class Layout:
     """Layout of a family's header.
 
     Attributes:
-        metadata: Metadata address of the family.
         protocol: Number of the family (`NFPROTO_IPV4`, `NFPROTO_IPV6`).
         kind: Type of the family's addresses, in nft(8)'s numbers.
         dscp: Mask of the DSCP in the header's first two bytes.
@@ -195,15 +194,12 @@ class Layout:
 
     @property
     def is_tcp(self) -> bytes:
-        """Expressions that match only TCP packets of the family."""
         return nft.meta(nft.FAMILY) + nft.compare(bytes((self.protocol,))) + _IS_TCP
 
     def load(self, offset: int) -> bytes:
-        """Return expressions that load an address of the header."""
         return nft.payload(NETWORK, offset, len(self.metadata))
 
     def name(self, what: str) -> str:
-        """Return the name of a chain or set of the family."""
         return f"{what}{self._version}"
 
 
@@ -211,7 +207,6 @@ LAYOUTS: Final = tuple(map(Layout, Family))
 
 
 def fill_mac_filter(batch: Batch, devices: Sequence[str]) -> None:
-    """Add chains, rules and empty sets to a new table."""
     batch.make_base_chain("ingress", nft.INGRESS, _BEFORE_OTHERS, devices)
     batch.make_base_chain("egress", nft.EGRESS, _AFTER_OTHERS, devices)
     batch.changes += _filter_rules()
@@ -266,7 +261,6 @@ class _Flow:
     The registers are a key of `from` and `begun` as well as of `open`.
 
     Attributes:
-        load: Expressions that load the registers.
         value: Register of the MAC.
     """
 
@@ -283,7 +277,6 @@ class _Flow:
         return whose + nft.remember(name("open"), timeout_ms=timeout_ms)
 
     def forget(self) -> bytes:
-        """Return expressions that remove the connection's assignment to a MAC."""
         whose = nft.remember(self._name("from"), value=self.value, delete=True)
         return whose + nft.remember(self._name("open"), delete=True)
 
@@ -403,7 +396,6 @@ def pass_by_new(batch: Batch) -> None:
 
 
 def keep_only(batch: Batch, flows: Mapping[Family, Sequence[bytes]]) -> None:
-    """Stop redirecting all connections except these."""
     for layout in LAYOUTS:
         words, kept = len(layout.metadata) // 4, layout.name("kept")
         kind = (layout.kind, _SERVICE)
@@ -417,7 +409,6 @@ def keep_only(batch: Batch, flows: Mapping[Family, Sequence[bytes]]) -> None:
 
 
 def fill_hop_limit(batch: Batch) -> None:
-    """Add chains and rules of the hop limit to a new table."""
     batch.make_base_chain("output", nft.OUTPUT, _BEFORE_OTHERS)
     for layout in LAYOUTS:
         jump = _make_limit_chain(batch, layout)
@@ -439,7 +430,6 @@ def _sent_by(port: bytes) -> bytes:
 
 
 def _make_limit_chain(batch: Batch, layout: Layout) -> bytes:
-    """Add the chain, and return a verdict that jumps to the chain."""
     chain, head = layout.name("limit"), nft.payload(NETWORK, 0, 2)
     batch.make_chain(chain)
     for ours in (0, ANSWER_DSCP):
@@ -465,7 +455,6 @@ def elements_of(address: IpAddress, mac: MacAddress) -> Iterator[tuple[str, Elem
 
 
 def pair_of(name: str, key: bytes) -> tuple[IpAddress, MacAddress]:
-    """Return the address and MAC of a set's key."""
     length = 4 if name.endswith("4") else 16
     address = ip_address(key[:length])
     if name.startswith("free"):
@@ -479,5 +468,4 @@ def flow_of(address: IpAddress, port: int) -> bytes:
 
 
 def packed_mac(mac: MacAddress) -> bytes:
-    """Return a MAC as a map's value."""
     return bytes.fromhex(mac.replace(":", ""))

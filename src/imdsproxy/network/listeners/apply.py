@@ -69,16 +69,7 @@ async def apply_ops(
     ops: Iterable[planned.HostOp],
     ovn: OvnSource | None = None,
 ) -> dict[planned.HostOp, Problem]:
-    """Carry out ops in order; a failed op never stops the others.
-
-    Args:
-        thread: Thread that enters namespaces.
-        ops: Operations to carry out.
-        ovn: Source with Open vSwitch's database; required for changes of its ports.
-
-    Returns:
-        The failed ops, with the reasons.
-    """
+    """Carry out ops in order; a failed op never stops the others. Return the failed ops, with the reasons."""
     failures: dict[planned.HostOp, Problem] = {}
     for _, group in groupby(ops, _kind):
         some = tuple(group)
@@ -340,7 +331,6 @@ def _write_ports(
     tables: Mapping[str, Table],
     transaction: Transaction,
 ) -> None:
-    """Add and remove ports of Open vSwitch's bridges as planned; in the connection's thread."""
     bridges = {row.name: row for row in tables["Bridge"].rows.values()}
     ports = {row.name: row for row in tables["Port"].rows.values()}
     interfaces = {row.name: row for row in tables["Interface"].rows.values()}
@@ -365,7 +355,6 @@ def _write_ports(
 
 
 def unplug_port(port: Row | None, bridges: Mapping[str, Row]) -> None:
-    """Remove a port from its bridge, within a transaction."""
     for bridge in bridges.values():
         if port is not None and port.uuid in bridge.ports:
             bridge.delvalue("ports", port.uuid)
@@ -376,9 +365,6 @@ class HostTable:
     """One of our tables of nf_tables in the host's own namespace, replaced and removed as a whole.
 
     Attributes:
-        thread: Thread of the namespaces.
-        name: Name of the table.
-        family: Family of the table.
         failing: Reason to report if the kernel refuses.
         until: Hint to report: the consequence until the table is there.
         applied: Content in force; empty without a table, `None` while the table of an earlier process is unknown.
@@ -392,11 +378,7 @@ class HostTable:
     applied: tuple[Change, ...] | None = None
 
     async def apply(self, content: tuple[Change, ...]) -> tuple[Problem, ...]:
-        """Replace the table, unless the same content is in force. Return the problems.
-
-        Args:
-            content: Content of `network.listeners.rules`; if empty, the table is only removed.
-        """
+        """Replace the table, unless the same content is in force; without content remove it. Return the problems."""
         if content == self.applied:
             return ()
         try:
@@ -427,10 +409,6 @@ def apply_links(directory: Path, links: Mapping[str, str]) -> None:
 
     Links are replaced atomically; unchanged links are not touched. A missing directory is created. Other kinds of
     files in the directory are left alone.
-
-    Raises:
-        HostRefused: The file system refused.
-        PrivilegeMissing: This process may not write there.
     """
     base = os.fspath(directory)
     with refusing(f"link namespaces in {base}"):

@@ -123,20 +123,14 @@ class SystemHost:
     """This host.
 
     Args:
-        thread: Thread that enters namespaces.
-        naming: Names of our own objects.
-        owners: Finds the processes that hold a socket.
-        links: Directory of symbolic links to namespaces, for HAProxy.
         journal: File of the places where imdsproxy added addresses: `[[namespace or null, device], …]` as JSON.
 
     Attributes:
         seen: The host as of the last round.
         looking: Lock held during an observation. When it is released, `seen` includes all earlier changes.
-        our_pids: Returns the pids of HAProxy's master and workers.
         operations: Number of ops so far, by `ok` and `failed`.
         arp_filter: Drops ARP requests for the metadata address on devices that no network listens on.
         diverter: Redirects frames for the metadata address to our veths on bridges that have one.
-        ovn: Source of OVN's networks, with Open vSwitch's database; `None` without that source.
         planned_needs: Needs of OVN's networks with which the last round planned.
     """
 
@@ -204,12 +198,7 @@ class SystemHost:
         """Observe and act until the host needs no further operation.
 
         Args:
-            networks: All networks to listen for.
             in_force: Networks that HAProxy is configured for.
-            sweep: Also remove objects that belong to no network.
-
-        Returns:
-            The last plan, with refused operations and the number of ops.
 
         Raises:
             HostRefused: The host's own namespace cannot be observed, or our journal cannot be read.
@@ -355,7 +344,6 @@ class SystemHost:
         return await self.thread.run(lambda: {name: look(name) for name in given})
 
     async def find_ours(self, inodes: Collection[int]) -> frozenset[int]:
-        """Return those of these sockets that HAProxy holds."""
         pids = self.our_pids()
         return await self.thread.run(lambda: self._owners.find_ours(inodes, pids))
 
@@ -370,12 +358,10 @@ class SystemHost:
         return self._needs[1]
 
     def ovn_places(self) -> list[Place]:
-        """Return the places of all namespaces with the name of one of OVN's networks."""
         found = map(network_of, self.thread.directory.names())
         return [ovn_place(network) for network in found if network is not None]
 
     def _left_over(self, managed: Collection[str | None]) -> frozenset[str]:
-        """Return namespaces in which an earlier process may have left objects."""
         return frozenset(
             name
             for name in self.thread.directory.names()
@@ -483,11 +469,7 @@ class SystemHost:
                 await apply_ops(thread, ops)
 
     async def remove_tables(self) -> None:
-        """Remove all our tables from routers, also those of an earlier process.
-
-        Raises:
-            HostRefused: The kernel refuses.
-        """
+        """Remove all our tables from routers, also those of an earlier process."""
         names = [name for name in self.thread.directory.names() if router_of(name) is not None]
         # Remove the redirecting table first.
         order = (RouterTable.REDIRECT, RouterTable.DROP)
@@ -496,7 +478,6 @@ class SystemHost:
             raise HostRefused(problem.reason, hint=problem.hint)
 
     async def apply(self, ops: Iterable[HostOp]) -> Mapping[HostOp, Problem]:
-        """Carry out all ops, also after one failed. Return the refused ones."""
         given = tuple(ops)
         # Write the journal first, so that the next process knows what this one added if it is killed.
         added = {(one.namespace, one.device) for one in given if isinstance(one, AddAddress)}
@@ -558,7 +539,6 @@ class KeptNetworks:
         self._written = self._networks
 
     def load(self) -> Mapping[NetworkId, Network]:
-        """Return the networks that HAProxy is configured for."""
         if self._networks is None:
             records: object = []
             try:

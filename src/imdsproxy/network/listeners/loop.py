@@ -105,7 +105,6 @@ class ListenerLoop(Part):
 
     @property
     def failure(self) -> Problem | None:
-        """Reason why the last round failed."""
         return self._rounds.failure
 
     def problems(self) -> tuple[Problem | None, ...]:
@@ -153,7 +152,6 @@ class ListenerLoop(Part):
         """Observe the host again. Return a ticket that closes once the result is in force.
 
         Args:
-            reason: Reason for the log and `status`.
             networks: Networks whose listeners to observe; `None` for the whole host.
         """
         self.host.touch(networks)
@@ -238,15 +236,10 @@ class ListenerLoop(Part):
         await self._settle(self._networks())
 
     async def first_round(self) -> None:
-        """Start HAProxy, or update its configuration.
-
-        Raises:
-            DataplaneError: HAProxy or the host refuses.
-        """
+        """Start HAProxy, or update its configuration. Raises `DataplaneError`: HAProxy or the host refuses."""
         await self._round(("start",))
 
     async def run(self) -> None:
-        """Work until cancelled. Failed rounds are retried with backoff."""
         await self._rounds.run(self._next_round, after_s=self._patience_s())
 
     def _patience_s(self) -> float | None:
@@ -360,7 +353,6 @@ class ListenerLoop(Part):
         return endpoints
 
     def _log_new(self, before: ListenerPlan, known: frozenset[NotServed]) -> None:
-        """Log networks, foreign listeners and problems that are new since the last round."""
         log = structlog.get_logger()
         for left in sorted(self._degraded - known, key=lambda one: one.network):
             # Pending listeners resolve by themselves; foreign listeners have their own line.

@@ -64,16 +64,10 @@ class ListenerPlan:
     """Plan for all networks, in the order of their ids, and its result.
 
     Attributes:
-        endpoints: Endpoints to bind.
         not_served: Endpoints that cannot be bound, with reasons; `ops` resolve the `PENDING` ones.
-        foreign: Other processes' sockets at those addresses, and their effect.
         ops: Operations on the host, in this order: removals first.
         waiting: OVN's networks without ports here whose namespaces another process still listens in.
-        problems: Operations that the host refused.
         operations: Number of operations carried out until none was left.
-        at: Unix time at which the plan came into force.
-        seconds: Duration of the work until then.
-        reasons: Reasons for that work.
     """
 
     endpoints: tuple[Endpoint, ...] = ()
@@ -121,7 +115,6 @@ class Place(NamedTuple):
 
 
 def place_of(network: Network, naming: Naming = _NAMING) -> Place:
-    """Return the place of a network's listener."""
     match network.listener:
         case NamespaceListener(namespace, device, manage, redirected):
             ovn = network_of(namespace)
@@ -138,7 +131,6 @@ def place_of(network: Network, naming: Naming = _NAMING) -> Place:
 
 
 def ovn_place(network: NetworkId) -> Place:
-    """Return the place of one of OVN's networks."""
     outer, inner = devices_of(network)
     return Place(namespace_of(network), inner, managed=False, outer=outer)
 
@@ -168,14 +160,11 @@ def plan_listeners(
 
     Args:
         networks: All networks. The sweep removes our objects that belong to no network.
-        observed: The host. Parts that were not observed count as missing.
-        naming: Names of our own objects.
         sweep: Also plan removals; off until all sources are in sync.
         managed: Places where imdsproxy added addresses, by its journal; `None` for anywhere. Addresses are removed
             only there: the mark on an address has 128 values, and another daemon may use the same.
         memo: Empty at the first call; pass the same dictionary again to reuse unchanged parts of the plan.
         first: Networks that HAProxy is configured for: they keep a listener that another network claims too.
-        ovn: Needs of OVN's networks, with removals of their own.
         overdue: OVN's networks whose namespaces no longer wait for processes that listen there.
     """
     memo = {} if memo is None else memo
@@ -211,7 +200,6 @@ def explain_pending(plan: ListenerPlan, failures: Mapping[HostOp, Problem]) -> L
 
     Args:
         plan: Plan made from the host as observed after the ops were tried.
-        failures: Failed ops.
     """
 
     def explain(left: NotServed) -> NotServed:
@@ -229,7 +217,6 @@ def explain_pending(plan: ListenerPlan, failures: Mapping[HostOp, Problem]) -> L
 def _plan_again(
     network: Network, observed: ObservedHost, naming: Naming, memo: PlanMemo
 ) -> Iterable[Planned]:
-    """Plan a network, or reuse its earlier plan if its inputs are unchanged."""
     if not isinstance(network.listener, NamespaceListener):
         return plan_network(network, observed, naming)
     seen = observed.namespaces.get(network.listener.namespace)
@@ -403,11 +390,6 @@ def plan_redirects(
 ) -> tuple[list[RemoveTable], list[MakeTable]]:
     """Plan the redirection of requests in routers' namespaces.
 
-    Args:
-        binds: Endpoints that HAProxy is about to listen on.
-        observed: The host.
-        naming: Names of our own tables.
-
     Returns:
         Tables to remove before HAProxy stops listening, and tables to create once it listens.
     """
@@ -461,14 +443,7 @@ def plan_sweep(
     naming: Naming,
     managed: Collection[ManagedPlace] | None,
 ) -> Iterator[HostOp]:
-    """Yield removals of orphaned objects: marked as ours, but of no network.
-
-    Args:
-        served: Networks whose listeners are wanted.
-        observed: The host.
-        naming: Names of our own objects.
-        managed: Places where imdsproxy added addresses; `None` if unknown.
-    """
+    """Yield removals of orphaned objects: marked as ours, but of no network."""
     places = [place_of(network, naming) for network in served]
     namespaces = {one.namespace for one in places}
     links = {link for one in places for link in one.host_devices}

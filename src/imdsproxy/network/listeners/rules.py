@@ -220,7 +220,6 @@ def _pack(device: str) -> bytes:
 
 
 def fill_router_table(table: RouterTable, batch: Batch) -> None:
-    """Add the rules to a router's new table."""
     (_fill_drop if table is RouterTable.DROP else _fill_redirect)(batch)
 
 

@@ -41,7 +41,6 @@ class HostWatch:
     It reports nothing before the first call of `expect`. An audit reports only differences from the host as last seen.
 
     Attributes:
-        host: The watched host.
         touch: Called with the kind of an event and the networks whose listeners the event concerns. Kinds are
             `namespace-came`, `namespace-went`, `link` (a device or an address changed), `audit` (a change without an
             event) and `overflow` (events were lost or an observation failed), with `None` for all networks.
@@ -70,7 +69,6 @@ class HostWatch:
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
     def namespace_of_id(self, nsid: int) -> NamespaceRef | None:
-        """Return the namespace with this id; events carry the id."""
         return self._nsids.get(nsid)
 
     def is_watched(self, namespace: NamespaceRef | None) -> bool:
@@ -210,7 +208,6 @@ class HostWatch:
         return given
 
     async def _audit(self) -> None:
-        """Check networks in turn, and networks that are not served each time, until cancelled."""
         due = 0.0
         while True:
             await asyncio.sleep(self.every_s)

@@ -66,11 +66,7 @@ class OvnHeartbeat:
     """Registers the agent and repeats the configuration's number.
 
     Args:
-        source: Source with the Southbound database.
         random: Returns numbers from 0 to 1.
-
-    Attributes:
-        beats: Writes the number; its `wake` checks at once.
     """
 
     source: OvnSource
@@ -89,12 +85,10 @@ class OvnHeartbeat:
 
     @property
     def problems(self) -> tuple[Problem, ...]:
-        """Reasons why the server does not see the agent."""
         why = self.beats.failure
         return () if why is None else (replace(why, hint=why.hint or _HINT),)
 
     async def run(self) -> None:
-        """Repeat the number after each change, until cancelled."""
         await self.beats.run(self._beat, after_s=0.0)
 
     async def _beat(self) -> float | None:
@@ -133,13 +127,7 @@ def _write(
 
 @dataclass(slots=True)
 class OvnHost(Part):
-    """The agent of one source's networks: requests rounds of the listeners, and writes the heartbeat.
-
-    Args:
-        source: Source with the networks that have ports here.
-        host: This host, which acts on the needs of the networks.
-        touch: Requests a round of the listeners; gets the reason and networks to observe again.
-    """
+    """The agent of one source's networks: requests rounds of the listeners, and writes the heartbeat."""
 
     source: OvnSource
     host: SystemHost
@@ -156,7 +144,6 @@ class OvnHost(Part):
         self.heartbeat.beats.wake()
 
     def work(self) -> tuple[Coroutine[object, object, None], ...]:
-        """Return the coroutines to run as long as the controller runs."""
         return self._notice(), self.heartbeat.run()
 
     async def _notice(self) -> None:
@@ -170,7 +157,6 @@ class OvnHost(Part):
                 self.touch("OVN's networks changed", ())
 
     def problems(self) -> tuple[Problem, ...]:
-        """Return the problems of networks without a metadata port, and of the heartbeat."""
         needs = self.host.ovn_needs()
         lacking = (
             Problem("ovn.metadata_port", f"network {network} has none", _NO_PORT, record=network)
@@ -183,10 +169,6 @@ async def sweep_ovn(open_vswitch: str, host: SystemHost) -> None:
     """Remove our namespaces and their ports, after HAProxy has ended.
 
     Objects of an agent stay. A namespace in which another process listens stays too: that process serves the guests.
-
-    Args:
-        open_vswitch: Open vSwitch's database.
-        host: This host.
 
     Raises:
         DataplaneError: The host refuses.

@@ -44,9 +44,7 @@ class OvnWanted:
     """What OVN's networks need on this host.
 
     Attributes:
-        places: Needed places by network.
         spared: Networks with ports here but without a known metadata port that has a MAC: their objects stay unchanged.
-        local: This chassis, with the ports of Open vSwitch.
         sweep: Whether to remove orphaned objects; off while the ports on this host are uncertain.
     """
 
@@ -57,7 +55,6 @@ class OvnWanted:
 
     @classmethod
     def of(cls, known: OvnKnown, local: LocalChassis, *, sweep: bool) -> "OvnWanted":
-        """Return the needs of the known ports."""
         places: dict[NetworkId, MetadataPlace] = {}
         spared: list[NetworkId] = []
         for network, rows in sorted(known.ports_by_network().items()):
@@ -106,9 +103,6 @@ def plan_ovn(
     """Plan the operations that OVN's networks need: a place is plugged in once it is whole.
 
     Args:
-        wanted: The needs.
-        observed: The host.
-        naming: Names and marks of our own objects.
         overdue: Networks whose namespaces no longer wait for processes that listen there.
 
     Returns:

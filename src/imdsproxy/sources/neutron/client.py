@@ -48,7 +48,7 @@ _Adapter: TypeAlias = Any
 
 
 class QueryTimedOut(SourceUnavailable):
-    """Neutron did not answer in time."""
+    pass
 
 
 def import_openstack() -> AbstractContextManager[None]:
@@ -63,11 +63,7 @@ def import_openstack() -> AbstractContextManager[None]:
 
 
 def require_library() -> None:
-    """Check that the libraries are installed, without a connection.
-
-    Raises:
-        LibraryMissing: As `import_openstack`.
-    """
+    """Check that the libraries are installed, without a connection. Raises `LibraryMissing`: As `import_openstack`."""
     with import_openstack():
         import keystoneauth1  # noqa: F401 - a part of openstacksdk that loads in no time
 

@@ -28,7 +28,6 @@ class Known:
     """Port as Neutron last described it, with monotonic times.
 
     Attributes:
-        confirmed: Time of the query that confirmed the port.
         until: End of the time for which the guest's last request keeps the port in force.
         listed: Whether the port is on the list of all ports, which keeps it in force even if its guest does not ask.
         aside: Whether its time is over. It is kept up to date for a while, in case its guest asks again.
@@ -71,8 +70,6 @@ class KnownPorts:
     only if exactly one port in all networks of the router has the address, and is valid while that port has it.
 
     Attributes:
-        ports: Ports in force or aside, by id.
-        routes: Routes by router and address.
         published: Instances as of the last `changes`.
         unsaved: New and changed entries, and `None` for removed ones; the caller that saves them empties it.
     """
@@ -88,11 +85,9 @@ class KnownPorts:
     _networks: Counter[NetworkId] = field(default_factory=Counter)
 
     def at(self, network: NetworkId, address: IpAddress) -> Known | None:
-        """Return the port, in force or aside, that has the address in the network."""
         return self.ports.get(self._by_address.get((network, address), ""))
 
     def behind(self, router: NetworkId, address: IpAddress) -> Known | None:
-        """Return the port, in force or aside, that has an address behind the router."""
         route = self.routes.get((router, address))
         if route is None or self._by_address.get((route.network, address)) != route.port:
             return None
@@ -105,7 +100,6 @@ class KnownPorts:
 
     @property
     def networks(self) -> frozenset[NetworkId]:
-        """The networks of the published instances."""
         return frozenset(self._networks)
 
     @property
@@ -116,15 +110,7 @@ class KnownPorts:
     # Answers
 
     def put(self, port: NeutronPort, asked: float) -> Known | None:
-        """Store a port from an answer, unless a later answer is known.
-
-        Args:
-            port: Port as Neutron described it.
-            asked: Time of the query.
-
-        Returns:
-            The known port; `None` if it does not serve.
-        """
+        """Store a port from an answer, unless a later one is known. Return the port, if it serves."""
         known = self.ports.get(port.id)
         if known is not None and known.confirmed > asked:
             return known
@@ -168,8 +154,6 @@ class KnownPorts:
         """Remove a port that an answer did not have, or a route that no longer has exactly one port.
 
         Args:
-            key: Key of the port or route.
-            asked: Time of the query.
             steady: For an answer without any port, the end of Neutron's last outage. Such answers must repeat for some
                 seconds before they count; answers from before that time are ignored.
         """
@@ -191,7 +175,6 @@ class KnownPorts:
         Args:
             seen: Ports by id, with the time of the query.
             host: Accept only ports bound to this host or without a host; `None` for all.
-            began: Time at which the list was begun.
         """
         listed = set()
         for port, asked in seen.values():

@@ -66,7 +66,6 @@ class NeutronPort:
         addresses: Addresses in `fixed_ips`. Allowed address pairs do not count: any port of the network may claim them.
         device: Id of the instance, router or service that the port belongs to, or empty.
         owner: Kind of device, as `compute:nova` or `network:dhcp`.
-        project: Project of the port, which may differ from that of the instance.
         host: Host to which the port is bound; `None` if not queried or not answered.
         created_at: Creation in Unix time; `None` if missing or not valid. Tenants cannot write it.
     """
@@ -127,7 +126,6 @@ class PortQuery:
     """Filters of a list of ports. All given filters must match, each by one of its values.
 
     Attributes:
-        host: Host to which the ports are bound.
         limit: Maximum number of ports, in order of their ids; `None` for all.
         after: Last id of the previous page.
     """
@@ -166,11 +164,7 @@ def render_query(query: PortQuery) -> str:
 
 
 def parse_ports(answer: object) -> tuple[NeutronPort, ...]:
-    """Parse the ports in an answer's JSON.
-
-    Raises:
-        ValueError: The answer is not a list of ports.
-    """
+    """Parse the ports in an answer's JSON. Raises `ValueError`: the answer is not a list of ports."""
     rows = answer.get("ports") if isinstance(answer, Mapping) else None
     if not isinstance(rows, list):
         raise ValueError("it has no list of ports")  # noqa: TRY004 - an answer is not a caller's mistake
@@ -251,12 +245,7 @@ def plan_instance(
     port older than the instance only shortens the boot.
 
     Args:
-        instance: Id of the instance.
-        ports: Ports in force.
         created_at: Creation time in the earlier record, in Unix time.
-
-    Returns:
-        The record; `None` without ports.
     """
     if not ports:
         return None

@@ -49,13 +49,10 @@ class Queries:
 
     Attributes:
         settings: `max_queries` is the number of slots; a router's networks are cached for half of `refresh_s`.
-        random: Returns numbers from 0 to 1.
-        on_change: Called when an outage begins or ends.
         outage: Last failure during an outage; `None` while Neutron answers.
         until: Monotonic time of the next query during an outage.
         answered: Monotonic time of Neutron's last answer; initially the time of the start.
         steady: Monotonic time at which the last outage ended.
-        durations: Durations of answered queries.
     """
 
     client: NeutronClient
@@ -117,7 +114,6 @@ class Queries:
 
         Args:
             query: The query. It may contain a guest's address, and no other data from guests.
-            share: Network or router to which the query counts; `None` for our own work.
             patient: Whether the query is our own long query, whose timeout is no outage.
 
         Raises:
@@ -178,9 +174,6 @@ class Queries:
         """Return all ports in the networks that have the addresses, by address, whether the ports serve or not.
 
         Each port of an answer is checked for the address: a Neutron that does not know a filter ignores it.
-
-        Raises:
-            SourceUnavailable: As `ask`.
         """
         began = self.clock.monotonic()
         found: dict[IpAddress, dict[str, NeutronPort]] = {each: {} for each in addresses}
@@ -201,11 +194,7 @@ class Queries:
     async def networks_of(
         self, router: NetworkId, share: NetworkId | None
     ) -> Answer[list[NetworkId]]:
-        """Return the networks in which the router has an interface; cached for a while.
-
-        Raises:
-            SourceUnavailable: As `ask`.
-        """
+        """Return the networks in which the router has an interface; cached for a while."""
         before = self._routers.get(router)
         async with self._asking.setdefault(router, asyncio.Lock()):
             known = self._routers.get(router)
@@ -224,7 +213,6 @@ class Queries:
             return answer
 
     def forget_old(self) -> None:
-        """Forget expired networks of routers."""
         self._routers = {key: one for key, one in self._routers.items() if self._is_fresh(one)}
 
     def _is_fresh(self, joined: Answer[list[NetworkId]]) -> bool:

@@ -56,19 +56,9 @@ class NeutronSource(Part):
     """Source of ports as instances whose documents Nova has; see `api.LookUpSource`. It can run once.
 
     Args:
-        client: Client of Neutron; closed when the run ends.
         cache: Our file that keeps the known ports over a restart.
-        settings: Settings of the queries.
-        clock: Monotonic clock and Unix time.
-        random: Returns numbers from 0 to 1.
-        sleep: Waits for a number of seconds.
         begin: Awaited before any query except guests' look-ups, because the first query loads libraries. A list without
             which the source knows no ports is read at once.
-
-    Attributes:
-        known: Ports in force or aside.
-        queries: State and statistics of the queries.
-        look_ups: Number of look-ups by result.
     """
 
     name: ClassVar = "neutron"
@@ -156,13 +146,11 @@ class NeutronSource(Part):
     # Look-ups
 
     def explain_stranded(self, port: StrandedPort) -> Problem:
-        """Describe the problem with the port's id in Neutron."""
         ports = self.known.of(port.instance)
         field = f"ports.{ports[port.number].id}" if port.number < len(ports) else ""
         return port.problem(field=field)
 
     def routes(self) -> Mapping[AddressKey, api.PortFound]:
-        """Return all valid addresses behind routers that were looked up."""
         return {
             key: api.PortFound(known.port.network, known.port.instance)
             for key in self.known.routes
@@ -404,7 +392,6 @@ class NeutronSource(Part):
         self._report()
 
     def _report(self) -> None:
-        """Publish the changes since the last report."""
         if self._publish is None:
             return
         observation = self._reports.next(
@@ -431,7 +418,6 @@ class NeutronSource(Part):
     # The cache
 
     async def _load(self) -> None:
-        """Load the ports that the earlier process knew."""
         kept = await asyncio.to_thread(self._cache.load)
         now, settings = self.clock.monotonic(), self.settings
         # With this age all loaded ports are due at once.

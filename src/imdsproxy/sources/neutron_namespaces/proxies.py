@@ -31,11 +31,6 @@ class DhcpProxies:
 
     Args:
         directory: Directory of the configurations: `ns-metadata-proxy` in the agent's state path. It may be missing.
-        namespaces: Directory of the agent's namespaces.
-        monotonic: Returns monotonic seconds.
-
-    Attributes:
-        networks: Networks by the name of the namespace.
     """
 
     directory: Path
@@ -46,11 +41,7 @@ class DhcpProxies:
     _unplaced: bool = False
 
     async def read(self) -> bool:
-        """Read the files. Return whether `networks` changed.
-
-        Raises:
-            HostRefused: The files cannot be read.
-        """
+        """Read the files. Return whether `networks` changed. Raises `HostRefused`: the files cannot be read."""
         with refusing(_WHAT):
             found = await asyncio.to_thread(self._read)
         before, self.networks = self.networks, self._with_gone(found)

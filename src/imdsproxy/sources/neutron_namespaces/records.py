@@ -51,7 +51,6 @@ class DhcpProxy:
         return f"{DHCP_PREFIX}{self.id}" if self.scope is Scope.NETWORK else None
 
     def network_in(self, namespace: str) -> Network:
-        """Return the network record for the proxy's namespace."""
         return Network(self.id, NamespaceListener(namespace), scope=self.scope)
 
 
@@ -68,13 +67,11 @@ def parse_proxy(text: str) -> DhcpProxy | None:
 
 
 def router_network(name: str) -> Network | None:
-    """Return the record of a router's namespace; `None` for others."""
     if (router := router_of(name)) is None:
         return None
     return Network(router, NamespaceListener(name, redirected=True), scope=Scope.ROUTER)
 
 
 def router_of(name: str) -> NetworkId | None:
-    """Return the router of one of the L3 agent's namespaces; `None` for others."""
     found = name.removeprefix(ROUTER_PREFIX)
     return NetworkId(found) if found != name and _UUID.fullmatch(found) else None

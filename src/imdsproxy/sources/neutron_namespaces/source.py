@@ -27,17 +27,12 @@ _AGAIN_S: Final = 5.0
 _PROXIES: Final = "ns-metadata-proxy"
 
 
-async def _nothing(_: Collection[NamespaceRef]) -> None:
-    """Prepare nothing."""
+async def _nothing(_: Collection[NamespaceRef]) -> None: ...
 
 
 @dataclass(slots=True)
 class NeutronNamespacesSource:
     """Source of namespaces as networks.
-
-    Args:
-        settings: Kinds of namespaces to report.
-        directory: Directory of the namespaces.
 
     Attributes:
         prepare: Called with new routers' namespaces before they are reported.
@@ -55,7 +50,6 @@ class NeutronNamespacesSource:
         return port.problem(field="", file=None)
 
     async def run(self, publish: Publish) -> None:
-        """Report until cancelled."""
         while True:
             try:
                 await self._follow(publish)

@@ -68,9 +68,7 @@ class LocalChassis:
         name: `external_ids:system-id`; empty while Open vSwitch has none.
         hostname: `external_ids:hostname`, Neutron's name of the host.
         southbound: `external_ids:ovn-remote`.
-        bridge: Integration bridge; `br-int` by default.
         datapath: `datapath_type` of the bridge: `netdev` is in user space; `None` without the bridge.
-        ports: Ports by device name.
     """
 
     name: str
@@ -82,7 +80,6 @@ class LocalChassis:
 
     @property
     def names(self) -> frozenset[str]:
-        """Names of this chassis in OVN and Neutron."""
         return frozenset(filter(None, (self.name, self.hostname)))
 
 
@@ -136,7 +133,6 @@ class PortBinding:
 
     @property
     def mtu(self) -> int | None:
-        """The MTU of a metadata port's network."""
         text = self.external_ids.get("neutron:mtu", "")
         return int(text) if text.isdecimal() else None
 
@@ -163,7 +159,6 @@ class PortBinding:
 
     @cached_property
     def problem(self) -> Problem | None:
-        """Problem that keeps an instance's port from being served; `None` without one."""
         return None if self.neutron_port is None else self.neutron_port.problem()
 
 
@@ -186,7 +181,6 @@ class SouthboundView:
 
     Attributes:
         chassis: UUID of this host's row in Chassis; `None` without a row, as after `ovn-controller` was stopped.
-        names: Chassis name and host name of this host.
         private: `external_ids` of this host's row in Chassis_Private; `None` without a row.
         nb_cfg: Number of the configuration, which live agents repeat.
     """
@@ -216,14 +210,7 @@ def devices_of(network: NetworkId) -> tuple[str, str]:
 
 @dataclass(slots=True)
 class OvnKnown:
-    """Ports in force and their records.
-
-    Attributes:
-        networks: Published networks by id.
-        instances: Published instances by id.
-        problems: Problems of ports that are not served.
-        metadata_ports: Rows of the networks' metadata ports.
-    """
+    """Ports in force and their records."""
 
     networks: dict[NetworkId, Network] = field(default_factory=dict)
     instances: dict[InstanceId, Instance] = field(default_factory=dict)
@@ -234,7 +221,6 @@ class OvnKnown:
 
     @property
     def records(self) -> Observation:
-        """All records in force."""
         return Observation.of_changes(self.networks, self.instances)
 
     def update(
@@ -243,7 +229,6 @@ class OvnKnown:
         """Apply the current rows. Return the changes of the records in force.
 
         Args:
-            view: All rows that concern this host.
             keep_absent: Keep ports that were bound here while their rows are missing. If this chassis's row is removed,
                 all its bindings disappear although the guests keep running; they may also be late when it comes back.
             keep_unclaimed: Keep ports that were bound here, are unclaimed now, and may be claimed by this chassis.
@@ -306,7 +291,6 @@ class OvnKnown:
         )
 
     def ports_by_network(self) -> dict[NetworkId, list[PortBinding]]:
-        """Return the ports in force by network."""
         found: dict[NetworkId, list[PortBinding]] = {}
         for row in self._here.values():
             if row.network is not None:
@@ -327,7 +311,6 @@ class OvnKnown:
 
 
 def _list_unserved(ports: Sequence[str]) -> Iterator[Problem]:
-    """Yield one problem for all ports that lack Neutron's keys."""
     if ports:
         yield Problem(
             "Port_Binding",

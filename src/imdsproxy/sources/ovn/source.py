@@ -70,12 +70,7 @@ class OvnSource:
 
     While a database cannot be reached, the source is out of sync, and its reported records stay.
 
-    Args:
-        settings: Locations of the databases, and time limits.
-
     Attributes:
-        local: This chassis; `None` until Open vSwitch's database was read.
-        known: Ports in force.
         view: This host's rows in the Southbound database; `None` until they were read.
         changes: Number of possible changes of an attribute.
         on_change: Called after each of them.
@@ -103,7 +98,6 @@ class OvnSource:
         return port.problem(field="Port_Binding", file=None)
 
     async def run(self, publish: Publish) -> None:
-        """Report until cancelled."""
         following: asyncio.Task[None] | None = None
         at: tuple[str, str, frozenset[str]] | None = None
         self._vswitch = database = Ovsdb(self.settings.open_vswitch, OPEN_VSWITCH, read_chassis)
@@ -123,21 +117,13 @@ class OvnSource:
                 self._report(publish, Observation())
 
     async def change_vswitch(self, change: Change) -> None:
-        """Write to Open vSwitch's database.
-
-        Raises:
-            SourceUnavailable: The database cannot be reached, or refuses.
-        """
+        """Write to Open vSwitch's database. Raises `SourceUnavailable`: the database cannot be reached, or refuses."""
         if self._vswitch is None:
             raise SourceUnavailable("Open vSwitch's database was not read yet")
         await self._vswitch.transact(change)
 
     async def change_southbound(self, change: Change) -> None:
-        """Write to the Southbound database.
-
-        Raises:
-            SourceUnavailable: The database cannot be reached, or refuses.
-        """
+        """Write to the Southbound database. Raises `SourceUnavailable`: the database cannot be reached, or refuses."""
         if self._southbound is None:
             raise SourceUnavailable("the Southbound database was not read yet")
         await self._southbound.transact(change)
@@ -206,7 +192,6 @@ class OvnSource:
         )
 
     async def _watch_deadlines(self, publish: Publish) -> None:
-        """Update the known ports when a grace period ends."""
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(self._due):
