@@ -111,19 +111,19 @@ def listen_redirected(
 _NO_FAMILY: Final = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
 
 _UNUSABLE: Final = {
-    NotServedCode.PENDING: ("{} is being added {}", ""),
-    NotServedCode.ADDRESS_TENTATIVE: ("{} on {} is still tentative", "add it with nodad"),
+    NotServedCode.PENDING: ("imdsproxy is adding {} {}", ""),
+    NotServedCode.ADDRESS_TENTATIVE: ("{} on {} is still tentative", "add the address with nodad"),
     NotServedCode.ADDRESS_DUPLICATE: (
         "{} on {} is also used by another host of the link",
-        "take it away there, then add it here again, with nodad",
+        "remove the address there, then add it here again, with nodad",
     ),
     NotServedCode.ADDRESS_ON_LOOPBACK: (
         "{} is on lo, where no guest can reach it",
-        "put it on the device that leads to the guests, with nodad",
+        "add the address to the device that leads to the guests, with nodad",
     ),
     NotServedCode.ADDRESS_MISSING: (
         "{} is not {}",
-        "add it, or name a device and set manage_addresses",
+        "add the address, or name a device and set manage_addresses",
     ),
 }
 """Reason, as a format of address and place, and hint for an address that cannot be bound."""
@@ -164,13 +164,13 @@ def _refused(
         return NotServed(network, family, NotServedCode.BIND_REFUSED, reason)
     sockets = tuple(one.socket for one in others if one.socket.port == port)
     reason = f"{address} port {port} is in use by {owners_of(sockets)}"
-    hint = "stop it; the listener comes back within a second"
+    hint = "stop that program: the listener comes back within a second"
     return NotServed(network, family, NotServedCode.PORT_BUSY, reason, hint, sockets)
 
 
 def owners_of(sockets: Iterable[ListeningSocket]) -> str:
     names = sorted({f"{who.command} (pid {who.pid})" for one in sockets for who in one.owners})
-    return " and ".join(names) or "a program that cannot be seen from here"
+    return " and ".join(names) or "a program that is not visible from here"
 
 
 def effect_of(other: ListeningSocket, family: Family, device: str | None) -> Effect | None:
@@ -218,8 +218,8 @@ def find_degraded(
         if one.code not in _NO_ADDRESS or _needs(networks, one, served.get(one.network, set()))
     ]
     found += [_shared(one) for one in foreign if one.effect is Effect.SHARES]
-    differ = "sources give it different listeners"
-    mend = "leave it in one source only, or make its records equal"
+    differ = "sources give the network different listeners"
+    mend = "keep the network in one source only, or make its records equal"
     code = NotServedCode.NETWORK_CONFLICT
     found += [NotServed(network, None, code, differ, mend) for network in contradictory]
     known = served.keys() | {one.network for one in found}
@@ -248,7 +248,7 @@ def _shared(foreign: Foreign) -> NotServed:
         foreign.family,
         NotServedCode.FOREIGN_LISTENER,
         f"{owners_of([socket])} also listens on {socket.address} port {socket.port}: guests may get its answers",
-        "end it",
+        "end that program",
         (socket,),
     )
 

@@ -124,13 +124,13 @@ class NovaUpstream(Part):
         if url.address is not None:
             return None
         known = self._addresses.get(host, ())
-        kept = "its last addresses are used" if known else "no request can be sent there"
+        kept = "requests go to its last addresses" if known else "no request can be sent there"
         try:
             found = await self.resolver(host)
         except OSError as error:
-            return Problem(where, f"{host} cannot be looked up: {error}", kept)
+            return Problem(where, f"the name {host} cannot be resolved: {error}", kept)
         if not found:
-            return Problem(where, f"{host} has no address", kept)
+            return Problem(where, f"the name {host} has no address", kept)
         # Sort the addresses, so that a mere shuffle does not count as a change.
         self._addresses[host] = tuple(
             sorted(found[:_MAX_ADDRESSES], key=lambda a: (a.version, int(a)))

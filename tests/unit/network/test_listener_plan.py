@@ -180,7 +180,7 @@ def test_both_addresses_of_a_namespace_are_bound_ipv6_to_its_device() -> None:
         (IN_NS, _ipv6("lo"), [None], 6, "address-on-loopback: fe80::a9fe:a9fe is on lo, where no"),
         (IN_NS, _ipv6(state=AddressState.TENTATIVE), [None], 6, "address-tentative: fe80::a9fe:a"),
         (IN_NS, _ipv6(state=AddressState.DUPLICATE), [None], 6, "address-duplicate: fe80::a9fe:a"),
-        (IN_NS, _ns(trials=_BUSY), ["tap0"], 4, f"{_IN_USE} a program that cannot be seen from"),
+        (IN_NS, _ns(trials=_BUSY), ["tap0"], 4, f"{_IN_USE} a program that is not visible"),
         (
             IN_NS,
             _ns(trials=_BUSY, sockets=(_socket("0.0.0.0"),)),
@@ -210,9 +210,9 @@ def test_both_addresses_of_a_namespace_are_bound_ipv6_to_its_device() -> None:
         (ON_BRIDGE, _root(replace(BRIDGE, up=False)), [], None, "device-down: bridge br0 is down"),
         (ON_BRIDGE, _bridged(), [INNER, INNER], None, ""),
         # What has our name and is not ours is left alone.
-        (ON_BRIDGE, _bridged("lo", alias="another's"), [], None, "name-taken: a namespace "),
-        (ON_BRIDGE, _bridged(OUR_LINK, alias="another's"), [], None, "name-taken: a link "),
-        (ON_BRIDGE, _bridged(OUR_LINK, alias="", kind="tun"), [], None, "name-taken: a link "),
+        (ON_BRIDGE, _bridged("lo", alias="another's"), [], None, "name-taken: namespace "),
+        (ON_BRIDGE, _bridged(OUR_LINK, alias="another's"), [], None, "name-taken: link "),
+        (ON_BRIDGE, _bridged(OUR_LINK, alias="", kind="tun"), [], None, "name-taken: link "),
         (ON_BRIDGE, _bridged(problem="cannot enter"), [], None, "namespace-unusable: cannot enter"),
     ],
 )

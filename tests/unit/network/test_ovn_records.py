@@ -72,7 +72,7 @@ def test_ports_without_neutrons_keys_are_one_problem_that_counts_them() -> None:
     found = known(*foreign, replace(PORT, port="old", external_ids=older), PORT, METADATA)
     assert served(found) == ["vm-1"]
     (problem,) = found.problems
-    assert problem.reason.endswith("not served: 4, for example old")
+    assert problem.reason.startswith("4 ports bound here are not served, for example old: ")
     assert "Queens" in problem.hint
 
 

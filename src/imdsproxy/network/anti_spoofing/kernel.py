@@ -151,7 +151,7 @@ class KernelMacFilters(KernelTables):
     family = NETDEV
     hint = (
         "until then guests with a MAC in their record get 503 there; "
-        "network set --no-mac-check does without"
+        "`imdsproxy network set --no-mac-check` serves them unchecked"
     )
     need = "nf_tables with netdev chains for ingress and egress (Linux 5.16) is needed; "
 

@@ -52,8 +52,8 @@ _READ_ONLY: Final = "/proc/sys must be writable (ProtectKernelTunables=no in the
 _NO_NAT: Final = "nf_tables with family inet and NAT is needed; guests behind this router get no answer until then"
 _WRITTEN_S: Final = 5.0
 _VSWITCH: Final = "ovn.open_vswitch"
-_NO_BRIDGE: Final = "ovn-controller makes it; another name belongs in external_ids:ovn-bridge"
-_NO_WRITE: Final = "look at ovsdb-server and its log; it is tried again"
+_NO_BRIDGE: Final = "ovn-controller creates the bridge; external_ids:ovn-bridge names another one"
+_NO_WRITE: Final = "look at ovsdb-server and its log; imdsproxy tries again"
 _PREFIXES: Final = {Family.IPV4: 32, Family.IPV6: 64}
 _SWITCHED_OFF: Final = (
     # Packets from a guest must not give us routes or addresses, nor make us a router.

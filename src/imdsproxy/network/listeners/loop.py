@@ -213,7 +213,7 @@ class ListenerLoop(Part):
         if refused is None:
             return wanted
         reason = f"HAProxy's exporter is not served: {refused}"
-        hint = "free the port, or choose another; guests are served all the same"
+        hint = "free the port, or choose another; guests are served meanwhile"
         self.unexported = Problem("metrics.haproxy_listen", reason, hint)
         return None
 

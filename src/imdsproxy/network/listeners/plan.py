@@ -241,7 +241,7 @@ def plan_network(network: Network, observed: ObservedHost, naming: Naming) -> It
         return
     yield from _lacks(network.id, place, seen, root, naming)
     if place.bridge is not None and place.device not in seen.devices:
-        reason = f"namespace {place.namespace} is being made"
+        reason = f"imdsproxy is creating namespace {place.namespace}"
         yield NotServed(network.id, None, NotServedCode.PENDING, reason)
         return
     if place.namespace is None:
@@ -265,7 +265,7 @@ def _refuse_place(place: Place, seen: ObservedNamespace) -> Iterator[Refusal]:
     if seen.problem:
         yield NotServedCode.NAMESPACE_UNUSABLE, seen.problem, ""
     if place.namespace is not None and seen.ref is None:
-        hint = "it is noticed within a second once it is made"
+        hint = "create the namespace: serving starts within a second"
         reason = f"there is no network namespace {place.namespace}"
         yield NotServedCode.NAMESPACE_MISSING, reason, hint
     if place.device is None:
@@ -274,7 +274,7 @@ def _refuse_place(place: Place, seen: ObservedNamespace) -> Iterator[Refusal]:
     if device is not None:
         yield from _refuse_device(device, seen, where)
     else:
-        hint = "it is noticed within a second once it is there"
+        hint = "create the device: serving starts within a second"
         yield NotServedCode.DEVICE_MISSING, f"there is no device {place.device}{where}", hint
 
 
@@ -288,15 +288,15 @@ def _refuse_device(
     for master in seen.devices.values():
         if master.index == device.master and master.kind in ENSLAVING:
             reason = f"device {name}{where} belongs to {master.kind} {master.name}, which takes its packets"
-            yield NotServedCode.DEVICE_ENSLAVED, reason, f"name {master.name} in its place"
+            yield NotServedCode.DEVICE_ENSLAVED, reason, f"let the listener name {master.name}"
     if seen.own_metadata and METADATA_IPV4 not in _addresses_on(seen, name):
         reason = (
-            f"with {METADATA_IPV4} on {name} this host would not reach metadata of its own any more, "
-            f"and it seems to have some: {seen.own_metadata}"
+            f"with {METADATA_IPV4} on {name} this host would lose its own metadata service, "
+            f"which it seems to use: {seen.own_metadata}"
         )
         hint = (
-            f"if {name} is a bridge, name it as a bridge (--bridge {name}): that leaves the host alone; "
-            f"if the host needs none: ip address add {METADATA_IPV4}/32 dev {name}"
+            f"if {name} is a bridge, name the bridge (--bridge {name}): the host keeps its service; "
+            f"if the host needs no metadata: ip address add {METADATA_IPV4}/32 dev {name}"
         )
         yield NotServedCode.HOST_METADATA, reason, hint
 
@@ -308,7 +308,7 @@ def _refuse_bridge(
     name, link_name = place.host_devices
     bridge, link = root.devices.get(name), root.devices.get(link_name)
     if bridge is None:
-        hint = "create it; it is noticed within a second"
+        hint = "create the bridge: serving starts within a second"
         yield NotServedCode.DEVICE_MISSING, f"there is no bridge {name}", hint
     elif bridge.kind != "bridge":
         what = f"a device of kind {bridge.kind}" if bridge.kind else "a plain device"
@@ -317,12 +317,12 @@ def _refuse_bridge(
     elif not bridge.up:
         yield NotServedCode.DEVICE_DOWN, f"bridge {name} is down", f"ip link set {name} up"
     if link is not None and link.alias != alias and not _is_unmarked_veth(link):
-        reason = f"a link {link.name} that is not ours is there"
+        reason = f"link {link.name} exists, and imdsproxy did not create it"
         yield NotServedCode.NAME_TAKEN, reason, f"ip link del {link.name}"
     if seen.problem:
         yield NotServedCode.NAMESPACE_UNUSABLE, seen.problem, ""
     if _alias_of(seen) != alias and not _is_unmarked(seen):
-        reason = f"a namespace {place.namespace} that is not ours is there"
+        reason = f"namespace {place.namespace} exists, and imdsproxy did not create it"
         yield NotServedCode.NAME_TAKEN, reason, f"ip netns del {place.namespace}"
 
 

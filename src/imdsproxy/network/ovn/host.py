@@ -31,7 +31,7 @@ _TOGETHER_S: Final = 0.02
 """Seconds to wait for more changes. Meanwhile guests' records come into force, which must not wait for this work."""
 
 _ANSWER_S: Final = 10.0
-_NO_PORT: Final = "neutron-ovn-db-sync-util makes it again"
+_NO_PORT: Final = "neutron-ovn-db-sync-util creates the port again"
 
 _NAMESPACE: Final = uuid.UUID("d34bf9f6-da32-4871-9af8-15a4626b41ab")
 _ID: Final = "neutron:ovn-metadata-id"
@@ -41,9 +41,7 @@ _BRIDGE: Final = "neutron:ovn-bridge"
 _LONGEST_DELAY_S: Final = 10.0
 """Maximum delay, as in Neutron's agent, which takes a third of the server's default `agent_down_time` up to this."""
 
-_HINT: Final = (
-    "`openstack network agent list` shows this host's agent as down meanwhile; it is tried again"
-)
+_HINT: Final = "`openstack network agent list` shows this host's agent as down meanwhile; imdsproxy tries again"
 
 
 def agent_id(chassis: str) -> str:
@@ -159,7 +157,12 @@ class OvnHost(Part):
     def problems(self) -> tuple[Problem, ...]:
         needs = self.host.ovn_needs()
         lacking = (
-            Problem("ovn.metadata_port", f"network {network} has none", _NO_PORT, record=network)
+            Problem(
+                "ovn.metadata_port",
+                f"network {network} has no metadata port",
+                _NO_PORT,
+                record=network,
+            )
             for network in (() if needs is None else needs.spared)
         )
         return (*lacking, *self.heartbeat.problems)
@@ -188,7 +191,7 @@ async def sweep_ovn(open_vswitch: str, host: SystemHost) -> None:
         left = await host.apply(DetachOvn(of_ovn[name], host.naming) for name in remove)
     if left:
         problems = tuple(left.values())
-        raise HostRefused("not everything of OVN's networks could be taken away", problems=problems)
+        raise HostRefused("some objects of OVN's networks could not be removed", problems=problems)
 
 
 async def _sweep_ports(open_vswitch: str, staying: Collection[str]) -> None:

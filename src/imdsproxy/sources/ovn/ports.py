@@ -314,9 +314,9 @@ def _list_unserved(ports: Sequence[str]) -> Iterator[Problem]:
     if ports:
         yield Problem(
             "Port_Binding",
-            "ports bound here that lack neutron:network_name or neutron:device_id, and are not served: "
-            f"{len(ports)}, for example {ports[0]}",
-            "Neutron writes them since Queens (networking-ovn 4.0); ports that are not Neutron's have none",
+            f"{len(ports)} ports bound here are not served, for example {ports[0]}: "
+            "they lack neutron:network_name or neutron:device_id",
+            "Neutron writes these keys since Queens (networking-ovn 4.0); ports of other programs lack them",
         )
 
 

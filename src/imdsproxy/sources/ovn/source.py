@@ -177,7 +177,7 @@ class OvnSource:
         self._keeps_absent = since is not None and since < absent_s
         # While kept ports may be stale the source is out of sync: unknown guests get 503, not 404.
         self._failures["chassis"] = (
-            "OVN has no row of this chassis: what was bound to it stays as it was"
+            "OVN has no row of this chassis: ports that were bound to it stay in force"
             if view.chassis is None and self._keeps_absent
             else None
         )
