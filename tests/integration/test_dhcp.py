@@ -14,7 +14,7 @@ import pytest
 from imdsproxy.host.namespaces import NamespaceDirectory
 from imdsproxy.host.process import command_name
 from imdsproxy.model.entities import Scope
-from imdsproxy.sources.neutron_namespaces.proxies import DhcpProxies
+from imdsproxy.sources.neutron_namespaces.source import DhcpProxies
 from imdsproxy.tools.takeover.steps import EditSettings, StartAgent, Step
 from support.daemon import Daemon
 from support.dhcp_client import take_lease

@@ -16,9 +16,8 @@ from imdsproxy.config.sources import NeutronNamespacesSettings
 from imdsproxy.host.namespaces import NamespaceDirectory
 from imdsproxy.host.state import NamespaceRef
 from imdsproxy.model.entities import NamespaceListener, Network, NetworkId, Scope
-from imdsproxy.sources.neutron_namespaces.proxies import DhcpProxies
 from imdsproxy.sources.neutron_namespaces.records import parse_proxy, router_network
-from imdsproxy.sources.neutron_namespaces.source import NeutronNamespacesSource
+from imdsproxy.sources.neutron_namespaces.source import DhcpProxies, NeutronNamespacesSource
 from support.source_runs import Heard, running
 
 _ID: Final = "3f0d8a52-6a1e-4d0f-8a0e-0b9a5c1d2e3f"
