@@ -26,8 +26,17 @@ from bench.place import BenchError, raise_open_files
 from bench.procs import cpu_seconds, end_all, find_by_argument, memory, wait_until
 from bench.records import instance, network
 from imdsproxy.fleet import layout
-from imdsproxy.fleet.layout import HostId, Meta, StoredInstance, StoredNetwork
-from imdsproxy.fleet.members import HostState, StoredHost, host_key, render_host, spell_serial
+from imdsproxy.fleet.layout import (
+    HostId,
+    HostState,
+    Meta,
+    StoredHost,
+    StoredInstance,
+    StoredNetwork,
+    host_key,
+    render_host,
+)
+from imdsproxy.fleet.members import spell_serial
 from imdsproxy.host.certificates import make_key, render_certificate, render_key
 from imdsproxy.hub.pki.files import FleetFiles, HubNames, add_hub, init_fleet
 from imdsproxy.model.entities import InstanceId, NetworkId

@@ -17,15 +17,8 @@ import pytest
 
 from imdsproxy.api.client import FleetClient
 from imdsproxy.fleet import layout
-from imdsproxy.fleet.layout import HostId
-from imdsproxy.fleet.members import (
-    HostState,
-    Role,
-    StoredHost,
-    host_key,
-    parse_invitation,
-    render_host,
-)
+from imdsproxy.fleet.layout import HostId, HostState, StoredHost, host_key, render_host
+from imdsproxy.fleet.members import Role, parse_invitation
 from imdsproxy.fleet.stream import STREAM_PATH, UPGRADE, Hello, render_line
 from imdsproxy.model.entities import InstanceId
 from imdsproxy.sources.fleet.client import HostFiles, HubClient

@@ -13,8 +13,7 @@ from http.client import HTTPConnection
 import pytest
 
 from imdsproxy.fleet import layout
-from imdsproxy.fleet.layout import HostId
-from imdsproxy.fleet.members import host_key, operator_key
+from imdsproxy.fleet.layout import HostId, host_key, operator_key
 from imdsproxy.fleet.stream import STREAM_PATH, UPGRADE
 from imdsproxy.model.entities import InstanceId, NetworkId
 from support.cli import Ran, run_main

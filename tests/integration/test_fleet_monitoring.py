@@ -13,9 +13,17 @@ from typing import Final
 import pytest
 
 from imdsproxy.fleet import codec, layout
-from imdsproxy.fleet.layout import HostId
-from imdsproxy.fleet.members import HostState, Role, StoredHost, host_key, render_host, spell_serial
-from imdsproxy.fleet.restores import Claim, Suspicion, render_suspicion
+from imdsproxy.fleet.layout import (
+    Claim,
+    HostId,
+    HostState,
+    StoredHost,
+    Suspicion,
+    host_key,
+    render_host,
+    render_suspicion,
+)
+from imdsproxy.fleet.members import Role, spell_serial
 from imdsproxy.host.certificates import make_key, render_certificate, render_key
 from imdsproxy.hub.hosts.sealed import PLACE
 from imdsproxy.hub.pki import authority

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from imdsproxy.fleet import layout
+from imdsproxy.fleet.layout import parse_password
 from imdsproxy.fleet.members import Role
-from imdsproxy.fleet.values import parse_password
 from imdsproxy.hub.hosts.sealed import PLACE, sealed_keys
 from imdsproxy.hub.pki.files import FleetFiles
 from imdsproxy.hub.store.envelope import name_of

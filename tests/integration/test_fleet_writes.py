@@ -26,8 +26,7 @@ from imdsproxy.errors import (
     WriteUnknown,
 )
 from imdsproxy.fleet import layout
-from imdsproxy.fleet.layout import HostId
-from imdsproxy.fleet.restores import Claim, Suspicion, render_suspicion
+from imdsproxy.fleet.layout import Claim, HostId, Suspicion, render_suspicion
 from imdsproxy.hub.hosts import in_force
 from imdsproxy.hub.store.etcd_messages import prefix_end
 from imdsproxy.hub.store.upkeep import REMOVED_S, UNUSED_S, Sweep

@@ -15,37 +15,42 @@ from hypothesis import strategies as st
 from imdsproxy.errors import ImdsproxyError
 from imdsproxy.fleet import codec, layout
 from imdsproxy.fleet.codec import Unreadable
-from imdsproxy.fleet.layout import HostId, Meta, StoredInstance, StoredNetwork, UserData
-from imdsproxy.fleet.members import (
-    HostState,
-    StoredHost,
-    StoredOperator,
-    admits_host,
-    host_key,
-    operator_key,
-    render_host,
-    render_operator,
-)
-from imdsproxy.fleet.restores import Claim, Suspicion, read_suspicion, render_suspicion
-from imdsproxy.fleet.stream import Batch, Bye, Hello, parse_from_hub, render_line
-from imdsproxy.fleet.values import (
+from imdsproxy.fleet.layout import (
     Beat,
+    Claim,
+    HostId,
+    HostState,
     HubPlace,
     Journal,
     KnownHub,
+    Meta,
     SealedKeys,
     Sealing,
+    StoredHost,
+    StoredInstance,
+    StoredNetwork,
+    StoredOperator,
     StoredPassword,
+    Suspicion,
+    UserData,
+    host_key,
+    operator_key,
     parse_journal,
     parse_value,
     render_beat,
+    render_host,
     render_hub,
     render_journal,
     render_known_hub,
+    render_operator,
     render_password,
     render_sealed_keys,
     render_sealing,
+    render_suspicion,
 )
+from imdsproxy.fleet.members import admits_host
+from imdsproxy.fleet.restores import read_suspicion
+from imdsproxy.fleet.stream import Batch, Bye, Hello, parse_from_hub, render_line
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub.api.metrics import HubMetrics
 from imdsproxy.hub.api.operations import Operations

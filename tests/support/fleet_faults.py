@@ -17,8 +17,14 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 
 from imdsproxy.errors import EtcdFull, ImdsproxyError
 from imdsproxy.fleet import layout
-from imdsproxy.fleet.layout import HostId, StoredInstance, instance_key, render_instance
-from imdsproxy.fleet.members import host_key, operator_key
+from imdsproxy.fleet.layout import (
+    HostId,
+    StoredInstance,
+    host_key,
+    instance_key,
+    operator_key,
+    render_instance,
+)
 from imdsproxy.fleet.stream import Bye, Hello
 from imdsproxy.hub.store.etcd import Committed, Etcd
 from imdsproxy.hub.store.etcd_messages import KeyValue, unchanged

@@ -25,10 +25,17 @@ from typing import Any, Final, TypeVar, cast
 from imdsproxy.api.problems import answer_for
 from imdsproxy.errors import EtcdUnavailable, ImdsproxyError
 from imdsproxy.fleet import layout
-from imdsproxy.fleet.layout import HostId, Meta, StoredInstance, StoredNetwork, UserData
+from imdsproxy.fleet.layout import (
+    HostId,
+    Meta,
+    SealedKeys,
+    StoredInstance,
+    StoredNetwork,
+    UserData,
+    render_sealed_keys,
+)
 from imdsproxy.fleet.members import AUTHORITY_PATH, RENEW_PATH, Identity, Role
 from imdsproxy.fleet.stream import BLOB_PATH, STREAM_PATH
-from imdsproxy.fleet.values import SealedKeys, render_sealed_keys
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub.api.callers import Caller
 from imdsproxy.hub.api.operations import Operations

@@ -11,15 +11,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from imdsproxy.fleet.layout import HostId
-from imdsproxy.fleet.members import (
-    HostState,
-    Invitation,
-    StoredHost,
-    host_key,
-    render_host,
-    spell_serial,
-)
+from imdsproxy.fleet.layout import HostId, HostState, StoredHost, host_key, render_host
+from imdsproxy.fleet.members import Invitation, spell_serial
 from imdsproxy.fleet.stream import (
     STREAM_PATH,
     UPGRADE,

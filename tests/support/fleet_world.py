@@ -20,8 +20,16 @@ from typing import Any, Final, TypeVar
 import yaml
 
 from imdsproxy.fleet import layout
-from imdsproxy.fleet.layout import HostId, StoredInstance, StoredNetwork
-from imdsproxy.fleet.members import HostState, Role, StoredHost, host_key, render_host, spell_serial
+from imdsproxy.fleet.layout import (
+    HostId,
+    HostState,
+    StoredHost,
+    StoredInstance,
+    StoredNetwork,
+    host_key,
+    render_host,
+)
+from imdsproxy.fleet.members import Role, spell_serial
 from imdsproxy.host.certificates import make_key, render_certificate, render_key
 from imdsproxy.hub.pki.files import (
     FleetFiles,

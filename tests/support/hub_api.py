@@ -15,14 +15,8 @@ from typing import Any, TypeVar
 
 from imdsproxy.api.client import AdminClient
 from imdsproxy.documents.http import serve
-from imdsproxy.fleet.layout import HostId
-from imdsproxy.fleet.members import (
-    HostState,
-    StoredHost,
-    admits_host,
-    host_key,
-    render_host,
-)
+from imdsproxy.fleet.layout import HostId, HostState, StoredHost, host_key, render_host
+from imdsproxy.fleet.members import admits_host
 from imdsproxy.fleet.stream import (
     STREAM_PATH,
     UPGRADE,

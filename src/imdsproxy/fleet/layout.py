@@ -1,21 +1,28 @@
-"""Keys of a fleet's records in etcd, and the form of their values.
+"""Keys and values of a fleet's records in etcd.
 
-Every hub watches all keys below `PREFIX`. Large values (user data), and values that are only compared (claims), have
-other prefixes. A hub never deletes a record: it writes the removal, so that an absent key never means a removed record.
+Every hub watches all keys below `PREFIX`, and reads each value with one parser (`parse_value`): another program can
+write to etcd, a disk can change bytes, and a newer hub may have other values. Large values (user data), and values that
+are only compared (claims), have other prefixes. A hub never deletes a record: it writes the removal, so that an absent
+key never means a removed record.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from typing import Final, NewType, TypeAlias
 
 from imdsproxy.fleet.codec import (
     ANY_TEXT,
+    BYTES,
+    COUNT,
     DIGEST,
     ID,
     NUMBER,
     OBJECT,
+    TEXT,
+    URL,
     Codec,
     Json,
     Kind,
@@ -24,11 +31,16 @@ from imdsproxy.fleet.codec import (
     decode,
     is_id,
     list_of,
+    mapping_of,
     nullable,
     omissible,
+    row_of,
+    word_of,
 )
 from imdsproxy.model.entities import InstanceId, IpAddress, NetworkId
 from imdsproxy.model.policy import OperatorOverride
+from imdsproxy.model.records import Refused
+from imdsproxy.model.records.grant import GRANT, Grant
 
 HostId = NewType("HostId", str)
 """Name of a host in the fleet, as `model.ID_PATTERN`; the common name of its certificate."""
@@ -82,6 +94,18 @@ FORMAT: Final = 1
 
 View: TypeAlias = Callable[[str], tuple[bytes, int] | None]
 """Lookup of a key's value and the revision that wrote it; `None` for an absent key. Claims may be unknown."""
+
+WITNESSES: Final = 2
+"""Number of hosts that must agree before writes stop."""
+
+MOST_CLAIMS: Final = 16
+"""Maximum number of stored host claims: more than two have no effect."""
+
+MOST_REGAINED: Final = 500
+"""Maximum number of stored lines on restored values; the hubs' logs have all of them."""
+
+
+# Values
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +176,208 @@ class StoredNetwork:
     removed_at: int | None = None
 
 
+class HostState(StrEnum):
+    """State of a host's membership."""
+
+    INVITED = "invited"
+    ENROLLED = "enrolled"
+    REVOKED = "revoked"
+    UNREADABLE = "unreadable"
+    """Never stored: another program wrote the host's value. The host is refused; operators may invite or revoke it."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredHost:
+    """Host as etcd stores it.
+
+    Attributes:
+        serials: Serial numbers of the valid certificates: the host's, and during a renewal also the next one's.
+        token_sha256: Digest of the one-time token, hexadecimal; `None` after its use.
+        expires_at: End of the token, Unix time.
+        trusts: CAs that the host received with its newest certificate, as hubs name them together; empty if unknown.
+        revocations: Number of revocations and new enrolments.
+        version: Number of writes of the value. The value with more revocations is newer, then the value with the higher
+            version: after a restore etcd's revisions do not show this order.
+    """
+
+    state: HostState
+    serials: tuple[str, ...] = ()
+    token_sha256: str | None = None
+    expires_at: int = 0
+    trusts: str = ""
+    revocations: int = 0
+    version: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StoredOperator:
+    """Operator or hub whose certificates are revoked; others have no value.
+
+    Attributes:
+        revoked_at: Unix time.
+    """
+
+    revoked_at: int
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Claim of one host.
+
+    Attributes:
+        incarnation: Highest incarnation that the host has seen.
+        revocations: Value of `StoredHost.revocations` at the time of the claim.
+    """
+
+    incarnation: int
+    revocations: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Suspicion:
+    """All claims that etcd was restored.
+
+    Attributes:
+        why: First evidence.
+        hubs: Hubs that noticed a restore, each with the highest incarnation that the hub has seen.
+        hosts: Claims of hosts.
+        regained: Values that hubs restored in etcd, by their owner; only the first `MOST_REGAINED`.
+    """
+
+    why: str
+    hubs: Mapping[str, int] = field(default_factory=dict)
+    hosts: Mapping[HostId, Claim] = field(default_factory=dict)
+    regained: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def refuses(self) -> bool:
+        """Whether all writes are refused."""
+        return bool(self.hubs) or len(self.hosts) >= WITNESSES
+
+    @property
+    def incarnation(self) -> int:
+        """The highest incarnation of all claims; 0 without one."""
+        hosts = (claim.incarnation for claim in self.hosts.values())
+        return max((*self.hubs.values(), *hosts), default=0)
+
+    def add_hub(self, hub: str, incarnation: int) -> Suspicion:
+        """Return the suspicion with a hub's claim."""
+        highest = max(incarnation, self.hubs.get(hub, 0))
+        return replace(self, hubs={**self.hubs, hub: highest})
+
+    def add_host(self, host: HostId, claim: Claim) -> Suspicion:
+        """Return the suspicion with a host's claim; of too many claims, those with the highest incarnations stay."""
+        claims = sorted({**self.hosts, host: claim}.items(), key=lambda item: -item[1].incarnation)
+        return replace(self, hosts=dict(sorted(claims[:MOST_CLAIMS])))
+
+    def regain(self, regained: Mapping[str, str]) -> Suspicion:
+        """Return the suspicion with more restored values."""
+        everything = sorted({**self.regained, **regained}.items())
+        return replace(self, regained=dict(everything[:MOST_REGAINED]))
+
+    def of_members(self, member: Callable[[HostId], StoredHost | None]) -> Suspicion | None:
+        """Return the suspicion without claims of hosts that are no longer members; `None` if no claim is left."""
+
+        def counts(host: HostId, claim: Claim) -> bool:
+            stored = member(host)
+            return (
+                stored is not None
+                and stored.state is HostState.ENROLLED
+                and stored.revocations == claim.revocations
+            )
+
+        hosts = {host: claim for host, claim in self.hosts.items() if counts(host, claim)}
+        return replace(self, hosts=hosts) if self.hubs or hosts else None
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """Value of `BEAT`: the number of writes by hubs, and the hub of the last write."""
+
+    count: int
+    hub: str
+
+
+@dataclass(frozen=True, slots=True)
+class HubPlace:
+    """Value of a key below `HUBS`: the URL at which others reach the hub."""
+
+    url: str
+
+
+@dataclass(frozen=True, slots=True)
+class KnownHub:
+    """Value of a key below `KNOWN_HUBS`.
+
+    Attributes:
+        url: Last URL at which others reached the hub.
+        absent_since: Time at which another hub noticed the end of the hub, Unix time; `None` while it runs.
+    """
+
+    url: str
+    absent_since: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sealing:
+    """Value of `ENVELOPE`: the key with which hubs seal secrets.
+
+    Attributes:
+        key: Name of the key.
+        sha256: Fingerprint of the key; a hub compares it with its own key of this name.
+    """
+
+    key: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class SealedKeys:
+    """Value of `TOKEN_KEYS`: data that the hubs' envelope opens."""
+
+    sealed: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPassword:
+    """Value of a key below `PASSWORDS`.
+
+    Attributes:
+        sealed: Password that the hubs' envelope opens; `None` after a clearing, or the removal of the instance.
+        request: As `StoredInstance.request`.
+        removed_at: Time of the clearing or removal, Unix time.
+    """
+
+    sealed: bytes | None
+    request: str = ""
+    removed_at: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPolicy:
+    """Value of a key below `POLICIES`. Hosts check the rules: a newer hub may know more of them."""
+
+    rules: Json
+
+
+@dataclass(frozen=True, slots=True)
+class Journal:
+    """Value of a key below `IMPORTS`: the number of stored records of an import, and its start."""
+
+    done: int
+    of: int
+    at: int
+
+
+Value: TypeAlias = (
+    Meta | Suspicion | Grant | Beat | HubPlace | KnownHub | Sealing | SealedKeys | StoredPolicy | StoredInstance
+    | StoredNetwork | StoredPassword | OperatorOverride | StoredHost | StoredOperator
+)  # fmt: skip
+
+
+# Keys
+
+
 def network_key(network: NetworkId) -> str:
     return f"{NETWORKS}{network}"
 
@@ -176,17 +402,14 @@ def port_claim(network: NetworkId, instance: InstanceId) -> str:
 
 
 def grant_key(project: str) -> str:
-    """Return the key of a project's grant."""
     return f"{GRANTS}{project}"
 
 
 def password_key(instance: InstanceId) -> str:
-    """Return the key of the password that an instance's guest posted."""
     return f"{PASSWORDS}{instance}"
 
 
 def override_key(instance: InstanceId) -> str:
-    """Return the key of an instance's operator override."""
     return f"{OVERRIDES}{instance}"
 
 
@@ -222,6 +445,54 @@ def parse_claim(value: bytes) -> InstanceId:
     return InstanceId(holder)
 
 
+def host_key(host: HostId) -> str:
+    """Return the key of a `StoredHost`."""
+    return f"{HOSTS}{host}"
+
+
+def operator_key(name: str) -> str:
+    """Return the key of a `StoredOperator`."""
+    return f"{CERTIFICATES}{name}"
+
+
+def read_host(value: bytes, revision: int) -> StoredHost:
+    """Parse the value of a host's key that was written at a revision.
+
+    An unreadable value gives a host in the state `UNREADABLE`. etcd's revision is an upper bound of the revocations and
+    writes, so the next write is newer than every earlier value.
+    """
+    try:
+        return parse_host(value)
+    except Unreadable:
+        return StoredHost(HostState.UNREADABLE, revocations=revision, version=revision)
+
+
+# Parsers
+
+
+def parse_value(key: str, value: bytes) -> Value:
+    """Parse the value of a key below `PREFIX`.
+
+    Raises:
+        Unreadable: No hub of this version writes such a value, or such a key.
+    """
+    single = _SINGLE.get(key)
+    if single is not None:
+        return single(value)
+    for prefix, parse in _BELOW.items():
+        if key.startswith(prefix):
+            name = key.removeprefix(prefix)
+            if not (is_id(name) or (prefix == POLICIES and _is_scope(name))):
+                raise Unreadable("its key has no id that may be one")
+            return parse(value)
+    raise Unreadable("no hub of this version writes this key")
+
+
+def _is_scope(place: str) -> bool:
+    scope, _, name = place.partition("/")
+    return scope in {"host", "project"} and is_id(name)
+
+
 def _read_record(value: object) -> Json:
     record: Json = OBJECT.read(value)
     if not _is_project(record.get("project")):
@@ -247,6 +518,12 @@ def _is_port(port: object) -> bool:
 
 def _is_project(project: object) -> bool:
     return project is None or (isinstance(project, str) and is_id(project))
+
+
+def _check_password(stored: StoredPassword) -> str | None:
+    if (stored.sealed is None) is (stored.removed_at is None):
+        return "it has not either `sealed` or `removed_at`"
+    return None
 
 
 _HOSTS: Final = list_of(
@@ -277,3 +554,92 @@ parse_meta, render_meta = _META.parse, _META.render
 parse_override, render_override = _OVERRIDE.parse, _OVERRIDE.render
 parse_network, render_network = _NETWORK.parse, _NETWORK.render
 parse_instance, render_instance = _INSTANCE.parse, _INSTANCE.render
+_HOST: Final = Codec(
+    StoredHost,
+    state=word_of(HostState, HostState.UNREADABLE),
+    serials=list_of(ANY_TEXT),
+    token_sha256=nullable(ANY_TEXT),
+    expires_at=NUMBER,
+    trusts=ANY_TEXT,
+    revocations=COUNT,
+    version=COUNT,
+)
+_OPERATOR: Final = Codec(StoredOperator, revoked_at=NUMBER)
+parse_host, render_host = _HOST.parse, _HOST.render
+parse_operator, render_operator = _OPERATOR.parse, _OPERATOR.render
+
+
+_SUSPICION: Final = Codec(
+    Suspicion,
+    why=TEXT,
+    hubs=mapping_of(ID, NUMBER),
+    hosts=mapping_of(ID, row_of(Claim, NUMBER, NUMBER)),
+    regained=mapping_of(TEXT, TEXT),
+)
+parse_suspicion, render_suspicion = _SUSPICION.parse, _SUSPICION.render
+
+
+_BEAT: Final = Codec(Beat, count=COUNT, hub=ANY_TEXT)
+_HUB: Final = Codec(HubPlace, url=URL)
+_KNOWN_HUB: Final = Codec(KnownHub, url=URL, absent_since=nullable(NUMBER))
+_SEALING: Final = Codec(Sealing, key=ID, sha256=DIGEST)
+_SEALED_KEYS: Final = Codec(SealedKeys, sealed=BYTES)
+_PASSWORD: Final = Codec(
+    StoredPassword,
+    _check_password,
+    sealed=nullable(BYTES),
+    request=ANY_TEXT,
+    removed_at=nullable(NUMBER),
+)
+_JOURNAL: Final = Codec(Journal, done=NUMBER, of=NUMBER, at=NUMBER)
+parse_beat, render_beat = _BEAT.parse, _BEAT.render
+parse_hub, render_hub = _HUB.parse, _HUB.render
+parse_known_hub, render_known_hub = _KNOWN_HUB.parse, _KNOWN_HUB.render
+parse_sealing, render_sealing = _SEALING.parse, _SEALING.render
+parse_sealed_keys, render_sealed_keys = _SEALED_KEYS.parse, _SEALED_KEYS.render
+parse_password, render_password = _PASSWORD.parse, _PASSWORD.render
+parse_journal, render_journal = _JOURNAL.parse, _JOURNAL.render
+
+
+def is_cleared(value: bytes) -> bool:
+    """Return whether a password was cleared, or removed with its instance; false if the value is unreadable."""
+    try:
+        return parse_password(value).sealed is None
+    except Unreadable:
+        return False
+
+
+def parse_policy(value: bytes) -> StoredPolicy:
+    """Parse the rules of a scope; raises `Unreadable`."""
+    removal_time(value)
+    return StoredPolicy(decode(value))
+
+
+def parse_grant(value: bytes) -> Grant:
+    """Parse the grant of a project; raises `Unreadable`."""
+    grant = GRANT.read(decode(value))
+    if isinstance(grant, Refused):
+        raise Unreadable("; ".join(map(str, grant.problems)))
+    return grant
+
+
+_SINGLE: Final[dict[str, Callable[[bytes], Value]]] = {
+    META: parse_meta,
+    BEAT: parse_beat,
+    SUSPECT: parse_suspicion,
+    ENVELOPE: parse_sealing,
+    TOKEN_KEYS: parse_sealed_keys,
+    f"{POLICIES}fleet": parse_policy,
+}
+_BELOW: Final[dict[str, Callable[[bytes], Value]]] = {
+    INSTANCES: parse_instance,
+    NETWORKS: parse_network,
+    OVERRIDES: parse_override,
+    PASSWORDS: parse_password,
+    POLICIES: parse_policy,
+    GRANTS: parse_grant,
+    HOSTS: parse_host,
+    CERTIFICATES: parse_operator,
+    HUBS: parse_hub,
+    KNOWN_HUBS: parse_known_hub,
+}

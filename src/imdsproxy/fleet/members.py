@@ -1,4 +1,4 @@
-"""Members of a fleet: roles, identities, invitations, and hosts and operators as stored in etcd. Pure.
+"""Members of a fleet: roles, identities, invitations, and changes of memberships. Pure.
 
 The plans for enrolment, renewal and revocation return a new value. A hub writes the value only if the old value is
 unchanged.
@@ -17,17 +17,7 @@ from hashlib import sha256
 from typing import Any, Final
 
 from imdsproxy.errors import AccessDenied, NotFound
-from imdsproxy.fleet.codec import (
-    ANY_TEXT,
-    COUNT,
-    NUMBER,
-    Codec,
-    Unreadable,
-    list_of,
-    nullable,
-    word_of,
-)
-from imdsproxy.fleet.layout import CERTIFICATES, HOSTS, HostId
+from imdsproxy.fleet.layout import HostId, HostState, StoredHost
 from imdsproxy.model.entities import ID_PATTERN
 
 ENROL_PATH: Final = "/fleet/enrol"
@@ -162,87 +152,6 @@ def parse_invitation(text: str) -> Invitation:
 
 
 _AGAIN: Final = "`imdsproxy fleet enrol HOST` makes a new one"
-
-
-class HostState(StrEnum):
-    """State of a host's membership."""
-
-    INVITED = "invited"
-    ENROLLED = "enrolled"
-    REVOKED = "revoked"
-    UNREADABLE = "unreadable"
-    """Never stored: another program wrote the host's value. The host is refused; operators may invite or revoke it."""
-
-
-@dataclass(frozen=True, slots=True)
-class StoredHost:
-    """Host as etcd stores it.
-
-    Attributes:
-        serials: Serial numbers of the valid certificates: the host's, and during a renewal also the next one's.
-        token_sha256: Digest of the one-time token, hexadecimal; `None` after its use.
-        expires_at: End of the token, Unix time.
-        trusts: CAs that the host received with its newest certificate, as hubs name them together; empty if unknown.
-        revocations: Number of revocations and new enrolments.
-        version: Number of writes of the value. The value with more revocations is newer, then the value with the higher
-            version: after a restore etcd's revisions do not show this order.
-    """
-
-    state: HostState
-    serials: tuple[str, ...] = ()
-    token_sha256: str | None = None
-    expires_at: int = 0
-    trusts: str = ""
-    revocations: int = 0
-    version: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class StoredOperator:
-    """Operator or hub whose certificates are revoked; others have no value.
-
-    Attributes:
-        revoked_at: Unix time.
-    """
-
-    revoked_at: int
-
-
-_HOST: Final = Codec(
-    StoredHost,
-    state=word_of(HostState, HostState.UNREADABLE),
-    serials=list_of(ANY_TEXT),
-    token_sha256=nullable(ANY_TEXT),
-    expires_at=NUMBER,
-    trusts=ANY_TEXT,
-    revocations=COUNT,
-    version=COUNT,
-)
-_OPERATOR: Final = Codec(StoredOperator, revoked_at=NUMBER)
-parse_host, render_host = _HOST.parse, _HOST.render
-parse_operator, render_operator = _OPERATOR.parse, _OPERATOR.render
-
-
-def host_key(host: HostId) -> str:
-    """Return the key of a `StoredHost`."""
-    return f"{HOSTS}{host}"
-
-
-def operator_key(name: str) -> str:
-    """Return the key of a `StoredOperator`."""
-    return f"{CERTIFICATES}{name}"
-
-
-def read_host(value: bytes, revision: int) -> StoredHost:
-    """Parse the value of a host's key that was written at a revision.
-
-    An unreadable value gives a host in the state `UNREADABLE`. etcd's revision is an upper bound of the revocations and
-    writes, so the next write is newer than every earlier value.
-    """
-    try:
-        return parse_host(value)
-    except Unreadable:
-        return StoredHost(HostState.UNREADABLE, revocations=revision, version=revision)
 
 
 def hash_token(token: str) -> str:

@@ -10,23 +10,29 @@ so two hosts must agree. A host's claim counts only while the host's membership 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Final
 
-from imdsproxy.fleet.codec import ID, NUMBER, TEXT, Codec, Unreadable, mapping_of, row_of
+from imdsproxy.fleet.codec import Unreadable
 from imdsproxy.fleet.layout import (
     CERTIFICATES,
     HOSTS,
     OVERRIDES,
     SUSPECT,
     HostId,
+    HostState,
     Meta,
+    StoredHost,
+    Suspicion,
     View,
+    host_key,
+    parse_host,
+    parse_operator,
     parse_override,
+    parse_suspicion,
     render_override,
 )
-from imdsproxy.fleet.members import HostState, StoredHost, host_key, parse_host, parse_operator
 from imdsproxy.model.policy import OperatorOverride
 
 LASTING: Final = (HOSTS, CERTIFICATES, OVERRIDES)
@@ -93,15 +99,6 @@ def describe_regained(key: str, value: bytes, *, absent: bool) -> tuple[str, str
     return name, "keeps the certificate that it got after the backup"
 
 
-WITNESSES: Final = 2
-"""Number of hosts that must agree before writes stop."""
-
-MOST_CLAIMS: Final = 16
-"""Maximum number of stored host claims: more than two have no effect."""
-
-MOST_REGAINED: Final = 500
-"""Maximum number of stored lines on restored values; the hubs' logs have all of them."""
-
 MOST_AHEAD: Final = 1000
 """Maximum lead of a host's incarnation over the fleet's: more than any series of restores loses."""
 
@@ -115,7 +112,7 @@ class Evidence:
         host: Host that claims this; `None` for a hub's own evidence.
         revision: Revision that the host has: etcd is older if it lacks the revision; 0 if `why` is enough.
         incarnation: Incarnation that the host has: etcd is older if it lacks the incarnation; 0 if `why` is enough.
-        regained: Values that hubs restore in etcd, by their owner (`lasting.describe_regained`).
+        regained: Values that hubs restore in etcd, by their owner (`describe_regained`).
     """
 
     why: str
@@ -129,86 +126,6 @@ class Evidence:
         if meta is None or meta.incarnation < self.incarnation:
             return False
         return 0 < self.revision <= revision or self.incarnation > 0
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """Claim of one host.
-
-    Attributes:
-        incarnation: Highest incarnation that the host has seen.
-        revocations: Value of `StoredHost.revocations` at the time of the claim.
-    """
-
-    incarnation: int
-    revocations: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Suspicion:
-    """All claims that etcd was restored.
-
-    Attributes:
-        why: First evidence.
-        hubs: Hubs that noticed a restore, each with the highest incarnation that the hub has seen.
-        hosts: Claims of hosts.
-        regained: Values that hubs restored in etcd, by their owner; only the first `MOST_REGAINED`.
-    """
-
-    why: str
-    hubs: Mapping[str, int] = field(default_factory=dict)
-    hosts: Mapping[HostId, Claim] = field(default_factory=dict)
-    regained: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def refuses(self) -> bool:
-        """Whether all writes are refused."""
-        return bool(self.hubs) or len(self.hosts) >= WITNESSES
-
-    @property
-    def incarnation(self) -> int:
-        """The highest incarnation of all claims; 0 without one."""
-        hosts = (claim.incarnation for claim in self.hosts.values())
-        return max((*self.hubs.values(), *hosts), default=0)
-
-    def add_hub(self, hub: str, incarnation: int) -> Suspicion:
-        """Return the suspicion with a hub's claim."""
-        highest = max(incarnation, self.hubs.get(hub, 0))
-        return replace(self, hubs={**self.hubs, hub: highest})
-
-    def add_host(self, host: HostId, claim: Claim) -> Suspicion:
-        """Return the suspicion with a host's claim; of too many claims, those with the highest incarnations stay."""
-        claims = sorted({**self.hosts, host: claim}.items(), key=lambda item: -item[1].incarnation)
-        return replace(self, hosts=dict(sorted(claims[:MOST_CLAIMS])))
-
-    def regain(self, regained: Mapping[str, str]) -> Suspicion:
-        """Return the suspicion with more restored values."""
-        everything = sorted({**self.regained, **regained}.items())
-        return replace(self, regained=dict(everything[:MOST_REGAINED]))
-
-    def of_members(self, member: Callable[[HostId], StoredHost | None]) -> Suspicion | None:
-        """Return the suspicion without claims of hosts that are no longer members; `None` if no claim is left."""
-
-        def counts(host: HostId, claim: Claim) -> bool:
-            stored = member(host)
-            return (
-                stored is not None
-                and stored.state is HostState.ENROLLED
-                and stored.revocations == claim.revocations
-            )
-
-        hosts = {host: claim for host, claim in self.hosts.items() if counts(host, claim)}
-        return replace(self, hosts=hosts) if self.hubs or hosts else None
-
-
-_SUSPICION: Final = Codec(
-    Suspicion,
-    why=TEXT,
-    hubs=mapping_of(ID, NUMBER),
-    hosts=mapping_of(ID, row_of(Claim, NUMBER, NUMBER)),
-    regained=mapping_of(TEXT, TEXT),
-)
-parse_suspicion, render_suspicion = _SUSPICION.parse, _SUSPICION.render
 
 
 def member_in(view: View, host: HostId) -> StoredHost | None:

@@ -19,17 +19,18 @@ import structlog
 
 from imdsproxy.errors import EtcdUnavailable, Problem, SourceCorrupt
 from imdsproxy.fleet import codec, layout
-from imdsproxy.fleet.layout import HostId, Meta
-from imdsproxy.fleet.restores import LASTING, Evidence
-from imdsproxy.fleet.stream import ItemKey
-from imdsproxy.fleet.values import (
+from imdsproxy.fleet.layout import (
     Beat,
+    HostId,
     HubPlace,
+    Meta,
     parse_beat,
     parse_value,
     render_beat,
     render_hub,
 )
+from imdsproxy.fleet.restores import LASTING, Evidence
+from imdsproxy.fleet.stream import ItemKey
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.process import garbage_left
 from imdsproxy.hub.hosts.streams import Streams

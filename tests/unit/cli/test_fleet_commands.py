@@ -11,8 +11,8 @@ from cryptography import x509
 
 from imdsproxy.cli.main import EXAMPLES, build_program, iterate_commands
 from imdsproxy.errors import ConfigInvalid
-from imdsproxy.fleet.layout import HostId
-from imdsproxy.fleet.members import Role, host_key
+from imdsproxy.fleet.layout import HostId, host_key
+from imdsproxy.fleet.members import Role
 from imdsproxy.host.certificates import fingerprint, parse_certificate, render_certificate
 from imdsproxy.hub.pki.authority import HUB_LIFE, make_authority
 from imdsproxy.hub.pki.files import (

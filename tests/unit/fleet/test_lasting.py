@@ -7,21 +7,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imdsproxy.fleet.codec import Unreadable
-from imdsproxy.fleet.layout import OVERRIDES, HostId, parse_override, render_override
-from imdsproxy.fleet.members import (
+from imdsproxy.fleet.layout import (
+    OVERRIDES,
+    HostId,
     HostState,
     StoredHost,
     StoredOperator,
     host_key,
     operator_key,
     parse_host,
-    plan_enrolment,
-    plan_invitation,
-    plan_revocation,
+    parse_override,
     read_host,
     render_host,
     render_operator,
+    render_override,
 )
+from imdsproxy.fleet.members import plan_enrolment, plan_invitation, plan_revocation
 from imdsproxy.fleet.restores import describe_regained, join_values
 from imdsproxy.model.policy import OperatorOverride
 

@@ -4,27 +4,29 @@ import pytest
 
 from imdsproxy.errors import AccessDenied, NotFound
 from imdsproxy.fleet.codec import Unreadable
-from imdsproxy.fleet.layout import HostId
-from imdsproxy.fleet.members import (
+from imdsproxy.fleet.layout import (
+    HostId,
     HostState,
+    StoredHost,
+    StoredOperator,
+    parse_host,
+    render_host,
+    render_operator,
+)
+from imdsproxy.fleet.members import (
     Identity,
     Invitation,
     Role,
-    StoredHost,
-    StoredOperator,
     admits_host,
     admits_operator,
     hash_token,
-    parse_host,
     parse_invitation,
     plan_enrolment,
     plan_invitation,
     plan_renewal,
     plan_revocation,
     read_identity,
-    render_host,
     render_invitation,
-    render_operator,
     spell_serial,
 )
 

@@ -3,11 +3,12 @@
 import pytest
 
 from imdsproxy.fleet.codec import Unreadable
-from imdsproxy.fleet.layout import HostId
-from imdsproxy.fleet.members import HostState, StoredHost
-from imdsproxy.fleet.restores import (
+from imdsproxy.fleet.layout import (
     MOST_CLAIMS,
     Claim,
+    HostId,
+    HostState,
+    StoredHost,
     Suspicion,
     parse_suspicion,
     render_suspicion,

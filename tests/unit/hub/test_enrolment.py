@@ -9,21 +9,17 @@ import pytest
 from structlog.testing import capture_logs
 
 from imdsproxy.errors import AccessDenied, NotFound, RequestRefused, SourceUnavailable, WriteUnknown
-from imdsproxy.fleet.layout import HostId
-from imdsproxy.fleet.members import (
+from imdsproxy.fleet.layout import (
+    HostId,
     HostState,
-    Identity,
-    Role,
     StoredHost,
-    admits_host,
-    admits_operator,
     host_key,
     operator_key,
     parse_host,
     read_host,
     render_host,
-    spell_serial,
 )
+from imdsproxy.fleet.members import Identity, Role, admits_host, admits_operator, spell_serial
 from imdsproxy.host.certificates import make_key, parse_certificate, render_request
 from imdsproxy.hub.pki.authority import make_authority
 from imdsproxy.hub.pki.enrolment import INVITATION_S, Certified, Enrolment

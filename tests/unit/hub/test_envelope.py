@@ -4,7 +4,7 @@ import pytest
 
 from imdsproxy.errors import SecretUnreadable, SourceCorrupt
 from imdsproxy.fleet.codec import Unreadable
-from imdsproxy.fleet.values import Sealing
+from imdsproxy.fleet.layout import Sealing
 from imdsproxy.hub.store.envelope import Envelope, add_key, make_envelope, name_of, parse_envelope
 
 _KEY = b"c2Vj" + b"A" * 39 + b"="

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from imdsproxy.errors import ConfigInvalid, SourceUnavailable
-from imdsproxy.fleet.layout import HOSTS
-from imdsproxy.fleet.members import HostState, StoredHost, render_host
+from imdsproxy.fleet.layout import HOSTS, HostState, StoredHost, render_host
 from imdsproxy.hub.store.journal import FILE, Journal, Position, find_host
 from support.tasks import background, until
 

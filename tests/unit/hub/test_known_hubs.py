@@ -1,8 +1,15 @@
 """Hubs that have ended: listed as absent until they come back or are revoked."""
 
 from imdsproxy.fleet import layout
-from imdsproxy.fleet.members import StoredOperator, operator_key, render_operator
-from imdsproxy.fleet.values import HubPlace, KnownHub, render_hub, render_known_hub
+from imdsproxy.fleet.layout import (
+    HubPlace,
+    KnownHub,
+    StoredOperator,
+    operator_key,
+    render_hub,
+    render_known_hub,
+    render_operator,
+)
 from imdsproxy.hub.store.etcd_messages import absent, unchanged
 from imdsproxy.hub.store.state import Change, FleetState
 from imdsproxy.hub.store.upkeep import HubRecord, list_hubs, plan_hub_records

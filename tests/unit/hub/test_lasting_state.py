@@ -1,8 +1,15 @@
 """What a hub's copy makes of an etcd that has lost memberships, revocations and overrides."""
 
 from imdsproxy.fleet import layout
-from imdsproxy.fleet.layout import HostId, Meta, StoredInstance
-from imdsproxy.fleet.members import HostState, StoredHost, host_key, render_host
+from imdsproxy.fleet.layout import (
+    HostId,
+    HostState,
+    Meta,
+    StoredHost,
+    StoredInstance,
+    host_key,
+    render_host,
+)
 from imdsproxy.fleet.restores import EPOCHS
 from imdsproxy.fleet.stream import Batch, Hello
 from imdsproxy.hub.store.state import Change, Difference, FleetState

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import cast
 
 from imdsproxy.fleet import layout
-from imdsproxy.fleet.members import HostState, StoredHost, render_host
+from imdsproxy.fleet.layout import HostState, StoredHost, render_host
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub.api.operations import Operations, _lost_quorum, _member
 from imdsproxy.hub.hosts.in_force import Peers

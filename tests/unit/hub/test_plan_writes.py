@@ -19,9 +19,18 @@ from imdsproxy.errors import (
     SourceRefused,
 )
 from imdsproxy.fleet import layout
-from imdsproxy.fleet.layout import HostId, Meta
-from imdsproxy.fleet.members import HostState, StoredHost, host_key, render_host
-from imdsproxy.fleet.restores import MOST_AHEAD, Claim, Suspicion, render_suspicion
+from imdsproxy.fleet.layout import (
+    Claim,
+    HostId,
+    HostState,
+    Meta,
+    StoredHost,
+    Suspicion,
+    host_key,
+    render_host,
+    render_suspicion,
+)
+from imdsproxy.fleet.restores import MOST_AHEAD
 from imdsproxy.hub.store.etcd_messages import Compare
 from imdsproxy.hub.store.plan_writes import (
     InstancePut,

@@ -9,9 +9,18 @@ import pytest
 
 from imdsproxy.errors import EtcdUnavailable, SourceCorrupt
 from imdsproxy.fleet import codec, layout
-from imdsproxy.fleet.layout import HostId, Meta
-from imdsproxy.fleet.members import HostState, StoredHost, host_key, render_host
-from imdsproxy.fleet.restores import Claim, Evidence, Suspicion, parse_suspicion
+from imdsproxy.fleet.layout import (
+    Claim,
+    HostId,
+    HostState,
+    Meta,
+    StoredHost,
+    Suspicion,
+    host_key,
+    parse_suspicion,
+    render_host,
+)
+from imdsproxy.fleet.restores import Evidence
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub import replica as module
 from imdsproxy.hub.hosts.streams import Streams

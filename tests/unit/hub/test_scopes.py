@@ -12,9 +12,7 @@ from hypothesis import strategies as st
 from imdsproxy.errors import ImdsproxyError, NotFound, SourceCorrupt
 from imdsproxy.fleet import codec, layout
 from imdsproxy.fleet.codec import Unreadable
-from imdsproxy.fleet.layout import HostId
-from imdsproxy.fleet.members import HostState, StoredHost, host_key, render_host
-from imdsproxy.fleet.values import parse_grant
+from imdsproxy.fleet.layout import HostId, HostState, StoredHost, host_key, parse_grant, render_host
 from imdsproxy.hub.api.views import Views
 from imdsproxy.hub.store.plan_writes import (
     InstancePut,

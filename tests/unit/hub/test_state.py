@@ -9,9 +9,15 @@ from hypothesis import strategies as st
 
 from imdsproxy.fleet import codec, layout
 from imdsproxy.fleet.codec import Json
-from imdsproxy.fleet.layout import HostId, Meta, StoredInstance, StoredNetwork
+from imdsproxy.fleet.layout import (
+    HostId,
+    Meta,
+    StoredInstance,
+    StoredNetwork,
+    StoredPassword,
+    render_password,
+)
 from imdsproxy.fleet.stream import Batch, Bye, ByeCode, Hello, ItemKey, digest_items
-from imdsproxy.fleet.values import StoredPassword, render_password
 from imdsproxy.hub.store.state import Change, Difference, FleetState
 from imdsproxy.model.entities import InstanceId, NetworkId
 

@@ -14,8 +14,7 @@ import pytest
 
 from imdsproxy.errors import SourceUnavailable
 from imdsproxy.fleet import layout
-from imdsproxy.fleet.layout import HostId, Meta, StoredInstance
-from imdsproxy.fleet.members import HostState, StoredHost, render_host
+from imdsproxy.fleet.layout import HostId, HostState, Meta, StoredHost, StoredInstance, render_host
 from imdsproxy.fleet.restores import Evidence
 from imdsproxy.fleet.stream import (
     MAX_LINE,

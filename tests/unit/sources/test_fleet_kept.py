@@ -14,7 +14,7 @@ import pytest
 
 from imdsproxy.errors import SourceCorrupt
 from imdsproxy.fleet import layout
-from imdsproxy.fleet.values import StoredPassword, render_password
+from imdsproxy.fleet.layout import StoredPassword, render_password
 from imdsproxy.model.tokens import TokenKey
 from imdsproxy.model.tokens import instance_key as token_key_of
 from imdsproxy.sources.fleet import source as source_module

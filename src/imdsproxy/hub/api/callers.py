@@ -10,15 +10,8 @@ from fastapi import Depends, Header, Query, Request
 
 from imdsproxy.api.bodies import Named
 from imdsproxy.errors import AccessDenied, SourceUnavailable
-from imdsproxy.fleet.layout import HostId
-from imdsproxy.fleet.members import (
-    OPERATOR_ROLES,
-    Identity,
-    Role,
-    admits_operator,
-    operator_key,
-    read_identity,
-)
+from imdsproxy.fleet.layout import HostId, operator_key
+from imdsproxy.fleet.members import OPERATOR_ROLES, Identity, Role, admits_operator, read_identity
 from imdsproxy.hub.api.operations import WITHHELD, Operations
 from imdsproxy.hub.api.views import Views
 from imdsproxy.hub.hosts.in_force import Reported

@@ -16,9 +16,8 @@ from imdsproxy.api.answers import Readiness
 from imdsproxy.api.exposition import Exposed
 from imdsproxy.errors import ConfigError
 from imdsproxy.fleet import layout
-from imdsproxy.fleet.layout import HostId
-from imdsproxy.fleet.members import HostState
-from imdsproxy.fleet.restores import Suspicion, read_suspicion
+from imdsproxy.fleet.layout import HostId, HostState, Suspicion
+from imdsproxy.fleet.restores import read_suspicion
 from imdsproxy.fleet.stream import CONNECT_S
 from imdsproxy.host.certificates import parse_certificate
 from imdsproxy.hub.hosts.in_force import APPLIED_PATH

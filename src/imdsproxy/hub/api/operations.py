@@ -11,11 +11,17 @@ from urllib.parse import urlencode
 from imdsproxy.api.answers import Readiness, Written
 from imdsproxy.errors import EtcdUnavailable, NotFound, SourceUnavailable
 from imdsproxy.fleet import codec, layout
-from imdsproxy.fleet.layout import HostId
-from imdsproxy.fleet.members import HostState, host_key, operator_key
-from imdsproxy.fleet.restores import Suspicion, read_suspicion
+from imdsproxy.fleet.layout import (
+    HostId,
+    HostState,
+    Journal,
+    Suspicion,
+    host_key,
+    operator_key,
+    parse_journal,
+)
+from imdsproxy.fleet.restores import read_suspicion
 from imdsproxy.fleet.stream import CONNECT_S, ItemKey
-from imdsproxy.fleet.values import Journal, parse_journal
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub.api.verdict import judge_fleet
 from imdsproxy.hub.hosts.in_force import COMING, NOT_CONNECTED, InForce, Peers, Reported

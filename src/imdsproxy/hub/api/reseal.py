@@ -13,9 +13,8 @@ import structlog
 
 from imdsproxy.errors import RequestRefused, SourceCorrupt, SourceUnavailable
 from imdsproxy.fleet import codec, layout
-from imdsproxy.fleet.layout import View
+from imdsproxy.fleet.layout import Sealing, View, render_sealing
 from imdsproxy.fleet.stream import CONNECT_S
-from imdsproxy.fleet.values import Sealing, render_sealing
 from imdsproxy.hub.api.operations import Operations
 from imdsproxy.hub.hosts.sealed import PLACE, open_keys, reseal_password, seal_keys, sealed_keys
 from imdsproxy.hub.store.envelope import Envelope, name_of

@@ -7,10 +7,7 @@ from dataclasses import dataclass
 
 from imdsproxy.errors import SourceCorrupt
 from imdsproxy.fleet import codec
-from imdsproxy.fleet.layout import HostId, View
-from imdsproxy.fleet.values import (
-    parse_sealed_keys,
-)
+from imdsproxy.fleet.layout import HostId, View, parse_sealed_keys
 from imdsproxy.hub.api.operations import Operations
 from imdsproxy.hub.hosts.in_force import NOT_CONNECTED
 from imdsproxy.hub.hosts.sealed import PLACE, FleetKeys, fresh_key, open_keys, seal_keys

@@ -6,13 +6,8 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from imdsproxy.fleet import layout
-from imdsproxy.fleet.layout import HostId
-from imdsproxy.fleet.members import (
-    LONGEST_INVITATION_S,
-    SHORTEST_INVITATION_S,
-    render_invitation,
-)
-from imdsproxy.fleet.values import parse_hub
+from imdsproxy.fleet.layout import HostId, parse_hub
+from imdsproxy.fleet.members import LONGEST_INVITATION_S, SHORTEST_INVITATION_S, render_invitation
 from imdsproxy.hub.api.callers import FleetOperator, OfHost, Uses
 from imdsproxy.hub.pki.authority import MAX_REQUEST
 from imdsproxy.hub.pki.enrolment import INVITATION_S, Certified, Enrolment

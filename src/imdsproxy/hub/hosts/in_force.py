@@ -14,9 +14,8 @@ import httpcore
 import structlog
 
 from imdsproxy.fleet import layout
-from imdsproxy.fleet.layout import HostId
+from imdsproxy.fleet.layout import HostId, parse_hub
 from imdsproxy.fleet.stream import ALIVE_PATH, CONNECT_S, ItemKey
-from imdsproxy.fleet.values import parse_hub
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.http import Unanswered, ask
 from imdsproxy.hub.hosts.streams import Streams

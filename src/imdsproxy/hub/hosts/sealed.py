@@ -21,11 +21,12 @@ import structlog
 from imdsproxy.errors import AlreadyExists, ImdsproxyError, NotFound, SourceCorrupt
 from imdsproxy.fleet import codec, layout
 from imdsproxy.fleet.codec import Json
-from imdsproxy.fleet.layout import HostId, View
-from imdsproxy.fleet.values import (
+from imdsproxy.fleet.layout import (
+    HostId,
     SealedKeys,
     Sealing,
     StoredPassword,
+    View,
     is_cleared,
     parse_password,
     parse_sealed_keys,

@@ -16,8 +16,8 @@ from typing import Any, Final, cast
 import structlog
 
 from imdsproxy.errors import SourceUnavailable
-from imdsproxy.fleet.layout import HostId
-from imdsproxy.fleet.members import HostState, Role, read_identity
+from imdsproxy.fleet.layout import HostId, HostState
+from imdsproxy.fleet.members import Role, read_identity
 from imdsproxy.fleet.restores import Evidence
 from imdsproxy.fleet.stream import (
     MAX_LINE,

@@ -16,22 +16,25 @@ import structlog
 
 from imdsproxy.errors import AlreadyExists, SourceUnavailable, WriteUnknown
 from imdsproxy.fleet.codec import Unreadable
-from imdsproxy.fleet.layout import HostId, View
-from imdsproxy.fleet.members import (
-    Identity,
-    Invitation,
+from imdsproxy.fleet.layout import (
+    HostId,
     StoredHost,
     StoredOperator,
+    View,
     host_key,
     operator_key,
     parse_host,
+    read_host,
+    render_host,
+    render_operator,
+)
+from imdsproxy.fleet.members import (
+    Identity,
+    Invitation,
     plan_enrolment,
     plan_invitation,
     plan_renewal,
     plan_revocation,
-    read_host,
-    render_host,
-    render_operator,
     spell_serial,
 )
 from imdsproxy.fleet.restores import join_values

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from imdsproxy.errors import SecretUnreadable, SourceCorrupt
 from imdsproxy.fleet.codec import Unreadable
-from imdsproxy.fleet.values import Sealing
+from imdsproxy.fleet.layout import Sealing
 
 COPY_KEY: Final = "copy envelope.key from a hub that has it, and restart this one"
 _KEY_BYTES: Final = 32

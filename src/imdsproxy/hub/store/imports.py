@@ -15,8 +15,7 @@ from typing import Final
 import structlog
 
 from imdsproxy.fleet import codec, layout
-from imdsproxy.fleet.layout import HostId
-from imdsproxy.fleet.values import Journal, render_journal
+from imdsproxy.fleet.layout import HostId, Journal, render_journal
 from imdsproxy.hub.store import plan_writes
 from imdsproxy.hub.store.etcd_messages import prefix_end
 from imdsproxy.hub.store.plan_writes import InstancePut, Terms, Transaction

@@ -19,9 +19,8 @@ import structlog
 
 from imdsproxy.errors import ConfigInvalid, SourceError, SourceUnavailable
 from imdsproxy.fleet.codec import Unreadable
-from imdsproxy.fleet.layout import HOSTS
+from imdsproxy.fleet.layout import HOSTS, parse_value
 from imdsproxy.fleet.restores import is_lasting
-from imdsproxy.fleet.values import parse_value
 from imdsproxy.host.sqlite_file import open_store, store_failures, transaction
 
 FILE: Final = "journal.sqlite"

@@ -25,16 +25,24 @@ from imdsproxy.errors import (
     SourceRefused,
 )
 from imdsproxy.fleet import codec, layout
-from imdsproxy.fleet.layout import HostId, Meta, StoredInstance, StoredNetwork, UserData, View
-from imdsproxy.fleet.members import HostState, host_key, read_host
-from imdsproxy.fleet.restores import EPOCHS, MOST_AHEAD, Suspicion, read_suspicion
-from imdsproxy.fleet.values import (
+from imdsproxy.fleet.layout import (
+    HostId,
+    HostState,
+    Meta,
+    StoredInstance,
+    StoredNetwork,
     StoredPassword,
+    Suspicion,
+    UserData,
+    View,
+    host_key,
     is_cleared,
     parse_grant,
     parse_policy,
+    read_host,
     render_password,
 )
+from imdsproxy.fleet.restores import EPOCHS, MOST_AHEAD, read_suspicion
 from imdsproxy.hub.store.etcd_messages import Compare, absent, none_below, unchanged
 from imdsproxy.hub.store.scopes import Scope, new_ports, read_grant, read_scope
 from imdsproxy.model.claims import claim_places, taken_address, taken_id

@@ -16,19 +16,17 @@ import structlog
 
 from imdsproxy.errors import EtcdUnavailable, SourceRefused
 from imdsproxy.fleet import codec, layout
-from imdsproxy.fleet.layout import HostId, Meta
-from imdsproxy.fleet.members import StoredHost
-from imdsproxy.fleet.restores import (
+from imdsproxy.fleet.layout import (
     Claim,
-    Evidence,
+    HostId,
+    Meta,
+    StoredHost,
     Suspicion,
-    describe_regained,
-    is_lasting,
-    member_in,
+    parse_beat,
     parse_suspicion,
     render_suspicion,
 )
-from imdsproxy.fleet.values import parse_beat
+from imdsproxy.fleet.restores import Evidence, describe_regained, is_lasting, member_in
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub.store.etcd import Committed, Compacted, Etcd
 from imdsproxy.hub.store.etcd_messages import Compare, unchanged

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from imdsproxy.errors import AccessDenied, Problem, SourceCorrupt
 from imdsproxy.fleet import codec, layout
-from imdsproxy.fleet.values import parse_grant
+from imdsproxy.fleet.layout import parse_grant
 from imdsproxy.model.claims import claim_places
 from imdsproxy.model.entities import Instance, Network, Port
 from imdsproxy.model.records.grant import NO_GRANT, Grant, spell_listener

@@ -13,8 +13,26 @@ from typing import Any, Final, TypeAlias
 
 from imdsproxy.fleet import codec, layout
 from imdsproxy.fleet.codec import Json, Unreadable
-from imdsproxy.fleet.layout import ANYWHERE, HostId, Meta, StoredInstance, StoredNetwork
-from imdsproxy.fleet.members import HostState, StoredHost, host_key, parse_host, read_host
+from imdsproxy.fleet.layout import (
+    ANYWHERE,
+    HostId,
+    HostState,
+    Meta,
+    SealedKeys,
+    Sealing,
+    StoredHost,
+    StoredInstance,
+    StoredNetwork,
+    StoredPassword,
+    StoredPolicy,
+    Value,
+    host_key,
+    parse_host,
+    parse_password,
+    parse_sealing,
+    parse_value,
+    read_host,
+)
 from imdsproxy.fleet.restores import (
     EPOCHS,
     LASTING,
@@ -25,16 +43,6 @@ from imdsproxy.fleet.restores import (
     read_suspicion,
 )
 from imdsproxy.fleet.stream import Batch, Bye, ByeCode, Hello, ItemKey, digest_items
-from imdsproxy.fleet.values import (
-    SealedKeys,
-    Sealing,
-    StoredPassword,
-    StoredPolicy,
-    Value,
-    parse_password,
-    parse_sealing,
-    parse_value,
-)
 from imdsproxy.hub.store.etcd_messages import Deleted, KeyValue
 from imdsproxy.model.claims import listener_place
 from imdsproxy.model.entities import InstanceId, Network, NetworkId

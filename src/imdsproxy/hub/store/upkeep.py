@@ -16,8 +16,7 @@ import structlog
 
 from imdsproxy.errors import EtcdUnavailable, SourceRefused
 from imdsproxy.fleet import layout
-from imdsproxy.fleet.members import operator_key
-from imdsproxy.fleet.values import KnownHub, parse_known_hub, render_known_hub
+from imdsproxy.fleet.layout import KnownHub, operator_key, parse_known_hub, render_known_hub
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub.store.etcd import Committed, Compacted, Etcd
 from imdsproxy.hub.store.etcd_messages import Compare, absent, prefix_end, unchanged
