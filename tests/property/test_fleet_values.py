@@ -58,7 +58,7 @@ from imdsproxy.hub.api.views import Views, Wanted
 from imdsproxy.hub.hosts.in_force import Peers
 from imdsproxy.hub.hosts.sealed import TokenKeyRing
 from imdsproxy.hub.hosts.streams import Streams
-from imdsproxy.hub.store import plan_writes
+from imdsproxy.hub.store import plan_changes, plan_records, transactions
 from imdsproxy.hub.store.envelope import make_envelope, parse_envelope
 from imdsproxy.hub.store.scopes import read_scope
 from imdsproxy.hub.store.state import Change, FleetState
@@ -237,17 +237,17 @@ class _Looks:
         admits_host(self.state.host(A), "1")
 
     def _of_writers(self) -> None:
-        terms = plan_writes.Terms("r2", 9)
+        terms = transactions.Terms("r2", 9)
         view = self.state.stored
         plans: tuple[Callable[[], object], ...] = (
-            lambda: plan_writes.plan_removal(view, WEB, terms),
-            lambda: plan_writes.plan_network_removal(view, BLUE, terms, ()),
-            lambda: plan_writes.plan_override(view, WEB, lambda old: old, terms),
-            lambda: plan_writes.plan_policy(view, "fleet", lambda _: {}, terms),
-            lambda: plan_writes.plan_hosts(view, WEB, lambda _: (A,), terms),
-            lambda: plan_writes.plan_grant(view, "p", lambda _: NO_GRANT, terms),
-            lambda: plan_writes.plan_acceptance(view, Meta("f")),
-            lambda: plan_writes.refuse_suspect(view),
+            lambda: plan_records.plan_removal(view, WEB, terms),
+            lambda: plan_records.plan_network_removal(view, BLUE, terms, ()),
+            lambda: plan_changes.plan_override(view, WEB, lambda old: old, terms),
+            lambda: plan_changes.plan_policy(view, "fleet", lambda _: {}, terms),
+            lambda: plan_changes.plan_hosts(view, WEB, lambda _: (A,), terms),
+            lambda: plan_changes.plan_grant(view, "p", lambda _: NO_GRANT, terms),
+            lambda: plan_changes.plan_acceptance(view, Meta("f")),
+            lambda: transactions.refuse_suspect(view),
         )
         for plan in plans:
             with contextlib.suppress(ImdsproxyError):

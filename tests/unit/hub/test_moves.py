@@ -4,7 +4,8 @@ import pytest
 
 from imdsproxy.errors import NotFound, RecordConflict, RequestRefused
 from imdsproxy.fleet.layout import HostId
-from imdsproxy.hub.store.plan_writes import choose_departure, choose_move, no_such
+from imdsproxy.hub.store.plan_changes import choose_departure, choose_move
+from imdsproxy.hub.store.transactions import no_such
 from imdsproxy.model.entities import InstanceId
 
 _A, _B, _C = (HostId(one) for one in "abc")

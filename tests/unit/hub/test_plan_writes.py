@@ -32,19 +32,18 @@ from imdsproxy.fleet.layout import (
 )
 from imdsproxy.fleet.restores import MOST_AHEAD
 from imdsproxy.hub.store.etcd_messages import Compare
-from imdsproxy.hub.store.plan_writes import (
+from imdsproxy.hub.store.plan_changes import plan_acceptance, plan_hosts, plan_override, plan_policy
+from imdsproxy.hub.store.plan_records import (
     InstancePut,
-    Terms,
-    Transaction,
     claims_of,
-    next_epoch,
-    plan_acceptance,
-    plan_hosts,
     plan_network_removal,
-    plan_override,
-    plan_policy,
     plan_put,
     plan_removal,
+)
+from imdsproxy.hub.store.transactions import (
+    Terms,
+    Transaction,
+    next_epoch,
     read_instance,
     record_of,
 )

@@ -14,21 +14,17 @@ from imdsproxy.fleet import codec, layout
 from imdsproxy.fleet.codec import Unreadable
 from imdsproxy.fleet.layout import HostId, HostState, StoredHost, host_key, parse_grant, render_host
 from imdsproxy.hub.api.views import Views
-from imdsproxy.hub.store.plan_writes import (
+from imdsproxy.hub.store.plan_changes import plan_hosts, plan_override, plan_policy
+from imdsproxy.hub.store.plan_records import (
     InstancePut,
-    Terms,
-    Transaction,
     claims_of,
-    plan_hosts,
     plan_network_removal,
-    plan_override,
-    plan_policy,
     plan_put,
     plan_removal,
-    record_of,
 )
 from imdsproxy.hub.store.scopes import read_grant
 from imdsproxy.hub.store.state import Change, FleetState
+from imdsproxy.hub.store.transactions import Terms, Transaction, record_of
 from imdsproxy.model.entities import InstanceId, Network, NetworkId
 from imdsproxy.model.policy import OperatorOverride
 from imdsproxy.model.records import PlacedInstance, Refused, parse_network, parse_placed

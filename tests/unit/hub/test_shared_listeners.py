@@ -9,8 +9,8 @@ from imdsproxy.fleet import codec, layout
 from imdsproxy.fleet.codec import Json
 from imdsproxy.fleet.layout import HostId, StoredInstance, StoredNetwork
 from imdsproxy.host import names
-from imdsproxy.hub.store.plan_writes import Transaction
 from imdsproxy.hub.store.state import Change, FleetState
+from imdsproxy.hub.store.transactions import Transaction
 from imdsproxy.hub.store.write_checks import refuse_shared
 from imdsproxy.model.entities import InstanceId, NetworkId
 

@@ -15,7 +15,7 @@ from imdsproxy.fleet.members import OPERATOR_ROLES, Identity, Role, admits_opera
 from imdsproxy.hub.api.operations import WITHHELD, Operations
 from imdsproxy.hub.api.views import Views
 from imdsproxy.hub.hosts.in_force import Reported
-from imdsproxy.hub.store.plan_writes import Terms
+from imdsproxy.hub.store.transactions import Terms
 from imdsproxy.model.entities import InstanceId, NetworkId
 
 _COMPLETE_S: Final = 5.0

@@ -20,7 +20,7 @@ from imdsproxy.hub.hosts.sealed import PLACE, open_keys, reseal_password, seal_k
 from imdsproxy.hub.store.envelope import Envelope, name_of
 from imdsproxy.hub.store.etcd import Committed
 from imdsproxy.hub.store.etcd_messages import prefix_end, unchanged
-from imdsproxy.hub.store.plan_writes import Transaction, refuse_suspect
+from imdsproxy.hub.store.transactions import Transaction, refuse_suspect
 
 ENVELOPE_PATH: Final = "/fleet/envelope"
 _PART_S: Final = 3.0

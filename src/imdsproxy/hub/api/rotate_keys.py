@@ -13,7 +13,7 @@ from imdsproxy.hub.hosts.in_force import NOT_CONNECTED
 from imdsproxy.hub.hosts.sealed import PLACE, FleetKeys, fresh_key, open_keys, seal_keys
 from imdsproxy.hub.store.envelope import Envelope, name_of
 from imdsproxy.hub.store.etcd_messages import unchanged
-from imdsproxy.hub.store.plan_writes import Transaction, refuse_suspect
+from imdsproxy.hub.store.transactions import Transaction, refuse_suspect
 from imdsproxy.model.tokens import TokenKey
 
 

@@ -18,9 +18,10 @@ from imdsproxy.fleet.stream import ItemKey
 from imdsproxy.hub.api.callers import InstanceOf, Mover, NetworkOf, Operator, Reader, TermsOf, Uses
 from imdsproxy.hub.api.operations import FleetWritten, Importing, Moved, Operations
 from imdsproxy.hub.api.views import Wanted
-from imdsproxy.hub.store import plan_writes
+from imdsproxy.hub.store import plan_changes, plan_records, scopes, transactions
 from imdsproxy.hub.store.imports import Import
-from imdsproxy.hub.store.plan_writes import Terms, choose_move
+from imdsproxy.hub.store.plan_changes import choose_move
+from imdsproxy.hub.store.transactions import Terms
 from imdsproxy.hub.store.writes import TooMuch
 from imdsproxy.model import matching
 from imdsproxy.model.entities import InstanceId, Network
@@ -107,12 +108,12 @@ async def patch_network(
     """Change some keys of a network (RFC 7396: null removes a key)."""
     patch = bodies.read_patch(body, network, NETWORK)
 
-    def plan(view: View) -> plan_writes.Transaction:
-        known = plan_writes.read_network(view, network)
-        if known is None or not plan_writes.in_scope(known[0].record, terms.scope):
-            raise plan_writes.no_such("network", network)
+    def plan(view: View) -> transactions.Transaction:
+        known = transactions.read_network(view, network)
+        if known is None or not scopes.in_scope(known[0].record, terms.scope):
+            raise transactions.no_such("network", network)
         changed = bodies.read_network(bodies.merge_patch(known[0].record, patch))
-        return plan_writes.plan_put(view, [changed], [], terms)
+        return plan_records.plan_put(view, [changed], [], terms)
 
     done = await operations.writes.write(plan)
     return await operations.confirm_network(done, network)
@@ -234,7 +235,7 @@ async def move_instance(
         choose = choose_move(instance, to, finish=finish, cancel=cancel)
         named = replace(terms, request=request)
         done = await operations.writes.write(
-            lambda view: plan_writes.plan_hosts(view, instance, choose, named)
+            lambda view: plan_changes.plan_hosts(view, instance, choose, named)
         )
         return await operations.confirm(done, items, instances=1)
 

@@ -28,7 +28,8 @@ from imdsproxy.hub.api.callers import (
 )
 from imdsproxy.hub.api.operations import FleetHost, FleetStatus, FleetWritten, no_such_host
 from imdsproxy.hub.api.reseal import Resealed, reseal
-from imdsproxy.hub.store.plan_writes import choose_departure, no_such, plan_hosts
+from imdsproxy.hub.store.plan_changes import choose_departure, plan_hosts
+from imdsproxy.hub.store.transactions import no_such
 from imdsproxy.hub.store.writes import Done
 from imdsproxy.model.entities import InstanceId
 

@@ -11,8 +11,8 @@ from imdsproxy.fleet import layout
 from imdsproxy.fleet.codec import Json
 from imdsproxy.hub.api.callers import FleetOperator, Reader, TermsOf, Uses
 from imdsproxy.hub.api.operations import FleetWritten, Operations
-from imdsproxy.hub.store.plan_writes import Terms
 from imdsproxy.hub.store.scopes import read_grant
+from imdsproxy.hub.store.transactions import Terms
 from imdsproxy.model.entities import ID_PATTERN
 from imdsproxy.model.records.grant import GRANT, NO_GRANT, Grant
 

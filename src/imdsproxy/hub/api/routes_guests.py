@@ -32,9 +32,9 @@ from imdsproxy.hub.api.callers import (
 )
 from imdsproxy.hub.api.operations import WITHHELD, FleetWritten, Operations
 from imdsproxy.hub.api.rotate_keys import FleetKeyRotation, rotate_keys
-from imdsproxy.hub.store import plan_writes
+from imdsproxy.hub.store import plan_changes
 from imdsproxy.hub.store.etcd_messages import KeyValue
-from imdsproxy.hub.store.plan_writes import Terms
+from imdsproxy.hub.store.transactions import Terms
 from imdsproxy.hub.store.writes import Done
 from imdsproxy.model.entities import InstanceId
 from imdsproxy.model.records import Refused
@@ -315,7 +315,7 @@ def _may_see(caller: Caller, place: str) -> bool:
 
 
 def _policy(operations: Operations, place: str) -> FleetPolicy:
-    rules, revision = plan_writes.read_policy(operations.state.value, place)
+    rules, revision = plan_changes.read_policy(operations.state.value, place)
     return FleetPolicy(place, dict(rules), revision)
 
 

@@ -16,14 +16,9 @@ from imdsproxy.fleet.layout import HostId, StoredInstance, StoredNetwork
 from imdsproxy.fleet.stream import ItemKey
 from imdsproxy.host.turns import in_turns
 from imdsproxy.hub.hosts.in_force import NOT_CONNECTED, Reported
-from imdsproxy.hub.store.plan_writes import (
-    no_such,
-    read_network,
-    read_owned,
-    record_of,
-)
-from imdsproxy.hub.store.scopes import read_scope
+from imdsproxy.hub.store.scopes import read_owned, read_scope
 from imdsproxy.hub.store.state import FleetState
+from imdsproxy.hub.store.transactions import no_such, read_network, record_of
 from imdsproxy.model.entities import Instance, InstanceId, NetworkId
 from imdsproxy.model.matching import matcher
 from imdsproxy.model.records import render_record

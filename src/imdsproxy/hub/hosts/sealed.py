@@ -36,14 +36,14 @@ from imdsproxy.fleet.layout import (
 )
 from imdsproxy.hub.store.envelope import Envelope, name_of
 from imdsproxy.hub.store.etcd_messages import unchanged
-from imdsproxy.hub.store.plan_writes import (
+from imdsproxy.hub.store.state import FleetState, Item
+from imdsproxy.hub.store.transactions import (
     Terms,
     Transaction,
     no_such,
     read_instance,
     refuse_suspect,
 )
-from imdsproxy.hub.store.state import FleetState, Item
 from imdsproxy.hub.store.writes import Done, Writes
 from imdsproxy.model.entities import InstanceId
 from imdsproxy.model.tokens import KEPT_KEYS, KEY_BYTES, TokenKey, instance_key

@@ -16,9 +16,10 @@ import structlog
 
 from imdsproxy.fleet import codec, layout
 from imdsproxy.fleet.layout import HostId, Journal, render_journal
-from imdsproxy.hub.store import plan_writes
+from imdsproxy.hub.store import plan_records
 from imdsproxy.hub.store.etcd_messages import prefix_end
-from imdsproxy.hub.store.plan_writes import InstancePut, Terms, Transaction
+from imdsproxy.hub.store.plan_records import InstancePut
+from imdsproxy.hub.store.transactions import Terms, Transaction
 from imdsproxy.hub.store.write_checks import refuse_shared
 from imdsproxy.hub.store.writes import Done, Fresh, Writes
 from imdsproxy.model.entities import Network
@@ -113,7 +114,7 @@ class Import:
         ]
         # Parts are written one after the other, so an address may not move between records of one import.
         planned = await asyncio.to_thread(
-            plan_writes.plan_put, view, self.networks, puts, terms, at_once=False
+            plan_records.plan_put, view, self.networks, puts, terms, at_once=False
         )
         await asyncio.to_thread(refuse_shared, writes.state, planned)
 
@@ -149,7 +150,7 @@ def _parts(instances: Sequence[PlacedInstance]) -> Iterator[Sequence[PlacedInsta
     begin, operations, size = 0, 0, 0
     for number, one in enumerate(instances):
         # The record, and the override of a removed instance with the same id.
-        most = 2 + len(plan_writes.claims_of(one)) + len({port.network for port in one.ports})
+        most = 2 + len(plan_records.claims_of(one)) + len({port.network for port in one.ports})
         # Only the vendor data in a record can be large.
         length = 1024 + len(one.vendor_data or b"") * 2
         if number > begin and (operations + most > _OPERATIONS or size + length > _BYTES):

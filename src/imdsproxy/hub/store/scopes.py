@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
-from imdsproxy.errors import AccessDenied, Problem, SourceCorrupt
+from imdsproxy.errors import (
+    AccessDenied,
+    AlreadyExists,
+    Problem,
+)
 from imdsproxy.fleet import codec, layout
-from imdsproxy.fleet.layout import parse_grant
+from imdsproxy.fleet.layout import (
+    HostId,
+    HostState,
+    StoredInstance,
+    StoredNetwork,
+    View,
+    host_key,
+    parse_grant,
+    read_host,
+)
+from imdsproxy.hub.store.transactions import (
+    Terms,
+    is_unread,
+    read_instance,
+    read_network,
+    readable,
+)
 from imdsproxy.model.claims import claim_places
-from imdsproxy.model.entities import Instance, Network, Port
+from imdsproxy.model.entities import Instance, InstanceId, Network, NetworkId, Port
 from imdsproxy.model.records.grant import NO_GRANT, Grant, spell_listener
 from imdsproxy.model.records.schema import Path, render_path
-
-_View: TypeAlias = Callable[[str], tuple[bytes, int] | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +79,7 @@ class Scope:
                 )
 
 
-def read_grant(view: _View, project: str) -> tuple[Grant, int]:
+def read_grant(view: View, project: str) -> tuple[Grant, int]:
     """Return the grant of a project and its revision; revision 0 if the grant was never written.
 
     Raises:
@@ -71,14 +88,10 @@ def read_grant(view: _View, project: str) -> tuple[Grant, int]:
     found = view(layout.grant_key(project))
     if found is None:
         return NO_GRANT, 0
-    try:
-        grant = parse_grant(found[0])
-    except codec.Unreadable as error:
-        raise SourceCorrupt(f"the grant of project {project} is not readable: {error}") from error
-    return grant, found[1]
+    return readable(parse_grant, found[0], f"the grant of project {project}"), found[1]
 
 
-def read_scope(view: _View, project: str | None) -> Scope | None:
+def read_scope(view: View, project: str | None) -> Scope | None:
     """Return the scope of an operator, `None` for all projects; raise the errors of `read_grant`."""
     return None if project is None else Scope(project, read_grant(view, project)[0])
 
@@ -89,3 +102,103 @@ def new_ports(instance: Instance, before: Instance | None) -> Iterator[tuple[int
     for number, port in enumerate(instance.ports):
         if port not in had:
             yield number, port
+
+
+def in_scope(record: Mapping[str, object], scope: str | None) -> bool:
+    """Return whether a record belongs to the project that an operator is limited to."""
+    return scope is None or record.get("project") == scope
+
+
+def read_owned(
+    view: View, instance: InstanceId, project: str | None
+) -> tuple[StoredInstance, int] | None:
+    """Return a stored instance and its revision; `None` also if it does not belong to the operator's project.
+
+    Raises:
+        SourceCorrupt: The record cannot be read. Its project is unknown, so only operators of all projects get this
+            error.
+    """
+    view = only_own(view, project)
+    if project is not None and is_unread(view, layout.instance_key(instance)):
+        return None
+    known = read_instance(view, instance)
+    return known if known is not None and in_scope(known[0].record, project) else None
+
+
+def owned_or_unread(
+    view: View, instance: InstanceId, terms: Terms
+) -> tuple[StoredInstance, int] | None:
+    """Call `read_owned`; return `None` for an unreadable record, which an operator of all projects replaces."""
+    if is_unread(view, layout.instance_key(instance)):
+        return None
+    return read_owned(view, instance, terms.scope)
+
+
+def owned_network(view: View, network: NetworkId, terms: Terms) -> tuple[StoredNetwork, int] | None:
+    """Return a network and its revision; `None` if unreadable, or not of the operator's project."""
+    known = owned_or_shared(view, network)
+    return known if known is not None and in_scope(known[0].record, terms.scope) else None
+
+
+def owned_or_shared(view: View, network: NetworkId) -> tuple[StoredNetwork, int] | None:
+    """Call `read_network`; return `None` also for an unreadable record."""
+    unread = is_unread(view, layout.network_key(network))
+    return None if unread else read_network(view, network)
+
+
+def only_own(view: View, project: str | None) -> View:
+    """Return a view without records of other projects.
+
+    Records of other projects are not parsed: the time for a large record would reveal that it exists.
+    """
+    if project is None:
+        return view
+    word = codec.encode({"project": project})[1:-1]
+
+    def look(key: str) -> tuple[bytes, int] | None:
+        found = view(key)
+        is_record = key.startswith((layout.INSTANCES, layout.NETWORKS))
+        return None if found is not None and is_record and word not in found[0] else found
+
+    return look
+
+
+def unknown_hosts(
+    view: View, hosts: Sequence[str], before: Sequence[str], path: Path, scope: Scope | None
+) -> list[Problem]:
+    """Return problems of hosts that are not enrolled, or not granted to the project.
+
+    The operator does not learn whether a host that is not granted exists.
+    """
+    where = render_path(path)
+    if not hosts and not before:
+        return [Problem(where, "it is on no host", "name one: --host HOST, or `hosts: [HOST]`")]
+    problems: list[Problem] = []
+    # An instance may stay on its current hosts, even if one of them was revoked meanwhile.
+    for host in (one for one in hosts if one not in before):
+        if scope is not None and not scope.grant.has_host(host):
+            hint = f"imdsproxy --fleet URL grant show {scope.project}"
+            problems.append(Problem(where, f"project {scope.project} has no host {host}", hint))
+            continue
+        found = view(host_key(HostId(host)))
+        state = None if found is None else read_host(*found).state
+        if state is not HostState.ENROLLED:
+            why = f"the fleet has no host {host}" if state is None else f"host {host} is {state}"
+            problems.append(Problem(where, why, "imdsproxy fleet hosts"))
+    return problems
+
+
+def refuse_taken(subject: str, last: Mapping[str, object] | None, terms: Terms) -> None:
+    if last is not None and not in_scope(last, terms.scope):
+        raise AlreadyExists(f"the id {subject} is taken", hint="use another id")
+
+
+def refuse_other_project(
+    kind: str, subject: str, record: Mapping[str, object], terms: Terms
+) -> None:
+    """Refuse a new record of another project; the stored record does not matter here."""
+    if not in_scope(record, terms.scope):
+        raise AccessDenied(
+            f"{kind} {subject} is not of project {terms.scope}, to which this certificate is limited",
+            hint=f"give it that project: --project {terms.scope}",
+        )

@@ -18,9 +18,9 @@ from imdsproxy.fleet.codec import Json
 from imdsproxy.fleet.layout import HostId
 from imdsproxy.fleet.stream import ItemKey
 from imdsproxy.host.names import Naming
-from imdsproxy.hub.store.plan_writes import Transaction
 from imdsproxy.hub.store.scopes import read_grant, read_scope
 from imdsproxy.hub.store.state import FleetState, needs_of
+from imdsproxy.hub.store.transactions import Transaction
 from imdsproxy.model.claims import find_shared, listener_place
 from imdsproxy.model.entities import InstanceId, Network, NetworkId
 from imdsproxy.model.records import parse_network

@@ -1,4 +1,4 @@
-"""Writes of a fleet's records: `plan_writes` plans from this hub's copy, etcd commits if the copy is current.
+"""Writes of a fleet's records: planned from this hub's copy, committed by etcd if the copy is current.
 
 If another hub wrote meanwhile, etcd's answer has the newer values, and the write is planned again. After a lost answer,
 the hub recognizes its own write by the request in the record.
@@ -30,13 +30,14 @@ from imdsproxy.fleet import codec, layout
 from imdsproxy.fleet.layout import HostId, StoredInstance, UserData, View, parse_override
 from imdsproxy.fleet.restores import join_overrides, read_suspicion
 from imdsproxy.host.clock import Clock
-from imdsproxy.hub.store import plan_writes
+from imdsproxy.hub.store import plan_changes, plan_records, scopes, transactions
 from imdsproxy.hub.store.envelope import Envelope
 from imdsproxy.hub.store.etcd import Committed, Etcd
 from imdsproxy.hub.store.etcd_messages import Compare, KeyValue, prefix_end
 from imdsproxy.hub.store.journal import Keep, keep_nothing
-from imdsproxy.hub.store.plan_writes import InstancePut, Terms, Transaction
+from imdsproxy.hub.store.plan_records import InstancePut
 from imdsproxy.hub.store.state import FleetState
+from imdsproxy.hub.store.transactions import Terms, Transaction
 from imdsproxy.hub.store.write_checks import plan_levels, refuse_older, refuse_shared
 from imdsproxy.model.entities import InstanceId, Network, NetworkId
 from imdsproxy.model.policy import OperatorOverride
@@ -62,7 +63,7 @@ class Done:
     Attributes:
         revision: Revision of the write, or of the record if nothing changed.
         hosts: Hosts on which the write must come into force.
-        scope: See `plan_writes.Terms.scope`.
+        scope: See `transactions.Terms.scope`.
     """
 
     revision: int
@@ -88,7 +89,7 @@ class Fresh:
     in_ranges: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __call__(self, key: str) -> tuple[bytes, int] | None:
-        """See `plan_writes.View`."""
+        """See `layout.View`."""
         if key in self.read:
             return self.read[key]
         # The copy changes while a write waits, so the first value is kept: `refresh` compares etcd with it.
@@ -167,7 +168,7 @@ class Writes:
         revision: int | None = None,
         scope: str | None = None,
     ) -> Terms:
-        """Return the conditions of a write at the current time; see `plan_writes.Terms`."""
+        """Return the conditions of a write at the current time; see `transactions.Terms`."""
         return Terms(request, int(self.clock.now().timestamp()), create, revision, scope)
 
     async def put(
@@ -189,7 +190,7 @@ class Writes:
             finish: Function that extends the planned transaction.
 
         Raises:
-            ImdsproxyError: Errors of `plan_writes.plan_put`.
+            ImdsproxyError: Errors of `plan_records.plan_put`.
             RequestRefused: User data is too large, or the records are too many for one write.
             SourceUnavailable: etcd does not answer or is full, or other hubs keep writing the same keys.
         """
@@ -203,7 +204,7 @@ class Writes:
             try:
                 return await self.write(
                     lambda view, puts=puts: finish(  # type: ignore[misc] # mypy#4226
-                        plan_writes.plan_put(view, networks, puts, terms)
+                        plan_records.plan_put(view, networks, puts, terms)
                     )
                 )
             except _Swept:
@@ -263,13 +264,13 @@ class Writes:
                 data = put.user_data, put.chunk_revision
 
             def plan(view: View, data: tuple[UserData | None, int] | None = data) -> Transaction:
-                known = plan_writes.read_owned(view, instance, terms.scope)
+                known = scopes.read_owned(view, instance, terms.scope)
                 if known is None:
-                    raise plan_writes.no_such("instance", instance)
+                    raise transactions.no_such("instance", instance)
                 stored = known[0]
                 user_data, revision = (stored.user_data, 0) if data is None else data
                 put = InstancePut(make(stored), user_data, revision)
-                return plan_writes.plan_put(view, [], [put], terms)
+                return plan_records.plan_put(view, [], [put], terms)
 
             try:
                 return await self.write(plan)
@@ -279,18 +280,18 @@ class Writes:
     async def find(self, instance: InstanceId, project: str | None) -> StoredInstance:
         """Return a stored instance; raise `NotFound` if the operator's project has no such instance."""
         view = Fresh(self.state)
-        known = plan_writes.read_owned(view, instance, project)
+        known = scopes.read_owned(view, instance, project)
         if known is None:
             # This hub's copy may be behind.
             await view.refresh(self.etcd)
-            known = plan_writes.read_owned(view, instance, project)
+            known = scopes.read_owned(view, instance, project)
         if known is None:
-            raise plan_writes.no_such("instance", instance)
+            raise transactions.no_such("instance", instance)
         return known[0]
 
     async def remove_instance(self, instance: InstanceId, terms: Terms) -> Done:
         """Remove an instance; raise `NotFound`, and the errors of `put`."""
-        return await self.write(lambda view: plan_writes.plan_removal(view, instance, terms))
+        return await self.write(lambda view: plan_records.plan_removal(view, instance, terms))
 
     async def remove_network(self, network: NetworkId, terms: Terms) -> Done:
         """Remove a network; raise `NotFound`, `RecordConflict` if instances use it, and the errors of `put`."""
@@ -298,7 +299,7 @@ class Writes:
 
         def plan(view: Fresh) -> Transaction:
             users = view.in_ranges.get(claims, ())
-            return plan_writes.plan_network_removal(view, network, terms, users)
+            return plan_records.plan_network_removal(view, network, terms, users)
 
         hosts = self.state.hosts_with(f"network/{network}")
         done = await self.write(plan)
@@ -363,7 +364,7 @@ class Writes:
         """
 
         def revoke(old: OperatorOverride) -> OperatorOverride:
-            epoch = plan_writes.next_epoch(old.epoch, self.state.meta.incarnation)
+            epoch = transactions.next_epoch(old.epoch, self.state.meta.incarnation)
             return replace(old, epoch=epoch)
 
         return await self._override(instance, revoke, terms)
@@ -390,7 +391,7 @@ class Writes:
 
         def plan(view: View) -> Transaction:
             nonlocal epoch, planned
-            planned, epoch = plan_writes.plan_override(view, instance, raised, terms)
+            planned, epoch = plan_changes.plan_override(view, instance, raised, terms)
             return planned
 
         done = await self.write(plan)
@@ -411,11 +412,11 @@ class Writes:
         Raises:
             ImdsproxyError: Errors of `put` and of `change`.
         """
-        return await self.write(lambda view: plan_writes.plan_policy(view, place, change, terms))
+        return await self.write(lambda view: plan_changes.plan_policy(view, place, change, terms))
 
     async def put_grant(self, project: str, change: Callable[[Grant], Grant], terms: Terms) -> Done:
         """Change the grant of a project; raise the errors of `put` and of `change`."""
-        return await self.write(lambda view: plan_writes.plan_grant(view, project, change, terms))
+        return await self.write(lambda view: plan_changes.plan_grant(view, project, change, terms))
 
     async def accept_restore(self) -> tuple[int, Mapping[str, str]]:
         """Accept the restored contents of etcd, although hosts had newer ones.
@@ -426,7 +427,7 @@ class Writes:
         known, regained = self.state.meta, dict[str, str]()
 
         def plan(view: View) -> Transaction:
-            planned = plan_writes.plan_acceptance(view, known)
+            planned = plan_changes.plan_acceptance(view, known)
             suspicion = read_suspicion(view)
             regained.update({} if suspicion is None else suspicion.regained)
             return planned
