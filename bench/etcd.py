@@ -15,7 +15,8 @@ from typing import Final
 from bench.place import BenchError
 from bench.procs import end_all, wait_until
 from imdsproxy.host.clock import Clock
-from imdsproxy.hub.store.etcd import Committed, Etcd
+from imdsproxy.hub.store.etcd import Etcd
+from imdsproxy.hub.store.etcd_messages import Committed
 
 __all__ = ["EtcdMembers", "free_port"]
 

@@ -18,8 +18,8 @@ from imdsproxy.fleet import layout
 from imdsproxy.fleet.layout import HostId, StoredInstance
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub.store.envelope import make_envelope, parse_envelope
-from imdsproxy.hub.store.etcd import Committed, Etcd
-from imdsproxy.hub.store.etcd_messages import prefix_end
+from imdsproxy.hub.store.etcd import Etcd
+from imdsproxy.hub.store.etcd_messages import Committed, prefix_end
 from imdsproxy.model.entities import Instance, Network
 from imdsproxy.model.records import render_record
 from imdsproxy.sources.fleet import source as source_module

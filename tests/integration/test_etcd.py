@@ -9,28 +9,25 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 import pytest
 
 from imdsproxy.errors import EtcdFull, EtcdUnavailable, SourceRefused, WriteUnknown
-from imdsproxy.hub.store.etcd import (
+from imdsproxy.hub.store.etcd import Etcd, open_tls
+from imdsproxy.hub.store.etcd_messages import (
     Behind,
     Changes,
     Committed,
     Compacted,
     Conflict,
-    Etcd,
-    LeaseGone,
-    MemberSilent,
-    Snapshot,
-)
-from imdsproxy.hub.store.etcd_messages import (
     Deleted,
     KeyValue,
+    LeaseGone,
+    MemberSilent,
     MemberStatus,
+    Snapshot,
     absent,
     encode,
     none_below,
     prefix_end,
     unchanged,
 )
-from imdsproxy.hub.store.gateway import open_tls
 from support.etcd_lab import EtcdLab, etcd_lab
 from support.patience import patience
 

@@ -22,9 +22,8 @@ from typing import Any, Final
 
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
-from imdsproxy.hub.store.etcd import Etcd
+from imdsproxy.hub.store.etcd import Etcd, open_tls
 from imdsproxy.hub.store.etcd_messages import MemberStatus, parse_status
-from imdsproxy.hub.store.gateway import open_tls
 from support.certificates import Authority, Certificate, make_authority
 from support.lab import Lab, batch, ip, run, until, within
 from support.reaper import reap, reap_at_the_end

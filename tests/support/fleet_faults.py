@@ -26,8 +26,8 @@ from imdsproxy.fleet.layout import (
     render_instance,
 )
 from imdsproxy.fleet.stream import Bye, Hello
-from imdsproxy.hub.store.etcd import Committed, Etcd
-from imdsproxy.hub.store.etcd_messages import KeyValue, unchanged
+from imdsproxy.hub.store.etcd import Etcd
+from imdsproxy.hub.store.etcd_messages import Committed, KeyValue, unchanged
 from imdsproxy.model.entities import InstanceId, NetworkId
 from support.daemon import alive
 from support.etcd_lab import EtcdLab

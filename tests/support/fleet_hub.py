@@ -45,8 +45,8 @@ from imdsproxy.hub.hosts.sealed import password_item
 from imdsproxy.hub.hosts.streams import Streams
 from imdsproxy.hub.pki.enrolment import Certified
 from imdsproxy.hub.store.envelope import make_envelope, parse_envelope
-from imdsproxy.hub.store.etcd import Etcd, Snapshot
-from imdsproxy.hub.store.etcd_messages import KeyValue
+from imdsproxy.hub.store.etcd import Etcd
+from imdsproxy.hub.store.etcd_messages import KeyValue, Snapshot
 from imdsproxy.hub.store.state import Change, FleetState, Item
 from imdsproxy.hub.store.writes import Writes
 from imdsproxy.model.entities import Instance, InstanceId, Network, NetworkId

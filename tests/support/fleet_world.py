@@ -39,7 +39,8 @@ from imdsproxy.hub.pki.files import (
     make_operator_pem,
     write_secret,
 )
-from imdsproxy.hub.store.etcd import Committed, Etcd
+from imdsproxy.hub.store.etcd import Etcd
+from imdsproxy.hub.store.etcd_messages import Committed
 from imdsproxy.model.entities import InstanceId, NetworkId
 from support.daemon import Daemon
 from support.etcd_lab import EtcdLab

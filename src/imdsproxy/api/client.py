@@ -253,40 +253,47 @@ class FleetClient(Client):
 
     def _ask(self, method: str, target: str, raw: bytes | None, headers: Mapping[str, str]) -> Any:
         named = {**headers, "idempotency-key": uuid.uuid4().hex}
-        context, reasons, asked = self._context(), [], list[str]()
-        for url in self.urls:
-            try:
-                with self._hub(url, context) as connection:
-                    asked.append(url)
-                    connection.request(method, target, raw, named)
-                    return _decoded(connection.getresponse())
-            except (errors.AdminUnavailable, errors.SourceUnavailable) as error:
-                reasons.append(error)
-            except errors.RestoreSuspected as error:
-                if asked == [url] or method == "GET":
-                    raise
-                # The previous hub may have written the record, and hosts may have received it before the restore.
-                raise errors.WriteUnknown(_joined(reasons).message, hint=error.hint) from error
-        raise _joined(reasons)
+        context, asked, reasons = self._context(), list[str](), list[errors.ImdsproxyError]()
+
+        def ask(url: str) -> Any:
+            with self._hub(url, context) as connection:
+                asked.append(url)
+                connection.request(method, target, raw, named)
+                return _decoded(connection.getresponse())
+
+        try:
+            return self._first_answer(ask, reasons)
+        except errors.RestoreSuspected as error:
+            if len(asked) == 1 or method == "GET":
+                raise
+            # The previous hub may have written the record, and hosts may have received it before the restore.
+            raise errors.WriteUnknown(_joined(reasons).message, hint=error.hint) from error
 
     def post_records(
         self, lines: Iterable[bytes], query: Mapping[str, str], on_wait: OnWait
     ) -> Any:
-        context, reasons = self._context(), []
+        context = self._context()
+
+        def post(url: str) -> Any:
+            hub = replace(self, urls=(url,))
+            hub.get(path_to("progress"))
+            with self._hub(url, context) as connection:
+                _post_lines(connection, lines, query)
+                answer = _decoded(connection.getresponse())
+            while "importing" in answer:
+                on_wait(answer["progress"])
+                answer = hub.get(path_to("imports", answer["importing"]))
+            return answer
+
+        return self._first_answer(post, [])
+
+    def _first_answer(self, ask: Callable[[str], Any], reasons: list[errors.ImdsproxyError]) -> Any:
+        """Return the answer of the first hub that answers; add the errors of the others to `reasons`."""
         for url in self.urls:
-            one = replace(self, urls=(url,))
             try:
-                one.get(path_to("progress"))
-                with self._hub(url, context) as connection:
-                    _post_lines(connection, lines, query)
-                    answer = _decoded(connection.getresponse())
-                while "importing" in answer:
-                    on_wait(answer["progress"])
-                    answer = one.get(path_to("imports", answer["importing"]))
+                return ask(url)
             except (errors.AdminUnavailable, errors.SourceUnavailable) as error:
                 reasons.append(error)
-                continue
-            return answer
         raise _joined(reasons)
 
     def _context(self) -> ssl.SSLContext:

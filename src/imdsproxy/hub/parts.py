@@ -27,8 +27,7 @@ from imdsproxy.hub.pki.files import (
 )
 from imdsproxy.hub.replica import Replica
 from imdsproxy.hub.store.envelope import COPY_KEY, Envelope
-from imdsproxy.hub.store.etcd import Etcd
-from imdsproxy.hub.store.gateway import open_tls
+from imdsproxy.hub.store.etcd import Etcd, open_tls
 from imdsproxy.hub.store.journal import FILE, Journal
 from imdsproxy.hub.store.restores import Restores
 from imdsproxy.hub.store.state import FleetState

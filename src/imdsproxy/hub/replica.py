@@ -34,8 +34,19 @@ from imdsproxy.fleet.stream import ItemKey
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.process import garbage_left
 from imdsproxy.hub.hosts.streams import Streams
-from imdsproxy.hub.store.etcd import Behind, Committed, Compacted, Conflict, Etcd, Snapshot
-from imdsproxy.hub.store.etcd_messages import Deleted, KeyValue, absent, prefix_end, unchanged
+from imdsproxy.hub.store.etcd import Etcd
+from imdsproxy.hub.store.etcd_messages import (
+    Behind,
+    Committed,
+    Compacted,
+    Conflict,
+    Deleted,
+    KeyValue,
+    Snapshot,
+    absent,
+    prefix_end,
+    unchanged,
+)
 from imdsproxy.hub.store.journal import Position
 from imdsproxy.hub.store.restores import Restores
 from imdsproxy.hub.store.state import Change, FleetState, change_of

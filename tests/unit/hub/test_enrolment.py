@@ -23,8 +23,8 @@ from imdsproxy.fleet.members import Identity, Role, admits_host, admits_operator
 from imdsproxy.host.certificates import make_key, parse_certificate, render_request
 from imdsproxy.hub.pki.authority import make_authority
 from imdsproxy.hub.pki.enrolment import INVITATION_S, Certified, Enrolment
-from imdsproxy.hub.store.etcd import Committed, Conflict, Etcd, Snapshot
-from imdsproxy.hub.store.etcd_messages import Compare, KeyValue
+from imdsproxy.hub.store.etcd import Etcd
+from imdsproxy.hub.store.etcd_messages import Committed, Compare, Conflict, KeyValue, Snapshot
 from support.hand_clock import HandClock
 
 _HOST = HostId("host-1")

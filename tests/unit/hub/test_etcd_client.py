@@ -11,8 +11,16 @@ from typing import Any
 import pytest
 
 from imdsproxy.errors import EtcdFull, EtcdUnavailable, ImdsproxyError, WriteUnknown
-from imdsproxy.hub.store.etcd import Behind, Changes, Committed, Compacted, Etcd, Snapshot
-from imdsproxy.hub.store.etcd_messages import Deleted, KeyValue
+from imdsproxy.hub.store.etcd import Etcd
+from imdsproxy.hub.store.etcd_messages import (
+    Behind,
+    Changes,
+    Committed,
+    Compacted,
+    Deleted,
+    KeyValue,
+    Snapshot,
+)
 from support.fake_etcd import (
     Answer,
     Handler,

@@ -6,8 +6,8 @@ from typing import Any, cast
 
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.layout import Meta
-from imdsproxy.hub.store.etcd import Committed, Etcd, Snapshot
-from imdsproxy.hub.store.etcd_messages import KeyValue
+from imdsproxy.hub.store.etcd import Etcd
+from imdsproxy.hub.store.etcd_messages import Committed, KeyValue, Snapshot
 from imdsproxy.hub.store.state import Change, FleetState
 from imdsproxy.hub.store.transactions import Transaction
 from imdsproxy.hub.store.writes import Fresh, Writes

@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 
-from imdsproxy.hub.store.gateway import Members
+from imdsproxy.hub.store.etcd_members import Members
 from support.hand_clock import HandClock
 
 URLS = ("https://a:2378", "https://b:2378", "https://c:2378")

@@ -12,8 +12,7 @@ from imdsproxy.hub.api.operations import Operations, _lost_quorum, _member
 from imdsproxy.hub.hosts.in_force import Peers
 from imdsproxy.hub.hosts.streams import Streams
 from imdsproxy.hub.pki.authority import make_authority
-from imdsproxy.hub.store.etcd import MemberSilent
-from imdsproxy.hub.store.etcd_messages import Header, MemberStatus
+from imdsproxy.hub.store.etcd_messages import Header, MemberSilent, MemberStatus
 from imdsproxy.hub.store.state import Change, FleetState
 from imdsproxy.hub.store.writes import Writes
 from support.fake_etcd import answer, client_of, header

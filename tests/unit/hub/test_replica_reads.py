@@ -14,8 +14,8 @@ from imdsproxy.host.clock import Clock
 from imdsproxy.hub import replica as module
 from imdsproxy.hub.hosts.streams import HostStream, Streams
 from imdsproxy.hub.replica import Replica
-from imdsproxy.hub.store.etcd import Changes, Compacted, Etcd, Snapshot
-from imdsproxy.hub.store.etcd_messages import KeyValue
+from imdsproxy.hub.store.etcd import Etcd
+from imdsproxy.hub.store.etcd_messages import Changes, Compacted, KeyValue, Snapshot
 from imdsproxy.hub.store.state import Change, FleetState
 from imdsproxy.model.entities import InstanceId
 from imdsproxy.model.policy import OperatorOverride

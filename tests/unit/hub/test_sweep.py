@@ -10,7 +10,8 @@ from imdsproxy.errors import EtcdUnavailable, SourceRefused
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.layout import StoredInstance
 from imdsproxy.hub.store import upkeep as module
-from imdsproxy.hub.store.etcd import Committed, Compacted, Etcd, Snapshot
+from imdsproxy.hub.store.etcd import Etcd
+from imdsproxy.hub.store.etcd_messages import Committed, Compacted, Snapshot
 from imdsproxy.hub.store.state import Change, FleetState
 from imdsproxy.hub.store.upkeep import Sweep
 from imdsproxy.model.entities import InstanceId

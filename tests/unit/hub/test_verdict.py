@@ -8,8 +8,7 @@ import pytest
 
 from imdsproxy.hub.api.operations import FleetStatus
 from imdsproxy.hub.api.verdict import judge_fleet
-from imdsproxy.hub.store.etcd import MemberSilent
-from imdsproxy.hub.store.etcd_messages import Header, MemberStatus
+from imdsproxy.hub.store.etcd_messages import Header, MemberSilent, MemberStatus
 
 _HUB = {"name": "hub-1", "url": None, "answers": True, "absent": False, "absent_since": None}
 _WELL = FleetStatus(

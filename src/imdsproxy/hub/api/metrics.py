@@ -29,7 +29,7 @@ from imdsproxy.reconcile.part import By, Count, Gauge
 if TYPE_CHECKING:
     from imdsproxy.hub.hosts.in_force import Peers
     from imdsproxy.hub.parts import Hub
-    from imdsproxy.hub.store.etcd import MemberSilent
+    from imdsproxy.hub.store.etcd_messages import MemberSilent
 
 _LOOK_EVERY_S: Final = 10.0
 

@@ -29,9 +29,9 @@ from imdsproxy.hub.hosts.sealed import Passwords
 from imdsproxy.hub.hosts.streams import Streams
 from imdsproxy.hub.pki.authority import Authority
 from imdsproxy.hub.replica import SILENT_S
-from imdsproxy.hub.store.etcd import Compacted, Etcd, MemberSilent
-from imdsproxy.hub.store.etcd_messages import MemberStatus, prefix_end
-from imdsproxy.hub.store.gateway import START_MEMBERS, spell_outage
+from imdsproxy.hub.store.etcd import Etcd
+from imdsproxy.hub.store.etcd_members import START_MEMBERS, spell_outage
+from imdsproxy.hub.store.etcd_messages import Compacted, MemberSilent, MemberStatus, prefix_end
 from imdsproxy.hub.store.imports import Import
 from imdsproxy.hub.store.restores import Restores
 from imdsproxy.hub.store.state import FleetState

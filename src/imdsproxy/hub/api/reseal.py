@@ -18,8 +18,7 @@ from imdsproxy.fleet.stream import CONNECT_S
 from imdsproxy.hub.api.operations import Operations
 from imdsproxy.hub.hosts.sealed import PLACE, open_keys, reseal_password, seal_keys, sealed_keys
 from imdsproxy.hub.store.envelope import Envelope, name_of
-from imdsproxy.hub.store.etcd import Committed
-from imdsproxy.hub.store.etcd_messages import prefix_end, unchanged
+from imdsproxy.hub.store.etcd_messages import Committed, prefix_end, unchanged
 from imdsproxy.hub.store.transactions import Transaction, refuse_suspect
 
 ENVELOPE_PATH: Final = "/fleet/envelope"

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from imdsproxy.api.answers import Readiness
-from imdsproxy.hub.store.etcd import MemberSilent
-from imdsproxy.hub.store.etcd_messages import MemberStatus
+from imdsproxy.hub.store.etcd_messages import MemberSilent, MemberStatus
 
 if TYPE_CHECKING:
     from imdsproxy.hub.api.operations import FleetStatus

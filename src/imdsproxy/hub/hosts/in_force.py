@@ -19,7 +19,7 @@ from imdsproxy.fleet.stream import ALIVE_PATH, CONNECT_S, ItemKey
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.http import Unanswered, ask
 from imdsproxy.hub.hosts.streams import Streams
-from imdsproxy.hub.store.gateway import open_tls
+from imdsproxy.hub.store.etcd import open_tls
 from imdsproxy.hub.store.state import FleetState
 
 _RENEWED_S: Final = 3600.0

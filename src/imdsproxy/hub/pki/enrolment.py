@@ -41,8 +41,8 @@ from imdsproxy.fleet.restores import join_values
 from imdsproxy.host.certificates import render_certificate
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub.pki.authority import Authority, parse_request
-from imdsproxy.hub.store.etcd import Committed, Etcd
-from imdsproxy.hub.store.etcd_messages import KeyValue, unchanged
+from imdsproxy.hub.store.etcd import Etcd
+from imdsproxy.hub.store.etcd_messages import Committed, KeyValue, unchanged
 from imdsproxy.hub.store.journal import Keep, keep_nothing
 
 INVITATION_S: Final = 24 * 3600

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeAlias
 
+from imdsproxy.errors import EtcdUnavailable
+
 Json: TypeAlias = dict[str, Any]
 
 
@@ -164,6 +166,74 @@ class MemberStatus:
     def full(self) -> bool:
         """Return whether the member refuses writes until an operator acts."""
         return any("NOSPACE" in one for one in self.problems)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Keys at one revision, sorted by name."""
+
+    revision: int
+    kvs: list[KeyValue]
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """Result of a committed write."""
+
+    revision: int
+
+
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """Result of a write whose comparison failed; `kvs` has the current compared keys (ten of a range)."""
+
+    revision: int
+    kvs: list[KeyValue]
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """Changes of one or several complete transactions.
+
+    Attributes:
+        revision: Revision of the last transaction.
+        events: Events in order, each with its own revision.
+    """
+
+    revision: int
+    events: tuple[KeyValue | Deleted, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MemberSilent:
+    """Member that failed to answer.
+
+    Attributes:
+        leaderless: Whether the member reported that it knows no leader.
+    """
+
+    url: str
+    reason: str
+    leaderless: bool = False
+
+
+class Compacted(Exception):
+    """The revision was compacted; `oldest` is etcd's oldest revision, 0 if unknown."""
+
+    def __init__(self, oldest: int = 0) -> None:
+        super().__init__(f"compacted up to {oldest}")
+        self.oldest = oldest
+
+
+class LeaseGone(EtcdUnavailable):
+    """A lease has ended with its keys; the caller needs a new lease."""
+
+
+class Behind(EtcdUnavailable):
+    """More than half of the members answer with an older revision or raft term than known.
+
+    etcd was restored from a backup: `Etcd.accept_older` makes it readable. One lagging member does not cause this.
+    """
 
 
 _INVALID: Final = 3

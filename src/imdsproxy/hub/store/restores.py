@@ -28,8 +28,8 @@ from imdsproxy.fleet.layout import (
 )
 from imdsproxy.fleet.restores import Evidence, describe_regained, is_lasting, member_in
 from imdsproxy.host.clock import Clock
-from imdsproxy.hub.store.etcd import Committed, Compacted, Etcd
-from imdsproxy.hub.store.etcd_messages import Compare, unchanged
+from imdsproxy.hub.store.etcd import Etcd
+from imdsproxy.hub.store.etcd_messages import Committed, Compacted, Compare, unchanged
 from imdsproxy.hub.store.journal import Journal, Position
 from imdsproxy.hub.store.state import Change, FleetState, change_of
 from imdsproxy.model.entities import InstanceId

@@ -18,8 +18,15 @@ from imdsproxy.errors import EtcdUnavailable, SourceRefused
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.layout import KnownHub, operator_key, parse_known_hub, render_known_hub
 from imdsproxy.host.clock import Clock
-from imdsproxy.hub.store.etcd import Committed, Compacted, Etcd
-from imdsproxy.hub.store.etcd_messages import Compare, absent, prefix_end, unchanged
+from imdsproxy.hub.store.etcd import Etcd
+from imdsproxy.hub.store.etcd_messages import (
+    Committed,
+    Compacted,
+    Compare,
+    absent,
+    prefix_end,
+    unchanged,
+)
 from imdsproxy.hub.store.state import FleetState
 
 _log: Final = structlog.get_logger()

@@ -32,8 +32,8 @@ from imdsproxy.fleet.restores import join_overrides, read_suspicion
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub.store import plan_changes, plan_records, scopes, transactions
 from imdsproxy.hub.store.envelope import Envelope
-from imdsproxy.hub.store.etcd import Committed, Etcd
-from imdsproxy.hub.store.etcd_messages import Compare, KeyValue, prefix_end
+from imdsproxy.hub.store.etcd import Etcd
+from imdsproxy.hub.store.etcd_messages import Committed, Compare, KeyValue, prefix_end
 from imdsproxy.hub.store.journal import Keep, keep_nothing
 from imdsproxy.hub.store.plan_records import InstancePut
 from imdsproxy.hub.store.state import FleetState
