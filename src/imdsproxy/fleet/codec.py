@@ -41,7 +41,6 @@ class Unreadable(ValueError):
 
 
 def is_id(text: str) -> bool:
-    """Return whether a text may be the id of a host or a project."""
     return _ID.fullmatch(text) is not None
 
 
@@ -108,7 +107,6 @@ def omissible(kind: Kind) -> Kind:
 
 
 def nullable(kind: Kind) -> Kind:
-    """Return the kind whose value may be null."""
     return Kind(
         lambda value: None if value is None else kind.read(value),
         lambda value: None if value is None else kind.write(value),
@@ -209,8 +207,6 @@ BYTES: Final = Kind(_read_bytes, lambda raw: base64.b64encode(raw).decode())
 
 
 class Codec(Generic[_T]):
-    """Codec of a dataclass."""
-
     def __init__(
         self,
         of: type[_T],
@@ -220,13 +216,10 @@ class Codec(Generic[_T]):
         sparse: bool = False,
         **keys: Kind,
     ) -> None:
-        """Describe the object of a dataclass.
+        """Describe the object of a dataclass: names of all keys, in the order of the fields, and kinds of their values.
 
-        Args:
-            of: The dataclass.
-            check: Returns the reason why fields contradict each other; `None` if they do not.
-            sparse: Whether keys that may be missing are not written with an empty value.
-            keys: Names of all keys, in the order of the dataclass's fields, and the kinds of their values.
+        `check` returns the reason why fields contradict each other. With `sparse`, keys that may be missing are not
+        written with an empty value.
         """
         names = (one.name for one in fields(cast("Any", of)))
         self.keys = tuple(
@@ -253,7 +246,6 @@ class Codec(Generic[_T]):
         return value
 
     def write(self, value: _T) -> Json:
-        """Return the object of a value."""
         every = ((key, kind, getattr(value, name)) for key, name, kind in self.keys)
         return {
             key: kind.write(one)

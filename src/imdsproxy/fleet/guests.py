@@ -17,11 +17,9 @@ FLEET: Final[SourceName] = "fleet"
 
 @dataclass(frozen=True, slots=True)
 class FleetPolicies:
-    """Fleet's policies for guests of this host.
+    """Fleet's policies for guests of this host; the overrides are its operators', by instance.
 
-    Attributes:
-        overrides: Overrides of the fleet's operators by instance.
-        keys: Token keys of each fleet instance on this host (`model.tokens.instance_key`), the key in force first.
+    `keys` has the token keys of each fleet instance on this host (`model.tokens.instance_key`), the key in force first.
     """
 
     rules: FleetRules = field(default_factory=FleetRules)
@@ -71,12 +69,9 @@ PasswordStep: TypeAlias = Keep | Forget | Send | None
 
 
 def plan_password(local: bytes | None, fleet: bytes | None, before: bytes | None) -> PasswordStep:
-    """Return the next step for the host's file, or `None`.
+    """Return the next step for the host's file, which has the password `local`.
 
-    Args:
-        local: Password in the file; `None` without a file.
-        fleet: Value of the fleet: a password, `CLEARED`, or `None`.
-        before: Value of the fleet when this host last checked, or the password that this host has sent since.
+    `before` is the fleet's value when this host last checked, or the password that this host has sent since.
     """
     if fleet:
         return None if local == fleet else Keep(fleet)

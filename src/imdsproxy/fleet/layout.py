@@ -110,12 +110,7 @@ MOST_REGAINED: Final = 500
 
 @dataclass(frozen=True, slots=True)
 class Meta:
-    """Identity of the fleet.
-
-    Attributes:
-        fleet: UUID, made with the fleet.
-        incarnation: Number that an operator raises by accepting a restored backup.
-    """
+    """Identity of the fleet: a UUID, and a number that an operator raises by accepting a restored backup."""
 
     fleet: str
     incarnation: int = 1
@@ -124,12 +119,7 @@ class Meta:
 
 @dataclass(frozen=True, slots=True)
 class UserData:
-    """Reference to an instance's user data.
-
-    Attributes:
-        sha256: Digest of the bytes, hexadecimal; part of the chunks' keys.
-        size: In bytes.
-    """
+    """Reference to user data: SHA-256 in hexadecimal, which is part of the chunks' keys, and size in bytes."""
 
     sha256: str
     size: int
@@ -137,15 +127,13 @@ class UserData:
 
 @dataclass(frozen=True, slots=True)
 class StoredInstance:
-    """Instance as etcd stores it.
+    """Instance as etcd stores it. Times are Unix times.
 
     Attributes:
         hosts: Hosts that serve the instance: two during a move, none after a removal.
         record: Output of `model.records.render_record`, without `user_data`; after a removal only the `project`.
-        request: Id of the write; a hub recognises by it a write whose answer was lost.
-        removed_at: Unix time of the removal.
-        left: Hosts that had the instance before, the last `MOST_LEFT`. Only these hosts may learn that the instance was
-            removed; other hosts get no answer about it.
+        request: Id of the write, by which a hub recognises a write whose answer was lost.
+        left: Hosts that had the instance before, the last `MOST_LEFT`. Only they learn that the instance was removed.
     """
 
     hosts: tuple[HostId, ...]
@@ -163,13 +151,7 @@ class StoredInstance:
 
 @dataclass(frozen=True, slots=True)
 class StoredNetwork:
-    """Network as etcd stores it.
-
-    Attributes:
-        record: Output of `model.records.render_record`; after a removal only the `project`.
-        request: As `StoredInstance.request`.
-        removed_at: Unix time of the removal.
-    """
+    """Network as etcd stores it, in the form of `StoredInstance`."""
 
     record: Json
     request: str = ""
@@ -188,16 +170,15 @@ class HostState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class StoredHost:
-    """Host as etcd stores it.
+    """Host as etcd stores it. The newest value has the most `revocations`, then the highest `version`.
+
+    Revocations include new enrolments. After a restore, etcd's revisions do not show this order.
 
     Attributes:
         serials: Serial numbers of the valid certificates: the host's, and during a renewal also the next one's.
         token_sha256: Digest of the one-time token, hexadecimal; `None` after its use.
         expires_at: End of the token, Unix time.
         trusts: CAs that the host received with its newest certificate, as hubs name them together; empty if unknown.
-        revocations: Number of revocations and new enrolments.
-        version: Number of writes of the value. The value with more revocations is newer, then the value with the higher
-            version: after a restore etcd's revisions do not show this order.
     """
 
     state: HostState
@@ -211,23 +192,14 @@ class StoredHost:
 
 @dataclass(frozen=True, slots=True)
 class StoredOperator:
-    """Operator or hub whose certificates are revoked; others have no value.
-
-    Attributes:
-        revoked_at: Unix time.
-    """
+    """Operator or hub whose certificates are revoked (Unix time); others have no value."""
 
     revoked_at: int
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """Claim of one host.
-
-    Attributes:
-        incarnation: Highest incarnation that the host has seen.
-        revocations: Value of `StoredHost.revocations` at the time of the claim.
-    """
+    """Claim of one host, with its highest incarnation, and its `StoredHost.revocations` at the time of the claim."""
 
     incarnation: int
     revocations: int = 0
@@ -235,13 +207,10 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Suspicion:
-    """All claims that etcd was restored.
+    """All claims that etcd was restored, with the first evidence.
 
-    Attributes:
-        why: First evidence.
-        hubs: Hubs that noticed a restore, each with the highest incarnation that the hub has seen.
-        hosts: Claims of hosts.
-        regained: Values that hubs restored in etcd, by their owner; only the first `MOST_REGAINED`.
+    `hubs` has the highest incarnation that each claiming hub has seen, `regained` the first `MOST_REGAINED` values that
+    hubs restored in etcd, by their owner.
     """
 
     why: str
@@ -251,7 +220,6 @@ class Suspicion:
 
     @property
     def refuses(self) -> bool:
-        """Whether all writes are refused."""
         return bool(self.hubs) or len(self.hosts) >= WITNESSES
 
     @property
@@ -261,7 +229,6 @@ class Suspicion:
         return max((*self.hubs.values(), *hosts), default=0)
 
     def add_hub(self, hub: str, incarnation: int) -> Suspicion:
-        """Return the suspicion with a hub's claim."""
         highest = max(incarnation, self.hubs.get(hub, 0))
         return replace(self, hubs={**self.hubs, hub: highest})
 
@@ -271,7 +238,6 @@ class Suspicion:
         return replace(self, hosts=dict(sorted(claims[:MOST_CLAIMS])))
 
     def regain(self, regained: Mapping[str, str]) -> Suspicion:
-        """Return the suspicion with more restored values."""
         everything = sorted({**self.regained, **regained}.items())
         return replace(self, regained=dict(everything[:MOST_REGAINED]))
 
@@ -307,12 +273,7 @@ class HubPlace:
 
 @dataclass(frozen=True, slots=True)
 class KnownHub:
-    """Value of a key below `KNOWN_HUBS`.
-
-    Attributes:
-        url: Last URL at which others reached the hub.
-        absent_since: Time at which another hub noticed the end of the hub, Unix time; `None` while it runs.
-    """
+    """Value of a key below `KNOWN_HUBS`: the last URL, and the Unix time since which the hub is absent."""
 
     url: str
     absent_since: int | None = None
@@ -320,12 +281,7 @@ class KnownHub:
 
 @dataclass(frozen=True, slots=True)
 class Sealing:
-    """Value of `ENVELOPE`: the key with which hubs seal secrets.
-
-    Attributes:
-        key: Name of the key.
-        sha256: Fingerprint of the key; a hub compares it with its own key of this name.
-    """
+    """Value of `ENVELOPE`: name and fingerprint of the key with which hubs seal secrets."""
 
     key: str
     sha256: str
@@ -340,13 +296,7 @@ class SealedKeys:
 
 @dataclass(frozen=True, slots=True)
 class StoredPassword:
-    """Value of a key below `PASSWORDS`.
-
-    Attributes:
-        sealed: Password that the hubs' envelope opens; `None` after a clearing, or the removal of the instance.
-        request: As `StoredInstance.request`.
-        removed_at: Time of the clearing or removal, Unix time.
-    """
+    """Value of a key below `PASSWORDS`. `sealed` is `None` after a clearing, or the removal of the instance."""
 
     sealed: bytes | None
     request: str = ""
@@ -414,12 +364,10 @@ def override_key(instance: InstanceId) -> str:
 
 
 def import_key(request: str) -> str:
-    """Return the key of an unfinished import."""
     return f"{IMPORTS}{request}"
 
 
 def blob_key(sha256: str, number: int) -> str:
-    """Return the key of one chunk of user data."""
     return f"{BLOBS}{sha256}/{number:02}"
 
 
@@ -446,20 +394,17 @@ def parse_claim(value: bytes) -> InstanceId:
 
 
 def host_key(host: HostId) -> str:
-    """Return the key of a `StoredHost`."""
     return f"{HOSTS}{host}"
 
 
 def operator_key(name: str) -> str:
-    """Return the key of a `StoredOperator`."""
     return f"{CERTIFICATES}{name}"
 
 
 def read_host(value: bytes, revision: int) -> StoredHost:
-    """Parse the value of a host's key that was written at a revision.
+    """Parse a host's value, which was written at a revision; an unreadable value gives the state `UNREADABLE`.
 
-    An unreadable value gives a host in the state `UNREADABLE`. etcd's revision is an upper bound of the revocations and
-    writes, so the next write is newer than every earlier value.
+    etcd's revision is an upper bound of revocations and writes, so the next write is newer than every earlier value.
     """
     try:
         return parse_host(value)
@@ -471,11 +416,7 @@ def read_host(value: bytes, revision: int) -> StoredHost:
 
 
 def parse_value(key: str, value: bytes) -> Value:
-    """Parse the value of a key below `PREFIX`.
-
-    Raises:
-        Unreadable: No hub of this version writes such a value, or such a key.
-    """
+    """Parse the value of a key below `PREFIX`; raise `Unreadable` if no hub of this version writes the value or key."""
     single = _SINGLE.get(key)
     if single is not None:
         return single(value)
@@ -610,13 +551,11 @@ def is_cleared(value: bytes) -> bool:
 
 
 def parse_policy(value: bytes) -> StoredPolicy:
-    """Parse the rules of a scope; raises `Unreadable`."""
     removal_time(value)
     return StoredPolicy(decode(value))
 
 
 def parse_grant(value: bytes) -> Grant:
-    """Parse the grant of a project; raises `Unreadable`."""
     grant = GRANT.read(decode(value))
     if isinstance(grant, Refused):
         raise Unreadable("; ".join(map(str, grant.problems)))

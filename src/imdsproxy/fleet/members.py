@@ -71,9 +71,9 @@ class Identity:
     """Subject of a certificate that HAProxy has verified.
 
     Attributes:
-        name: CN of the certificate: for a host or hub its id.
-        serial: Serial number of the certificate, two hexadecimal digits in upper case for each byte.
-        scope: O of the certificate: the project to which an operator is limited; `None` for all.
+        name: CN: for a host or hub its id.
+        serial: Serial number, two hexadecimal digits in upper case for each byte.
+        scope: O: the project to which an operator is limited; `None` for all.
     """
 
     role: Role
@@ -98,13 +98,9 @@ def spell_serial(number: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Invitation:
-    """Data with which a host joins; operators see it as one string.
+    """Data with which a host joins; operators see it as one word. The token is a secret, to be used once.
 
-    Attributes:
-        host: Name of the host in the fleet.
-        urls: URLs of hubs, `https://HOST:PORT`.
-        fingerprint: SHA-256 of the CA certificate (DER), hexadecimal in lower case.
-        token: One-time token. A secret.
+    The fingerprint is the SHA-256 of the CA certificate (DER), hexadecimal in lower case.
     """
 
     host: HostId
@@ -117,18 +113,13 @@ class Invitation:
 
 
 def render_invitation(invitation: Invitation) -> str:
-    """Render the invitation as one word."""
     shape = [invitation.host, list(invitation.urls), invitation.fingerprint, invitation.token]
     text = json.dumps(shape, separators=(",", ":")).encode()
     return _PREFIX + base64.urlsafe_b64encode(text).rstrip(b"=").decode()
 
 
 def parse_invitation(text: str) -> Invitation:
-    """Parse the result of `render_invitation`.
-
-    Raises:
-        ValueError: The text is not an invitation; the message does not repeat the text.
-    """
+    """Parse the result of `render_invitation`; raise `ValueError` with a message that does not repeat the text."""
     word = text.strip()
     if not word.startswith(_PREFIX):
         raise ValueError(f"it does not begin with {_PREFIX}")
@@ -176,10 +167,8 @@ def plan_enrolment(
 ) -> StoredHost:
     """Enrol a host: use up its token and accept only its new certificate.
 
-    This revokes earlier certificates: a later renewal in a journal does not restore them.
-
-    Raises:
-        AccessDenied: The token is not the host's, was used, or has expired.
+    Earlier certificates are revoked: a later renewal in a journal does not restore them. Raises `AccessDenied` if the
+    token is not the host's, was used, or has expired.
     """
     # Compare even without a stored token, so that the response time reveals nothing.
     wanted = "" if stored is None or stored.token_sha256 is None else stored.token_sha256
@@ -203,8 +192,7 @@ def plan_renewal(
 ) -> StoredHost:
     """Renew a host's certificate: only the presented and the new certificate are valid afterwards.
 
-    Raises:
-        AccessDenied: The presented certificate is revoked or replaced.
+    Raises `AccessDenied` if the presented certificate is revoked or replaced.
     """
     if stored is None or not admits_host(stored, presented):
         raise AccessDenied("this certificate is revoked, or another has replaced it", hint=_AGAIN)
@@ -232,10 +220,5 @@ def admits_host(stored: StoredHost | None, serial: str) -> bool:
 
 
 def admits_operator(identity: Identity, revoked: bytes | None) -> bool:
-    """Return whether the verified certificate of an operator or a hub is valid now.
-
-    Args:
-        identity: Subject of the certificate.
-        revoked: Value of `operator_key`; `None` if absent.
-    """
+    """Return whether an operator's or a hub's certificate is valid; `revoked` is the value of `operator_key`."""
     return revoked is None and (identity.role in OPERATOR_ROLES or identity.role is Role.HUB)

@@ -1,11 +1,11 @@
-"""What survives a restore of etcd from a backup, and the suspicion that etcd was restored. Pure.
+"""Rules for values that survive a restore of etcd from a backup, and for the suspicion of a restore. Pure.
 
 Host memberships, operator revocations and overrides must survive a restore. Each of these keys has an order in which
 its value only grows. After a restore, etcd's revisions do not show which value is newer; this order does. So any two
 values of a key have exactly one join, even from different histories of etcd.
 
-Hubs and hosts claim a restore; enough claims stop writes. A hub's claim stops writes. A single host may be compromised,
-so two hosts must agree. A host's claim counts only while the host's membership lasts.
+A hub's claim of a restore stops writes. A single host may be compromised, so two hosts must agree, and their claims
+count only while their memberships last.
 """
 
 from __future__ import annotations
@@ -43,16 +43,11 @@ EPOCHS: Final = 2**40
 
 
 def is_lasting(key: str) -> bool:
-    """Return whether a key begins with one of `LASTING`."""
     return key.startswith(LASTING)
 
 
 def join_values(key: str, known: bytes, found: bytes) -> bytes:
-    """Return the join of two values of a key: `found` itself if no part of it is older.
-
-    Raises:
-        Unreadable: Another program than a hub wrote `found`.
-    """
+    """Return the join of two values of a key: `found` itself if no part of it is older; raise `Unreadable`."""
     if key.startswith(HOSTS):
         newer = _order(parse_host(found)) >= _order(parse_host(known))
         return found if newer else known
@@ -77,10 +72,7 @@ def _order(stored: StoredHost) -> tuple[int, int, bool]:
 def describe_regained(key: str, value: bytes, *, absent: bool) -> tuple[str, str]:
     """Return the owner of a value that etcd had lost, and the value's meaning, for operators.
 
-    Args:
-        key: Key of the value.
-        value: Value that hubs restored.
-        absent: Whether etcd had no value at all.
+    `absent` says that etcd had no value at all.
     """
     if key.startswith(OVERRIDES):
         return (
@@ -105,13 +97,10 @@ MOST_AHEAD: Final = 1000
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """Evidence that etcd was restored from a backup.
+    """Evidence that etcd was restored from a backup: it lacks a revision or incarnation of a host, or `why` is enough.
 
     Attributes:
-        why: Data that etcd lacks.
         host: Host that claims this; `None` for a hub's own evidence.
-        revision: Revision that the host has: etcd is older if it lacks the revision; 0 if `why` is enough.
-        incarnation: Incarnation that the host has: etcd is older if it lacks the incarnation; 0 if `why` is enough.
         regained: Values that hubs restore in etcd, by their owner (`describe_regained`).
     """
 

@@ -99,13 +99,10 @@ class ByeCode(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """Items and state of a host.
+    """Items of a host with their revisions, the highest incarnation that the host has seen, and its applied revision.
 
     Attributes:
         fleet: UUID of the fleet; `None` for a host without items.
-        incarnation: Highest incarnation that the host has seen.
-        revision: Highest revision that the host has applied; 0 for none.
-        items: Revision of each of the host's items.
         level: Level of records that the host reads (`model.records.levels`).
         overrides: Operator overrides in force on the host: a restored etcd may have lost them.
     """
@@ -123,8 +120,7 @@ class Hello:
 class Ack:
     """Acknowledgement that everything up to `revision` is in force, except failed items, with the reasons.
 
-    Attributes:
-        digest: From time to time, `digest_items` of all of the host's items except failed ones; else empty.
+    From time to time it has `digest_items` of all of the host's items except failed ones.
     """
 
     revision: int
@@ -143,17 +139,14 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Changes that are applied together.
+    """Changes that are applied together; afterwards the host has all changes up to `revision`.
 
     Attributes:
-        revision: Revision up to which the host has all changes after this batch.
         put: Revision and value by item.
         remove: Items that the host must remove, because the record in the hub says so.
         held: Items of the host that the hub cannot confirm, with the reasons: they stay.
-        unreadable: Items of the host whose values in etcd are unreadable, with the reasons: they stay even if
-            `incarnation` is higher.
+        unreadable: Items whose values in etcd are unreadable, with the reasons: they stay in any incarnation.
         more: Whether another batch belongs to these changes.
-        fleet: UUID of the fleet.
         incarnation: If it is higher than the host's, the host removes held items and accepts older values.
     """
 
@@ -169,12 +162,9 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Ping:
-    """Sign of life of the hub; the host answers with its last acknowledgement.
+    """Sign of life of the hub, with its highest revision, its clock (Unix time) and the age of its last data from etcd.
 
-    Attributes:
-        revision: Highest revision that the hub knows.
-        time: The hub's clock, Unix time.
-        age_s: Seconds since the hub last received data from etcd.
+    The host answers with its last acknowledgement.
     """
 
     revision: int
@@ -273,7 +263,6 @@ _CODECS: Final[dict[type, tuple[str, Codec[Any]]]] = {
 
 
 def render_line(message: FromHost | FromHub) -> bytes:
-    """Render a line, with its end."""
     first, codec = _CODECS[type(message)]
     shape = codec.write(message)
     line = shape if first in shape else {first: shape}
@@ -281,11 +270,9 @@ def render_line(message: FromHost | FromHub) -> bytes:
 
 
 def parse_from_host(line: bytes) -> FromHost:
-    """Parse a line of a host; numbers have at most 64 bits, texts are short, and item names are valid.
+    """Parse a line of a host; numbers have at most 64 bits, texts are short, and item names are valid. Raises `Broken`.
 
-    Raises:
-        Broken: A host must not send this line. A host may be compromised, so the hub relies only on what this function
-            checks.
+    A host may be compromised, so the hub relies only on what this function checks.
     """
     return cast("FromHost", _parse(line, (Hello, Ack, Answer)))
 

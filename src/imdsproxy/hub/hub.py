@@ -242,9 +242,6 @@ async def renew_certificate(
 
     HAProxy gets the new certificate before the file does. If HAProxy does not take it, the file still has the old one,
     and the next attempt renews it again.
-
-    Raises:
-        ImdsproxyError: Errors of `make_renewed_hub`, `Front.replace_certificate` and `write_hub`.
     """
     renewed = await asyncio.to_thread(make_renewed_hub, files, authority, now)
     if renewed is None:
@@ -266,11 +263,7 @@ async def _renew(hub: Hub, front: Front) -> None:
 
 
 def run(settings: Settings, environment: Mapping[str, str]) -> None:
-    """Run a hub until stopped.
-
-    Raises:
-        ImdsproxyError: The hub cannot start or continue.
-    """
+    """Run a hub until stopped; raise `ImdsproxyError` if the hub cannot start or continue."""
     clock, log = Clock(), settings.log
     journal = is_journal(sys.stderr, environment)
     open_logging(log.level, log.format, sys.stderr, clock=clock, journal=journal)

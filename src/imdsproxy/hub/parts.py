@@ -39,13 +39,7 @@ _SHOWN_S: Final = 3600.0
 
 @dataclass(frozen=True, slots=True)
 class Hub:
-    """Parts of a hub, which its routes use.
-
-    Attributes:
-        names: Name and addresses of the hub.
-        url: URL at which others reach the hub.
-        loops: Loops that `keep` runs, by name.
-    """
+    """Parts of a hub, which its routes use. `url` is the URL at which others reach the hub."""
 
     settings: HubSettings
     files: FleetFiles
@@ -68,15 +62,10 @@ class Hub:
         work: Callable[[], Coroutine[Any, Any, None]],
         final: tuple[type[Exception], ...] = (),
     ) -> None:
-        """Run a loop until it returns or is cancelled; report any exception, and start the loop again.
+        """Run a loop until it returns or is cancelled; report exceptions except `final` ones, and start it again.
 
         A loop may get a value that it cannot handle, or have a fault. Neither the hub nor its hosts may fail because of
         one loop.
-
-        Args:
-            name: Name of the loop, for reports.
-            work: Function that starts the loop.
-            final: Exceptions that end the hub.
         """
         self.loops[name] = Reconciler(
             name,
@@ -114,12 +103,7 @@ class Hub:
 
 
 def open_etcd(settings: EtcdSettings, clock: Clock) -> Etcd:
-    """Create the client of etcd.
-
-    Raises:
-        SecretUnreadable: The password cannot be read, or other accounts may read it.
-        SourceUnavailable: A file for TLS cannot be used.
-    """
+    """Create the client of etcd; raise `SecretUnreadable`, or `SourceUnavailable` for a file for TLS."""
     tls = None
     if settings.ca_file is not None:
         try:
@@ -143,12 +127,7 @@ def open_etcd(settings: EtcdSettings, clock: Clock) -> Etcd:
 
 
 def build_hub(settings: HubSettings, clock: Clock) -> Hub:
-    """Read the files of the fleet, and create the parts of the hub.
-
-    Raises:
-        ConfigError: A file is missing or invalid.
-        SourceUnavailable: See `open_etcd`.
-    """
+    """Read the fleet's files, and create the parts of the hub; raise `ConfigError`, and the errors of `open_etcd`."""
     files = FleetFiles(settings.directory)
     authority, envelope = files.load_authority(), files.load_envelope()
     names = read_hub_names(files.load_hub())

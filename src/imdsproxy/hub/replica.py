@@ -82,19 +82,7 @@ _log = structlog.get_logger()
 class Replica:
     """Replication of etcd into the copy, and delivery of changes to hosts.
 
-    Args:
-        etcd: The store.
-        state: Copy to update.
-        streams: Streams to this hub's hosts.
-        name: Name of this hub.
-        url: URL at which other hubs reach this hub.
-        clock: Monotonic and Unix time.
-        random: Source of jitter, and of the UUID of a new fleet.
-        restores: Handling of a restored etcd.
-
-    Attributes:
-        complete: Set once the copy is complete.
-        heard: Time of the last change received from etcd, by the monotonic clock.
+    `complete` is set once the copy is complete. `heard` is the time of the last change, by the monotonic clock.
     """
 
     etcd: Etcd
@@ -123,7 +111,6 @@ class Replica:
 
     @property
     def failure(self) -> Problem | None:
-        """Reason why the hub does not follow etcd now."""
         return self._following.failure
 
     def age_s(self) -> float:
@@ -133,8 +120,7 @@ class Replica:
     async def run(self) -> None:
         """Follow etcd until cancelled; the copy stays during an outage.
 
-        Raises:
-            SourceCorrupt: The fleet has an unknown format, or its own key is missing.
+        Raises `SourceCorrupt` if the fleet has an unknown format, or its own key is missing.
         """
         reading = True
         while True:
@@ -289,10 +275,7 @@ class Replica:
             await self._replace(draft, snapshot.revision, changes, accepted=False)
 
     async def _differing(self, snapshot: Snapshot, newest: int) -> list[Change]:
-        """Return the changes between the copy and a snapshot, except for values newer than `newest`.
-
-        The call empties the snapshot.
-        """
+        """Return the changes between the copy and a snapshot, except values newer than `newest`; empty the snapshot."""
         found, differing = set[str](), list[Change]()
         async for part in _slices(snapshot.kvs):
             found.update(one.key for one in part)
@@ -339,13 +322,7 @@ class Replica:
         *,
         accepted: bool = False,
     ) -> None:
-        """Process changed keys.
-
-        Args:
-            touched: Result of `FleetState.apply`.
-            keys: Keys that may have changed.
-            accepted: An operator has accepted the contents of etcd, so values that etcd lacks are not suspicious.
-        """
+        """Process changed keys, and the result of `FleetState.apply`; for `accepted` see `Restores.review`."""
         self.heard, self._following.failure = self.clock.monotonic(), None
         self.restores.review(keys, accepted=accepted)
         for key in keys:

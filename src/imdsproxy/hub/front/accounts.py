@@ -34,21 +34,13 @@ class Accounts:
         return None if self.haproxy is None else (-1, self.haproxy.group)
 
     def assume(self) -> None:
-        """Switch to the hub's account permanently, with the group of HAProxy's account.
-
-        Raises:
-            OSError: The kernel refuses.
-        """
+        """Switch to the hub's account permanently, with the group of HAProxy's account; raise `OSError`."""
         if self.hub is not None:
             self.hub.assume(() if self.haproxy is None else (self.haproxy.group,))
 
 
 def find_accounts(settings: HubSettings) -> Accounts:
-    """Look up the accounts of the settings; both are `None` if this process is not root.
-
-    Raises:
-        HostRefused: There is no such account.
-    """
+    """Look up the accounts of the settings, `None` for a process that is not root's; raise `HostRefused`."""
     if os.geteuid() != 0:
         return Accounts()
     hub = None if settings.user is None else account_of(settings.user, "hub.user")
@@ -100,11 +92,7 @@ class Places:
 
 
 def give_places(settings: HubSettings, accounts: Accounts) -> Places:
-    """Create the directories of a hub; as root, give them to the hub's account.
-
-    Raises:
-        HostRefused: The file system refused.
-    """
+    """Create the directories of a hub, and as root give them to the hub's account; raise `HostRefused`."""
     places, owner = Places(settings.runtime_dir), accounts.shared
     if accounts.hub is not None:
         owner = accounts.hub.user, (accounts.haproxy or accounts.hub).group
@@ -148,11 +136,7 @@ def _regular(path: Path) -> Iterator[int | None]:
 
 
 def fill_places(places: Places, files: FleetFiles, accounts: Accounts) -> None:
-    """Copy the fleet's files that HAProxy reads: the hub's certificate with its key, and the CA certificates.
-
-    Raises:
-        HostRefused: A file cannot be written.
-    """
+    """Copy the fleet's files that HAProxy reads: the hub's certificate with its key, and CAs; raise `HostRefused`."""
     owner = accounts.shared
     ensure_directory(places.shared, mode=0o750, owner=owner)
     ensure_directory(places.control.parent, mode=0o770, owner=owner)

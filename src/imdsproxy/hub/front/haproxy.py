@@ -132,12 +132,9 @@ class FrontSpec:
     Attributes:
         listen: Addresses with ports in the form of HAProxy's `bind`: `192.0.2.1:8469`, `[::]:8469`.
         certificate: PEM file of the hub's certificate and key.
-        authority: PEM file of the CA certificate.
         stream_socket: Unix socket of hosts' streams.
         api_socket: Unix socket of all other requests.
         control: Unix socket of HAProxy's runtime API.
-        maxconn: Maximum number of concurrent connections.
-        nbthread: Number of HAProxy's threads.
     """
 
     listen: Sequence[str]
@@ -211,17 +208,7 @@ def _problem(name: str) -> str:
 
 
 class Front:
-    """HAProxy in front of a hub, from start to end.
-
-    Args:
-        program: HAProxy's path.
-        spec: Parameters of the configuration.
-        config: Path of the configuration to write.
-        accounts: Accounts of the hub and of HAProxy.
-
-    Attributes:
-        program: HAProxy's path.
-    """
+    """HAProxy in front of a hub, from start to end. `config` is the path of the configuration to write."""
 
     def __init__(
         self, program: str, spec: FrontSpec, config: Path, accounts: Accounts | None = None
@@ -235,8 +222,7 @@ class Front:
     def prepare(self) -> None:
         """Create HAProxy's process while this process may still assign an account; otherwise `start` creates it.
 
-        Raises:
-            HaproxyMissing: A program cannot be run.
+        Raises `HaproxyMissing` if a program cannot be run.
         """
         command = (self.program, "-db", "-f", str(self._config))
         low = any(int(one.rpartition(":")[2]) < _FREE_PORTS for one in self._spec.listen)
@@ -326,9 +312,7 @@ class Front:
     async def replace_certificate(self, pem: bytes) -> None:
         """Use a certificate (with its key, PEM) for new connections; open connections stay.
 
-        Raises:
-            ConfigRejected: HAProxy refuses the certificate, and the old one stays.
-            RuntimeUnavailable: HAProxy does not answer.
+        Raises `ConfigRejected` if HAProxy refuses the certificate, and the old one stays; raises `RuntimeUnavailable`.
         """
         path = self._spec.certificate
         text = "\n".join(line for line in pem.decode().splitlines() if line.strip())
@@ -347,7 +331,6 @@ class Front:
         return answer.decode("utf-8", "replace")
 
     async def stop(self) -> None:
-        """Stop HAProxy with all its connections."""
         if self._process is not None:
             await self._process.stop()
         if self._reading is not None:

@@ -28,16 +28,7 @@ _STOP_S: Final = 5.0
 
 
 class FrontProcess:
-    """Shell that becomes the parent of HAProxy.
-
-    Args:
-        command: HAProxy's command line.
-        account: Account of HAProxy; `None` for the present account.
-        low_port: Whether HAProxy binds ports below 1024.
-
-    Raises:
-        HaproxyMissing: The shell cannot be run.
-    """
+    """Shell that becomes the parent of HAProxy, which binds ports below 1024 if `low_port`; raises `HaproxyMissing`."""
 
     def __init__(
         self, command: tuple[str, ...], account: Account | None, *, low_port: bool
@@ -74,7 +65,6 @@ class FrontProcess:
         return reader
 
     def is_over(self) -> bool:
-        """Return whether HAProxy has ended."""
         return self._child.poll() is not None
 
     async def wait(self) -> int:
@@ -91,7 +81,6 @@ class FrontProcess:
         return self._child.wait()
 
     async def stop(self) -> None:
-        """End HAProxy, with all connections."""
         self.close()
         try:
             async with asyncio.timeout(_STOP_S):

@@ -36,11 +36,7 @@ _log = structlog.get_logger()
 class Peers:
     """Other running hubs.
 
-    Args:
-        state: Copy of etcd with the running hubs.
-        name: Name of this hub.
-        clock: Monotonic time.
-        files: This hub's certificate with its key, and the CA certificate; `None` for connections without TLS.
+    `files` are this hub's certificate with its key, and the CA certificate; `None` for connections without TLS.
     """
 
     state: FleetState
@@ -140,12 +136,7 @@ Reported: TypeAlias = Mapping[HostId, Mapping[str, Any]]
 
 @dataclass(slots=True)
 class InForce:
-    """Acknowledgements of all hosts of the fleet.
-
-    Args:
-        streams: Streams to this hub's hosts.
-        peers: Other hubs.
-    """
+    """Acknowledgements of all hosts of the fleet, connected to this hub or to others."""
 
     streams: Streams
     peers: Peers
@@ -157,16 +148,9 @@ class InForce:
         items: Collection[ItemKey] | None = None,
         timeout_s: float = WAIT_S,
     ) -> dict[HostId, str]:
-        """Wait until a revision is in force on these hosts.
+        """Wait until a revision is in force on these hosts; return the pending hosts with reasons, sorted by name.
 
-        Args:
-            hosts: Hosts to wait for.
-            revision: Revision that the hosts must have reached.
-            items: Items whose failures count; `None` for all.
-            timeout_s: Maximum time to wait.
-
-        Returns:
-            The pending hosts with reasons, sorted by name.
+        Only failures of `items` count; `None` stands for all.
         """
         loop = asyncio.get_running_loop()
         begun, pending = loop.time(), dict.fromkeys(sorted(hosts), NOT_CONNECTED)
@@ -232,7 +216,6 @@ class InForce:
         return {host: pending.get(host, "") for host in mine}
 
     def report(self) -> dict[HostId, dict[str, Any]]:
-        """Return the acknowledged revision and the failed items of each host of this hub."""
         return {
             host: {
                 "acknowledged": one.acked,
@@ -250,7 +233,6 @@ class InForce:
         return {host: one if isinstance(one, int) else 1 for host, one in levels.items()}
 
     async def report_all(self) -> Reported:
-        """Return the reports of all hubs, with the name of each host's hub."""
         return (await self.ask_hubs())[0]
 
     async def ask_hubs(self) -> tuple[Reported, Collection[str]]:

@@ -61,7 +61,6 @@ class FleetKeys:
     """Keys from which hubs derive the keys of instances.
 
     Attributes:
-        current: Key that signs.
         pending: Key that signs once every connected host has it.
         old: Keys that only verify, the newest first.
     """
@@ -110,11 +109,7 @@ def sealed_keys(value: bytes) -> bytes:
 
 
 def open_keys(value: bytes, envelope: Envelope) -> FleetKeys:
-    """Reverse `seal_keys`.
-
-    Raises:
-        SourceCorrupt: Another program wrote the value, or no key of the envelope opens it.
-    """
+    """Reverse `seal_keys`; raise `SourceCorrupt` for another program's value, or one sealed with a missing key."""
     opened = envelope.open(PLACE, sealed_keys(value))
     try:
         return _parse_keys(json.loads(opened))
@@ -151,7 +146,6 @@ class TokenKeyRing:
     _keys: FleetKeys | None = field(default=None, repr=False)
 
     def keys(self) -> FleetKeys | None:
-        """Return the newest readable keys."""
         found = self.state.value(PLACE)
         if found is not None and found != self._looked_at:
             self._looked_at = found
@@ -211,15 +205,7 @@ def plan_password(
     is_same: Callable[[bytes], bool],
     terms: Terms,
 ) -> Transaction:
-    """Store a password that a host has received from a guest.
-
-    Args:
-        view: Known keys of etcd.
-        instance: Instance of the guest.
-        host: Host to which the guest posted the password.
-        sealed: Sealed password.
-        is_same: Returns whether a stored sealed password is the same password.
-        terms: Conditions of the write.
+    """Store a password that a guest posted on a host; `is_same` compares a stored sealed password.
 
     Raises:
         AlreadyExists: The instance has another password, which stays until an operator clears it.
@@ -267,8 +253,6 @@ def _sealed_in(found: tuple[bytes, int] | None) -> bytes | None:
 
 @dataclass(frozen=True, slots=True)
 class Passwords:
-    """Access to the passwords in etcd."""
-
     writes: Writes
 
     async def keep(self, instance: InstanceId, host: HostId, password: bytes) -> None:
@@ -294,17 +278,11 @@ class Passwords:
         return await self.writes.write(lambda view: plan_clearing(view, instance, terms)), there
 
     def sealed(self, instance: InstanceId) -> bytes | None:
-        """Return the sealed password of an instance; `None` if there is none."""
         found = self.writes.state.value(layout.password_key(instance))
         return None if found is None else parse_password(found[0]).sealed
 
     def read(self, instance: InstanceId) -> bytes:
-        """Return the password of an instance.
-
-        Raises:
-            NotFound: The instance has no password in the fleet.
-            SourceCorrupt: No key of this hub opens the password.
-        """
+        """Return the password of an instance; raise `NotFound`, or `SourceCorrupt` if no key of this hub opens it."""
         sealed = self.sealed(instance)
         if sealed is None:
             raise NotFound(f"the fleet has no password of instance {instance}")
@@ -322,8 +300,7 @@ def password_item(envelope: Envelope, place: str, sealed: bytes) -> str | None:
 def reseal_password(envelope: Envelope, place: str, value: bytes, key: str) -> bytes | None:
     """Reseal a stored password with `key`; return `None` if it has that key already, or if there is no password.
 
-    Raises:
-        SourceCorrupt: No key of the envelope opens the password.
+    Raises `SourceCorrupt` if no key of the envelope opens the password.
     """
     stored = parse_password(value)
     if stored.sealed is None:

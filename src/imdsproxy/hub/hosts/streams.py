@@ -97,15 +97,12 @@ class Streams:
     """All streams of this hub.
 
     Args:
-        state: This hub's copy of etcd.
-        clock: Monotonic time, and Unix time for pings.
         admits: Returns whether a host's certificate with this serial number is valid now.
         suspect: Called with evidence that etcd was restored from a backup: a host has items that etcd lacks.
         raise_overrides: Called with a host and the overrides that the host has in force.
         age_s: Returns the seconds since the last answer of etcd.
         expect: Called with a revision that a client waits for and that this hub has not received.
         unready: Returns the reason why this hub may not serve hosts.
-        schema: Record schema of this hub.
 
     Attributes:
         hosts: Streams of connected hosts, which have sent their hello.
@@ -167,7 +164,6 @@ class Streams:
         self._turns[stream.turn][stream] = None
 
     def add(self, stream: HostStream) -> None:
-        """Register a stream as its host's connection, after the hello."""
         self.hosts[stream.host] = stream
 
     def remove(self, stream: HostStream) -> bool:
@@ -209,7 +205,6 @@ class Streams:
                 self.progressed(host)
 
     def send_soon(self, stream: HostStream) -> None:
-        """Queue a stream for `flush`."""
         self._unsent.append(stream)
         if len(self._unsent) == 1:
             asyncio.get_running_loop().call_soon(self._send_some)
@@ -244,10 +239,7 @@ class Streams:
             _log.error("host differs", host=host, reason=why)
 
     def differing(self) -> dict[HostId, str]:
-        """Return hosts whose digest differed within the last hour and has not matched here since.
-
-        The reason includes the time.
-        """
+        """Return hosts whose digest differed within the last hour and has not matched since, with time and reason."""
         since = self.clock.monotonic() - _SHOWN_S
         return {host: why for host, (at, why) in self._differing.items() if at > since}
 
@@ -272,10 +264,7 @@ class Streams:
     ) -> str | None:
         """Return the reason why a revision is not in force on a host, as far as this hub knows; `None` if it is.
 
-        Args:
-            host: Host to check.
-            revision: Revision that the host must have reached.
-            items: Items whose failures count; `None` for all.
+        Only failures of `items` count; `None` stands for all.
         """
         stream = self.hosts.get(host)
         if stream is None:
@@ -291,11 +280,7 @@ class Streams:
         timeout_s: float,
         items: Collection[ItemKey] | None = None,
     ) -> dict[HostId, str]:
-        """Wait until a revision is in force on these hosts; see `lacks` for `items`.
-
-        Returns:
-            The hosts that still lack the revision, with reasons.
-        """
+        """Wait until a revision is in force on these hosts; return the others, with reasons (`lacks`)."""
         if self.state.revision < revision:
             self.expect(revision)
         wait = _Wait(revision, set(self._pending(hosts, revision, items)), items)
@@ -330,11 +315,7 @@ class Streams:
                     wait.over.set()
 
     async def ask(self, host: HostId, path: str, timeout_s: float, method: str = "GET") -> Answer:
-        """Send a request to the host's admin API and return the answer.
-
-        Raises:
-            SourceUnavailable: The host is not connected here, or does not answer in time.
-        """
+        """Send a request to the host's admin API and return the answer; raise `SourceUnavailable` without an answer."""
         stream = self.hosts.get(host)
         if stream is None:
             raise SourceUnavailable(f"host {host} is not connected", hint="imdsproxy fleet hosts")
@@ -403,7 +384,6 @@ class HostStream(asyncio.Protocol):
         self._plan(None)
 
     def _plan(self, following: asyncio.TimerHandle | None) -> None:
-        """Replace the scheduled timer."""
         if self._next is not None:
             self._next.cancel()
         self._next = following
@@ -663,7 +643,6 @@ class HostStream(asyncio.Protocol):
             transport.abort()
 
     def send(self, message: FromHub) -> None:
-        """Write one line."""
         self._write(render_line(message))
 
     def _write(self, data: bytes) -> None:

@@ -59,11 +59,7 @@ class _Life:
 
 @dataclass(frozen=True, slots=True)
 class Authority:
-    """CA with its certificate and its signing key.
-
-    Attributes:
-        others: Certificates of other CAs that are trusted during a rotation.
-    """
+    """CA with its certificate, its signing key, and the CA certificates that are trusted during a rotation."""
 
     certificate: x509.Certificate
     key: PrivateKey
@@ -74,7 +70,6 @@ class Authority:
 
     @property
     def fingerprint(self) -> str:
-        """Fingerprint of the CA's certificate."""
         return fingerprint(self.certificate)
 
     @property
@@ -94,16 +89,9 @@ class Authority:
     def certify_hub(
         self, key: PublicKey, name: str, addresses: Sequence[str], now: datetime
     ) -> x509.Certificate:
-        """Issue a hub's certificate, for a server and for a client of other hubs.
+        """Issue a hub's certificate, for a server at these DNS names and IP addresses and for a client of other hubs.
 
-        Args:
-            key: The hub's public key.
-            name: The hub's id.
-            addresses: DNS names and IP addresses by which hosts and operators reach the hub.
-            now: Current time.
-
-        Raises:
-            RequestRefused: The name or an address is invalid.
+        Raises `RequestRefused` if the name or an address is invalid.
         """
         subject = _subject(Role.HUB, name)
         return self._sign(key, subject, _BOTH, _Life(now, HUB_LIFE), addresses)
@@ -150,7 +138,6 @@ class Authority:
 
 
 def make_authority(name: str, now: datetime) -> Authority:
-    """Create a CA with a self-signed certificate."""
     key = make_key()
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     public = key.public_key()
@@ -173,8 +160,7 @@ def make_authority(name: str, now: datetime) -> Authority:
 def parse_authority(certificate: bytes, key: bytes, where: str) -> Authority:
     """Parse a CA's certificate and key in PEM.
 
-    Raises:
-        ConfigInvalid: They are invalid, do not match, may not sign certificates, or another CA signed the certificate.
+    Raises `ConfigInvalid` if they are invalid, do not match, may not sign certificates, or are not self-signed.
     """
     own, secret = parse_certificate(certificate, where), parse_key(key, where)
     if secret.public_key() != own.public_key():
@@ -220,10 +206,8 @@ def _may_sign(own: x509.Certificate) -> bool:
 def parse_request(pem: str) -> PublicKey:
     """Return the public key of a certificate signing request, whose signature proves that the sender has the key.
 
-    The requested subject and extensions are ignored, since the hub knows the caller.
-
-    Raises:
-        RequestRefused: The request is invalid, not signed by its own key, or its key is not on P-256.
+    The requested subject and extensions are ignored, since the hub knows the caller. Raises `RequestRefused` if the
+    request is invalid, not signed by its own key, or its key is not on P-256.
     """
     hint = "make it with `imdsproxy fleet join`"
     if len(pem) > MAX_REQUEST:

@@ -66,11 +66,7 @@ class Enrolment:
     """Membership of hosts, and revocation of operators and hubs.
 
     Args:
-        etcd: The store.
-        authority: CA that signs certificates.
-        clock: Unix time.
-        holder: Returns a description of the hub or operator that has a name; hosts, hubs and operators share one
-            namespace.
+        holder: Returns a description of the hub or operator with a name: hosts, hubs and operators share one namespace.
         known: This hub's copy, which may have values that etcd has lost.
         keep: Writes values to this hub's journal; called before the client gets its answer.
     """
@@ -87,11 +83,6 @@ class Enrolment:
     ) -> Invitation:
         """Create a token for a host, which replaces an earlier one.
 
-        Args:
-            host: Name that matches `model.ID_PATTERN`.
-            urls: URLs of the hubs.
-            life_s: Lifetime of the token in seconds.
-
         Raises:
             AlreadyExists: The name is a hub's or an operator's.
             SourceUnavailable: etcd does not answer, or other hubs keep writing the same host.
@@ -104,18 +95,9 @@ class Enrolment:
         return Invitation(host, tuple(urls), self.authority.fingerprint, token)
 
     async def enrol(self, host: HostId, token: str, request: str) -> Certified:
-        """Issue a host's first certificate; the token is valid once.
+        """Issue a host's first certificate for a request in PEM; the token is valid once.
 
-        Args:
-            host: Name of the host.
-            token: Token of the host's invitation.
-            request: Certificate signing request in PEM.
-
-        Raises:
-            AccessDenied: The token is invalid.
-            AlreadyExists: See `invite`.
-            RequestRefused: The request is invalid.
-            SourceUnavailable: See `invite`.
+        Raises `AccessDenied` if the token is invalid, `RequestRefused`, and the errors of `invite`.
         """
         self._refuse_taken(host)
         key, now, trusts = parse_request(request), self.clock.now(), self.authority.trusted_digest
@@ -130,10 +112,7 @@ class Enrolment:
     async def renew(self, identity: Identity, request: str) -> Certified:
         """Issue the next certificate to a host that presented its current one.
 
-        Raises:
-            AccessDenied: The presented certificate is no longer valid.
-            RequestRefused: The request is invalid.
-            SourceUnavailable: See `invite`.
+        Raises `AccessDenied` if that certificate is no longer valid, `RequestRefused`, and the errors of `invite`.
         """
         host, key = HostId(identity.name), parse_request(request)
         trusts = self.authority.trusted_digest
@@ -146,14 +125,9 @@ class Enrolment:
         return self._certified(render_certificate(signed))
 
     async def revoke(self, host: HostId) -> int:
-        """Revoke the certificates and the token of a host; hubs then end its stream.
+        """Revoke the certificates and the token of a host; return the revision. Hubs then end the host's stream.
 
-        Returns:
-            The revision of the revocation.
-
-        Raises:
-            NotFound: The fleet has no such host.
-            SourceUnavailable: See `invite`.
+        Raises `NotFound`, and the errors of `invite`.
         """
         revision = await self._write(host, lambda stored: plan_revocation(host, stored))
         _log.warning("host revoked", host=host)

@@ -50,7 +50,6 @@ class FleetFiles:
 
     @property
     def ca_key(self) -> Path:
-        """Key with which hubs sign hosts' certificates."""
         return self.directory / "ca.key"
 
     @property
@@ -84,23 +83,13 @@ class FleetFiles:
         return read_secret(path, owner=owner)
 
     def write(self, path: Path, data: bytes, *, mode: int = _SECRET) -> None:
-        """Write a file; if run by root, give it to the owner of the directory, which may be the hub's account.
-
-        Raises:
-            HostRefused: The file cannot be written.
-        """
+        """Write a file, by root for the owner of the directory, which may be the hub's account; raise `HostRefused`."""
         status = self.directory.stat()
         owner = (status.st_uid, status.st_gid) if os.geteuid() == 0 else None
         write_atomic(path, data, mode=mode, owner=owner, durable=True)
 
     def load_authority(self) -> Authority:
-        """Load the CA.
-
-        Raises:
-            ConfigUnreadable: The certificate does not exist or cannot be read.
-            ConfigInvalid: The files are not a CA's.
-            SecretUnreadable: The key cannot be read, or other accounts may read it.
-        """
+        """Load the CA; raise `ConfigUnreadable`, `ConfigInvalid`, or `SecretUnreadable` for the key."""
         certificate = _read(self.ca_certificate)
         return parse_authority(certificate, self.read(self.ca_key), str(self.ca_certificate))
 
@@ -114,12 +103,7 @@ class FleetFiles:
 
 
 def refuse_shared_authority(authority: Authority, etcd_ca: Path) -> None:
-    """Refuse the fleet's CA as etcd's CA: etcd would accept every host's certificate.
-
-    Raises:
-        ConfigInvalid: The CAs are the same, or the file has no certificate.
-        ConfigUnreadable: The file cannot be read.
-    """
+    """Refuse the fleet's CA as etcd's CA, as etcd would accept every host's certificate; raise `ConfigError`."""
     try:
         found = x509.load_pem_x509_certificates(_read(etcd_ca))
     except ValueError as error:
@@ -141,7 +125,6 @@ class HubNames:
 
 
 def read_hub_names(certificate: x509.Certificate) -> HubNames:
-    """Return the names in a hub's certificate."""
     (name,) = certificate.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
     found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     dns = found.get_values_for_type(x509.DNSName)
@@ -159,14 +142,9 @@ def make_hub_pem(authority: Authority, names: HubNames, now: datetime) -> bytes:
 
 
 def make_renewed_hub(files: FleetFiles, authority: Authority, now: datetime) -> bytes | None:
-    """Create the next certificate of this hub, if two thirds of its life are over or another CA has signed it.
+    """Create this hub's next certificate with its key, if two thirds of its life are over or another CA signed it.
 
-    Returns:
-        The certificate with its key, for `Front.replace_certificate`, then `write_hub`; `None` if it is not due yet.
-
-    Raises:
-        ConfigInvalid: The file has no certificate.
-        SecretUnreadable: The file cannot be read.
+    It is for `Front.replace_certificate`, then `write_hub`. Raises the errors of `FleetFiles.load_hub`.
     """
     certificate = files.load_hub()
     if not renewal_due(certificate, now) and authority.has_signed(certificate):
@@ -175,20 +153,14 @@ def make_renewed_hub(files: FleetFiles, authority: Authority, now: datetime) -> 
 
 
 def write_hub(files: FleetFiles, pem: bytes) -> None:
-    """Write this hub's certificate with its key; raise `HostRefused` on failure."""
     files.write(files.hub, pem, mode=_SECRET)
 
 
 def init_fleet(files: FleetFiles, given: Authority | None, hub: HubNames, now: datetime) -> str:
     """Create a fleet: a CA unless given, certificates of the first hub and operator, and the key that seals.
 
-    Returns:
-        The fingerprint of the CA certificate.
-
-    Raises:
-        AlreadyExists: The directory has a fleet.
-        HostRefused: A file cannot be written.
-        RequestRefused: A name is invalid.
+    Returns the fingerprint of the CA certificate. Raises `AlreadyExists`, `HostRefused`, or `RequestRefused` for a
+    name.
     """
     there = [
         one
@@ -216,9 +188,7 @@ def init_fleet(files: FleetFiles, given: Authority | None, hub: HubNames, now: d
 def add_hub(files: FleetFiles, output: Path, hub: HubNames, now: datetime) -> None:
     """Write the files of a further hub to a new directory: this hub's shared files, and a certificate of its own.
 
-    Raises:
-        AlreadyExists: The directory exists.
-        ImdsproxyError: Errors of `FleetFiles.load_authority`, `make_hub_pem` and `write_atomic`.
+    Raises `AlreadyExists`, and the errors of `FleetFiles.load_authority`, `make_hub_pem` and `write_atomic`.
     """
     if output.exists():
         raise AlreadyExists(f"{output} is there already", hint="--output names another directory")
@@ -229,12 +199,7 @@ def add_hub(files: FleetFiles, output: Path, hub: HubNames, now: datetime) -> No
 
 
 def add_envelope_key(files: FleetFiles) -> str:
-    """Add a key to the file of the keys that seal; return the new key's name.
-
-    Raises:
-        HostRefused: The file cannot be written.
-        SecretUnreadable: The file cannot be read, or other accounts may read it.
-    """
+    """Add a key to the file of the keys that seal; return its name. Raises `HostRefused` or `SecretUnreadable`."""
     text, name = add_key(files.read(files.envelope_key), str(files.envelope_key))
     files.write(files.envelope_key, text, mode=_SECRET)
     return name
@@ -243,23 +208,14 @@ def add_envelope_key(files: FleetFiles) -> str:
 def make_operator_pem(
     authority: Authority, name: str, role: Role, scope: str | None, now: datetime
 ) -> bytes:
-    """Create an operator's file: key, certificate, and at the end the CA certificates.
-
-    Raises:
-        RequestRefused: The name or the project is invalid.
-    """
+    """Create an operator's file: key, certificate, and at the end the CA certificates; raise `RequestRefused`."""
     key = make_key()
     signed = authority.certify_operator(key.public_key(), name, role, scope, now)
     return render_key(key) + render_certificate(signed) + authority.trusted
 
 
 def write_secret(path: Path, pem: bytes) -> None:
-    """Write a new file that only this account can read.
-
-    Raises:
-        AlreadyExists: The file exists.
-        HostRefused: The file cannot be written.
-    """
+    """Write a new file that only this account can read; raise `AlreadyExists` or `HostRefused`."""
     if path.exists():
         raise AlreadyExists(f"{path} is there already", hint="--output names another file")
     write_atomic(path, pem, mode=_SECRET, durable=True)
@@ -277,9 +233,8 @@ def _write_hub(files: FleetFiles, authority: Authority, envelope: bytes, pem: by
 def begin_rotation(files: FleetFiles, now: datetime) -> None:
     """Create the next CA, which is trusted in addition to the signing CA.
 
-    Raises:
-        ImdsproxyError: Errors of `FleetFiles.load_authority` and `write_atomic`.
-        RequestRefused: A rotation is under way.
+    Raises `RequestRefused` while a rotation is under way, and the errors of `FleetFiles.load_authority` and
+    `write_atomic`.
     """
     present = files.load_authority()
     if present.others or files.next_key.exists():
@@ -296,11 +251,7 @@ def begin_rotation(files: FleetFiles, now: datetime) -> None:
 def switch_rotation(files: FleetFiles, now: datetime) -> None:
     """Make the next CA sign, keep the old CA trusted, and reissue the first operator's certificate.
 
-    An interrupted switch can be repeated.
-
-    Raises:
-        ImdsproxyError: Errors of `begin_rotation`.
-        RequestRefused: There is no next CA.
+    An interrupted switch can be repeated. Raises the errors of `begin_rotation`, here if there is no next CA.
     """
     if not files.next_key.exists():
         raise RequestRefused(

@@ -31,11 +31,9 @@ def _nothing() -> None:
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """Encryption keys by name.
+    """Encryption keys by name, in the order of the file.
 
-    Args:
-        keys: Keys in the order of the file.
-        chosen: Returns etcd's choice of the key that seals, `None` for the first key; raises `Unreadable`.
+    `chosen` returns etcd's choice of the key that seals, `None` for the first key; it raises `Unreadable`.
     """
 
     keys: Mapping[str, bytes]
@@ -74,11 +72,7 @@ class Envelope:
         return {"sealing": self.sealing, "keys": keys}
 
     def seal(self, place: str, secret: bytes) -> bytes:
-        """Encrypt a secret for the key `place` of etcd.
-
-        Raises:
-            SourceCorrupt: This hub lacks the key that seals, or etcd's choice is unreadable.
-        """
+        """Encrypt a secret for the key `place` of etcd; raise `SourceCorrupt` if this hub lacks the key that seals."""
         if (missing := self.missing()) is not None:
             raise SourceCorrupt(missing, hint=COPY_KEY)
         if (name := self.sealing) is None:
@@ -93,8 +87,8 @@ class Envelope:
     def open(self, place: str, sealed: bytes) -> bytes:
         """Decrypt a sealed value.
 
-        Raises:
-            SourceCorrupt: The value was changed, moved from another place, or sealed with a key that this hub lacks.
+        Raises `SourceCorrupt` if the value was changed, moved from another place, or sealed with a key that this hub
+        lacks.
         """
         rest = sealed.partition(b"\0")[2]
         key = self.keys.get(name_of(sealed))
@@ -129,11 +123,7 @@ def make_envelope(name: str = "1") -> bytes:
 
 
 def parse_envelope(text: bytes, where: str) -> Envelope:
-    """Parse the keys of a file, one line `NAME BASE64` each.
-
-    Raises:
-        SecretUnreadable: A line is invalid; `where` names the file. The message shows none of the file's content.
-    """
+    """Parse the keys of a file, one line `NAME BASE64` each; raise `SecretUnreadable`, without the content."""
     keys: dict[str, bytes] = {}
     for number, line in enumerate(text.decode("latin-1").splitlines(), 1):
         found = _LINE.fullmatch(line)

@@ -64,8 +64,6 @@ class Etcd:
 
     Args:
         endpoints: URLs of the JSON gateways, `https://HOST:PORT`; those of `--listen-client-http-urls` if set.
-        tls: See `open_tls`.
-        user: User name, with `password`, if etcd has authentication enabled.
         random: Order of the members, and jitter of pauses.
         timeout_s: Timeout for an answer from any member.
         silence_s: Seconds without an event after which a watch counts as broken; writes must be more frequent.
@@ -95,7 +93,6 @@ class Etcd:
         self.doubted = asyncio.Event()
 
     async def close(self) -> None:
-        """Close all connections; pending requests fail."""
         await self._gateway.close()
 
     def accept_older(self) -> None:
@@ -109,8 +106,8 @@ class Etcd:
     ) -> Snapshot:
         """Read a key, or all keys from `key` to before `range_end` (`prefix_end`), at one revision.
 
-        Revision 0 means the newest, with everything that was committed before the call. With `keys_only` the values
-        are empty.
+        Revision 0 means the newest, with everything that was committed before the call. With `keys_only` the values are
+        empty.
 
         Raises:
             Behind: etcd was restored from a backup.
@@ -193,7 +190,6 @@ class Etcd:
 
         Raises:
             Compacted: Changes are missing: read the prefix again.
-            Behind: etcd was restored from a backup.
             EtcdFull: The watch is silent because etcd refuses writes.
             EtcdUnavailable: The watch ended, was silent or lagged; the next attempt takes another member.
         """
@@ -267,8 +263,8 @@ class Etcd:
     ) -> T:
         """Return the first answer of a member, parsed by `parse`.
 
-        With `linear`, the client refuses answers of a member that lags behind earlier answers. With `write`, the
-        client does not repeat a request that may have been carried out.
+        With `linear`, the client refuses answers of a member that lags behind earlier answers. With `write`, the client
+        does not repeat a request that may have been carried out.
         """
         deadline = self._clock.monotonic() + self._timeout_s
         logged_in_anew = False
@@ -388,12 +384,7 @@ def _behind(header: Header, newest: Header) -> Failed:
 
 
 class Failed(Exception):
-    """A member failed to answer correctly.
-
-    Attributes:
-        behind: Whether the answer had an older revision or raft term than known.
-        silent: Whether no answer came in time.
-    """
+    """A member failed to answer correctly: it was `silent`, or `behind` a known revision or raft term."""
 
     def __init__(self, fault: Fault, *, behind: bool = False, silent: bool = False) -> None:
         super().__init__(fault.message)
@@ -401,11 +392,7 @@ class Failed(Exception):
 
 
 def open_tls(ca: Path, certificate: Path | None = None, key: Path | None = None) -> ssl.SSLContext:
-    """Return a TLS context with the CA of members, and with the client's certificate, if given.
-
-    Raises:
-        OSError: A file cannot be read, or has no certificate or key (`ssl.SSLError`).
-    """
+    """Return a TLS context with the CA of members, and with the client's certificate, if given; raise `OSError`."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_verify_locations(ca)
     if certificate is not None:
@@ -414,12 +401,7 @@ def open_tls(ca: Path, certificate: Path | None = None, key: Path | None = None)
 
 
 class Gateway:
-    """Client of all members' gateways.
-
-    Args:
-        tls: See `open_tls`.
-        user: User name, with `password`, if etcd has authentication enabled.
-    """
+    """Client of all members' gateways; `user` and `password` are for an etcd with authentication."""
 
     def __init__(self, *, tls: ssl.SSLContext | None, user: str, password: str) -> None:
         self._pool = httpcore.AsyncConnectionPool(
@@ -434,7 +416,6 @@ class Gateway:
         self.token = ""
 
     async def close(self) -> None:
-        """Close all connections."""
         await self._pool.aclose()
 
     def drop_token(self, token: str) -> bool:

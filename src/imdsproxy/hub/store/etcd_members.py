@@ -35,12 +35,9 @@ def spell_outage(answering: int, of: int) -> str:
 
 
 class Members:
-    """Members of etcd, as far as this client knows them.
+    """Members of etcd by the URLs of their JSON gateways, `https://HOST:PORT`.
 
-    Args:
-        urls: URLs of the JSON gateways, `https://HOST:PORT`.
-        random: Order of the members, and jitter of pauses: hubs that lose a member must not all choose the same next
-            member.
+    Order and pauses are random: hubs that lose a member must not all choose the same next member.
     """
 
     def __init__(self, urls: Sequence[str], *, random: Random, clock: Clock) -> None:
@@ -50,12 +47,10 @@ class Members:
 
     @property
     def urls(self) -> tuple[str, ...]:
-        """URLs of all members."""
         return tuple(one.url for one in self._members)
 
     @property
     def failures(self) -> str:
-        """Last errors of the failing members."""
         return "; ".join(f"{one.url}: {one.failure}" for one in self._members if one.failure)
 
     @property
@@ -76,10 +71,7 @@ class Members:
     def fail(self, url: str, reason: str, *, answers: bool = False) -> None:
         """Let a failed member rest, for longer each time, so that others come first.
 
-        Args:
-            url: URL of the member.
-            reason: Error of the member.
-            answers: Whether the member answers, but knows no leader.
+        With `answers`, the member answers, but knows no leader.
         """
         member = self._find(url)
         # If the others fail as well, this member is asked again after its pause.
@@ -90,7 +82,6 @@ class Members:
         member.rests_until = self._clock.monotonic() + pause
 
     def succeed(self, url: str) -> None:
-        """Record that a member has answered."""
         member = self._find(url)
         member.backoff.succeed()
         member.rests_until, member.failure, member.answers = 0.0, "", True

@@ -23,13 +23,9 @@ class Garbled(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class KeyValue:
-    """Existing key with its value.
+    """Existing key with its value, and the revisions of its last write and of its creation.
 
-    Attributes:
-        mod_revision: Revision of the last write.
-        create_revision: Revision of the creation.
-        lease: Lease of the key, or 0.
-        version: Number of writes since the creation; 0 if unknown.
+    `lease` is 0 without a lease. `version` counts the writes since the creation; it is 0 if unknown.
     """
 
     key: str
@@ -58,11 +54,7 @@ class Header:
 
 @dataclass(frozen=True, slots=True)
 class Compare:
-    """Condition of a write: all keys of a range have this revision; 0 stands for an absent key.
-
-    Attributes:
-        range_end: First key after the range; empty for a single key.
-    """
+    """Condition of a write: a key, or all keys before `range_end`, have this revision; 0 stands for an absent key."""
 
     key: str
     target: Literal["MOD", "CREATE"]
@@ -109,11 +101,7 @@ class Kind(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Error in an answer of etcd.
-
-    Attributes:
-        certain: Whether it is certain that nothing was written.
-    """
+    """Error in an answer of etcd; `certain` if it is certain that nothing was written."""
 
     kind: Kind
     message: str
@@ -141,15 +129,9 @@ class WatchMessage:
 
 @dataclass(frozen=True, slots=True)
 class MemberStatus:
-    """Status of a member that answers.
+    """Status of a member that answers. Sizes are bytes; `in_use` is the used part of the database file.
 
-    Attributes:
-        url: Endpoint of the member.
-        db_size: Size of the database file in bytes.
-        in_use: Used part of the database file in bytes.
-        quota: Maximum `db_size` in bytes; 0 if the member does not report it.
-        problems: Alarms, or the lack of a leader, in etcd's words.
-        leader: Id of the leader, or 0.
+    `quota` is 0 if the member does not report it, and `leader` 0 without a leader. `problems` are in etcd's words.
     """
 
     url: str
@@ -193,12 +175,7 @@ class Conflict:
 
 @dataclass(frozen=True, slots=True)
 class Changes:
-    """Changes of one or several complete transactions.
-
-    Attributes:
-        revision: Revision of the last transaction.
-        events: Events in order, each with its own revision.
-    """
+    """Changes of one or several complete transactions, up to the revision of the last."""
 
     revision: int
     events: tuple[KeyValue | Deleted, ...]
@@ -206,11 +183,7 @@ class Changes:
 
 @dataclass(frozen=True, slots=True)
 class MemberSilent:
-    """Member that failed to answer.
-
-    Attributes:
-        leaderless: Whether the member reported that it knows no leader.
-    """
+    """Member that failed to answer; `leaderless` if it reported that it knows no leader."""
 
     url: str
     reason: str
@@ -276,7 +249,6 @@ def prefix_end(prefix: str) -> str:
 
 
 def encode(text: str | bytes) -> str:
-    """Encode a key or value for the gateway."""
     data = text if isinstance(text, bytes) else text.encode("utf-8", "surrogateescape")
     return base64.b64encode(data).decode()
 
@@ -322,7 +294,6 @@ def render_commit(
 
 
 def parse_header(answer: Json) -> Header:
-    """Parse the header of an answer; raise `Garbled`."""
     found = answer.get("header")
     if not isinstance(found, dict):
         raise Garbled("an answer without header")
@@ -330,13 +301,11 @@ def parse_header(answer: Json) -> Header:
 
 
 def parse_page(answer: Json) -> Page:
-    """Parse the answer to a range; raise `Garbled`."""
     kvs = parse_keys(answer)
     return Page(parse_header(answer).revision, kvs, more=bool(answer.get("more") and kvs))
 
 
 def parse_keys(answer: Json) -> list[KeyValue]:
-    """Parse the keys in the answer to a range; raise `Garbled`."""
     try:
         return [_key_value(one) for one in answer.get("kvs", ())]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -421,7 +390,6 @@ def parse_quota(metrics: bytes) -> int:
 
 
 def parse_lease(answer: Json) -> int:
-    """Parse the id of a granted lease; raise `Garbled`."""
     return _int(answer, "ID")
 
 

@@ -38,15 +38,9 @@ _log = structlog.get_logger()
 
 @dataclass(slots=True)
 class Import:
-    """Import of networks and instances.
+    """Import of networks, which are all written before the first instance, and of instances with their user data.
 
-    Args:
-        writes: Writes to etcd.
-        networks: Networks, which are all written before the first instance.
-        instances: Instances with their user data.
-        terms: Conditions of the writes; `run` replaces the request by the import's name.
-        name: Result of `make_name`.
-        progress: Progress of the import.
+    `run` replaces the request of the terms by the import's name, the result of `make_name`.
     """
 
     writes: Writes
@@ -57,11 +51,7 @@ class Import:
     progress: Progress = field(default_factory=Progress)
 
     async def run(self) -> Done:
-        """Check all records, then write them.
-
-        Raises:
-            ImdsproxyError: Errors of `Writes.put`; a failed check leaves all records unwritten.
-        """
+        """Check all records, then write them; a failed check leaves all unwritten. Raises as `Writes.put`."""
         request = self.name
         key = layout.import_key(request)
         of = len(self.networks) + len(self.instances)

@@ -48,18 +48,14 @@ _log = structlog.get_logger()
 
 
 async def keep_nothing(_: Mapping[str, bytes]) -> None:
-    """Do nothing: the `Keep` of a part without a journal."""
+    pass
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Position up to which a hub has followed its fleet.
+    """Position up to which a hub has followed its fleet; `fleet` is empty before the hub knows a fleet.
 
-    Attributes:
-        fleet: UUID of the fleet; empty before the hub knows one.
-        incarnation: Highest incarnation that the hub has seen.
-        revision: Highest revision in this incarnation.
-        beats: Highest count of the hubs' beats in this incarnation.
+    The incarnation is the highest that the hub has seen; revision and count of the hubs' beats are the highest in it.
     """
 
     fleet: str = ""
@@ -119,9 +115,8 @@ class Journal:
     async def open(self) -> dict[str, bytes]:
         """Open or make the file; return its lasting values that can be read.
 
-        Raises:
-            ConfigInvalid: The file is damaged, or another program's.
-            SourceUnavailable: The file cannot be used now: the disk is full, read-only or fails, or the file is locked.
+        Raises `ConfigInvalid` if the file is damaged or another program's, and `SourceUnavailable` if it cannot be used
+        now.
         """
         try:
             return await self._in_thread(self._open)
@@ -158,7 +153,6 @@ class Journal:
         return readable
 
     async def close(self) -> None:
-        """Write pending values, and close the file."""
         try:
             await self.flush()
         finally:
@@ -203,7 +197,6 @@ class Journal:
                 await asyncio.sleep(_AGAIN_S)
 
     async def flush(self) -> None:
-        """Write queued values."""
         async with self._writing:
             self._changed.clear()
             values, names, position = self._values, self._new_names, self.position

@@ -59,14 +59,7 @@ def plan_hosts(
 ) -> Transaction:
     """Place an instance on other hosts without changing its record.
 
-    Args:
-        view: Known keys of etcd.
-        instance: Instance to place.
-        choose: Function from the current hosts to the new hosts; it may raise.
-        terms: Conditions of the write.
-
-    Raises:
-        ImdsproxyError: Errors of `plan_put` and of `choose`.
+    `choose` returns the new hosts for the present ones. Raises its errors, and the errors of `plan_put`.
     """
     refuse_suspect(view)
     view = only_own(view, terms.scope)
@@ -94,13 +87,9 @@ def choose_move(
 ) -> Callable[[tuple[HostId, ...]], tuple[HostId, ...]]:
     """Return a function from an instance's hosts to its hosts after one step of a move.
 
-    Args:
-        instance: Instance that moves.
-        to: Target host. It may be omitted to finish or cancel, when the instance is on two hosts.
-        finish: The guest has arrived: the source host no longer serves it.
-        cancel: The guest stays on the source host.
-
-    A finished move may be finished again, and a canceled move canceled again: the first answer may have been lost.
+    Without `finish` or `cancel` the instance comes to the host `to`. To finish (the guest has arrived) or to cancel
+    (the guest stays), `to` may be omitted while the instance is on two hosts. A step may be repeated: the first answer
+    may have been lost.
     """
 
     def choose(hosts: tuple[HostId, ...]) -> tuple[HostId, ...]:
@@ -145,13 +134,9 @@ def choose_departure(
 ) -> Callable[[tuple[HostId, ...]], tuple[HostId, ...]]:
     """Return a function from an instance's hosts to its hosts after a host reports the end of a migration.
 
-    A host can remove only itself, and only if another host serves the instance. So the report of a captured host
-    changes nothing for guests of other hosts.
-
-    Args:
-        instance: Instance that was migrated.
-        host: Reporting host. If the instance is not on it, the error is the same as for an unknown instance.
-        cancel: The migration to this host has failed; otherwise the guest has left this host.
+    With `cancel` the migration to this host has failed, otherwise the guest has left this host. A host can remove only
+    itself, and only if another host serves the instance. So the report of a captured host changes nothing for guests of
+    other hosts, and the error for an instance of others is that for an unknown instance.
     """
 
     def choose(hosts: tuple[HostId, ...]) -> tuple[HostId, ...]:
@@ -172,10 +157,8 @@ def plan_override(
 ) -> tuple[Transaction, int]:
     """Change the operator override of an instance; also return its new epoch.
 
-    A removed instance keeps its override, so that a new instance with the same id does not accept its tokens.
-
-    Raises:
-        ImdsproxyError: `NotFound`, and the errors of `plan_put`.
+    A removed instance keeps its override, so that a new instance with the same id does not accept its tokens. Raises
+    `NotFound`, and the errors of `plan_put`.
     """
     refuse_suspect(view)
     view = only_own(view, terms.scope)
@@ -229,11 +212,7 @@ def plan_policy(
 def plan_grant(
     view: View, project: str, change: Callable[[Grant], Grant], terms: Terms
 ) -> Transaction:
-    """Change what a project's operators may use.
-
-    Raises:
-        ImdsproxyError: Errors of `plan_put` and of `change`.
-    """
+    """Change what a project's operators may use; raise the errors of `plan_put` and of `change`."""
     refuse_suspect(view)
     key = layout.grant_key(project)
     # An unreadable grant allows nothing, and the write replaces it.
@@ -261,14 +240,8 @@ def plan_acceptance(view: View, known: Meta) -> Transaction:
     """Accept the restored contents of etcd: raise the incarnation and remove the suspicion.
 
     The new incarnation is above that of every hub and host that claims a restore. A backup may be older than several
-    acceptances, and hosts refuse an incarnation below their own.
-
-    Args:
-        view: Keys of etcd.
-        known: This hub's copy of the fleet's metadata, written again if etcd lost it.
-
-    Raises:
-        RequestRefused: No restore is suspected.
+    acceptances, and hosts refuse an incarnation below their own. The fleet's metadata are written as `known` if etcd
+    lost them. Raises `RequestRefused` if no restore is suspected.
     """
     meta, found, suspicion = view(layout.META), view(layout.SUSPECT), suspicion_of(view)
     if found is None or suspicion is None:

@@ -75,10 +75,9 @@ _SHOWN: Final = 5
 
 @dataclass(frozen=True, slots=True)
 class InstancePut:
-    """Instance to store.
+    """Instance to store, without its user data. If the record names no host, the stored hosts stay.
 
     Attributes:
-        record: Record to store, without its user data. If it names no host, the stored hosts stay.
         user_data: Reference to the user data, whose chunks etcd has already.
         chunk_revision: Revision of the first chunk. While it is unchanged, no hub has swept the chunks.
         path: Path of the record in its document.
@@ -98,14 +97,7 @@ def plan_put(
     *,
     at_once: bool = True,
 ) -> Transaction:
-    """Store networks and instances, all or none.
-
-    Args:
-        view: Known keys of etcd.
-        networks: Network records.
-        instances: Instance records. If two share an id or an address, the second is refused.
-        terms: Conditions of the write.
-        at_once: Allow an address to move between these instances.
+    """Store networks and instances, all or none. With `at_once`, an address may move between these instances.
 
     Raises:
         AccessDenied: A record belongs to another project, or the project may not use a listener.
@@ -183,18 +175,9 @@ def plan_removal(view: View, instance: InstanceId, terms: Terms) -> Transaction:
 def plan_network_removal(
     view: View, network: NetworkId, terms: Terms, users: Sequence[str]
 ) -> Transaction:
-    """Remove a network.
+    """Remove a network; `users` are some of the instances with a port in the network, if any are known.
 
-    Args:
-        view: Known keys of etcd.
-        network: Network to remove.
-        terms: Conditions of the write.
-        users: Some of the instances with a port in the network; empty if none is known.
-
-    Raises:
-        RecordConflict: Instances have ports in the network.
-        NotFound: The network does not exist.
-        RevisionOutdated: See `plan_put`, also for other errors.
+    Raises `RecordConflict` if instances have ports in the network, `NotFound`, and the errors of `plan_put`.
     """
     refuse_suspect(view)
     view = only_own(view, terms.scope)

@@ -49,19 +49,7 @@ _log = structlog.get_logger()
 
 @dataclass(slots=True)
 class Restores:
-    """Claims and repairs of this hub.
-
-    Args:
-        etcd: The store.
-        state: This hub's copy of etcd.
-        name: Name of this hub.
-        journal: Journal, which outlives etcd.
-        clock: Unix time.
-
-    Attributes:
-        fold: See `Fold`.
-        incarnation: Incarnation at the last read of etcd.
-    """
+    """Claims and repairs of this hub; `incarnation` is the fleet's at the last read of etcd."""
 
     etcd: Etcd
     state: FleetState
@@ -87,9 +75,7 @@ class Restores:
     def review(self, keys: Sequence[str], *, accepted: bool) -> None:
         """Journal lasting values of changed keys, and schedule writing lost values back to etcd.
 
-        Args:
-            keys: Keys that may have changed.
-            accepted: An operator has accepted the contents of etcd, so values that etcd lacks are not suspicious.
+        If an operator has `accepted` the contents of etcd, values that etcd lacks are not suspicious.
         """
         self._write_down(keys)
         ahead = [key for key in keys if key in self.state.ahead]
@@ -117,7 +103,6 @@ class Restores:
         self.journal.advance(Position(fleet, self.incarnation, state.revision, beats))
 
     def _regained(self, keys: Iterable[str]) -> dict[str, str]:
-        """Describe the values that the hub puts back into etcd, by owner."""
         state = self.state
         found = ((key, state.value(key)) for key in keys)
         return dict(
@@ -127,7 +112,6 @@ class Restores:
         )
 
     def suspect(self, evidence: Evidence) -> None:
-        """Queue evidence of a restore for writing to etcd."""
         # Only the last evidence of each host is kept: a host may send a hello as often as it likes.
         host, before = evidence.host, self._evidence.get(evidence.host)
         self.state.doubted |= host is None
@@ -181,14 +165,9 @@ class Restores:
                 return
 
     async def _note(self, evidence: Evidence, incarnation: int) -> bool:
-        """Add evidence to the suspicion in etcd.
+        """Add evidence to the suspicion in etcd; return whether the evidence is written or has become unnecessary.
 
-        Args:
-            evidence: Evidence to add.
-            incarnation: Incarnation of this hub's copy when the hub noticed the evidence.
-
-        Returns:
-            Whether the evidence is written or has become unnecessary.
+        `incarnation` is that of this hub's copy when the hub noticed the evidence.
         """
         found, meta = await self.etcd.read(layout.SUSPECT), await self.etcd.read(layout.META)
         meta_now = None

@@ -80,11 +80,7 @@ class Scope:
 
 
 def read_grant(view: View, project: str) -> tuple[Grant, int]:
-    """Return the grant of a project and its revision; revision 0 if the grant was never written.
-
-    Raises:
-        SourceCorrupt: Another program wrote the grant.
-    """
+    """Return the grant of a project and its revision, 0 if the grant was never written; raise `SourceCorrupt`."""
     found = view(layout.grant_key(project))
     if found is None:
         return NO_GRANT, 0
@@ -114,9 +110,7 @@ def read_owned(
 ) -> tuple[StoredInstance, int] | None:
     """Return a stored instance and its revision; `None` also if it does not belong to the operator's project.
 
-    Raises:
-        SourceCorrupt: The record cannot be read. Its project is unknown, so only operators of all projects get this
-            error.
+    The project of an unreadable record is unknown, so only operators of all projects get `SourceCorrupt`.
     """
     view = only_own(view, project)
     if project is not None and is_unread(view, layout.instance_key(instance)):

@@ -74,11 +74,7 @@ _NEEDED: Final = ("network/", "policy/")
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """New value of a key; `None` if the key was deleted.
-
-    Attributes:
-        create_revision, version: See `etcd_messages.KeyValue`; 0 if unknown.
-    """
+    """New value of a key, `None` if the key was deleted, with the numbers of `etcd_messages.KeyValue`, 0 if unknown."""
 
     key: str
     value: bytes | None
@@ -88,7 +84,6 @@ class Change:
 
 
 def change_of(event: KeyValue | Deleted) -> Change:
-    """Convert a watch event, or a key that was read, to a change."""
     if isinstance(event, Deleted):
         return Change(event.key, None, event.mod_revision)
     return Change(event.key, event.value, event.mod_revision, event.create_revision, event.version)
@@ -103,11 +98,7 @@ class _Entry:
 
 @dataclass(frozen=True, slots=True)
 class Unread:
-    """Unreadable value of a key in etcd.
-
-    Attributes:
-        why: Reason for the operator.
-    """
+    """Unreadable value of a key in etcd, with the reason."""
 
     value: bytes
     mod_revision: int
@@ -129,12 +120,10 @@ _NOWHERE: Final = _Placement()
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Answer to a host's hello.
+    """Answer to a host's hello: changes, and the items that the host keeps for a reason.
 
-    Attributes:
-        batch: Changes for the host, and the items that it keeps for a reason.
-        suspicious: Reason to suspect that etcd was restored from a backup: an item of the host that etcd lacks or has
-            in an older revision. Unreadable values do not count.
+    `suspicious` is a reason to suspect that etcd was restored: an item of the host that etcd lacks or has in an older
+    revision. Unreadable values do not count.
     """
 
     batch: Batch
@@ -154,11 +143,8 @@ class FleetState:
         open_password: Decrypts a password, given its key and the sealed bytes; returns `None` on failure.
 
     Attributes:
-        unreadable: Values that another program wrote, by key.
-        lost: Reasons by key, for keys that were deleted or got an older value, as after a restore. The value from
-            before stays in force.
-        ahead: Lasting keys (`fleet.restores`) for which etcd has an older value or none, with the revision of
-            etcd's value (0 for none). The newest value stays in force.
+        lost: Reasons by key, for keys that were deleted or got an older value. The value from before stays in force.
+        ahead: Revisions of lasting keys of which etcd has an older value or none (0). The newest value stays in force.
         doubted: This hub has noticed a restore that no operator has accepted.
         removed: Keys of removed records. They stay in etcd for a while, so that hosts learn about the removal.
     """
@@ -245,14 +231,12 @@ class FleetState:
         return (entry.mod_revision, entry.value) != (change.mod_revision, change.value)
 
     def keys_beyond(self, found: Collection[str]) -> list[str]:
-        """Return all keys that are not in `found`."""
         return [key for key in self.keys(layout.PREFIX) if key not in found]
 
     def apply(self, revision: int, changes: Iterable[Change]) -> dict[HostId, set[ItemKey]]:
-        """Apply changes that are complete up to `revision`.
+        """Apply changes that are complete up to `revision`; return items that may have changed, by host.
 
-        Returns:
-            Items that may have changed, by host; items for every host have the name `*`.
+        Items for every host have the host `*`.
         """
         touched: dict[HostId, set[ItemKey]] = {}
         for change in changes:
@@ -416,7 +400,6 @@ class FleetState:
             touched.setdefault(host, set()).add(item)
 
     def _hosts(self, item: ItemKey) -> Collection[HostId]:
-        """Return the hosts that get an item because of their instances."""
         kind, _, rest = item.partition("/")
         if kind in _OF_INSTANCE:
             return self._placements.get(InstanceId(rest), _NOWHERE).hosts
@@ -425,7 +408,6 @@ class FleetState:
     # Items of hosts
 
     def reaches(self, host: HostId, item: ItemKey) -> bool:
-        """Return whether the host gets the item."""
         if item in {_FLEET_POLICY, f"policy/host/{host}"}:
             return True
         return host in self._hosts(item)
@@ -470,7 +452,6 @@ class FleetState:
         return self._entries.get(prefix, {}).get(prefix + rest)
 
     def _revision_of(self, item: ItemKey) -> int | None:
-        """Return an item's revision; `None` if there is no value for hosts."""
         if item.startswith(("keys/", "password/")):
             found = self.item(item)
             return None if found is None else found[0]
@@ -506,10 +487,7 @@ class FleetState:
     ) -> Batch:
         """Return a batch with the current values of changed items, for a host that is otherwise up to date.
 
-        Args:
-            host: Host to update.
-            items: Changed items.
-            keeps_unread: The host keeps unreadable instances, which may need items that no other instance needs.
+        With `keeps_unread`, the host keeps unreadable instances, which may need items that no other instance needs.
         """
         put: dict[ItemKey, Item] = {}
         removed: list[ItemKey] = []
@@ -635,12 +613,7 @@ class FleetState:
         return Batch(self.revision, meta.fleet, meta.incarnation, put, tuple(removed), held)
 
     def held_back(self, host: HostId, items: Collection[ItemKey] | None) -> str | None:
-        """Return the reason why a host does not get an item's newest value; `None` if no item is in `problems`.
-
-        Args:
-            host: Host to check.
-            items: Items to check; `None` for all items of the host.
-        """
+        """Return the reason why a host does not get the newest value of an item, or of any of its items."""
         if not (self.unreadable or self.lost):
             return None
         for key, why in self.problems.items():
@@ -704,11 +677,9 @@ class FleetState:
         return sorted(map(HostId, found))
 
     def hosts_of(self, instance: InstanceId) -> tuple[HostId, ...]:
-        """Return the hosts of an instance."""
         return self._placements.get(instance, _NOWHERE).hosts
 
     def instances_on(self, host: HostId) -> frozenset[InstanceId]:
-        """Return the instances placed on a host."""
         return frozenset(self._placed.get(host, ()))
 
     def count_placed(self) -> int:
@@ -716,7 +687,6 @@ class FleetState:
         return sum(map(len, self._placed.values()))
 
     def blobs(self) -> set[str]:
-        """Return the SHA-256 digests of all instances' user data."""
         return {one.sha256 for one in self._placements.values() if one.sha256 is not None}
 
     def count_by_host(self, item: ItemKey) -> Counter[HostId]:
@@ -724,7 +694,6 @@ class FleetState:
         return Counter(self._where.get(item, Counter()))
 
     def count_on(self, host: HostId, item: ItemKey) -> int:
-        """Return the number of instances on a host that need an item."""
         there = self._where.get(item)
         return 0 if there is None else there.get(host, 0)
 

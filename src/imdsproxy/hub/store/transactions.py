@@ -40,12 +40,11 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class Transaction:
-    """Transaction that etcd commits if all comparisons hold.
+    """Transaction that etcd commits if all comparisons hold, within a project (`Terms.scope`).
 
     Attributes:
         revision: Newest revision of the records that need no change.
         hosts: Hosts of the records, before and after the write.
-        scope: See `Terms.scope`.
     """
 
     compares: tuple[Compare, ...] = ()
@@ -57,7 +56,7 @@ class Transaction:
 
     @property
     def fits(self) -> bool:
-        """Return whether the transaction is within etcd's limits."""
+        """Whether the transaction is within etcd's limits."""
         most = max(len(self.compares), len(self.puts) + len(self.deletes))
         return most <= MOST_OPERATIONS and sum(map(len, self.puts.values())) <= MOST_BYTES
 
@@ -83,8 +82,6 @@ class Terms:
 
 @dataclass(slots=True)
 class Draft:
-    """Transaction while it is planned."""
-
     view: View
     terms: Terms
     compares: dict[Compare, None] = field(default_factory=dict)
@@ -191,11 +188,7 @@ def refuse_other_revision(kind: str, subject: str, revision: int, terms: Terms) 
 
 
 def refuse_suspect(view: View) -> Compare:
-    """Return a comparison that fails if another claim of a restore was written meanwhile.
-
-    Raises:
-        RestoreSuspected: A hub, or two hosts, claim that etcd was restored.
-    """
+    """Return a comparison that fails after another claim of a restore; raise `RestoreSuspected` if claims suffice."""
     suspicion = suspicion_of(view)
     if suspicion is not None and suspicion.refuses:
         raise RestoreSuspected(

@@ -106,13 +106,7 @@ _AT_ONCE: Final = 1000
 
 @dataclass(slots=True)
 class Sweep:
-    """Sweeper of unused user data and old removals.
-
-    Args:
-        etcd: The store.
-        state: This hub's copy of etcd.
-        clock: Monotonic and Unix time.
-    """
+    """Sweeper of unused user data and old removals."""
 
     etcd: Etcd
     state: FleetState

@@ -36,11 +36,7 @@ _KINDS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Needed:
-    """Level of records that a host must be able to read.
-
-    Attributes:
-        item: Item that needs the level.
-    """
+    """Level of records that a host must be able to read, and the item that needs the level."""
 
     level: int
     item: ItemKey
@@ -77,11 +73,7 @@ def plan_levels(state: FleetState, planned: Transaction, schema: Schema) -> dict
 
 
 def refuse_older(needed: Mapping[HostId, Needed], levels: Mapping[HostId, int]) -> None:
-    """Refuse a write that a host would not understand; hosts of unknown level, which are away, do not count.
-
-    Raises:
-        SourceRefused: A host is too old.
-    """
+    """Raise `SourceRefused` if a host would not understand a write; hosts that are away do not count."""
     problems = [
         Problem("hosts", f"host {host} is too old for what {one.item} says", "upgrade it first")
         for host, one in sorted(needed.items())
@@ -124,12 +116,9 @@ _NAMING: Final = Naming()
 
 
 def refuse_shared(state: FleetState, planned: Transaction) -> None:
-    """Refuse a write that gives a host two networks with one listener.
+    """Raise `RecordConflict`, which names both networks, if a write gives a host two networks with one listener.
 
-    Raises:
-        AlreadyExists: An operator of one project creates a network whose objects on hosts would have the names of
-            another network's objects.
-        RecordConflict: Two networks share a listener; the error names both.
+    Raise `AlreadyExists` if an operator of one project creates a network whose names on hosts are another network's.
     """
     after = _After(state, planned)
     problems = list(after.problems())

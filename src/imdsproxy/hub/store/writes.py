@@ -58,13 +58,7 @@ _log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """Result of a write that etcd committed, or that was not needed.
-
-    Attributes:
-        revision: Revision of the write, or of the record if nothing changed.
-        hosts: Hosts on which the write must come into force.
-        scope: See `transactions.Terms.scope`.
-    """
+    """Result of a write: its revision, or the unchanged record's, and hosts on which it must come into force."""
 
     revision: int
     hosts: frozenset[HostId]
@@ -96,7 +90,6 @@ class Fresh:
         return self.asked.setdefault(key, self.state.stored(key))
 
     def take(self, compares: Iterable[Compare], kvs: Sequence[KeyValue]) -> None:
-        """Store the current values from etcd's refusal of a write."""
         found = {one.key: (one.value, one.mod_revision) for one in kvs}
         for one in compares:
             if one.range_end:
@@ -140,12 +133,7 @@ class Writes:
     """Writes to a fleet's etcd.
 
     Args:
-        etcd: The store.
-        state: This hub's copy of etcd.
-        envelope: Encryption of user data.
-        clock: Unix time.
         user_data_kib: Maximum size of an instance's user data, in KiB.
-        schema: Record schema of this hub.
         levels: Returns the level of records that each connected host reads.
         keep: Writes values to this hub's journal; called before the client gets its answer.
     """
@@ -168,7 +156,6 @@ class Writes:
         revision: int | None = None,
         scope: str | None = None,
     ) -> Terms:
-        """Return the conditions of a write at the current time; see `transactions.Terms`."""
         return Terms(request, int(self.clock.now().timestamp()), create, revision, scope)
 
     async def put(
@@ -180,14 +167,10 @@ class Writes:
         bulk: bool = False,
         finish: Callable[[Transaction], Transaction] = lambda planned: planned,
     ) -> Done:
-        """Store or replace records, all or none.
+        """Store or replace complete records, all or none.
 
-        Args:
-            networks: Complete network records.
-            instances: Complete instance records, with their user data.
-            terms: Conditions of the write.
-            bulk: Begin the field of each problem with the kind and number of its record.
-            finish: Function that extends the planned transaction.
+        With `bulk`, the field of each problem begins with the kind and number of its record. `finish` extends the
+        planned transaction.
 
         Raises:
             ImdsproxyError: Errors of `plan_records.plan_put`.
@@ -244,16 +227,10 @@ class Writes:
         *,
         keeps_data: bool,
     ) -> Done:
-        """Read an instance, change it and write it; retry if another write came between.
+        """Read an instance, make the new record of it and write it; retry if another write came between.
 
-        Args:
-            instance: Instance to change.
-            make: Function from the stored instance to the new record.
-            terms: Conditions of the write.
-            keeps_data: Keep the stored user data instead of the new record's.
-
-        Raises:
-            ImdsproxyError: Errors of `put` and of `make`.
+        With `keeps_data`, the stored user data stay instead of the new record's. Raises the errors of `put` and of
+        `make`.
         """
         data: tuple[UserData | None, int] | None = None
         while True:
@@ -308,9 +285,7 @@ class Writes:
     async def write(self, plan: Callable[[Fresh], Transaction]) -> Done:
         """Commit a planned transaction; plan again if the keys have changed in etcd.
 
-        Raises:
-            ImdsproxyError: Errors of `plan` for the current keys in etcd.
-            SourceUnavailable: See `put`.
+        Raises the errors of `plan` for the current keys in etcd, and `SourceUnavailable` as `put`.
         """
         view = Fresh(self.state)
         unknown: WriteUnknown | None = None
@@ -357,11 +332,7 @@ class Writes:
             )
 
     async def revoke_tokens(self, instance: InstanceId, terms: Terms) -> tuple[Done, int]:
-        """Revoke an instance's current tokens; raise `NotFound`, and the errors of `put`.
-
-        Returns:
-            The write, and the instance's new epoch.
-        """
+        """Revoke an instance's tokens; also return its new epoch. Raises `NotFound`, and the errors of `put`."""
 
         def revoke(old: OperatorOverride) -> OperatorOverride:
             epoch = transactions.next_epoch(old.epoch, self.state.meta.incarnation)
@@ -401,16 +372,10 @@ class Writes:
     async def put_policy(
         self, place: str, change: Callable[[Mapping[str, Any]], Mapping[str, Any]], terms: Terms
     ) -> Done:
-        """Change the policy of a scope.
+        """Change the policy of `fleet`, `host/ID` or `project/ID`; raise the errors of `put` and of `change`.
 
-        Args:
-            place: `fleet`, `host/ID` or `project/ID`.
-            change: Function from the old rules to the new rules, in the form of `model.records.network.POLICY`; empty
-                rules clear the policy.
-            terms: Conditions of the write.
-
-        Raises:
-            ImdsproxyError: Errors of `put` and of `change`.
+        `change` gets the old rules and returns the new ones, in the form of `model.records.network.POLICY`; empty rules
+        clear the policy.
         """
         return await self.write(lambda view: plan_changes.plan_policy(view, place, change, terms))
 
@@ -419,10 +384,9 @@ class Writes:
         return await self.write(lambda view: plan_changes.plan_grant(view, project, change, terms))
 
     async def accept_restore(self) -> tuple[int, Mapping[str, str]]:
-        """Accept the restored contents of etcd, although hosts had newer ones.
+        """Accept the restored contents of etcd, although hosts had newer ones, and wait until this hub's copy has them.
 
-        Returns:
-            The revision of the acceptance, and `Suspicion.regained`. This hub's copy then has the acceptance.
+        Returns the revision of the acceptance, and `Suspicion.regained`.
         """
         known, regained = self.state.meta, dict[str, str]()
 
@@ -446,11 +410,7 @@ class Writes:
     # User data
 
     async def store_blob(self, data: bytes) -> tuple[UserData, int]:
-        """Store user data in etcd, unless an intact copy exists.
-
-        Returns:
-            The reference to the user data, and the revision of its first chunk.
-        """
+        """Store user data in etcd, unless an intact copy exists; return its reference, and the revision of chunk 0."""
         found = UserData(hashlib.sha256(data).hexdigest(), len(data))
         prefix, first = f"{layout.BLOBS}{found.sha256}/", layout.blob_key(found.sha256, 0)
         there = (await self.etcd.read(prefix, prefix_end(prefix), keys_only=True)).kvs

@@ -61,13 +61,9 @@ _NAMES: Final = "compare its URL with the names in its certificate, and its CA w
 
 @dataclass(frozen=True, slots=True)
 class HostFiles:
-    """Files of a host that joined a fleet, without its items.
+    """Files of a host that joined a fleet, in PEM but for `hubs`, which has a URL a line.
 
-    Attributes:
-        hubs: URLs of hubs, one per line.
-        certificate: Certificate of the host, PEM.
-        key: Key of the certificate, PEM; may be the same file.
-        authority: CA certificate of the fleet, PEM; several while the fleet replaces its CA.
+    `certificate` and `key` may be the same file. `authority` has several CAs while the fleet replaces its CA.
     """
 
     hubs: Path
@@ -108,11 +104,7 @@ class HostFiles:
         return found
 
     def context(self) -> ssl.SSLContext:
-        """Make a TLS client context from the current files.
-
-        Raises:
-            SourceUnavailable: A file is missing or not valid.
-        """
+        """Make a TLS client context from the current files; raise `SourceUnavailable` if a file cannot be used."""
         try:
             context = ssl.create_default_context(cafile=self.authority)
             context.minimum_version = ssl.TLSVersion.TLSv1_3
@@ -127,11 +119,7 @@ class HostFiles:
 
 @dataclass(slots=True)
 class HubStream:
-    """Stream of lines over one connection, with a second connection for user data and passwords.
-
-    Attributes:
-        hub: URL of the hub.
-    """
+    """Stream of lines over one connection, with a second connection for user data and passwords."""
 
     hub: str
     _reader: asyncio.StreamReader
@@ -140,11 +128,7 @@ class HubStream:
     _timeout_s: float
 
     async def read(self, within_s: float) -> FromHub:
-        """Read the next line.
-
-        Raises:
-            SourceUnavailable: No line came in time, the connection ended, or the line is not valid.
-        """
+        """Read the next line; raise `SourceUnavailable` without a valid line in time."""
         try:
             async with asyncio.timeout(within_s):
                 line = await self._reader.readline()
@@ -174,9 +158,8 @@ class HubStream:
     async def user_data(self, sha256: str, size: int) -> bytes:
         """Fetch user data of an instance on this host.
 
-        Raises:
-            SourceRefused: The hub does not have the data for this host, or cannot read it.
-            SourceUnavailable: The hub, or its etcd, does not answer now.
+        Raises `SourceRefused` if the hub does not have the data for this host or cannot read it, else
+        `SourceUnavailable`.
         """
         most = max(size, _MOST_OF_ANSWER)
         status, data = await _ask(
@@ -189,11 +172,9 @@ class HubStream:
         return data
 
     async def give_password(self, instance: InstanceId, password: bytes) -> None:
-        """Send the hub a password that the guest of an instance posted on this host.
+        """Send the hub a password that a guest posted on this host.
 
-        Raises:
-            SourceRefused: The instance is not on this host, or has another password.
-            SourceUnavailable: The hub, or its etcd, does not answer now.
+        Raises `SourceRefused` if the instance is not on this host or has another password, else `SourceUnavailable`.
         """
         body = {"instance": instance, "password": base64.b64encode(password).decode()}
         url, raw = f"{self.hub}{PASSWORD_PATH}", json.dumps(body).encode()
@@ -204,12 +185,7 @@ class HubStream:
 
 @dataclass(frozen=True, slots=True)
 class HubClient:
-    """Client of hubs, by their URLs `https://NAME:PORT`.
-
-    Attributes:
-        identity: Files for TLS; `None` only for hubs without TLS.
-        timeout_s: Maximum time for the answer to a request, in seconds.
-    """
+    """Client of hubs, by their URLs `https://NAME:PORT`; `identity` is `None` only for hubs without TLS."""
 
     identity: HostFiles | None
     timeout_s: float
@@ -218,9 +194,8 @@ class HubClient:
     async def stream(self, hub: str, within_s: float = CONNECT_S) -> AsyncIterator[HubStream]:
         """Open a hub's stream for the duration of the block.
 
-        Raises:
-            SourceUnavailable: The hub is not reached, or does not answer with a stream within `within_s`.
-            SourceRefused: The hub refuses this host.
+        Raises `SourceUnavailable` without an answer within `within_s`, and `SourceRefused` if the hub refuses this
+        host.
         """
         url = urlsplit(hub)
         context = self._context(hub)
@@ -250,11 +225,7 @@ class HubClient:
     async def request(
         self, method: str, hub: str, path: str, *, body: bytes = b""
     ) -> tuple[int, bytes]:
-        """Send one request, with a body of JSON if any, and return the status and body of the answer.
-
-        Raises:
-            SourceUnavailable: No answer came, or the answer is too long.
-        """
+        """Send one request, and return the status and body of the answer; raise `SourceUnavailable`."""
         async with httpcore.AsyncConnectionPool(ssl_context=self._context(hub)) as pool:
             url = f"{hub.rstrip('/')}{path}"
             return await _ask(pool, method, url, self.timeout_s, body=body)
@@ -318,11 +289,7 @@ def _check_status(hub: str, head: bytes) -> None:
 
 @dataclass(slots=True)
 class UserDataFetcher:
-    """Fetches user data from a hub and stores it.
-
-    Args:
-        keep: Stores user data on disk; raises `SourceError`.
-    """
+    """Fetches user data from a hub, and stores it on disk by `keep`, which raises `SourceError`."""
 
     keep: Callable[[bytes], Awaitable[None]]
     _failures: dict[str, SourceError] = field(default_factory=dict)
@@ -338,7 +305,6 @@ class UserDataFetcher:
                 self._failures.pop(data.sha256, None)
 
     def reasons(self) -> Mapping[str, str]:
-        """Return the reasons of the last failed attempts, by SHA-256."""
         return {
             sha256: f"{error.message} ({error.hint})" if error.hint else error.message
             for sha256, error in self._failures.items()

@@ -62,12 +62,7 @@ DELETE FROM user_data WHERE sha256 NOT IN (
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """Content of the file.
-
-    Attributes:
-        items: Intact items.
-        damaged: Keys of damaged items, and whether the key itself is intact.
-    """
+    """Content of the file: intact items, and the keys of damaged items, with whether the key itself is intact."""
 
     position: Position
     items: Mapping[ItemKey, Item]
@@ -78,8 +73,8 @@ class Kept:
 class KeptItems:
     """The file at `path`. All methods block; `fetch` may be called in any thread, the others in one thread only.
 
-    Attributes:
-        vouched: Last moment at which a hub knew the fleet's state and this host had the same; `None` for never.
+    All raise `SourceError` if the file cannot be used. `vouched` is the last moment at which a hub knew the fleet's
+    state and this host had the same.
     """
 
     path: Path
@@ -92,11 +87,7 @@ class KeptItems:
     _has_deleted: bool = True
 
     def open(self) -> Kept:
-        """Open the file, creating a missing one, and return its content.
-
-        Raises:
-            SourceError: The file cannot be used.
-        """
+        """Open the file, creating a missing one, and return its content."""
         with self._failures():
             self._connection = open_store(self.path, (_SCHEMA,))
             self._connection.execute("PRAGMA secure_delete = ON").fetchall()
@@ -141,11 +132,7 @@ class KeptItems:
         return StoredBytes(*found, instance, UserDataFile(self, sha256))
 
     def keep_user_data(self, data: bytes) -> None:
-        """Store user data before the items that name it.
-
-        Raises:
-            SourceError: The data cannot be stored.
-        """
+        """Store user data before the items that name it."""
         sha256, digest = sha256_of(data).hexdigest(), digest_of(data)
         with self._failures(), closing(self._open().cursor()) as cursor:
             insert = "INSERT OR REPLACE INTO user_data VALUES (?, ?, ?, ?)"
@@ -165,17 +152,7 @@ class KeptItems:
         vouched: Moment | None,
         renumbered: Iterable[ItemKey] = (),
     ) -> None:
-        """Store a set of changes atomically.
-
-        Args:
-            position: Position of the host after these changes.
-            items: See `Applied.stored`.
-            vouched: See `KeptItems.vouched`.
-            renumbered: See `Applied.renumbered`.
-
-        Raises:
-            SourceError: The changes cannot be stored.
-        """
+        """Store a set of changes atomically (`Applied`)."""
         with self._failures(), transaction(connection := self._open()):
             for key, item in items.items():
                 if item is None:
@@ -205,11 +182,7 @@ class KeptItems:
         self.vouched = vouched
 
     def sweep(self, needed: Collection[str] = ()) -> None:
-        """Delete user data that no item names, and overwrite the last copies of deleted data.
-
-        Args:
-            needed: SHA-256 of user data that arrived before its item.
-        """
+        """Delete user data that neither an item nor `needed` names, and overwrite the last copies of deleted data."""
         with self._failures():
             connection = self._open()
             for (sha256,) in connection.execute(_UNUSED, [json.dumps([*needed])]).fetchall():
@@ -222,11 +195,7 @@ class KeptItems:
                 self._has_deleted = bool(busy)
 
     def fetch(self, sha256: str) -> bytes:
-        """Return user data after comparing it with its SHA-256.
-
-        Raises:
-            SourceError: The data is missing, damaged, or cannot be read.
-        """
+        """Return user data after comparing it with its SHA-256."""
         with self._reading, self._failures():
             if self._reader is None:
                 raise SourceUnavailable(f"{self.path} is not open")

@@ -1,10 +1,8 @@
 """A host's items of its fleet: revisions, records in force, policies and refusals. Pure.
 
 An older version never replaces a newer one. An item that cannot be read, or that claims an address of another instance,
-is refused, and its earlier version stays.
-
-A network leaves a host a while after its last instance: without the delay, the listener is removed at once, and open
-connections get no answer at all. Until then guests get 404.
+is refused, and its earlier version stays. A network leaves a host a while after its last instance: without the delay,
+open connections get no answer at all. Until then guests get 404.
 """
 
 from __future__ import annotations
@@ -47,12 +45,7 @@ _ACCEPT: Final = "compare the fleet with its backup, then `imdsproxy fleet accep
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Position up to which a host has followed its fleet.
-
-    Attributes:
-        fleet: UUID of the fleet; `None` before the first complete set of items.
-        revision: Revision up to which the host has all changes.
-    """
+    """Position up to which a host has followed its fleet; `fleet` is `None` before the first complete set of items."""
 
     fleet: str | None = None
     incarnation: int = 0
@@ -86,15 +79,9 @@ class _Later(_Unreadable):
 
 @dataclass(slots=True)
 class FleetKnown:
-    """All items of this host.
+    """All items of this host, by revision.
 
-    Args:
-        user_data: Returns stored user data.
-        schema: Record schema of this version.
-
-    Attributes:
-        items: Revisions of the items in force.
-        held: Items that stay in force although the hub cannot vouch for them, with reasons.
+    `held` has items that stay in force although the hub cannot vouch for them, with reasons.
     """
 
     user_data: UserDataOf
@@ -133,11 +120,9 @@ class FleetKnown:
         return digest_items({key: one for key, one in self.items.items() if key not in without})
 
     def everything(self) -> Observation:
-        """Return all records in force."""
         return Observation.of_changes(*(one.records for one in self._kinds.values()))
 
     def policies(self) -> FleetPolicies:
-        """Return the policies, operator overrides and token keys in force."""
         others: dict[str, dict[str, Any]] = {
             "override": {},
             "keys": {},
@@ -178,7 +163,6 @@ class FleetKnown:
         return found
 
     def problems(self) -> tuple[Problem, ...]:
-        """Return a problem for each item that is refused or held."""
         held = (
             Problem(
                 key,
@@ -206,12 +190,8 @@ class FleetKnown:
     ) -> None:
         """Restore the items from before a restart. The hub sends missing ones again.
 
-        An instance is refused if an item that limits its readers cannot be read.
-
-        Args:
-            position: Position of this host before the restart.
-            items: Intact items on disk.
-            damaged: Keys of items whose copy on disk is damaged, and whether the key itself is intact.
+        An instance is refused if an item that limits its readers cannot be read. `damaged` has the keys of items whose
+        copy on disk is damaged, and whether the key itself is intact.
         """
         self.position = position
         missing: set[ItemKey | None] = set()
@@ -272,11 +252,9 @@ class FleetKnown:
         return Batch(at.revision, at.fleet or "", at.incarnation, put)
 
     def apply(self, batch: Batch, *, whole: bool) -> Applied:
-        """Apply a set of changes.
+        """Apply a set of changes that is not older than this host's incarnation and revision.
 
-        Args:
-            batch: The complete set, not older than this host's incarnation and revision.
-            whole: Whether the batch is the hub's answer to `hello`: then no other item is held or refused.
+        If the set is the `whole` answer to `hello`, no other item is held or refused.
         """
         newer = batch.incarnation > self.position.incarnation
         stored: dict[ItemKey, Item | None] = {}
@@ -518,11 +496,7 @@ def _place(key: ItemKey, revision: int) -> str:
 
 @dataclass(slots=True)
 class LeavingNetworks:
-    """Delays the removal of networks.
-
-    Args:
-        stay_s: Delay in seconds.
-    """
+    """Delays the removal of networks."""
 
     stay_s: float
     _until: dict[NetworkId, float] = field(default_factory=dict)

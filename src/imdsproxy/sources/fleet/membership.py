@@ -56,20 +56,15 @@ class _Issued:
 
 
 def join(invitation: Invitation, files: HostFiles) -> str:
-    """Join a fleet: exchange the single-use token for a certificate, at the first hub that proves its identity.
+    """Join a fleet: exchange the token for a certificate at the first hub that proves its identity; return its URL.
 
     Only the CA certificate that the invitation names can prove it. The CA certificates to trust from then on come with
     the hub's answer.
 
-    Returns:
-        The URL of the hub that issued the certificate.
-
     Raises:
         AccessDenied: The token is not valid.
         AlreadyExists: This host is a member of another fleet.
-        HostRefused: A file cannot be written.
-        RequestRefused: A hub refuses the request.
-        SourceUnavailable: No hub answers.
+        ImdsproxyError: A file cannot be written, a hub refuses the request, or no hub answers.
         SourceRefused: No hub of the fleet answers, but another server does.
     """
     _refuse_another_fleet(invitation, files)
@@ -112,8 +107,7 @@ def _refuse_another_fleet(invitation: Invitation, files: HostFiles) -> None:
 def _fetch_authority(url: str, wanted: str) -> Certificate:
     """Fetch the CA certificate with this fingerprint from a server whose identity is not proved yet.
 
-    While the fleet replaces its CA, a hub sends several certificates. Those with other fingerprints are ignored: an
-    impostor may have added them.
+    While the fleet replaces its CA, a hub sends several certificates. An impostor may have added others.
     """
     anyone = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     anyone.check_hostname = False
@@ -177,12 +171,7 @@ def _read_issued(
 ) -> _Issued:
     """Read a certificate for a key, and the CAs, from the answer of a hub that has proved its identity.
 
-    Args:
-        url: URL of the hub.
-        status: HTTP status of the answer.
-        answer: Body of the answer.
-        key: Key that the certificate must have.
-        invited_by: CA certificate that the answer must contain.
+    The answer must contain the CA certificate `invited_by`.
     """
     shape: dict[str, Any] = {}
     with contextlib.suppress(ValueError):
@@ -226,11 +215,7 @@ async def renew_if_due(
 
     Raises:
         AccessDenied: A hub no longer accepts the current certificate.
-        ConfigInvalid: The file contains no certificate.
-        HostRefused: The file cannot be written.
-        RequestRefused: A hub refuses the request.
-        SecretUnreadable: The file cannot be read, or other accounts can read it.
-        SourceUnavailable: No hub answers.
+        ImdsproxyError: A file cannot be used or written, a hub refuses the request, or no hub answers.
     """
     due = renewal_due(_read(files), now)
     key = make_key()

@@ -19,14 +19,9 @@ _FAILED: Final = 1
 
 
 async def renew_apart(files: HostFiles, hubs: Sequence[str], timeout_s: float) -> float:
-    """Replace the certificate if renewal is due.
+    """Replace the certificate if renewal is due; return the Unix time at which the current certificate ends.
 
-    Returns:
-        Unix time at which the current certificate ends.
-
-    Raises:
-        SourceUnavailable: Renewal failed; the old certificate stays.
-        HostRefused: The process hangs.
+    Raises `SourceUnavailable` if the old certificate stays, and `HostRefused` if the process hangs.
     """
     paths = files.hubs, files.certificate, files.key, files.authority
     order = json.dumps([list(map(str, paths)), list(hubs), timeout_s])

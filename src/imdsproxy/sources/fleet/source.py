@@ -1,9 +1,8 @@
 """The source `fleet`: follows one hub at a time, and serves the items on disk while no hub is reached.
 
 One task reads the stream, another brings changes into force, a third acknowledges them. Changes that arrive meanwhile
-are merged and applied together. A fourth task fetches user data that could not be fetched at once.
-
-Only the task that holds the lock may use `known`: a thread changes it, and hubs get a copy.
+are merged. A fourth task fetches user data that could not be fetched at once. Only the task that holds the lock may
+use `known`: a thread changes it, and hubs get a copy.
 """
 
 from __future__ import annotations
@@ -126,25 +125,16 @@ class FleetSource(Part):
     """Source of the items that a fleet places on this host.
 
     Args:
-        client: Client for hubs.
         hubs: Returns the current URLs of hubs; raises `SourceUnavailable` if there are none.
         path: File that keeps the items.
         silent_s: Seconds of silence after which this host leaves a hub.
         serve_s: Seconds for which instances are served after a hub last vouched for them; `None` for no limit.
-        clock: Monotonic clock and Unix time.
         random: Returns numbers from 0 to 1, for the order of hubs and the length of pauses.
-        backoff: Pauses after no hub could be followed.
-        fetch_s: Seconds for which changes wait for their user data, so that an address that moves always has an
-            instance.
-        fetching: Fetches user data again that could not be fetched.
-        leaving: Networks whose last instance was removed.
+        fetch_s: Seconds for which changes wait for their user data: an address that moves always has an instance.
 
     Attributes:
         take_passwords: Called with the passwords of all instances here, before changed passwords are stored on disk.
         take_policies: Called with policies and token keys before the records of the same batch are published.
-        confirm: See `Confirm`.
-        answer: See `AnswerTo`.
-        renew: See `Renew`.
         hub: URL of the followed hub; `None` without a hub.
         alone: Whether every hub failed since one was last followed, so that this host has only its items on disk.
         failing: Items that are not in force, or not in their newest version, with reasons; as acknowledged.
@@ -313,7 +303,6 @@ class FleetSource(Part):
         return self.certificate_end
 
     async def run(self, publish: Publish) -> None:
-        """Report until cancelled."""
         try:
             await self._load(publish)
             async with asyncio.TaskGroup() as group:
@@ -670,7 +659,6 @@ class FleetSource(Part):
                 self._arrived.set()
 
     async def _sweep(self) -> None:
-        """Delete user data that no item needs."""
         self._sweepable = False
         async with self._publishing:
             needed = self.known.needed_user_data()
