@@ -249,7 +249,7 @@ def test_a_projects_operator_serves_no_guest_of_another_project_and_keeps_no_own
     made = fleet(
         "network", "add", "shopred", "--bridge", "red", "--project", "shop", name="mallory"
     )
-    assert (made.status, "may make no network with the listener bridge red" in made.err) == (
+    assert (made.status, "may not create a network with the listener bridge red" in made.err) == (
         77,
         True,
     )

@@ -66,7 +66,7 @@ def test_a_project_makes_networks_on_no_listener_that_it_was_not_given(
     ):
         refused = fleet.refusal(method, path, body)
         assert isinstance(refused, AccessDenied), refused
-        assert "may make no network with the listener" in refused.message
+        assert "may not create a network with the listener" in refused.message
 
 
 def test_a_project_changes_its_network_but_not_to_a_listener_that_it_was_not_given(
@@ -139,7 +139,7 @@ def test_a_port_is_of_no_other_project(fleet: ScopedFleet) -> None:
     for attempt in attempts:
         refused = fleet.refusal(*attempt)
         assert isinstance(refused, AccessDenied), refused
-        assert "is not of project shop" in refused.message
+        assert "does not belong to project shop" in refused.message
 
 
 def test_an_import_is_held_to_the_same_rules(fleet: ScopedFleet) -> None:
@@ -203,7 +203,7 @@ def test_a_host_has_a_listener_for_the_project_that_may_need_it_though_another_o
     record = instance("squat", "shop", port("shopred", "10.0.0.5"), hosts=("c",))
     refused = fleet.refusal("POST", "/v1/instances", record)
     assert [one.reason for one in refused.problems] == [
-        "network shopred has on host c the listener of another network"
+        "network shopred has the same listener on host c as another network"
     ]
     # The project is on other hosts only, as an operator of all projects says.
     fleet.anna.request("PUT", "/v1/grants/red-project", body={"hosts": ["a", "b"]})

@@ -64,9 +64,9 @@ def decode(value: bytes) -> Json:
     try:
         found = json.loads(value.decode())
     except (ValueError, RecursionError) as error:
-        raise Unreadable(f"it is no JSON: {error}") from error
+        raise Unreadable(f"the value is no JSON: {error}") from error
     if not isinstance(found, dict):
-        raise Unreadable("it is no object")
+        raise Unreadable("the value is no object")
     return cast("Json", found)
 
 

@@ -389,7 +389,7 @@ def parse_claim(value: bytes) -> InstanceId:
     """Parse the owner of a claim; raises `Unreadable`."""
     holder = value.decode(errors="replace")
     if not is_id(holder):
-        raise Unreadable("it names no instance")
+        raise Unreadable("the value names no instance")
     return InstanceId(holder)
 
 
@@ -424,7 +424,7 @@ def parse_value(key: str, value: bytes) -> Value:
         if key.startswith(prefix):
             name = key.removeprefix(prefix)
             if not (is_id(name) or (prefix == POLICIES and _is_scope(name))):
-                raise Unreadable("its key has no id that may be one")
+                raise Unreadable("the key has no valid id")
             return parse(value)
     raise Unreadable("no hub of this version writes this key")
 
@@ -437,7 +437,7 @@ def _is_scope(place: str) -> bool:
 def _read_record(value: object) -> Json:
     record: Json = OBJECT.read(value)
     if not _is_project(record.get("project")):
-        raise Unreadable("has a `project` that is no id")
+        raise Unreadable("has an invalid `project`")
     return record
 
 
@@ -445,7 +445,7 @@ def _read_placed(value: object) -> Json:
     record = _read_record(value)
     ports = record.get("ports", [])
     if not (isinstance(ports, list) and all(map(_is_port, ports))):
-        raise Unreadable("has `ports` that are no list of objects with a network")
+        raise Unreadable("has invalid `ports`: each port needs a `network`")
     return record
 
 
@@ -463,7 +463,7 @@ def _is_project(project: object) -> bool:
 
 def _check_password(stored: StoredPassword) -> str | None:
     if (stored.sealed is None) is (stored.removed_at is None):
-        return "it has not either `sealed` or `removed_at`"
+        return "exactly one of `sealed` and `removed_at` must be present"
     return None
 
 

@@ -175,7 +175,7 @@ def plan_enrolment(
     if not hmac.compare_digest(wanted.encode(), hash_token(token).encode()):
         raise AccessDenied("the token is not this host's, or was used already", hint=_AGAIN)
     if stored is None or now >= stored.expires_at:
-        raise AccessDenied("the token has ended", hint=_AGAIN)
+        raise AccessDenied("the token has expired", hint=_AGAIN)
     return _next(
         stored,
         state=HostState.ENROLLED,

@@ -77,7 +77,7 @@ def describe_regained(key: str, value: bytes, *, absent: bool) -> tuple[str, str
     if key.startswith(OVERRIDES):
         return (
             f"instance {key.removeprefix(OVERRIDES)}",
-            "tokens that were revoked, or the boot that was reopened, stay so",
+            "keeps its revoked tokens and its reopened boot",
         )
     if key.startswith(CERTIFICATES):
         return f"operator {key.removeprefix(CERTIFICATES)}", "stays revoked"

@@ -291,4 +291,4 @@ def _parse(line: bytes, messages: Collection[type]) -> object:
                 return codec.read(shape if known else OBJECT.read(shape[first]))
     except Unreadable as error:
         raise Broken(str(error)) from error
-    raise Broken(f"it has none of {', '.join(_CODECS[one][0] for one in messages)}")
+    raise Broken(f"the line has none of {', '.join(_CODECS[one][0] for one in messages)}")

@@ -87,7 +87,7 @@ class Hub:
             if one.failure is not None and (age_s := now - one.failed_at) < _SHOWN_S:
                 at = f"{self.clock.now() - timedelta(seconds=age_s):%Y-%m-%d %H:%M:%S UTC}"
                 why = codec.plain(one.failure.reason)
-                failures[name] = f"failed at {at} and began again: {why}"
+                failures[name] = f"failed at {at}, and was restarted: {why}"
         return failures
 
     def unready(self) -> str | None:

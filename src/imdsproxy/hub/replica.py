@@ -150,7 +150,7 @@ class Replica:
                         )
                         self._fold(changes.revision, folded)
             except TimeoutError:
-                self.etcd.leave("its watch does not show what is written")
+                self.etcd.leave("its watch does not show recent writes")
             except Compacted:
                 reading = True
             except Behind as error:
@@ -182,8 +182,8 @@ class Replica:
         # If the key is unreadable, this hub reports that, and serves no host until it is repaired.
         if found is None and not meta_now.fleet:
             raise SourceCorrupt(
-                "etcd has records of a fleet, and not the fleet itself: its key was deleted",
-                hint=f"restore etcd from a backup; or put {layout.META} back, which a running hub knows",
+                "etcd has records of a fleet, but the fleet's own key was deleted",
+                hint=f"restore etcd from a backup; or put {layout.META} back as a running hub knows the key",
             )
         if known.fleet not in {"", meta_now.fleet}:
             self._refuse_fleet(known.fleet, meta_now.fleet)
@@ -191,7 +191,7 @@ class Replica:
         self._at, count = snapshot.revision, len(snapshot.kvs)
         if meta_now.format != layout.FORMAT:
             raise SourceCorrupt(
-                f"etcd has a fleet of format {meta_now.format}, and this hub knows {layout.FORMAT}",
+                f"etcd has a fleet of format {meta_now.format}, but this hub supports {layout.FORMAT}",
                 hint="upgrade this hub",
             )
         if found is None or _readable(found):
@@ -260,7 +260,7 @@ class Replica:
         """Refuse another fleet's records: the hosts would refuse them, and lose their hub."""
         self.state.lost[layout.META] = f"of another fleet, {found}"
         raise EtcdUnavailable(
-            f"etcd has fleet {found}, and this hub is of fleet {known}",
+            f"etcd has fleet {found}, but this hub belongs to fleet {known}",
             hint="hub.etcd.endpoints names etcd: restore a backup of this hub's fleet there. A hub begins with another "
             f"fleet once {self.restores.journal.path} is moved away",
         )

@@ -43,8 +43,8 @@ def test_keys_of_a_newer_version_are_ignored_and_empty_ones_are_not_written() ->
 @pytest.mark.parametrize(
     ("value", "why"),
     [
-        (b"{", "it is no JSON"),
-        (b"[]", "it is no object"),
+        (b"{", "the value is no JSON"),
+        (b"[]", "the value is no object"),
         (b'{"id": "web"}', "`span` is missing"),
         (b'{"id": "a b", "span": [1, 2]}', "`id` is no id"),
         (b'{"id": "web", "span": [1]}', "`span` has not 2 items"),

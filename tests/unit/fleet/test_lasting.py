@@ -120,5 +120,5 @@ def test_operators_read_what_was_put_back() -> None:
         ("host a", "keeps the certificate that it got after the backup"),
         ("host a", "stays a member, though it joined after the backup"),
         ("operator anna", "stays revoked"),
-        ("instance web", "tokens that were revoked, or the boot that was reopened, stay so"),
+        ("instance web", "keeps its revoked tokens and its reopened boot"),
     ]

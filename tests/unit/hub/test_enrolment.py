@@ -116,7 +116,7 @@ async def test_a_token_is_good_for_its_host_only_and_until_it_ends(
     with pytest.raises(AccessDenied):
         await enrolment.enrol(HostId("host-2"), token, _request())
     clock.time += INVITATION_S + 1
-    with pytest.raises(AccessDenied, match="ended"):
+    with pytest.raises(AccessDenied, match="expired"):
         await enrolment.enrol(_HOST, token, _request())
 
 

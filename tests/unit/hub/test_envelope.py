@@ -85,7 +85,7 @@ def test_a_choice_that_cannot_be_read_is_no_missing_key_and_nothing_is_sealed_un
     None
 ):
     def chosen() -> Sealing:
-        raise Unreadable("it is no JSON")
+        raise Unreadable("the value is no JSON")
 
     envelope = Envelope(parse_envelope(make_envelope(), "f").keys, chosen)
     assert (envelope.missing(), envelope.sealing) == (None, None)

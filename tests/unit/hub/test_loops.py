@@ -33,7 +33,7 @@ async def test_a_loop_that_fails_is_reported_for_an_hour_and_the_others_go_on() 
     async with background(hub.keep("sweep", fail)), background(hub.keep("beat", go_on)):
         await until(hub.loop_failures)
         assert hub.loop_failures() == {
-            "sweep": "failed at 2001-09-09 01:45:00 UTC and began again: TypeError: a list is no number"
+            "sweep": "failed at 2001-09-09 01:45:00 UTC, and was restarted: TypeError: a list is no number"
         }
         assert others == [0]
         cast("HandClock", hub.clock).time += 3601

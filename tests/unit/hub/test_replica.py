@@ -308,7 +308,7 @@ async def test_a_hub_that_knows_no_fleet_founds_one_only_where_etcd_has_nothing_
     store = _Store()
     store.values = {f"{layout.HOSTS}a": (_HOST, 40)}
     async with _replica_of(store, "") as replica:
-        with pytest.raises(SourceCorrupt, match="its key was deleted"):
+        with pytest.raises(SourceCorrupt, match="own key was deleted"):
             await replica._read()
     assert layout.META not in store.values
 
@@ -322,7 +322,9 @@ async def test_a_hub_takes_over_nothing_of_another_fleet() -> None:
             layout.META: (layout.render_meta(Meta("g", 7)), 60),
             f"{layout.HOSTS}other": (_HOST, 61),
         }
-        with pytest.raises(EtcdUnavailable, match="etcd has fleet g, and this hub is of fleet f"):
+        with pytest.raises(
+            EtcdUnavailable, match="etcd has fleet g, but this hub belongs to fleet f"
+        ):
             await replica._read()
         assert replica.state.meta.fleet == "f"
         assert replica.state.value(key) is not None

@@ -64,13 +64,15 @@ def refused(state: FleetState, *puts: Mapping[str, bytes], scope: str | None = N
 
 def test_an_instance_is_refused_on_a_host_that_has_its_networks_listener_for_another_one() -> None:
     state = fleet(*STORED)
-    why = "hosts: network red has on host a the listener of network blue, in which instance web is"
+    why = (
+        "hosts: network red has the same listener on host a as network blue, which has instance web"
+    )
     assert refused(state, instance("new", "a", on="red")) == [why]
     # A move as well.
     assert refused(state, instance("db", "b", "a", on="red")) == [why]
     assert refused(state, instance("new", "b", on="red")) == []
     assert refused(state, instance("new", "c", on="red"), instance("other", "c", on="blue")) == [
-        "hosts: network blue has on host c the listener of network red"
+        "hosts: network blue has the same listener on host c as network red"
     ]
 
 
@@ -86,7 +88,7 @@ def test_a_network_does_not_get_the_listener_of_another_one_on_its_hosts() -> No
     apart = (network("blue"), network("red", {"bridge": "br1"}))
     state = fleet(*apart, instance("web", "a", on="blue"), instance("db", "a", on="red"))
     assert refused(state, network("red")) == [
-        "listener: network red has on host a the listener of network blue, in which instance web is"
+        "listener: network red has the same listener on host a as network blue, which has instance web"
     ]
     # An exchange of both is none.
     assert refused(state, network("red"), network("blue", {"bridge": "br1"})) == []
@@ -114,7 +116,7 @@ def test_listeners_are_compared_as_a_host_compares_them(
 def test_an_operator_of_one_project_learns_of_no_other_projects_network() -> None:
     state = fleet(network("blue", project="p1"), *STORED[1:])
     assert refused(state, instance("new", "a", on="red"), scope="p2") == [
-        "hosts: network red has on host a the listener of another network"
+        "hosts: network red has the same listener on host a as another network"
     ]
 
 
@@ -141,7 +143,7 @@ def test_an_operator_of_one_project_takes_no_listener_that_another_project_may_n
 ) -> None:
     grants = {} if grant is None else granted("p1", *grant)
     state = fleet(network("red", project=other), network("mine", project="p2"), grants)
-    why = "hosts: network mine has on host a the listener of another network"
+    why = "hosts: network mine has the same listener on host a as another network"
     new = instance("new", "a", on="mine")
     assert refused(state, new, scope="p2") == ([why] if is_refused else [])
     # An operator of all projects decides for both.

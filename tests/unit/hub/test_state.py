@@ -382,7 +382,7 @@ def test_a_host_keeps_what_a_hub_that_starts_afresh_cannot_read_and_nothing_is_s
     # Also where a restore was accepted, which takes the rest at its word.
     assert found.batch.unreadable.keys() == _HAS.keys()
     assert (found.batch.remove, found.batch.held, found.batch.put) == ((), {}, {})
-    assert "it is no JSON" in found.batch.unreadable["instance/web"]
+    assert "the value is no JSON" in found.batch.unreadable["instance/web"]
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,7 @@ async def test_what_a_hub_holds_back_since_a_restore_is_suspected_is_in_force_no
     # Etcd was restored, and the record was written anew, to be on the other host.
     anew = replace(instance("web", 1_000_009, B), create_revision=5, version=3)
     revision = world.commit(anew)
-    why = "instance/web is of version 3, and before it was of 3"
+    why = "instance/web is of version 3, after version 3"
     waited = await world.streams.wait([A, B], revision, 0.01, {"instance/web"})
     assert waited == {A: why, B: why}
     assert await world.streams.wait([A, B], revision, 0.01) == {A: why}
@@ -452,7 +452,7 @@ async def test_a_member_whose_certificate_is_not_good_any_more_is_named_until_it
         )
         assert b"403" in answer
     assert world.streams.refused().keys() == {A}
-    assert "its certificate 1 is not good" in world.streams.refused()[A]
+    assert "certificate 1 is not valid" in world.streams.refused()[A]
     await world.join("a", serial="2")
     assert not world.streams.refused()
 

@@ -245,7 +245,7 @@ class Front:
             write_atomic(self._config, text, mode=0o640, owner=self._accounts.shared)
             await self._check()
             # The socket of an earlier HAProxy may still answer.
-            remove_file(self._spec.control, "remove the socket of a HAProxy before")
+            remove_file(self._spec.control, "remove the socket of an earlier HAProxy")
             self._reading = asyncio.create_task(self._read(await front.begin()))
             async with asyncio.timeout(_START_S):
                 await self._wait_until_up(front)

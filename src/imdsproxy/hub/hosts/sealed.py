@@ -50,7 +50,7 @@ from imdsproxy.model.tokens import KEPT_KEYS, KEY_BYTES, TokenKey, instance_key
 from imdsproxy.reconcile.reconciler import Reconciler
 
 PLACE: Final = layout.TOKEN_KEYS
-_ANEW: Final = "`imdsproxy token rotate` writes keys anew"
+_ANEW: Final = "`imdsproxy token rotate` writes new keys"
 
 _AGAIN_S: Final = 10.0
 _log = structlog.get_logger()
@@ -105,7 +105,9 @@ def sealed_keys(value: bytes) -> bytes:
     try:
         return parse_sealed_keys(value).sealed
     except codec.Unreadable as error:
-        raise SourceCorrupt(f"{PLACE} is not what hubs write: {error}", hint=_ANEW) from error
+        raise SourceCorrupt(
+            f"{PLACE} was written by another program: {error}", hint=_ANEW
+        ) from error
 
 
 def open_keys(value: bytes, envelope: Envelope) -> FleetKeys:
@@ -162,7 +164,11 @@ class TokenKeyRing:
         """Reason why the newest keys are unreadable, while the earlier keys are in force."""
         self.keys()
         unread = self.state.unreadable.get(PLACE)
-        return self._problem if unread is None else f"{PLACE} is not what hubs write: {unread.why}"
+        return (
+            self._problem
+            if unread is None
+            else f"{PLACE} was written by another program: {unread.why}"
+        )
 
     def item_of(self, instance: InstanceId) -> Item | None:
         """Return `FleetKeys.item_of` with the revision of the keys; `None` while there are no keys."""

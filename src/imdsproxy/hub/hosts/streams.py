@@ -253,8 +253,8 @@ class Streams:
         """Return members that were refused within the last hour and not admitted here since, with the reason."""
         since = self.clock.monotonic() - _SHOWN_S
         return {
-            host: f"its certificate {serial} is not good: it was replaced, or etcd has lost that it was renewed; "
-            f"`imdsproxy fleet enrol {host}` has it join again"
+            host: f"certificate {serial} is not valid: the host has a newer one, or etcd has lost the renewal; "
+            f"`imdsproxy fleet enrol {host}` lets the host join again"
             for host, (at, serial) in self._refused.items()
             if at > since
         }
@@ -515,7 +515,7 @@ class HostStream(asyncio.Protocol):
             streams.note_differing(self.host, None)
             return
         at = streams.clock.now().strftime("%Y-%m-%d %H:%M:%S UTC")
-        why = f"at {at} it had other items than are placed on it"
+        why = f"at {at} the host had other items than the fleet places on it"
         streams.note_differing(self.host, why)
         self.leave(ByeCode.DIFFERS, why)
 
@@ -589,7 +589,7 @@ class HostStream(asyncio.Protocol):
     def compare_mended(self) -> None:
         """End the stream if an unreadable instance became readable: the instance may have moved meanwhile."""
         if self._unread and self._unread != self._streams.state.unread_instances(self._unread):
-            self.leave(ByeCode.DIFFERS, "an instance that it kept can be read again")
+            self.leave(ByeCode.DIFFERS, "an instance that the host kept can be read again")
 
     def lacks(self, revision: int, items: Collection[ItemKey] | None = None) -> str | None:
         """Check a revision that the hub has received; see `Streams.lacks`."""
@@ -654,12 +654,10 @@ def _evidence_of(host: HostId, hello: Hello, code: ByeCode) -> Evidence | None:
     """Return the evidence of a restored etcd in a refused hello."""
     match code:
         case ByeCode.BEHIND:
-            why = f"{host} has revision {hello.revision}, which etcd has not"
+            why = f"{host} has revision {hello.revision}, which etcd lacks"
             return Evidence(why, host, revision=hello.revision)
         case ByeCode.AHEAD:
-            why = (
-                f"{host} has seen incarnation {hello.incarnation} of the fleet, which etcd has not"
-            )
+            why = f"{host} has seen incarnation {hello.incarnation} of the fleet, which etcd lacks"
             return Evidence(why, host, incarnation=hello.incarnation)
         case _:
             return None

@@ -186,7 +186,7 @@ def parse_key(key: bytes, where: str) -> PrivateKey:
         # The exception's cause may show parts of the key.
         raise ConfigInvalid(
             f"the key of {where} cannot be read",
-            hint="it has to be in PEM and not encrypted: openssl pkey -in KEY",
+            hint="the key must be in PEM and not encrypted: openssl pkey -in KEY",
         ) from None
     if not isinstance(secret, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey):
         raise ConfigInvalid(f"the key of {where} is neither ECDSA nor RSA")
@@ -209,14 +209,16 @@ def parse_request(pem: str) -> PublicKey:
     The requested subject and extensions are ignored, since the hub knows the caller. Raises `RequestRefused` if the
     request is invalid, not signed by its own key, or its key is not on P-256.
     """
-    hint = "make it with `imdsproxy fleet join`"
+    hint = "use `imdsproxy fleet join`"
     if len(pem) > MAX_REQUEST:
         raise RequestRefused("the certificate signing request is too long", hint=hint)
     try:
         request = x509.load_pem_x509_csr(pem.encode())
         key, signed = request.public_key(), request.is_signature_valid
     except (ValueError, UnsupportedAlgorithm, InvalidSignature) as error:
-        raise RequestRefused("it is no certificate signing request in PEM", hint=hint) from error
+        raise RequestRefused(
+            "the request is no certificate signing request in PEM", hint=hint
+        ) from error
     if not signed:
         raise RequestRefused("the certificate signing request is not signed by its key", hint=hint)
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
@@ -228,7 +230,7 @@ def _subject(role: Role, name: str, scope: str | None = None) -> x509.Name:
     for word in (name, scope):
         if word is not None and _NAME.fullmatch(word) is None:
             raise RequestRefused(
-                f"{word!r} is no name for a certificate",
+                f"{word!r} is not a valid name for a certificate",
                 hint="letters, digits, dots, dashes and underscores, at most 64",
             )
     parts = [(NameOID.ORGANIZATIONAL_UNIT_NAME, role.value), (NameOID.COMMON_NAME, name)]

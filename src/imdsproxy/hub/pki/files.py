@@ -107,7 +107,7 @@ def refuse_shared_authority(authority: Authority, etcd_ca: Path) -> None:
     try:
         found = x509.load_pem_x509_certificates(_read(etcd_ca))
     except ValueError as error:
-        raise ConfigInvalid(f"{etcd_ca} holds no certificate in PEM") from error
+        raise ConfigInvalid(f"{etcd_ca} has no certificate in PEM") from error
     own = [one.public_key() for one in (authority.certificate, *authority.others)]
     if any(one.public_key() in own for one in found):
         raise ConfigInvalid(
@@ -172,8 +172,8 @@ def init_fleet(files: FleetFiles, given: Authority | None, hub: HubNames, now: d
     ]
     if there:
         raise AlreadyExists(
-            f"{there[0]} is there already",
-            hint="a fleet is made once; --directory names another place",
+            f"{there[0]} exists already",
+            hint="a fleet is created once; --directory names another directory",
         )
     authority = given or make_authority("imdsproxy fleet", now)
     # The file of a given CA may have further certificates, which the fleet does not trust.
@@ -191,7 +191,7 @@ def add_hub(files: FleetFiles, output: Path, hub: HubNames, now: datetime) -> No
     Raises `AlreadyExists`, and the errors of `FleetFiles.load_authority`, `make_hub_pem` and `write_atomic`.
     """
     if output.exists():
-        raise AlreadyExists(f"{output} is there already", hint="--output names another directory")
+        raise AlreadyExists(f"{output} exists already", hint="--output names another directory")
     authority, envelope = files.load_authority(), files.read(files.envelope_key)
     parse_envelope(envelope, str(files.envelope_key))
     pem = make_hub_pem(authority, hub, now)
@@ -217,7 +217,7 @@ def make_operator_pem(
 def write_secret(path: Path, pem: bytes) -> None:
     """Write a new file that only this account can read; raise `AlreadyExists` or `HostRefused`."""
     if path.exists():
-        raise AlreadyExists(f"{path} is there already", hint="--output names another file")
+        raise AlreadyExists(f"{path} exists already", hint="--output names another file")
     write_atomic(path, pem, mode=_SECRET, durable=True)
 
 
@@ -255,8 +255,8 @@ def switch_rotation(files: FleetFiles, now: datetime) -> None:
     """
     if not files.next_key.exists():
         raise RequestRefused(
-            "there is no CA that could take over",
-            hint="`imdsproxy fleet rotate-ca begin` makes one",
+            "there is no next CA",
+            hint="`imdsproxy fleet rotate-ca begin` creates a CA",
         )
     key, known = files.read(files.next_key), _read(files.ca_certificate)
     old, new = parse_certificates(known, str(files.ca_certificate))
@@ -278,7 +278,8 @@ def finish_rotation(files: FleetFiles) -> None:
     present = files.load_authority()
     if files.next_key.exists() or not present.others:
         raise RequestRefused(
-            "no CA was replaced", hint="`imdsproxy fleet rotate-ca begin`, then `switch`"
+            "no rotation of the CA is under way",
+            hint="`imdsproxy fleet rotate-ca begin`, then `switch`",
         )
     alone = replace(present, others=())
     files.write(files.ca_certificate, alone.trusted, mode=_OPEN)
@@ -290,5 +291,5 @@ def _read(path: Path) -> bytes:
     except OSError as error:
         raise ConfigUnreadable(
             f"cannot read {path}: {error.strerror}",
-            hint="`imdsproxy fleet init` makes it; --directory names another place",
+            hint="`imdsproxy fleet init` creates the file; --directory names another directory",
         ) from error

@@ -19,7 +19,7 @@ from imdsproxy.errors import SecretUnreadable, SourceCorrupt
 from imdsproxy.fleet.codec import Unreadable
 from imdsproxy.fleet.layout import Sealing
 
-COPY_KEY: Final = "copy envelope.key from a hub that has it, and restart this one"
+COPY_KEY: Final = "copy envelope.key from a hub that has the key, and restart this hub"
 _KEY_BYTES: Final = 32
 _NONCE_BYTES: Final = 12
 _LINE: Final = re.compile(r"([a-z0-9-]{1,32}) ([A-Za-z0-9+/]{43}=)")
@@ -77,8 +77,8 @@ class Envelope:
             raise SourceCorrupt(missing, hint=COPY_KEY)
         if (name := self.sealing) is None:
             raise SourceCorrupt(
-                "which key seals secrets is not readable in etcd",
-                hint="`imdsproxy fleet reseal` writes it anew",
+                "the name of the key that seals secrets is not readable in etcd",
+                hint="run `imdsproxy fleet reseal` to name the key again",
             )
         nonce = os.urandom(_NONCE_BYTES)
         sealed = AESGCM(self.keys[name]).encrypt(nonce, secret, place.encode())
@@ -130,9 +130,9 @@ def parse_envelope(text: bytes, where: str) -> Envelope:
         if found is None or found[1] in keys:
             raise SecretUnreadable(
                 f"line {number} of {where} is no key",
-                hint="each line is a name of its own and 32 bytes in base64",
+                hint="each line has a unique name and 32 bytes in base64",
             )
         keys[found[1]] = base64.b64decode(found[2])
     if not keys:
-        raise SecretUnreadable(f"{where} has no key", hint="imdsproxy fleet init makes one")
+        raise SecretUnreadable(f"{where} has no key", hint="`imdsproxy fleet init` creates a key")
     return Envelope(keys)

@@ -288,7 +288,9 @@ class Etcd:
                 self._give_up(url, failed, write=write)
                 older |= {url} if failed.behind else set()
                 if len(older) > len(self._members.urls) // 2:
-                    raise Behind(f"etcd went back: {self._members.failures}") from failed
+                    raise Behind(
+                        f"etcd was restored to an older revision: {self._members.failures}"
+                    ) from failed
             else:
                 self._members.succeed(url)
                 return parsed
@@ -332,11 +334,11 @@ class Etcd:
             case Kind.FULL:
                 raise EtcdFull(_FULL) from failed
             case Kind.REFUSED:
-                raise SourceRefused(f"etcd refuses it: {reason}") from failed
+                raise SourceRefused(f"etcd refuses the request: {reason}") from failed
             case Kind.AUTHENTICATE | Kind.DENIED:
                 # Hosts are still served, and an operator can correct the rights while the hub runs.
                 hint = "check the user, its password and its role in etcd"
-                raise EtcdUnavailable(f"etcd refuses it: {reason}", hint=hint) from failed
+                raise EtcdUnavailable(f"etcd refuses the request: {reason}", hint=hint) from failed
             case Kind.OUTAGE:
                 self._members.fail(url, str(failed), answers=messages.is_leaderless(failed.fault))
         if write and not failed.fault.certain:
@@ -377,7 +379,7 @@ def _later(one: Header, other: Header) -> Header:
 
 def _behind(header: Header, newest: Header) -> Failed:
     reason = (
-        f"it is at revision {header.revision} of raft term {header.term}, "
+        f"the member is at revision {header.revision} of raft term {header.term}, "
         f"after revision {newest.revision} of term {newest.term}"
     )
     return Failed(Fault(Kind.OUTAGE, reason, certain=False), behind=True)
@@ -512,7 +514,7 @@ def failing() -> Iterator[None]:
         raise Failed(fault, silent=error.silent) from error
     except ValueError as error:
         # `Garbled`, or invalid JSON.
-        fault = Fault(Kind.OUTAGE, f"no answer of etcd's: {error}", certain=False)
+        fault = Fault(Kind.OUTAGE, f"not an answer of etcd: {error}", certain=False)
         raise Failed(fault) from error
 
 
@@ -533,4 +535,4 @@ def _refused(status: int, content: bytes) -> Failed:
     except ValueError:
         # The answer comes from etcd's checks of certificates and host names, or from another program.
         words = quoted(content.decode(errors="replace").strip())
-        return Failed(Fault(Kind.OUTAGE, f"it answers {status}, {words}", certain=False))
+        return Failed(Fault(Kind.OUTAGE, f"the member answers {status}, {words}", certain=False))

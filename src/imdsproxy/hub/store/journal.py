@@ -148,7 +148,7 @@ class Journal:
             else:
                 # The row stays until etcd has a value that replaces it.
                 self.unreadable[key] = why
-                _log.error("journal's value not taken", key=key, reason=why)
+                _log.error("value in the journal ignored", key=key, reason=why)
         self._hashes = {key: hash(value) for key, value in readable.items()}
         return readable
 

@@ -107,14 +107,14 @@ def choose_move(
             if not stays:
                 raise RecordConflict(
                     f"instance {instance} is on host {target} alone: its move there is finished",
-                    hint=f"to move it back: imdsproxy instance move {instance} --to HOST",
+                    hint=f"to move the instance back: imdsproxy instance move {instance} --to HOST",
                 )
             return stays
         if finish:
             if target not in hosts:
                 raise RecordConflict(
                     f"instance {instance} is not on host {target} yet",
-                    hint=f"first `imdsproxy instance move {instance} --to {target}`",
+                    hint=f"run `imdsproxy instance move {instance} --to {target}`",
                 )
             return (target,)
         if target in hosts:
@@ -122,7 +122,7 @@ def choose_move(
         if moving:
             raise RecordConflict(
                 f"instance {instance} is on its way from {hosts[0]} to {hosts[-1]}",
-                hint="finish that move, or cancel it",
+                hint="finish or cancel that move",
             )
         return (*hosts, target)
 
@@ -194,7 +194,7 @@ def plan_policy(
     refuse_suspect(view)
     scope, _, subject = place.partition("/")
     if terms.scope is not None and (scope, subject) != ("project", terms.scope):
-        raise AccessDenied(f"the policy of {place} is not of project {terms.scope}")
+        raise AccessDenied(f"the policy of {place} does not belong to project {terms.scope}")
     if scope == "host" and (problems := unknown_hosts(view, [subject], (), ("host",), None)):
         raise SourceRefused("the fleet refuses the policy", problems=problems)
     unread = is_unread(view, layout.POLICIES + place) and not change({})

@@ -407,7 +407,7 @@ def _claim(
                 holder = layout.parse_claim(found[0])
             except codec.Unreadable as error:
                 where = render_path(put.path)
-                reason = f"who has {key} is not readable in etcd: {error}"
+                reason = f"the owner of {key} is not readable in etcd: {error}"
                 problems.append(Problem(where, reason, f"etcdctl del {key}, if no instance has it"))
                 continue
             if holder != instance.id and _is_void(draft.view, key, holder):

@@ -85,7 +85,8 @@ class Restores:
         if ahead and not accepted:
             regained = self._regained(ahead)
             whose, what = next(iter(regained.items()))
-            self.suspect(Evidence(f"etcd has lost of {whose}: {what}", regained=regained))
+            why = f"etcd has lost the newest value of {whose}, which {what}"
+            self.suspect(Evidence(why, regained=regained))
 
     def _write_down(self, keys: Iterable[str]) -> None:
         """Journal lasting values and hub names among these keys, and etcd's position."""
@@ -131,8 +132,7 @@ class Restores:
         if raised:
             self._write_down(raised)
             regained = self._regained(raised)
-            whose, what = next(iter(regained.items()))
-            why = f"{host} has what etcd has lost of {whose}: {what}"
+            why = f"{host} has a newer value of {next(iter(regained))} than etcd"
             self.suspect(Evidence(why, host, regained=regained))
 
     async def run(self) -> None:

@@ -53,7 +53,7 @@ class Scope:
         if not self.grant.has_listener(network.listener):
             kind, _, name = spell_listener(network.listener).partition(" ")
             raise AccessDenied(
-                f"project {self.project} may make no network with the listener {kind} {name}",
+                f"project {self.project} may not create a network with the listener {kind} {name}",
                 hint="an operator of all projects may allow it: imdsproxy grant add "
                 f"{self.project} --listener {kind}={name}",
             )
@@ -63,7 +63,7 @@ class Scope:
         for number, port in ports.items():
             if port.project not in {None, self.project}:
                 raise AccessDenied(
-                    f"ports[{number}] is not of project {self.project}, to which this certificate is limited",
+                    f"ports[{number}] does not belong to project {self.project}, to which this certificate is limited",
                     hint="omit the port's project: it is the instance's",
                 )
 
@@ -166,7 +166,11 @@ def unknown_hosts(
     """
     where = render_path(path)
     if not hosts and not before:
-        return [Problem(where, "it is on no host", "name one: --host HOST, or `hosts: [HOST]`")]
+        return [
+            Problem(
+                where, "the instance has no host", "name a host: --host HOST, or `hosts: [HOST]`"
+            )
+        ]
     problems: list[Problem] = []
     # An instance may stay on its current hosts, even if one of them was revoked meanwhile.
     for host in (one for one in hosts if one not in before):
@@ -193,6 +197,6 @@ def refuse_other_project(
     """Refuse a new record of another project; the stored record does not matter here."""
     if not in_scope(record, terms.scope):
         raise AccessDenied(
-            f"{kind} {subject} is not of project {terms.scope}, to which this certificate is limited",
-            hint=f"give it that project: --project {terms.scope}",
+            f"{kind} {subject} does not belong to project {terms.scope}, to which this certificate is limited",
+            hint=f"add the project: --project {terms.scope}",
         )

@@ -578,7 +578,7 @@ class FleetState:
         if hello.fleet not in {None, meta.fleet}:
             return Bye(ByeCode.OTHER_FLEET, f"this is fleet {meta.fleet}, not {hello.fleet}")
         if seen > meta.incarnation + MOST_AHEAD:
-            why = f"a fleet of incarnation {meta.incarnation} was never of incarnation {seen}"
+            why = f"incarnation {seen} is too far ahead of the fleet's {meta.incarnation}"
             return Bye(ByeCode.FORMAT, why)
         if seen > meta.incarnation:
             why = f"the fleet has incarnation {meta.incarnation}, and the host has seen {seen}"
@@ -602,7 +602,7 @@ class FleetState:
             went = host in left or ANYWHERE in left
             revision = self._revision_of(item)
             certain = went and revision is not None and revision >= known
-            return None if certain else "the store does not say that it went"
+            return None if certain else "etcd has no record of its removal"
         needed = any(one.startswith("instance/") for one in held)
         return "instances that are held may need it" if needed else None
 
@@ -748,12 +748,12 @@ def _doubt_entry(key: str, before: _Entry, change: Change) -> str | None:
         return _doubt_meta(layout.parse_meta(change.value), layout.parse_meta(before.value))
     revision = change.mod_revision
     if revision < before.mod_revision:
-        return f"of revision {revision}, and before it was of {before.mod_revision}"
+        return f"of revision {revision}, after revision {before.mod_revision}"
     if revision == before.mod_revision:
-        return f"another one than before, of the same revision {revision}"
+        return f"different from before, at the same revision {revision}"
     # After a restore, a key may have been rewritten before this hub reads it.
     if change.create_revision <= before.mod_revision and 0 < change.version <= before.version:
-        return f"of version {change.version}, and before it was of {before.version}"
+        return f"of version {change.version}, after version {before.version}"
     return None
 
 
@@ -761,7 +761,7 @@ def _doubt_meta(now: Meta, before: Meta) -> str | None:
     if now.fleet != before.fleet:
         return f"of another fleet, {now.fleet}"
     if now.incarnation < before.incarnation:
-        return f"of incarnation {now.incarnation}, and before it was of {before.incarnation}"
+        return f"of incarnation {now.incarnation}, after incarnation {before.incarnation}"
     return None
 
 
@@ -779,7 +779,7 @@ def _instances_first(item: ItemKey) -> tuple[bool, ItemKey]:
 def _doubt(revision: int | None, known: int) -> str | None:
     """Return the reason why etcd's revision of an item is older than a host's; `None` if it is not."""
     if revision is None:
-        return "the store has it no more"
+        return "etcd no longer has the item"
     if revision < known:
-        return f"the store has it as of revision {revision}, which is older"
+        return f"etcd has revision {revision} of the item, which is older"
     return None

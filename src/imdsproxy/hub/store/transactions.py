@@ -171,7 +171,10 @@ def no_such(kind: str, subject: str) -> NotFound:
 
 
 def readable(
-    parse: Callable[[bytes], _T], value: bytes, what: str, hint: str = "write all of it again"
+    parse: Callable[[bytes], _T],
+    value: bytes,
+    what: str,
+    hint: str = "write the whole record again",
 ) -> _T:
     try:
         return parse(value)
@@ -183,7 +186,7 @@ def refuse_other_revision(kind: str, subject: str, revision: int, terms: Terms) 
     if terms.revision not in {None, revision}:
         raise RevisionOutdated(
             f"{kind} {subject} has revision {revision}, not {terms.revision}",
-            hint=f"read it again: imdsproxy --fleet URL {kind} show {subject}",
+            hint=f"read the record again: imdsproxy --fleet URL {kind} show {subject}",
         )
 
 
@@ -192,8 +195,8 @@ def refuse_suspect(view: View) -> Compare:
     suspicion = suspicion_of(view)
     if suspicion is not None and suspicion.refuses:
         raise RestoreSuspected(
-            f"etcd seems to be restored from a backup, and nothing is written: {suspicion.why}",
-            hint="look at `imdsproxy fleet status`, then `imdsproxy fleet accept-restore`",
+            f"etcd may be restored from a backup, so hubs write nothing: {suspicion.why}",
+            hint="check `imdsproxy fleet status`, then run `imdsproxy fleet accept-restore`",
         )
     found = view(layout.SUSPECT)
     return absent(layout.SUSPECT) if found is None else unchanged(layout.SUSPECT, found[1])

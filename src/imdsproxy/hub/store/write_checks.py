@@ -75,14 +75,16 @@ def plan_levels(state: FleetState, planned: Transaction, schema: Schema) -> dict
 def refuse_older(needed: Mapping[HostId, Needed], levels: Mapping[HostId, int]) -> None:
     """Raise `SourceRefused` if a host would not understand a write; hosts that are away do not count."""
     problems = [
-        Problem("hosts", f"host {host} is too old for what {one.item} says", "upgrade it first")
+        Problem(
+            "hosts", f"host {host} is too old for {one.item}", "upgrade imdsproxy on the host first"
+        )
         for host, one in sorted(needed.items())
         if levels.get(host, one.level) < one.level
     ]
     if problems:
         raise SourceRefused(
-            "hosts of an older version would not observe a limit",
-            hint="upgrade imdsproxy on these hosts, then write it again",
+            "hosts of an older version would ignore a limit",
+            hint="upgrade imdsproxy on these hosts, then write the record again",
             problems=problems,
         )
 
@@ -243,10 +245,10 @@ class _After:
             user = self._user(host, holder.id)
             # Operators of one project do not learn about other projects' instances.
             if user is not None and scope is None:
-                who += f", in which instance {user} is"
+                who += f", which has instance {user}"
         return Problem(
             "listener" if network in self.written else "hosts",
-            f"network {network} has on host {host} the listener of {who}",
+            f"network {network} has the same listener on host {host} as {who}",
             "give one of the two networks another listener, or place the instance on another host",
         )
 

@@ -202,7 +202,7 @@ class Writes:
             Problem(
                 ".".join(map(str, (*path, "user_data"))),
                 f"has {len(one.user_data):,} bytes",
-                f"a fleet takes {self.user_data_kib} KiB: hub.user_data_kib",
+                f"a fleet accepts {self.user_data_kib} KiB: hub.user_data_kib",
             )
             for path, one in instances
             if one.user_data is not None and len(one.user_data) > most
@@ -318,7 +318,7 @@ class Writes:
                 return Done(answer.revision, planned.hosts, planned.scope)
             view.take(planned.compares, answer.kvs)
             _refuse_swept(view, planned.compares)
-        raise SourceUnavailable("others write the same records all the time", hint="try again")
+        raise SourceUnavailable("other hubs keep writing the same records", hint="try again")
 
     async def _refuse(self, planned: Transaction) -> None:
         """Raise if hosts cannot apply the planned records, or if they exceed etcd's limits."""
@@ -327,7 +327,7 @@ class Writes:
             refuse_older(needed, await self.levels())
         if not planned.fits:
             raise TooMuch(
-                "this is too much for one write",
+                "the records are too large for one write",
                 hint="etcd takes some forty addresses of an instance, and 1 MiB, at once",
             )
 
@@ -450,14 +450,17 @@ class Writes:
         prefix = f"{layout.BLOBS}{found.sha256}/"
         chunks = (await self.etcd.read(prefix, prefix_end(prefix))).kvs
         if not chunks:
-            raise NotFound(f"etcd does not have user data {found.sha256}", hint="write it again")
+            raise NotFound(
+                f"etcd does not have user data {found.sha256}", hint="write the user data again"
+            )
         try:
             data = b"".join(self.envelope.open(one.key, one.value) for one in chunks)
         except SourceCorrupt as error:
             raise UserDataUnreadable(error.message, hint=error.hint) from error
         if hashlib.sha256(data).hexdigest() != found.sha256:
             raise UserDataUnreadable(
-                f"user data {found.sha256} is not as it was written", hint="write it again"
+                f"another program has changed user data {found.sha256}",
+                hint="write the user data again",
             )
         return data
 

@@ -133,7 +133,7 @@ class HubStream:
             async with asyncio.timeout(within_s):
                 line = await self._reader.readline()
         except TimeoutError as error:
-            raise SourceUnavailable(f"the hub is silent for {within_s:g} s") from error
+            raise SourceUnavailable(f"the hub sent nothing for {within_s:g} s") from error
         except (OSError, ValueError) as error:
             raise SourceUnavailable(f"the stream broke: {error}") from error
         if not line.endswith(b"\n"):
@@ -141,7 +141,7 @@ class HubStream:
         try:
             return parse_from_hub(line)
         except Broken as error:
-            raise SourceUnavailable(f"the hub sent what is no line of a stream: {error}") from error
+            raise SourceUnavailable(f"the hub sent an invalid line: {error}") from error
 
     def close(self) -> None:
         """Abort the connection."""
@@ -168,7 +168,7 @@ class HubStream:
         if status != 200:  # noqa: PLR2004 - HTTP's
             raise _refusal_of(self.hub, "give its user data", status, data)
         if len(data) != size or sha256_of(data).hexdigest() != sha256:
-            raise SourceUnavailable(f"{self.hub} gives other user data than {sha256}")
+            raise SourceUnavailable(f"{self.hub} sends other user data than {sha256}")
         return data
 
     async def give_password(self, instance: InstanceId, password: bytes) -> None:
@@ -272,7 +272,7 @@ def _failures(hub: str) -> Iterator[None]:
         ) from error
     except (OSError, EOFError, ValueError, asyncio.LimitOverrunError) as error:
         why = "it ended the connection" if isinstance(error, EOFError) else error
-        raise SourceUnavailable(f"{hub} is not reached: {why}") from error
+        raise SourceUnavailable(f"{hub} cannot be reached: {why}") from error
 
 
 def _check_status(hub: str, head: bytes) -> None:
@@ -282,7 +282,7 @@ def _check_status(hub: str, head: bytes) -> None:
     if status in (["401"], ["403"]):
         raise SourceRefused(
             f"{hub} does not admit this host",
-            hint="`imdsproxy fleet hosts` says whether it is revoked; `imdsproxy fleet enrol` admits it again",
+            hint="`imdsproxy fleet hosts` shows whether it is revoked; `imdsproxy fleet enrol` admits it again",
         )
     raise SourceUnavailable(f"{hub} answers {' '.join(status) or 'no HTTP'}, and no stream")
 

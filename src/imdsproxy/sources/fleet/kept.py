@@ -101,7 +101,7 @@ class KeptItems:
             ).fetchone()
             if row is not None and row[6] != _digest(*row[:6]):
                 raise SourceCorrupt(
-                    f"{self.path} does not have the revision that was written",
+                    f"{self.path} has another revision than imdsproxy wrote",
                     hint=f"stop imdsproxy; move the file aside; {_REFILL}",
                 )
             position = Position() if row is None else Position(*row[:3])
@@ -204,8 +204,8 @@ class KeptItems:
         if row is None or sha256_of(row[0]).hexdigest() != sha256:
             self._damaged.add(sha256)
             raise SourceCorrupt(
-                f"user data {sha256} in {self.path} is not as it was written",
-                hint="while a hub can be reached it is asked for again; look at the disk",
+                f"user data {sha256} in {self.path} is damaged",
+                hint="the host fetches the user data again from a hub; check the disk",
             )
         return bytes(row[0])
 

@@ -166,7 +166,7 @@ class FleetKnown:
         held = (
             Problem(
                 key,
-                f"held: {why}; it is served on",
+                f"held: {why}; the item stays in force",
                 _REPAIR if key in self._unreadable else _ACCEPT,
                 record=key.partition("/")[2],
             )
@@ -200,7 +200,7 @@ class FleetKnown:
             missing.add(_limit(key) if is_whole else None)
         for key, (revision, value) in sorted(items.items(), key=_limits_first):
             if missing & _limits_of(key, value):
-                self._refuse(key, revision, "what limits it cannot be read")
+                self._refuse(key, revision, "an item that limits the instance cannot be read")
                 continue
             try:
                 self._load_item(key, revision, value)
@@ -298,7 +298,7 @@ class FleetKnown:
         try:
             if kind in _RECORDS:
                 if self._lacks_limit(key, value):
-                    raise _Later("what limits it cannot be read")
+                    raise _Later("an item that limits the instance cannot be read")
                 entry = self._entry(key, revision, value)
                 self._kinds[_RECORDS[kind]].replace_file(key, [entry])
                 self._waiting[key] = revision, value
@@ -372,7 +372,7 @@ class FleetKnown:
             raise _Unreadable(f"this version does not know {', '.join(unknown)}")
         found = self.schema.tables[kind].read(value.get("record"), (_RECORDS[kind], name))
         if not isinstance(found, Refused) and found.id != name:
-            found = Refused((Problem("id", f"it is the record of {found.id}"),))
+            found = Refused((Problem("id", f"the record belongs to {found.id}"),))
         if isinstance(found, Refused):
             place = _place(key, revision)
             problems = tuple(replace(one, file=place) for one in found.problems)
@@ -385,7 +385,7 @@ class FleetKnown:
                 raise _Unreadable("`user_data` does not say `sha256` and `size`")
             stored = self.user_data(found.id, data.sha256)
             if stored is None:
-                raise _Later("its user data is on its way")
+                raise _Later("its user data has not arrived yet")
             found = replace(found, user_data=stored)
         return Entry(name, key, revision, record=PackedInstance.of(found))
 

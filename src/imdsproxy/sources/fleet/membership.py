@@ -157,7 +157,7 @@ def _refusing(url: str) -> Iterator[None]:
         yield
     except ssl.SSLCertVerificationError as error:
         raise SourceRefused(
-            f"{url} has no certificate for that name by this fleet's CA: {error.verify_message}",
+            f"{url} has no certificate of this fleet's CA for that name: {error.verify_message}",
             hint=f"{_NOTHING_SENT}; `imdsproxy fleet hub-certificate` makes a certificate with the names of its URLs",
         ) from error
     except (OSError, http.client.HTTPException) as error:
@@ -241,7 +241,7 @@ async def renew_if_due(
     if not due:
         # The source itself reports that no hub answers.
         return False
-    raise SourceUnavailable("; ".join(reasons), hint="hubs are asked again")
+    raise SourceUnavailable("; ".join(reasons), hint="the host asks the hubs again")
 
 
 async def _has_other_authorities(files: HostFiles, client: HubClient, url: str) -> bool:
@@ -260,7 +260,7 @@ def _refuse_unusable(url: str, certificate: bytes, now: datetime) -> None:
     found = parse_certificate(certificate, f"the answer of {url}")
     if not found.not_valid_before_utc <= now < found.not_valid_after_utc:
         raise SourceUnavailable(
-            f"the certificate that {url} gives is not good now by this host's clock: one of both is wrong"
+            f"the certificate from {url} is not valid now by this host's clock: one of the two clocks is wrong"
         )
 
 

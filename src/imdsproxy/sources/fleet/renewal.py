@@ -27,7 +27,7 @@ async def renew_apart(files: HostFiles, hubs: Sequence[str], timeout_s: float) -
     order = json.dumps([list(map(str, paths)), list(hubs), timeout_s])
     command = (sys.executable, "-P", "-c", _CHILD, order)
     status, words = await run_program(*command, deadline_s=_DEADLINE_S)
-    message, hint = words.rpartition("\n")[2], "the process for it ended"
+    message, hint = words.rpartition("\n")[2], "the process for the renewal ended"
     if status == 0:
         return float(message)
     if status == _FAILED and message.startswith("["):

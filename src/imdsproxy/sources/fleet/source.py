@@ -87,7 +87,7 @@ _FINAL: Final = frozenset({ByeCode.REVOKED, ByeCode.REPLACED, ByeCode.FORMAT, By
 """Codes for which other hubs would give the same answer."""
 
 _HINTS: Final = {
-    ByeCode.AHEAD: "etcd was restored to before that: look at `imdsproxy fleet status`, then `imdsproxy fleet "
+    ByeCode.AHEAD: "etcd was restored to an earlier state: check `imdsproxy fleet status`, then `imdsproxy fleet "
     "accept-restore`"
 }
 
@@ -391,7 +391,7 @@ class FleetSource(Part):
         return Problem(
             "clock",
             f"this host's clock and that of {self.hub} differ by {abs(self.skew_s):.0f} s",
-            "expiry of tokens and the end of a boot go by it: look at the time service of both",
+            "the clock decides when tokens expire and a boot ends: check the time service of both",
         )
 
     # One hub after another
@@ -446,7 +446,7 @@ class FleetSource(Part):
         except _Left as left:
             final = left.code in _FINAL
             hint = _HINTS.get(left.code, "")
-            self._hub_problem = Problem("hub", f"it ended the stream: {left}", hint, hub)
+            self._hub_problem = Problem("hub", f"the hub ended the stream: {left}", hint, hub)
         except SourceError as error:
             self._hub_problem = _problem_of(hub, error)
         finally:
@@ -502,10 +502,10 @@ class FleetSource(Part):
     def _check(self, batch: Batch) -> None:
         at = self.known.position
         if at.fleet not in {None, batch.fleet}:
-            raise _Left(ByeCode.OTHER_FLEET, f"it is of fleet {batch.fleet}, not {at.fleet}")
+            raise _Left(ByeCode.OTHER_FLEET, f"the hub is of fleet {batch.fleet}, not {at.fleet}")
         if (batch.incarnation, batch.revision) < (at.incarnation, at.revision):
             raise _Left(
-                ByeCode.BEHIND, f"it has revision {batch.revision}, this host {at.revision}"
+                ByeCode.BEHIND, f"the hub has revision {batch.revision}, this host {at.revision}"
             )
         before = self._pending or self._partial
         if before is not None and before.incarnation != batch.incarnation:
@@ -681,8 +681,8 @@ class FleetSource(Part):
 def _damaged_problem(path: Path, data: UserData) -> Problem:
     return Problem(
         "user_data",
-        f"user data {data.sha256} is not as it was written: it is asked for again",
-        "look at the disk and at the kernel's log",
+        f"user data {data.sha256} on disk is damaged: the host fetches the data again",
+        "check the disk and the kernel's log",
         str(path),
     )
 
