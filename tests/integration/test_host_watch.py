@@ -523,7 +523,7 @@ async def test_a_directory_of_ones_own_is_made_shared_so_that_others_see_its_nam
 def test_a_name_that_leads_out_of_the_directory_is_refused(name: str) -> None:
     directory = NamespaceDirectory()
     for work in (directory.identity, directory.open, directory.delete):
-        with pytest.raises(HostRefused, match="not the name"):
+        with pytest.raises(HostRefused, match="cannot be the name"):
             work(name)
 
 

@@ -186,14 +186,14 @@ def parse_compiled(content: bytes) -> DocumentRecord:
     # The checksum has just shown that `compile_instance` wrote this line.
     head: dict[str, Any] = {"region": None, **json.loads(content[:end])}
     if not DocumentRecord.__required_keys__ <= head.keys():
-        raise RecordCorrupt(f"compiled record is of format {head['format']}, not {FORMAT}")
+        raise RecordCorrupt(f"compiled record has format {head['format']} instead of {FORMAT}")
     if head["format"] != FORMAT:
         head["revision"] = ""
     for name in ("vendor_data", "user_data"):
         blob = head[name] = _locate(content, head[name], end)
         end += 0 if blob is None else blob.length
     if end != len(content):
-        raise RecordCorrupt(f"compiled record has {len(content)} bytes where {end} are due")
+        raise RecordCorrupt(f"compiled record has {len(content)} bytes instead of {end}")
     if (vendor := head["vendor_data"]) is not None:
         head["vendor_data"] = content[vendor.offset : vendor.offset + vendor.length]
     return cast("DocumentRecord", head)

@@ -101,7 +101,9 @@ class RecordApplier:
                 write_atomic(copy, text, mode=0o600)
             write_atomic(self.layout.kept_maps / _STAMP, _digest(made_of, texts), mode=0o600)
         except (OSError, DataplaneError) as error:
-            structlog.get_logger().warning("the next start makes all records", reason=str(error))
+            structlog.get_logger().warning(
+                "maps not copied: the next start makes all records", reason=str(error)
+            )
 
     def restore_copies(self, made_of: Callable[[], bytes | None]) -> bool:
         """Restore the copies for HAProxy if their inputs are the same now; return whether that was done.

@@ -78,7 +78,7 @@ class KernelEvents(Generic[T]):
                     break
                 except OSError as error:
                     if error.errno != errno.ENOBUFS:
-                        raise host_refused(f"hear of {self.about}", error) from error
+                        raise host_refused(f"receive events of {self.about}", error) from error
                     yield None
                     continue
                 nsid = _nsid_of(ancillary)

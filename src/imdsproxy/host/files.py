@@ -118,7 +118,7 @@ def sweep_unfinished(directory: Path) -> int:
     Files of running processes, ours included, stay. Raises `HostRefused` if the file system refused.
     """
     removed = 0
-    with refusing(f"sweep {directory}"), contextlib.suppress(FileNotFoundError):
+    with refusing(f"remove temporary files in {directory}"), contextlib.suppress(FileNotFoundError):
         for path in directory.iterdir():
             match = _UNFINISHED.fullmatch(path.name)
             if match is not None and not Path(f"/proc/{match[1]}").exists():
@@ -225,7 +225,7 @@ def hold_directory(path: Path) -> Iterator[None]:
 
 def find_directory_holder(path: Path) -> int | None:
     """Return the pid of the process that holds `hold_directory`'s lock; `None` if there is none, or it is hidden."""
-    with refusing(f"find out which process has locked {path}"):
+    with refusing(f"find the process that has locked {path}"):
         lines = Path("/proc/locks").read_text().splitlines()
     # Do not compare device and inode: for some file systems the kernel lists other numbers than stat(2).
     for kind, _, _, pid in (line.split()[1:5] for line in lines):

@@ -72,7 +72,7 @@ class NamespaceDirectory:
 
     def file(self, name: str) -> str:
         if name in ("", ".", "..") or "/" in name or "\0" in name:
-            raise HostRefused(f"not the name of a network namespace: {name!r}")
+            raise HostRefused(f"{name!r} cannot be the name of a network namespace")
         return f"{self._base}/{name}"
 
     def identity(self, name: str) -> NamespaceRef | None:
@@ -206,7 +206,9 @@ class NamespaceThread:
             call_libc("setns", self._home, _CLONE_NEWNET)
         except OSError as error:
             # If the thread went on in another namespace, our sockets would be opened there.
-            raise HostRefused("the namespace thread cannot come home") from error
+            raise HostRefused(
+                "the namespace thread cannot return to the host's own namespace"
+            ) from error
 
     def close(self) -> None:
         """End the thread after its pending work; a second call does nothing."""

@@ -97,7 +97,7 @@ def _ask(path: Path, our_pids: Collection[int], *, orphaned: bool) -> SeenSocket
             # The socket's queue is full, so a process listens.
             return SeenSocket(SocketState.FOREIGN, orphaned=orphaned)
         except OSError as error:
-            raise host_refused(f"find out who listens on {path}", error) from error
+            raise host_refused(f"find the process that listens on {path}", error) from error
         pid = _peer(probe)
     # The process that began to listen may have passed the socket to another worker and ended.
     if pid in our_pids or (orphaned and not (PROC / str(pid)).exists()):
@@ -146,7 +146,7 @@ def open_sole_socket(path: Path, *, mode: int, owner: Owner) -> socket.socket:
     """Open a socket as `open_unix_socket`, but raise `HostRefused` if a running process listens there."""
     state = SocketFiles().observe(path, ()).state
     if state is SocketState.OCCUPIED:
-        raise HostRefused(f"{path} is there and is no socket")
+        raise HostRefused(f"{path} exists and is not a socket")
     if state is SocketState.FOREIGN:
         hint = "is another controller running? imdsproxy status"
         raise HostRefused(f"another process listens on {path}", hint=hint)
@@ -164,7 +164,7 @@ def give_socket(path: Path, *, mode: int, owner: tuple[int, int]) -> None:
         opened(path, os.O_PATH | os.O_NOFOLLOW) as descriptor,
     ):
         if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
-            raise HostRefused(f"{path} is no socket any more")
+            raise HostRefused(f"{path} is no longer a socket")
         apply_owner_and_mode(descriptor, mode, owner)
 
 

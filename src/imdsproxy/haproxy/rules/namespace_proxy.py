@@ -72,8 +72,8 @@ def parse_resource(network_id: str | None, router_id: str | None) -> tuple[str, 
     """
     if network_id is not None and router_id is not None:
         raise RequestRefused(
-            "a network's id and a router's id are given: a proxy is for one of them",
-            hint="start it with --network-id or with --router-id",
+            "a network's id and a router's id are given, and a proxy serves one of the two",
+            hint="give --network-id or --router-id",
         )
     if network_id is not None:
         return "X-Neutron-Network-ID", parse_uuid(network_id)

@@ -277,5 +277,5 @@ def _id(account: str | None, look_up: Callable[[str], int]) -> int | None:
     if not account.isdecimal():
         return look_up(account)
     if int(account) > _LARGEST_ID:
-        raise HostRefused(f"there is no id {account}", hint=f"the largest is {_LARGEST_ID}")
+        raise HostRefused(f"id {account} is too large", hint=f"the largest id is {_LARGEST_ID}")
     return int(account)

@@ -30,7 +30,7 @@ def name_owners(seen: SeenSocket) -> str:
 
 
 def judge_socket(path: str, seen: SeenSocket, *, take_over: bool, pause_s: float) -> Problem | None:
-    """Return why HAProxy may not bind the path, with the seconds until the next takeover; `None` if it may."""
+    """Return why HAProxy may not bind the path, or only after a pause between takeovers; `None` if it may."""
     if seen.state is SocketState.OCCUPIED:
         return Problem(
             "unix_listener.path",
@@ -49,7 +49,7 @@ def judge_socket(path: str, seen: SeenSocket, *, take_over: bool, pause_s: float
     return Problem(
         "unix_listener.path",
         f"{name_owners(seen)} listens on {path}: the unix listener is not served",
-        "end it, and the socket is taken within a second; where it has to run on, as OVN's agent has, set "
+        "end that process, and HAProxy takes the socket within a second; if it must go on, as OVN's agent must, set "
         "unix_listener.take_over",
     )
 
