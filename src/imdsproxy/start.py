@@ -33,8 +33,7 @@ from imdsproxy.haproxy.unix_listener.listener import sweep_unix_socket
 from imdsproxy.host.account import owner_of
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import find_directory_holder, hold_directory, limit_log, remove_file
-from imdsproxy.host.log_copies import LogCopies
-from imdsproxy.host.logs import open_logging
+from imdsproxy.host.logs import LogCopies, open_logging
 from imdsproxy.host.notify import Heartbeat, ServiceNotifier, is_journal
 from imdsproxy.host.process import (
     freeze_garbage,

@@ -10,7 +10,7 @@ from imdsproxy.errors import DataplaneError
 from imdsproxy.haproxy.master import WorkerEnded
 from imdsproxy.haproxy.process import Haproxy
 from imdsproxy.haproxy.rules import limits
-from imdsproxy.haproxy.rules.frontends import AGENTS
+from imdsproxy.haproxy.rules.config import AGENTS
 from imdsproxy.haproxy.rules.runtime import WorkerTotals, parse_count
 from imdsproxy.host.clock import Clock
 from imdsproxy.reconcile.part import By, Count, Gauge, Part

@@ -1,15 +1,20 @@
-"""Log lines of long-running processes: JSON for machines, aligned text on a terminal.
+"""Log lines of long-running processes, and copies of detached processes' logs in a container's.
 
-A line has an event in a few words, key-value pairs and the time in UTC. Messages of libraries (uvicorn, asyncio) appear
-in the same form, from `warning` on. The journal gets priorities. Import this module before any other that imports
-structlog.
+A line is JSON for machines, or aligned text on a terminal: an event in a few words, key-value pairs and the time in
+UTC. Messages of libraries (uvicorn, asyncio) appear in the same form, from `warning` on. The journal gets priorities.
+Import this module before any other that imports structlog.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
-from collections.abc import MutableMapping
-from typing import TYPE_CHECKING, Final, Literal, TextIO, TypeAlias, cast
+import os
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, Final, Literal, TextIO, TypeAlias, cast
 
 from imdsproxy.errors import hidden_library
 
@@ -29,6 +34,7 @@ LogFormat: TypeAlias = Literal["auto", "json", "text"]
 
 _Event: TypeAlias = MutableMapping[str, object]
 _CLIPPED: Final = 8192
+_COPIES_EVERY_S: Final = 0.5
 _PRIORITIES: Final = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
 """Syslog priorities, which sd-daemon(3) expects at the beginning of a line."""
 
@@ -117,3 +123,36 @@ def _clip(_logger: WrappedLogger, _method: str, event: _Event) -> _Event:
         if isinstance(value, str) and len(value) > _CLIPPED:
             event[key] = f"{value[:_CLIPPED]}… ({len(value)} characters)"
     return event
+
+
+@dataclass(slots=True)
+class LogCopies:
+    """Copier of files to which others append, and that restart when they grow long (`host.files.limit_log`).
+
+    The files may not exist yet. Present content is not copied; the sink gets whole lines.
+    """
+
+    paths: Sequence[Path]
+    sink: BinaryIO
+    _offsets: dict[Path, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._offsets = {path: path.stat().st_size for path in self.paths if path.exists()}
+
+    async def run(self) -> None:
+        while True:
+            self.copy()
+            await asyncio.sleep(_COPIES_EVERY_S)
+
+    def copy(self) -> None:
+        for path in self.paths:
+            offset = self._offsets.get(path, 0)
+            # A process that was never started has no log.
+            with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+                if file.seek(0, os.SEEK_END) < offset:
+                    offset = 0
+                file.seek(offset)
+                lines = b"".join(line for line in file if line.endswith(b"\n"))
+                self.sink.write(lines)
+                self._offsets[path] = offset + len(lines)
+        self.sink.flush()

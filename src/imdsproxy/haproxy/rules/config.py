@@ -1,30 +1,61 @@
-"""Complete configuration of a `DataplaneSpec`.
+"""Complete configuration of a `DataplaneSpec`, and the names for the templates of frontends and backends.
 
 The order inside a frontend is the order of evaluation. Expensive rules stand behind `cache-use`, which answers repeated
 reads.
 """
 
-from collections.abc import Iterator
-from dataclasses import asdict
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import lru_cache
+from ipaddress import IPv6Address
 from typing import Final
 
-from imdsproxy.haproxy.rules.backends import names_of_backends
 from imdsproxy.haproxy.rules.counting import read_counter
-from imdsproxy.haproxy.rules.frontends import names_of_frontends
 from imdsproxy.haproxy.rules.limits import names_of_limits
-from imdsproxy.haproxy.rules.model import DataplaneSpec, count_namespaces
+from imdsproxy.haproxy.rules.model import Bind, DataplaneSpec, UnixBind, count_namespaces
 from imdsproxy.haproxy.rules.names import CONSTANTS
-from imdsproxy.haproxy.rules.nova import names_of_nova, nova_backends
+from imdsproxy.haproxy.rules.nova import (
+    AGAIN_SERVERS,
+    RETRIES,
+    longest_s,
+    loopback_names,
+    names_of_nova,
+    nova_backends,
+)
 from imdsproxy.haproxy.rules.request_log import names_of_log
 from imdsproxy.haproxy.rules.text import (
+    Block,
     Text,
     Value,
+    blocks_of,
     fill_sections,
     name_values,
     option,
+    quote,
     read_template,
     render,
 )
+from imdsproxy.model.entities import ID_PATTERN, IpAddress
+from imdsproxy.model.wire import LONGEST_PATH
+
+AGENTS: Final = "agents"
+"""Name of the frontend and of its bind."""
+
+_EVERY_IPV6: Final = IPv6Address(0)
+_OCTET: Final = "(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
+_QUAD: Final = rf"(?:{_OCTET}\.){{3}}{_OCTET}"
+_MAPPED: Final = (
+    "(?:(?:0{1,4}:){5}|(?:::|(?:0{1,4}:)+:)(?:0{1,4}:)*)[Ff]{4}:"
+    f"(?:{_QUAD}|[0-9A-Fa-f]{{1,4}}:[0-9A-Fa-f]{{1,4}})"
+)
+_IPV4: Final = f"^(?:{_QUAD}|{_MAPPED})$"
+_IPV6: Final = f"^[0-9A-Fa-f:]+(?:{_QUAD})?$"
+
+_BLOCKS: Final = blocks_of(read_template("backends"))
+
+_BEYOND_HOLD_S: Final = 3
+"""Extra seconds for which HAProxy waits for the resolver, beyond the maximum hold of a request."""
 
 _SHORT_PER_MB: Final = 256
 """Short documents per MiB of the cache: an entry with its key is below 1 kB."""
@@ -53,8 +84,8 @@ def _values(spec: DataplaneSpec) -> dict[str, Value]:
         | name_values(spec.paths.named)
         | names_of_limits(sizes)
         | names_of_log(spec)
-        | names_of_frontends(spec)
-        | names_of_backends(spec)
+        | _frontends(spec)
+        | _backends(spec)
         | names_of_nova(spec)
         | {
             "nova": bool(spec.nova),
@@ -85,3 +116,88 @@ def _values(spec: DataplaneSpec) -> dict[str, Value]:
             "exporter": spec.exporter,
         }
     )
+
+
+def _frontends(spec: DataplaneSpec) -> dict[str, Value]:
+    bind = spec.unix or UnixBind("", "", 0, 0)
+    return {
+        "guests": bool(spec.binds),
+        "binds": _bind_lines(spec.binds, spec),
+        "gated": bool(spec.unverified),
+        "unverified_binds": _bind_lines(spec.unverified, spec),
+        "unbound": not spec.binds and spec.unix is None,
+        "agents": spec.unix is not None,
+        **name_values(asdict(bind), "agents_"),
+        "eighth": max(1, spec.limits.maxconn_per_network // 8),
+        "nearly_full": bind.maxconn * 3 // 4,
+        "id_pattern": ID_PATTERN,
+        "ipv4": _IPV4,
+        "ipv6": _IPV6,
+        "forwarded_twice": Text("{ req.fhdr_cnt(x-forwarded-for) gt 1 }"),
+    }
+
+
+@lru_cache(maxsize=64)
+def _host(address: IpAddress) -> str:
+    # There are two metadata addresses and thousands of binds; an IPv6 address takes 4 µs to spell.
+    return f"[{address}]" if address.version == 6 else str(address)  # noqa: PLR2004 - IP version
+
+
+def _bind_lines(binds: Iterable[Bind], spec: DataplaneSpec) -> Text:
+    # Without a template: there may be 20,000 binds, and each costs a few microseconds at every change of a network.
+    end = f"proto h1 maxconn {spec.limits.maxconn_per_network}"
+    return Text("\n".join(f"{_bind(bind)} {end}" for bind in sorted(binds, key=_bind_order)))
+
+
+def _bind(bind: Bind) -> str:
+    device, namespace = option("interface", bind.device), option("namespace", bind.namespace)
+    start = f"bind {_host(bind.address)}:{bind.port} name {quote(bind.network)}"
+    # Without `v6only` the IPv6 wildcard would also accept IPv4 connections.
+    only = "v6only" if bind.address == _EVERY_IPV6 else ""
+    return " ".join(filter(None, (start, only, device, namespace)))
+
+
+def _bind_order(bind: Bind) -> tuple[str, int, str, int, str, str]:
+    device, namespace = bind.device or "", bind.namespace or ""
+    host = _host(bind.address)
+    return bind.network, bind.address.version, host, bind.port, device, namespace
+
+
+def _backends(spec: DataplaneSpec) -> dict[str, Value]:
+    # The resolver holds a request first. Then it may wait for Nova as long as HAProxy itself would.
+    held_s = spec.limits.hold_s + _BEYOND_HOLD_S
+    workers: list[dict[str, Value]] = [
+        {"index": str(index), "name": f"documents-{index}", "socket": f"unix@{path}"}
+        for index, path in enumerate(spec.paths.documents)
+    ]
+    nexts = [one["name"] for one in (*workers[1:], *workers[:1])]
+    return {
+        "resolver_s": math.ceil(held_s + longest_s(spec.nova_times) if spec.nova else held_s),
+        "longest_path": LONGEST_PATH,
+        "documents_turn": "proc.documents_turn" if workers else None,
+        "document_workers": len(workers),
+        "retries": RETRIES,
+        "documents_in_turn": _each("documents_in_turn", workers),
+        "any_document_server": _each("any_document_server", workers),
+        "next_in_turn": _each(
+            "next_in_turn",
+            [{**worker, "next": name} for worker, name in zip(workers, nexts, strict=True)],
+        ),
+        "documents_again": _each(
+            "documents_again", [{"name": name} for name in AGAIN_SERVERS] if workers else []
+        ),
+        # No endpoint set has an empty name.
+        **loopback_names(spec, " documents", "documents_again_"),
+        "document_servers": _servers(workers, "check inter 1s fall 2 rise 1 backup"),
+        "tracked_document_servers": _servers(workers, "track documents/{name} backup"),
+        "document_servers_again": _servers(workers, "track documents/{name}"),
+    }
+
+
+def _servers(workers: list[dict[str, Value]], checks: str) -> Block:
+    rows = [{**one, "checks": Text(checks.format(name=one["name"]))} for one in workers]
+    return _each("document_servers", rows)
+
+
+def _each(block: str, rows: Sequence[Mapping[str, Value]]) -> Block:
+    return replace(_BLOCKS[block], rows=rows)

@@ -15,7 +15,7 @@ import structlog
 from imdsproxy.config.unix_listener import UnixListenerSettings
 from imdsproxy.errors import DataplaneError, HostRefused, Problem, RuntimeUnavailable, refusing
 from imdsproxy.haproxy.process import Haproxy
-from imdsproxy.haproxy.rules.frontends import AGENTS
+from imdsproxy.haproxy.rules.config import AGENTS
 from imdsproxy.haproxy.rules.model import UnixBind
 from imdsproxy.haproxy.unix_listener.plan import (
     Takeovers,
