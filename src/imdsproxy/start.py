@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import faulthandler
+import itertools
 import signal
 import socket
 import sys
@@ -62,7 +63,8 @@ _FIRST_SYNC_S = 5.0
 """Longest wait of the first configuration for sources without new records; a running HAProxy is not affected."""
 
 _LOOK_EVERY_S = 0.05
-_METRICS_EVERY_S = 10.0
+_NOVA_EVERY_S = 10.0
+_COUNT_TURNS = 6
 _LAST_LOOK_S = 0.5
 _END_GRACE_S = 30.0
 _SHOW_EVERY_S = 0.5
@@ -172,7 +174,7 @@ async def _live(
         from imdsproxy.documents.http import serve
 
         resolving = group.create_task(serve(resolver, resolver_socket))
-        tasks.append(group.create_task(_count(metrics, layout.haproxy_log)))
+        tasks.append(group.create_task(_count(controller)))
         api = await asyncio.to_thread(_load_admin, controller)
         await starting.end()
         administering = group.create_task(serve(api, admin))
@@ -212,12 +214,16 @@ async def _show_start(show: ShowStart, starting: StartingServer, heartbeat: Hear
         show(None)
 
 
-async def _count(metrics: Metrics, log: Path) -> None:
-    """Read HAProxy's counters regularly, so that a reload loses none, and limit the size of its log."""
-    while True:
-        await metrics.refresh()
-        limit_log(log)
-        await asyncio.sleep(_METRICS_EVERY_S)
+async def _count(controller: Controller) -> None:
+    """Read HAProxy's counters regularly, because a worker may end by itself, and limit the size of HAProxy's log."""
+    for turn in itertools.count():
+        # Nova's answers 403 are a problem without a look of Prometheus.
+        await controller.nova_watch.refresh()
+        if turn % _COUNT_TURNS == 0:
+            await controller.counting.refresh()
+            await controller.traffic.refresh()
+        limit_log(controller.layout.haproxy_log)
+        await asyncio.sleep(_NOVA_EVERY_S)
 
 
 async def _settle(controller: Controller) -> None:

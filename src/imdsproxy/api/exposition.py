@@ -82,6 +82,9 @@ class Exposed(Collector):
     def readiness(self) -> Readiness:
         """Return the readiness that /readyz reports."""
 
+    async def prepare(self) -> None:
+        """Read values that are read only for an exposition; called before each."""
+
     @cached_property
     def _registry(self) -> CollectorRegistry:
         registry = CollectorRegistry(auto_describe=False)

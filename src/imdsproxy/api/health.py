@@ -116,6 +116,7 @@ class HealthServer:
     async def _report(self, reports: Exposed, path: str, accept: str) -> bytes:
         """Read a report; runs in the process's loop."""
         if path == "/metrics":
+            await reports.prepare()
             content_type, text = reports.expose(accept)
             return _reply(HTTPStatus.OK, text, content_type)
         found = reports.readiness()

@@ -5,6 +5,8 @@ operators choose freely, except `network`, whose number of series is bounded (se
 has connections, queues and bytes.
 """
 
+import asyncio
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +27,9 @@ NETWORK_SUM: Final = "*"
 
 PREFIX: Final = "imdsproxy_"
 
+_PREPARE_S: Final = 2.0
+"""Deadline for all counters, in seconds: Prometheus gives up after ten."""
+
 
 @dataclass(eq=False)
 class Metrics(Exposed, prefix=PREFIX):
@@ -37,10 +42,12 @@ class Metrics(Exposed, prefix=PREFIX):
         everything: tuple[Any, ...] = (self, *self.controller.parts())
         return tuple((part, one) for part in everything for one in metrics_of(type(part), PREFIX))
 
-    async def refresh(self) -> None:
-        """Read HAProxy's counters once."""
-        for part in self.controller.parts():
-            await part.refresh()
+    async def prepare(self) -> None:
+        """Read the figures that the parts do not have at hand; if HAProxy hangs, the last ones stay."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_PREPARE_S):
+                for part in self.controller.parts():
+                    await part.refresh()
 
     def collect(self) -> Iterator[metrics_core.Metric]:
         """Return every family with its current values."""

@@ -38,7 +38,7 @@ from imdsproxy.reconcile.part import By, Impact, Part
 
 _Key: TypeAlias = tuple[str, ...]
 
-_SAVE_EVERY_S: Final = 60.0
+_SAVE_EVERY_S: Final = 50.0
 _VERDICTS_SHOWN: Final = 100
 _SCHEMA: Final = "CREATE TABLE kept (key TEXT PRIMARY KEY, numbers TEXT NOT NULL) WITHOUT ROWID"
 

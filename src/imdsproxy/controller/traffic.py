@@ -1,5 +1,6 @@
 """Guests' traffic, as HAProxy's worker counts it: connections by network, and the busiest instances."""
 
+import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -55,16 +56,22 @@ class Traffic(Part):
     settings: Callable[[], LimitsSettings]
     totals: WorkerTotals[_TrafficKey] = field(default_factory=WorkerTotals)
     limited: int = 0
+    _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    def __post_init__(self) -> None:
+        self.haproxy.before_reload.append(self.refresh)
 
     async def refresh(self) -> None:
-        if (worker := self.haproxy.worker) is None:
-            return
-        try:
-            rows = await self.haproxy.master.read_stat(worker, TRAFFIC_COLUMNS)
-        except (DataplaneError, WorkerEnded):
-            # The watchdog restarts HAProxy; the next refresh reads its counters again.
-            return
-        self.totals.add(worker, count_traffic(rows))
+        # A late answer of another call has lower counts, which Prometheus takes for a restart.
+        async with self._lock:
+            if (worker := self.haproxy.worker) is None:
+                return
+            try:
+                rows = await self.haproxy.master.read_stat(worker, TRAFFIC_COLUMNS)
+            except (DataplaneError, WorkerEnded):
+                # The watchdog restarts HAProxy; the next refresh reads its counters again.
+                return
+            self.totals.add(worker, count_traffic(rows))
         self.limited = sum(one.limited for one in await self.find_busiest())
 
     async def report(self) -> Mapping[str, object]:
@@ -117,7 +124,7 @@ class Traffic(Part):
     def limited_guests(self) -> Gauge:
         """Instances whose requests or connections are refused for their limits, and networks whose unknown guests' are.
 
-        At most ten are counted, every ten seconds. `status` names them.
+        At most ten are counted. `status` names them.
         """
         return self.limited
 

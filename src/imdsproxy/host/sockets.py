@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv6Address
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, TypeAlias
 
 from imdsproxy.errors import Ignoring
 from imdsproxy.host import process
@@ -33,6 +33,8 @@ L3_PROXY_PORT: Final = 9697
 _TCPDIAG_GETSOCK: Final = 18
 _QUESTION: Final = struct.Struct("=BBBB HH16s16sI8s II")
 _ANSWER: Final = struct.Struct("=BBBB HH16s16sI8s IIIII")
+_Fields: TypeAlias = tuple[Any, ...]
+_OWN_PORT, _OWN_ADDRESS, _INODE = 4, 6, -1
 _V6_ONLY: Final = 11
 _LISTEN: Final = 10
 _SEARCHES: Final = 3
@@ -45,7 +47,16 @@ _ID_AT: Final = 4
 _ALIVE: Final = (1, 3, 4, 5, 8, 9, 11)
 
 _METADATA: Final = frozenset((METADATA_IPV4, METADATA_IPV6))
-_WILDCARDS: Final = frozenset((IPv4Address(0), IPv6Address(0)))
+_ANSWERED: Final = frozenset(
+    packed
+    for ipv4, ipv6 in ((METADATA_IPV4, METADATA_IPV6), (IPv4Address(0), IPv6Address(0)))
+    for packed in (
+        ipv4.packed + bytes(12),
+        bytes(10) + b"\xff\xff" + ipv4.packed,
+        ipv6.packed,
+    )
+)
+"""Metadata addresses and wildcards as the kernel's answer has them; IPv4 also mapped, of a socket for both families."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,23 +76,25 @@ class TcpSocket:
     message: bytes
 
 
-def _tcp_sockets(
+def _dump(
     channel: NetlinkSocket, ports: Collection[int], states: Iterable[int]
-) -> Iterator[tuple[int, TcpSocket]]:
-    """Yield sockets, each with its local port."""
+) -> Iterator[tuple[int, _Fields, bytes]]:
+    """Yield the local port, fields and message of each socket."""
     wanted_ports = {socket.htons(port): port for port in ports}
     # 0 selects every port.
     sport, nothing = next(iter(wanted_ports)) if len(ports) == 1 else 0, bytes(16)
     wanted = sum(1 << state for state in states)
     question = _QUESTION.pack(0, 0, 0, 0, sport, 0, nothing, nothing, 0, b"\xff" * 8, wanted, 0)
     for message in channel.dump(_TCPDIAG_GETSOCK, question):
-        family, *_, own, dport, source, target, index, _, _, _, _, _, inode = _ANSWER.unpack_from(
-            message
-        )
-        if own in wanted_ports:
-            peer = socket.ntohs(dport)
-            local, remote = _address(family, source), _address(family, target)
-            yield wanted_ports[own], TcpSocket(local, remote, peer, index, inode, message)
+        fields = _ANSWER.unpack_from(message)
+        if (own := fields[_OWN_PORT]) in wanted_ports:
+            yield wanted_ports[own], fields, message
+
+
+def _tcp_socket(fields: _Fields, message: bytes) -> TcpSocket:
+    family, _, _, _, _, dport, source, target, index, *_, inode = fields
+    local, remote = _address(family, source), _address(family, target)
+    return TcpSocket(local, remote, socket.ntohs(dport), index, inode, message)
 
 
 def _address(family: int, packed: bytes) -> IpAddress:
@@ -93,20 +106,31 @@ def listening_sockets(
 ) -> list[ListeningSocket]:
     """Return every TCP socket that listens on one of these ports of a metadata address or a wildcard."""
     found: list[ListeningSocket] = []
-    for port, one in _tcp_sockets(channel, ports, (_LISTEN,)):
-        address = one.local
-        if isinstance(address, IPv6Address):
-            address = address.ipv4_mapped or address
-        if address in _METADATA | _WILDCARDS:
+    for port, fields, message in _dump(channel, ports, (_LISTEN,)):
+        if fields[_OWN_ADDRESS] in _ANSWERED:
+            one = _tcp_socket(fields, message)
+            address = one.local
+            if isinstance(address, IPv6Address):
+                address = address.ipv4_mapped or address
             device = (device_name(one.index) or str(one.index)) if one.index else None
-            only = bool(number(parse_attributes(one.message, _ANSWER.size).get(_V6_ONLY)))
+            only = bool(number(parse_attributes(message, _ANSWER.size).get(_V6_ONLY)))
             found.append(ListeningSocket(address, port, device, one.inode, v6_only=only))
     return found
 
 
+def listening_inodes(channel: NetlinkSocket, ports: Collection[int]) -> frozenset[int]:
+    """Return the inodes of `listening_sockets` in a third of their time."""
+    return frozenset(
+        fields[_INODE]
+        for _, fields, _ in _dump(channel, ports, (_LISTEN,))
+        if fields[_OWN_ADDRESS] in _ANSWERED
+    )
+
+
 def list_connections(channel: NetlinkSocket, port: int) -> Iterator[TcpSocket]:
     """Return the connections to a metadata address and port, in the namespace of the channel."""
-    return (one for _, one in _tcp_sockets(channel, (port,), _ALIVE) if one.local in _METADATA)
+    found = (_tcp_socket(fields, message) for _, fields, message in _dump(channel, (port,), _ALIVE))
+    return (one for one in found if one.local in _METADATA)
 
 
 def end_connections(port: int, peers: Collection[IpAddress]) -> None:

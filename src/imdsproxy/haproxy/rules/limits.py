@@ -68,6 +68,8 @@ class Asker:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
+    """Requests and connections of one instance, with its limits."""
+
     requests: int
     most_requests: int
     window_s: int

@@ -29,6 +29,7 @@ from imdsproxy.host.sockets import (
     L3_PROXY_PORT,
     SOCK_DIAG,
     SocketOwners,
+    listening_inodes,
     listening_sockets,
     try_bind,
 )
@@ -335,8 +336,7 @@ class SystemHost:
             # A failure counts as a difference, so a full observation follows and reports the reason.
             with contextlib.suppress(DataplaneError, OSError), self.thread.inside(place) as ref:
                 with NetlinkSocket(SOCK_DIAG) as channel:
-                    ports = (METADATA_PORT, *_REDIRECTED_PORTS)
-                    inodes = frozenset(one.inode for one in listening_sockets(channel, ports))
+                    inodes = listening_inodes(channel, (METADATA_PORT, *_REDIRECTED_PORTS))
                 return 0 if ref is None else ref.inode, inodes
             return None
 

@@ -212,8 +212,10 @@ class HostWatch:
         while True:
             await asyncio.sleep(self.every_s)
             due = min(due + self.audits_per_s() * self.every_s, len(self._networks))
-            await self._peek(self._next("audit", tuple(self._networks), int(due)))
-            due -= int(due)
+            # Check many networks in large batches: each batch wakes two threads.
+            if due >= max(1, min(_AT_ONCE, len(self._networks) / 10)):
+                await self._peek(self._next("audit", tuple(self._networks), int(due)))
+                due -= int(due)
             for some in _batches(self._next("recheck", self._not_served, self.rechecks)):
                 await self._look(some)
 
