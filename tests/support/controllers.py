@@ -222,7 +222,7 @@ def _follow(one: Controller) -> None:
     fleet._vouched = fleet.clock.moment().before(2.5)
     fleet.serve_s, fleet.known.position = 3600.0, Position("a fleet")
     fleet.known.items = {"instance/a": 7, "instance/b": 8}
-    fleet.known.held = {"instance/b": "the store has it no more"}
+    fleet.known.held = {"instance/b": "etcd no longer has the item"}
     fleet.failing = {"instance/a": "the disk is full"}
     fleet.certificate_end = 1_800_000_000.0
 
