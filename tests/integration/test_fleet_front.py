@@ -11,7 +11,7 @@ import pytest
 
 from imdsproxy.fleet.members import Identity, Role, read_identity
 from imdsproxy.fleet.stream import UPGRADE
-from imdsproxy.hub.front.haproxy import ANONYMOUS, ENROLMENTS_A_MINUTE
+from imdsproxy.hub.front import ANONYMOUS, ENROLMENTS_A_MINUTE
 from support.fleet_front import (
     ADDRESS,
     Client,

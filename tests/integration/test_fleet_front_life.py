@@ -17,8 +17,8 @@ from structlog.testing import capture_logs
 from imdsproxy.config.hub import HubSettings
 from imdsproxy.errors import ConfigRejected, HostRefused, RuntimeUnavailable
 from imdsproxy.host.process import find_processes
-from imdsproxy.hub.front import haproxy as module
-from imdsproxy.hub.front.haproxy import Front, FrontSpec
+from imdsproxy.hub import front as module
+from imdsproxy.hub.front import Front, FrontSpec
 from imdsproxy.hub.hub import renew_certificate
 from imdsproxy.hub.pki.authority import HUB_LIFE
 from imdsproxy.hub.pki.files import FleetFiles, HubNames, init_fleet
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.root
 _HUB = """
 import asyncio, sys
 from pathlib import Path
-from imdsproxy.hub.front.haproxy import Front, FrontSpec
+from imdsproxy.hub.front import Front, FrontSpec
 
 async def main(port, directory):
     directory = Path(directory)

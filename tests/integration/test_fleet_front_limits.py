@@ -11,8 +11,8 @@ from typing import Final
 
 import pytest
 
-from imdsproxy.hub.front import haproxy as module
-from imdsproxy.hub.front.haproxy import (
+from imdsproxy.hub import front as module
+from imdsproxy.hub.front import (
     CONNECTIONS_OF_HOST,
     SHARE_OF_ANONYMOUS,
     SHARE_OF_HOSTS,

@@ -13,8 +13,8 @@ import pytest
 from imdsproxy.config.hub import HubSettings
 from imdsproxy.host.account import Account, account_of
 from imdsproxy.host.files import read_secret
-from imdsproxy.hub.front.accounts import Accounts, fill_places, give_places
-from imdsproxy.hub.front.process import FrontProcess
+from imdsproxy.hub.accounts import Accounts, fill_places, give_places
+from imdsproxy.hub.front import FrontProcess
 from imdsproxy.hub.pki.files import (
     FleetFiles,
     HubNames,

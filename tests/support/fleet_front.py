@@ -18,7 +18,7 @@ from cryptography.x509.oid import NameOID
 
 from imdsproxy.fleet.members import Role, spell_serial
 from imdsproxy.host.certificates import make_key, render_certificate, render_key
-from imdsproxy.hub.front.haproxy import FrontSpec, render_front
+from imdsproxy.hub.front import FrontSpec, render_front
 from imdsproxy.hub.pki.authority import Authority, make_authority
 from support.guest import inside
 from support.lab import until

@@ -172,8 +172,7 @@ def build_sources(
 def build_fleet(settings: Settings, clock: Clock) -> "FleetSource":
     """Return the source that follows a fleet's hubs."""
     # Import late: most hosts do not need TLS and its libraries.
-    from imdsproxy.sources.fleet.client import HostFiles, HubClient
-    from imdsproxy.sources.fleet.renewal import renew_apart
+    from imdsproxy.sources.fleet.client import HostFiles, HubClient, renew_apart
     from imdsproxy.sources.fleet.source import FleetSource
 
     state, wanted = settings.paths.state_dir, settings.sources.fleet

@@ -34,10 +34,10 @@ from imdsproxy.host.logs import open_logging
 from imdsproxy.host.notify import Heartbeat, ServiceNotifier, is_journal
 from imdsproxy.host.process import freeze_garbage, leave_no_dumps, raise_descriptor_limit
 from imdsproxy.host.servers import open_tcp_socket, open_unix_socket
+from imdsproxy.hub.accounts import Accounts, Places, fill_places, find_accounts, give_places
 from imdsproxy.hub.api.app import build_api, peers_of
 from imdsproxy.hub.api.metrics import HubMetrics
-from imdsproxy.hub.front.accounts import Accounts, Places, fill_places, find_accounts, give_places
-from imdsproxy.hub.front.haproxy import Front, FrontSpec, fitting_maxconn
+from imdsproxy.hub.front import Front, FrontSpec, fitting_maxconn
 from imdsproxy.hub.hosts.sealed import make_first_key
 from imdsproxy.hub.parts import Hub, build_hub
 from imdsproxy.hub.pki.authority import Authority

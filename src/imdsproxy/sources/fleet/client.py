@@ -1,4 +1,4 @@
-"""A host's connection to a hub: TLS, an upgrade to the stream of lines, separate requests, and fetched user data."""
+"""A host's connection to a hub: TLS, stream of lines, requests, fetched user data, renewal of the certificate."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ import base64
 import contextlib
 import json
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+import sys
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, field
 from hashlib import sha256 as sha256_of
 from pathlib import Path
@@ -20,14 +29,16 @@ from imdsproxy.config.sources import FleetSourceSettings
 from imdsproxy.errors import (
     AccessDenied,
     AlreadyExists,
+    ImdsproxyError,
     NotFound,
     SourceError,
     SourceRefused,
     SourceUnavailable,
     UserDataUnreadable,
+    optional_library,
 )
 from imdsproxy.fleet.layout import UserData
-from imdsproxy.fleet.members import PASSWORD_PATH
+from imdsproxy.fleet.members import LIBRARY_HINT, PASSWORD_PATH
 from imdsproxy.fleet.stream import (
     BLOB_PATH,
     CONNECT_S,
@@ -40,7 +51,9 @@ from imdsproxy.fleet.stream import (
     parse_from_hub,
     render_line,
 )
+from imdsproxy.host.clock import Clock
 from imdsproxy.host.http import Unanswered, ask
+from imdsproxy.host.process import run_program
 from imdsproxy.model.entities import InstanceId
 
 _HTTPS_PORT: Final = 443
@@ -319,3 +332,40 @@ class UserDataFetcher:
         left = {data.sha256 for data in needed}
         for sha256 in self._failures.keys() - left:
             del self._failures[sha256]
+
+
+_CHILD: Final = f"import sys; from {__name__} import renew_here; renew_here(sys.argv[1])"
+_DEADLINE_S: Final = 120.0
+_FAILED: Final = 1
+
+
+async def renew_apart(files: HostFiles, hubs: Sequence[str], timeout_s: float) -> float:
+    """Replace the certificate if renewal is due; return the Unix time at which the current certificate ends.
+
+    Raises `SourceUnavailable` if the old certificate stays, and `HostRefused` if the process hangs.
+    """
+    paths = files.hubs, files.certificate, files.key, files.authority
+    order = json.dumps([list(map(str, paths)), list(hubs), timeout_s])
+    command = (sys.executable, "-P", "-c", _CHILD, order)
+    status, words = await run_program(*command, deadline_s=_DEADLINE_S)
+    message, hint = words.rpartition("\n")[2], "the process for the renewal ended"
+    if status == 0:
+        return float(message)
+    if status == _FAILED and message.startswith("["):
+        message, hint = json.loads(message)
+    raise SourceUnavailable(f"this host's certificate is not renewed: {message}", hint=hint)
+
+
+def renew_here(order: str) -> None:
+    """Renew the certificate in this process. Print the certificate's end, or the error, as the last line."""
+    paths, hubs, timeout_s = json.loads(order)
+    files = HostFiles(*map(Path, paths))
+    try:
+        with optional_library("cryptography", LIBRARY_HINT):
+            from imdsproxy.sources.fleet.membership import end_of, renew_if_due  # it may be missing
+        client, now = HubClient(files, timeout_s), Clock().now()
+        asyncio.run(renew_if_due(files, client, hubs, now))
+        sys.stdout.write(str(end_of(files).timestamp()))
+    except ImdsproxyError as error:
+        sys.stdout.write(json.dumps([error.message, error.hint]))
+        sys.exit(_FAILED)

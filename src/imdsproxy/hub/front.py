@@ -1,14 +1,19 @@
 """HAProxy in front of a hub: it terminates TLS, verifies certificates, and passes their subjects in headers.
 
 HAProxy runs under an account of its own, in front of two sockets: one for streams, one for all other requests
-(`front.cfg`). A command installs a renewed certificate, so that no stream ends. HAProxy ends with the hub, even if the
-hub is killed.
+(`front.cfg`). A command installs a renewed certificate, so that no stream ends.
+
+A shell takes that account and waits for the hub's line, because the hub can no longer assign accounts once it has read
+etcd. HAProxy ends when the hub closes the pipe to the shell, or is killed: the hub may not send signals to another
+account's processes.
 """
 
 import asyncio
 import contextlib
 import json
+import os
 import pkgutil
+import subprocess
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,9 +28,9 @@ from imdsproxy.haproxy.master import exchange
 from imdsproxy.haproxy.rules.runtime import parse_failure
 from imdsproxy.haproxy.rules.text import Block, Value, blocks_of, fill_sections, name_values, render
 from imdsproxy.host import process
+from imdsproxy.host.account import Account
 from imdsproxy.host.files import remove_file, write_atomic
-from imdsproxy.hub.front.accounts import Accounts
-from imdsproxy.hub.front.process import FrontProcess
+from imdsproxy.hub.accounts import Accounts
 from imdsproxy.model.entities import ID_PATTERN
 from imdsproxy.model.wire import RETRY_AFTER_S
 
@@ -84,7 +89,6 @@ _ANSWER_S: Final = 330
 _CHECK_S: Final = 10.0
 _START_S: Final = 20.0
 _COMMAND_S: Final = 5.0
-_STOP_S: Final = 5.0
 _POLL_S: Final = 0.02
 _LINES: Final = 40
 _OWN_DESCRIPTORS: Final = 200
@@ -93,6 +97,18 @@ _NO_ADDRESS: Final = ("Address already in use", "Cannot assign requested address
 _LOG_EVERY_S: Final = 10.0
 LOGGED: Final = 100
 """Maximum failed connections to log individually in ten seconds: clients without a certificate can cause any number."""
+
+_WAIT_FOR_WORD: Final = """
+read -r _ || exit 0
+exec 3<&0 </dev/null
+"$@" 3<&- &
+haproxy=$!
+{ while read -r _ <&3; do :; done; kill -KILL "$haproxy"; } >/dev/null 2>&1 &
+wait "$haproxy"
+"""
+_LOW_PORTS: Final = ("--inh-caps=+net_bind_service", "--ambient-caps=+net_bind_service")
+_NO_RIGHTS: Final = ("--inh-caps=-all", "--ambient-caps=-all")
+_STOP_S: Final = 5.0
 
 _SERIOUS: Final = ("[ALERT]", "[EMERG]")
 _JSON: Final = "application/problem+json"
@@ -205,6 +221,79 @@ def _problem(name: str) -> str:
     status, code, message, hint = _ANSWERS[name]
     shape = {"status": status, "code": code, "message": message, "hint": hint, "problems": []}
     return json.dumps(shape)
+
+
+class FrontProcess:
+    """Shell that becomes the parent of HAProxy, which binds ports below 1024 if `low_port`; raises `HaproxyMissing`."""
+
+    def __init__(
+        self, command: tuple[str, ...], account: Account | None, *, low_port: bool
+    ) -> None:
+        words = ["/bin/sh", "-c", _WAIT_FOR_WORD, "imdsproxy-front", *command]
+        if account is not None:
+            rights = _LOW_PORTS if low_port else _NO_RIGHTS
+            ids = (f"--reuid={account.user}", f"--regid={account.group}", "--clear-groups")
+            words = ["setpriv", *ids, *rights, *words]
+        try:
+            self._child = subprocess.Popen(
+                words,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+            )
+            self._begun = False
+        except OSError as error:
+            raise HaproxyMissing(
+                f"cannot run {error.filename or words[0]}: {error.strerror}"
+            ) from error
+
+    async def begin(self) -> asyncio.StreamReader:
+        """Start HAProxy; return the stream of its standard error."""
+        assert self._child.stdin is not None  # noqa: S101 - it is a pipe
+        self._begun = True
+        reader = asyncio.StreamReader()
+        await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), self._child.stderr
+        )
+        with contextlib.suppress(BrokenPipeError):
+            self._child.stdin.write(b"\n")
+            self._child.stdin.flush()
+        return reader
+
+    def is_over(self) -> bool:
+        return self._child.poll() is not None
+
+    async def wait(self) -> int:
+        """Wait until HAProxy has ended; return its exit status, 128 and more for a signal."""
+        if not self.is_over():
+            loop, ended = asyncio.get_running_loop(), asyncio.Event()
+            pidfd = os.pidfd_open(self._child.pid)
+            loop.add_reader(pidfd, ended.set)
+            try:
+                await ended.wait()
+            finally:
+                loop.remove_reader(pidfd)
+                os.close(pidfd)
+        return self._child.wait()
+
+    async def stop(self) -> None:
+        self.close()
+        try:
+            async with asyncio.timeout(_STOP_S):
+                await self.wait()
+        except TimeoutError:
+            # If HAProxy has another account, systemd ends the process.
+            with contextlib.suppress(PermissionError):
+                self._child.kill()
+
+    def close(self) -> None:
+        """Close the pipe, so that HAProxy ends or does not start."""
+        assert self._child.stdin is not None  # noqa: S101 - it is a pipe
+        assert self._child.stderr is not None  # noqa: S101 - as above
+        with contextlib.suppress(BrokenPipeError):
+            self._child.stdin.close()
+        if not self._begun:
+            self._child.stderr.close()
 
 
 class Front:

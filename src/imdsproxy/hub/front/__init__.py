@@ -1,1 +1,0 @@
-"""HAProxy in front of a hub: its configuration, process and accounts."""
