@@ -34,10 +34,19 @@ _URL: Final = re.compile(r"(?=.{1,300}\Z)https?://(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0
 
 Json: TypeAlias = dict[str, Any]
 _T = TypeVar("_T")
+_A = TypeVar("_A")
 
 
 class Unreadable(ValueError):
     """Value that no program of the fleet wrote. Hubs never treat it as absent."""
+
+
+def attempt(read: Callable[[_A], _T], value: _A) -> _T | None:
+    """Return the result of a function that may raise `Unreadable`; `None` if it does."""
+    try:
+        return read(value)
+    except Unreadable:
+        return None
 
 
 def is_id(text: str) -> bool:

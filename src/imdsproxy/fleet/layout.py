@@ -27,6 +27,7 @@ from imdsproxy.fleet.codec import (
     Json,
     Kind,
     Unreadable,
+    attempt,
     checked,
     decode,
     is_id,
@@ -406,10 +407,8 @@ def read_host(value: bytes, revision: int) -> StoredHost:
 
     etcd's revision is an upper bound of revocations and writes, so the next write is newer than every earlier value.
     """
-    try:
-        return parse_host(value)
-    except Unreadable:
-        return StoredHost(HostState.UNREADABLE, revocations=revision, version=revision)
+    unread = StoredHost(HostState.UNREADABLE, revocations=revision, version=revision)
+    return attempt(parse_host, value) or unread
 
 
 # Parsers
@@ -544,10 +543,8 @@ parse_journal, render_journal = _JOURNAL.parse, _JOURNAL.render
 
 def is_cleared(value: bytes) -> bool:
     """Return whether a password was cleared, or removed with its instance; false if the value is unreadable."""
-    try:
-        return parse_password(value).sealed is None
-    except Unreadable:
-        return False
+    stored = attempt(parse_password, value)
+    return stored is not None and stored.sealed is None
 
 
 def parse_policy(value: bytes) -> StoredPolicy:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from imdsproxy.fleet.codec import Unreadable
+from imdsproxy.fleet.codec import attempt
 from imdsproxy.fleet.layout import (
     CERTIFICATES,
     HOSTS,
@@ -120,10 +120,7 @@ class Evidence:
 def member_in(view: View, host: HostId) -> StoredHost | None:
     """Return a host from the view; `None` if it is absent or unreadable."""
     found = view(host_key(host))
-    try:
-        return None if found is None else parse_host(found[0])
-    except Unreadable:
-        return None
+    return None if found is None else attempt(parse_host, found[0])
 
 
 def read_suspicion(view: View) -> Suspicion | None:

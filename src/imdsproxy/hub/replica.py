@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
 from random import Random
@@ -19,6 +19,7 @@ import structlog
 
 from imdsproxy.errors import EtcdUnavailable, Problem, SourceCorrupt
 from imdsproxy.fleet import codec, layout
+from imdsproxy.fleet.codec import attempt
 from imdsproxy.fleet.layout import (
     Beat,
     HostId,
@@ -194,7 +195,7 @@ class Replica:
                 f"etcd has a fleet of format {meta_now.format}, but this hub supports {layout.FORMAT}",
                 hint="upgrade this hub",
             )
-        if found is None or _readable(found):
+        if found is None or attempt(layout.parse_meta, found.value) is not None:
             # An unreadable beat does not count as one that went back.
             beats = self._beats_in(snapshot)
             at = Position(meta_now.fleet, meta_now.incarnation, snapshot.revision, beats)
@@ -220,9 +221,8 @@ class Replica:
     def _beats_in(self, snapshot: Snapshot) -> int:
         for one in snapshot.kvs:
             if one.key == layout.BEAT:
-                with suppress(codec.Unreadable):
-                    return parse_beat(one.value).count
-                return self.restores.journal.position.beats
+                beat = attempt(parse_beat, one.value)
+                return self.restores.journal.position.beats if beat is None else beat.count
         return 0
 
     async def _recover(self) -> None:
@@ -245,8 +245,7 @@ class Replica:
             if not kvs:
                 return None
             (found,) = kvs
-            with suppress(codec.Unreadable):
-                parse_value(key, found.value)
+            if attempt(partial(parse_value, key), found.value) is not None:
                 return change_of(found)
             revision = found.mod_revision
         return None
@@ -451,16 +450,7 @@ class Replica:
 
 def _meta_of(change: Change, known: Meta) -> Meta:
     """Return the fleet in a value of `META`; `known` if the value is unreadable."""
-    with suppress(codec.Unreadable):
-        return known if change.value is None else layout.parse_meta(change.value)
-    return known
-
-
-def _readable(meta: KeyValue) -> bool:
-    with suppress(codec.Unreadable):
-        layout.parse_meta(meta.value)
-        return True
-    return False
+    return known if change.value is None else attempt(layout.parse_meta, change.value) or known
 
 
 def _weight(key: str) -> tuple[bool, bool, str]:

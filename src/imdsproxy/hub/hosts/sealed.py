@@ -11,7 +11,6 @@ import base64
 import json
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
@@ -20,7 +19,7 @@ import structlog
 
 from imdsproxy.errors import AlreadyExists, ImdsproxyError, NotFound, SourceCorrupt
 from imdsproxy.fleet import codec, layout
-from imdsproxy.fleet.codec import Json
+from imdsproxy.fleet.codec import Json, attempt
 from imdsproxy.fleet.layout import (
     HostId,
     SealedKeys,
@@ -252,9 +251,8 @@ def plan_clearing(view: View, instance: InstanceId, terms: Terms) -> Transaction
 
 def _sealed_in(found: tuple[bytes, int] | None) -> bytes | None:
     """Return a sealed password; `None` also for an unreadable value, which a new password replaces."""
-    with suppress(codec.Unreadable):
-        return None if found is None else parse_password(found[0]).sealed
-    return None
+    stored = None if found is None else attempt(parse_password, found[0])
+    return None if stored is None else stored.sealed
 
 
 @dataclass(frozen=True, slots=True)

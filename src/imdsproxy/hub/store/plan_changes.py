@@ -14,13 +14,14 @@ from imdsproxy.errors import (
     SourceRefused,
 )
 from imdsproxy.fleet import codec, layout
+from imdsproxy.fleet.codec import attempt
 from imdsproxy.fleet.layout import (
     HostId,
     Meta,
     View,
     parse_policy,
 )
-from imdsproxy.fleet.restores import MOST_AHEAD
+from imdsproxy.fleet.restores import MOST_AHEAD, read_suspicion
 from imdsproxy.hub.store.etcd_messages import unchanged
 from imdsproxy.hub.store.scopes import (
     in_scope,
@@ -42,8 +43,6 @@ from imdsproxy.hub.store.transactions import (
     read_override,
     readable,
     refuse_other_revision,
-    refuse_suspect,
-    suspicion_of,
 )
 from imdsproxy.model.entities import InstanceId
 from imdsproxy.model.policy import OperatorOverride
@@ -61,14 +60,14 @@ def plan_hosts(
 
     `choose` returns the new hosts for the present ones. Raises its errors, and the errors of `plan_put`.
     """
-    refuse_suspect(view)
     view = only_own(view, terms.scope)
+    draft = Draft(view, terms)
     known = read_owned(view, instance, terms.scope)
     if known is None:
         raise no_such("instance", instance)
     stored, revision = known
     hosts = choose(stored.hosts)
-    draft = Draft(view, terms, hosts={*stored.hosts, *hosts}, revision=revision)
+    draft.hosts, draft.revision = {*stored.hosts, *hosts}, revision
     if hosts == stored.hosts:
         return draft.finish()
     refuse_other_revision("instance", instance, revision, terms)
@@ -160,8 +159,8 @@ def plan_override(
     A removed instance keeps its override, so that a new instance with the same id does not accept its tokens. Raises
     `NotFound`, and the errors of `plan_put`.
     """
-    refuse_suspect(view)
     view = only_own(view, terms.scope)
+    draft = Draft(view, terms)
     key, known = layout.override_key(instance), owned_or_unread(view, instance, terms)
     found, there = view(key), layout.instance_key(instance)
     gone = last_record(view, there) or {}
@@ -169,7 +168,8 @@ def plan_override(
     if known is None and ((found is None and not unread) or not in_scope(gone, terms.scope)):
         raise no_such("instance", instance)
     new = change(read_override(view, key))
-    draft = Draft(view, terms, hosts=set() if known is None else set(known[0].hosts))
+    if known is not None:
+        draft.hosts.update(known[0].hosts)
     draft.hold(key)
     draft.puts[key] = layout.render_override(new)
     return draft.finish(), new.epoch
@@ -191,7 +191,7 @@ def plan_policy(
     terms: Terms,
 ) -> Transaction:
     """Change the rules of a scope; see `Writes.put_policy`."""
-    refuse_suspect(view)
+    draft = Draft(view, terms)
     scope, _, subject = place.partition("/")
     if terms.scope is not None and (scope, subject) != ("project", terms.scope):
         raise AccessDenied(f"the policy of {place} does not belong to project {terms.scope}")
@@ -201,7 +201,7 @@ def plan_policy(
     # Unreadable rules can only be cleared: a change of one rule must not lose the others.
     old, revision = ({}, 0) if unread else read_policy(view, place)
     new = {} if unread else change(old)
-    draft = Draft(view, terms, revision=revision)
+    draft.revision = revision
     refuse_other_revision("policy", place, revision, terms)
     if new != old or unread:
         draft.hold(layout.POLICIES + place)
@@ -213,13 +213,13 @@ def plan_grant(
     view: View, project: str, change: Callable[[Grant], Grant], terms: Terms
 ) -> Transaction:
     """Change what a project's operators may use; raise the errors of `plan_put` and of `change`."""
-    refuse_suspect(view)
+    draft = Draft(view, terms)
     key = layout.grant_key(project)
     # An unreadable grant allows nothing, and the write replaces it.
     unread = is_unread(view, key)
     old, revision = (NO_GRANT, 0) if unread else read_grant(view, project)
     refuse_other_revision("grant", project, revision, terms)
-    new, draft = change(old), Draft(view, terms, revision=revision)
+    new, draft.revision = change(old), revision
     hosts = [one for one in new.hosts if one != EVERY_HOST]
     problems = unknown_hosts(view, hosts, old.hosts, ("hosts",), None) if hosts else []
     for number, one in enumerate(new.addresses):
@@ -243,7 +243,7 @@ def plan_acceptance(view: View, known: Meta) -> Transaction:
     acceptances, and hosts refuse an incarnation below their own. The fleet's metadata are written as `known` if etcd
     lost them. Raises `RequestRefused` if no restore is suspected.
     """
-    meta, found, suspicion = view(layout.META), view(layout.SUSPECT), suspicion_of(view)
+    meta, found, suspicion = view(layout.META), view(layout.SUSPECT), attempt(read_suspicion, view)
     if found is None or suspicion is None:
         raise RequestRefused(
             "no restored backup is suspected", hint="`imdsproxy fleet status` shows a suspicion"

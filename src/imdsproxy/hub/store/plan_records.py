@@ -8,7 +8,6 @@ two instances.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -19,6 +18,7 @@ from imdsproxy.errors import (
     SourceRefused,
 )
 from imdsproxy.fleet import codec, layout
+from imdsproxy.fleet.codec import attempt
 from imdsproxy.fleet.layout import (
     HostId,
     StoredInstance,
@@ -56,7 +56,6 @@ from imdsproxy.hub.store.transactions import (
     read_override,
     record_of,
     refuse_other_revision,
-    refuse_suspect,
 )
 from imdsproxy.model.claims import claim_places, taken_address, taken_id
 from imdsproxy.model.entities import Instance, InstanceId, Network, NetworkId
@@ -107,7 +106,6 @@ def plan_put(
         RecordConflict: An address is taken, or an id occurs twice (`problems` has the fields).
         SourceRefused: A network is unknown, or a host is not enrolled.
     """
-    refuse_suspect(view)
     draft, scope = Draft(view, terms), read_scope(view, terms.scope)
     for one in instances:
         refuse_other_project("instance", one.record.id, render_record(one.record), terms)
@@ -143,7 +141,6 @@ def plan_put(
 
 def plan_removal(view: View, instance: InstanceId, terms: Terms) -> Transaction:
     """Remove an instance and free its addresses; raise `NotFound`, and the errors of `plan_put`."""
-    refuse_suspect(view)
     view = only_own(view, terms.scope)
     draft = Draft(view, terms)
     key, known = layout.instance_key(instance), owned_or_unread(view, instance, terms)
@@ -179,7 +176,6 @@ def plan_network_removal(
 
     Raises `RecordConflict` if instances have ports in the network, `NotFound`, and the errors of `plan_put`.
     """
-    refuse_suspect(view)
     view = only_own(view, terms.scope)
     draft = Draft(view, terms)
     key, known = layout.network_key(network), owned_network(view, network, terms)
@@ -286,9 +282,8 @@ def _put_instance(
     key, stored = layout.instance_key(put.record.id), _stored(put, known, terms)
     if known is None and (removed := draft.view(key)) is not None:
         # An instance that was removed had this id.
-        left: tuple[HostId, ...] = (layout.ANYWHERE,)
-        with suppress(codec.Unreadable):
-            left = layout.parse_instance(removed[0]).leaves(stored.hosts)
+        before = attempt(layout.parse_instance, removed[0])
+        left = (layout.ANYWHERE,) if before is None else before.leaves(stored.hosts)
         stored = replace(stored, left=left)
         _end_tokens(draft, put.record.id)
     draft.hold(key)

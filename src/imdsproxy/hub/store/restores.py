@@ -16,6 +16,7 @@ import structlog
 
 from imdsproxy.errors import EtcdUnavailable, SourceRefused
 from imdsproxy.fleet import codec, layout
+from imdsproxy.fleet.codec import attempt
 from imdsproxy.fleet.layout import (
     Claim,
     HostId,
@@ -29,7 +30,7 @@ from imdsproxy.fleet.layout import (
 from imdsproxy.fleet.restores import Evidence, describe_regained, is_lasting, member_in
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub.store.etcd import Etcd
-from imdsproxy.hub.store.etcd_messages import Committed, Compacted, Compare, unchanged
+from imdsproxy.hub.store.etcd_messages import Committed, Compacted, Compare, Snapshot, unchanged
 from imdsproxy.hub.store.journal import Journal, Position
 from imdsproxy.hub.store.state import Change, FleetState, change_of
 from imdsproxy.model.entities import InstanceId
@@ -170,10 +171,7 @@ class Restores:
         `incarnation` is that of this hub's copy when the hub noticed the evidence.
         """
         found, meta = await self.etcd.read(layout.SUSPECT), await self.etcd.read(layout.META)
-        meta_now = None
-        for one in meta.kvs:
-            with suppress(codec.Unreadable):
-                meta_now = layout.parse_meta(one.value)
+        meta_now = _meta_in(meta)
         if evidence.is_refuted(found.revision, meta_now):
             return True
         if meta_now is not None and self.known().fleet not in {"", meta_now.fleet}:
@@ -181,11 +179,10 @@ class Restores:
         # An operator may have accepted the restore since the hub noticed the evidence.
         if meta_now is not None and meta_now.incarnation > incarnation > 0:
             return True
-        at, before = 0, None
+        at, known = 0, None
         for one in found.kvs:
-            at = one.mod_revision
-            with suppress(codec.Unreadable):
-                before = parse_suspicion(one.value).of_members(self._member)
+            at, known = one.mod_revision, attempt(parse_suspicion, one.value)
+        before = None if known is None else known.of_members(self._member)
         now = self._add(evidence, before or Suspicion(evidence.why))
         if now is None or now == before:
             return True
@@ -213,10 +210,11 @@ class Restores:
     async def _put_back(self) -> None:
         """Write lasting values that etcd lacks or has in an older version, so that a restore undoes none."""
         try:
-            meta = (await self.etcd.read(layout.META)).kvs
-            if any(_fleet_of(one.value) != self.known().fleet for one in meta):
+            meta = await self.etcd.read(layout.META)
+            now = _meta_in(meta)
+            if meta.kvs and (now is None or now.fleet != self.known().fleet):
                 return
-            same = unchanged(layout.META, meta[0].mod_revision if meta else 0)
+            same = unchanged(layout.META, meta.kvs[0].mod_revision if meta.kvs else 0)
             keys = sorted(self.state.ahead)
             for begin in range(0, len(keys), _PUT_BACK):
                 await self._put_back_some(keys[begin : begin + _PUT_BACK], same)
@@ -245,7 +243,5 @@ class Restores:
                 await self._settled.wait()
 
 
-def _fleet_of(value: bytes) -> str | None:
-    with suppress(codec.Unreadable):
-        return layout.parse_meta(value).fleet
-    return None
+def _meta_in(found: Snapshot) -> Meta | None:
+    return next((attempt(layout.parse_meta, one.value) for one in found.kvs), None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final, TypeVar
 
 from imdsproxy.errors import (
@@ -13,11 +14,11 @@ from imdsproxy.errors import (
     SourceCorrupt,
 )
 from imdsproxy.fleet import codec, layout
+from imdsproxy.fleet.codec import attempt
 from imdsproxy.fleet.layout import (
     HostId,
     StoredInstance,
     StoredNetwork,
-    Suspicion,
     View,
 )
 from imdsproxy.fleet.restores import EPOCHS, read_suspicion
@@ -82,6 +83,8 @@ class Terms:
 
 @dataclass(slots=True)
 class Draft:
+    """Transaction while it is planned; raises `RestoreSuspected`."""
+
     view: View
     terms: Terms
     compares: dict[Compare, None] = field(default_factory=dict)
@@ -91,6 +94,10 @@ class Draft:
     revision: int = 0
     freed: dict[str, InstanceId] = field(default_factory=dict)
     taken: dict[str, InstanceId] = field(default_factory=dict)
+    unsuspected: Compare = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.unsuspected = refuse_suspect(self.view)
 
     def finish(self) -> Transaction:
         """Return the transaction; it compares nothing if it writes nothing."""
@@ -101,7 +108,7 @@ class Draft:
             # The project's grant must not shrink between plan and commit.
             self.hold(layout.grant_key(self.terms.scope))
         return Transaction(
-            (refuse_suspect(self.view), *self.compares),
+            (self.unsuspected, *self.compares),
             self.puts,
             # An address may move from one record of this write to another one.
             tuple(key for key in self.deletes if key not in self.puts),
@@ -147,13 +154,7 @@ def record_of(stored: StoredInstance) -> Instance:
 def is_unread(view: View, key: str) -> bool:
     """Return whether a key has an unreadable value."""
     found = view(key)
-    if found is None:
-        return False
-    try:
-        layout.parse_value(key, found[0])
-    except codec.Unreadable:
-        return True
-    return False
+    return found is not None and attempt(partial(layout.parse_value, key), found[0]) is None
 
 
 def last_record(view: View, key: str) -> Mapping[str, object] | None:
@@ -192,7 +193,8 @@ def refuse_other_revision(kind: str, subject: str, revision: int, terms: Terms) 
 
 def refuse_suspect(view: View) -> Compare:
     """Return a comparison that fails after another claim of a restore; raise `RestoreSuspected` if claims suffice."""
-    suspicion = suspicion_of(view)
+    # A value that another program wrote counts as none.
+    suspicion = attempt(read_suspicion, view)
     if suspicion is not None and suspicion.refuses:
         raise RestoreSuspected(
             f"etcd may be restored from a backup, so hubs write nothing: {suspicion.why}",
@@ -200,14 +202,6 @@ def refuse_suspect(view: View) -> Compare:
         )
     found = view(layout.SUSPECT)
     return absent(layout.SUSPECT) if found is None else unchanged(layout.SUSPECT, found[1])
-
-
-def suspicion_of(view: View) -> Suspicion | None:
-    """Return the suspicion in force; a value that another program wrote counts as none."""
-    try:
-        return read_suspicion(view)
-    except codec.Unreadable:
-        return None
 
 
 def next_epoch(epoch: int, incarnation: int) -> int:
@@ -225,8 +219,8 @@ def read_override(view: View, key: str) -> OperatorOverride:
     found = view(key)
     if found is None:
         return OperatorOverride()
-    try:
-        return layout.parse_override(found[0])
-    except codec.Unreadable:
+    override = attempt(layout.parse_override, found[0])
+    if override is None:
         # Each revocation was a write, so there were fewer revocations than revisions.
         return OperatorOverride(next_epoch(0, incarnation_in(view)) + found[1])
+    return override
