@@ -15,7 +15,7 @@ from fastapi.routing import APIRoute
 
 from imdsproxy.errors import AlreadyExists, NotFound, SourceRefused
 from imdsproxy.fleet.members import OPERATOR_ROLES
-from imdsproxy.hub.api import routes
+from imdsproxy.hub.api import fleet_records
 from imdsproxy.hub.api.app import ROUTERS
 from support.scoped_fleet import ScopedFleet, instance, network, open_scoped_fleet, port
 
@@ -371,7 +371,7 @@ def test_an_explanation_that_is_about_others_too_says_no_more_than_the_answer(
 def test_an_import_of_others_is_unknown(
     fleet: ScopedFleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(routes, "_IMPORT_S", 0.0)
+    monkeypatch.setattr(fleet_records, "_IMPORT_S", 0.0)
     many = [
         instance(f"red-{number}", "red-project", port("rednet", f"10.0.1.{number}"))
         for number in range(1, 50)

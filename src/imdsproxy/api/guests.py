@@ -1,6 +1,5 @@
-"""Operators' questions about guests: owner of an address with reasons, answers to the guest, posted password."""
+"""Operators' questions about guests: owner of an address with reasons, and answers to the guest."""
 
-import asyncio
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -9,7 +8,7 @@ from http import HTTPStatus
 from typing import Final, assert_never
 
 from imdsproxy.api.bodies import DocumentBody, DocumentView
-from imdsproxy.api.records import no_such
+from imdsproxy.api.records import no_such, refuse_unknown
 from imdsproxy.controller.controller import Controller
 from imdsproxy.controller.lookup import Lookup
 from imdsproxy.controller.record_plan import policy_place, record_key
@@ -152,34 +151,6 @@ class _Owner:
     denial: identity.Denial | None = None
 
 
-async def read_password(controller: Controller, instance: entities.InstanceId) -> bytes | None:
-    """Return the password as the instance's guest posted it; `None` if the guest has posted none.
-
-    Raises:
-        NotFound: The instance does not exist.
-    """
-    _refuse_unknown(controller.inventory, instance)
-    return await asyncio.to_thread(controller.passwords.read, instance)
-
-
-async def clear_password(controller: Controller, instance: entities.InstanceId) -> bool:
-    """Remove the password, so that the guest can post another; return `False` if there is none.
-
-    Raises:
-        NotFound: The instance does not exist.
-        SourceRefused: The fleet has the password, and each host of the instance.
-    """
-    _refuse_unknown(controller.inventory, instance)
-    if controller.fleet_passwords is not None:
-        return await controller.fleet_passwords.forget(instance)
-    return await asyncio.to_thread(controller.passwords.remove, instance)
-
-
-def _refuse_unknown(inventory: Inventory, instance: entities.InstanceId) -> None:
-    if not inventory.sources_of_instance(instance):
-        raise no_such("instance", instance)
-
-
 async def get_document(
     controller: Controller, key: AddressKey, path: str, instance: entities.InstanceId | None = None
 ) -> DocumentView:
@@ -225,7 +196,7 @@ def _may_know(lookup: Lookup, network: entities.NetworkId) -> bool:
 
 def list_addresses(controller: Controller, instance: entities.InstanceId) -> list[AddressKey]:
     """Return the addresses of the instance for `explain`; raise `NotFound` if the instance does not exist."""
-    _refuse_unknown(controller.inventory, instance)
+    refuse_unknown(controller.inventory, instance)
     keys = controller.records.addresses_of(instance)
     # Few guests send requests from a link-local address, made of the MAC, if they have another address.
     chosen = {key for key in keys if not key[1].is_link_local} or keys

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from imdsproxy.api import records
 from imdsproxy.api.answers import Written
 from imdsproxy.api.client import AdminClient, read_record
+from imdsproxy.api.host_records import HostRecords
+from imdsproxy.api.record_routes import Change
 from imdsproxy.cli import output
 from imdsproxy.errors import AdminError, Problem, RequestRefused, SourceUnavailable
 from imdsproxy.model.entities import BridgeListener, Dialect, InstanceId, NamespaceListener
@@ -421,21 +422,17 @@ def test_a_file_that_is_not_acceptable_is_refused_with_every_problem(
 
 def _slow_down(monkeypatch: pytest.MonkeyPatch, steps: Sequence[Step]) -> None:
     """Have the daemon take its time for each step before it stores anything."""
-    store = records.put_records
+    store = HostRecords.put
 
-    async def put(
-        controller: Any,
-        *records: Any,
-        **how: Any,
-    ) -> Written:
-        progress = controller.records.progress
+    async def put(host: HostRecords, change: Change) -> Written:
+        progress = host.controller.records.progress
         for step in steps:
             progress.note(step.what, step.done, step.of)
             await asyncio.sleep(0.3)
             progress.end(step.what)
-        return await store(controller, *records, **how)
+        return await store(host, change)
 
-    monkeypatch.setattr(records, "put_records", put)
+    monkeypatch.setattr(HostRecords, "put", put)
 
 
 _STEPS = (Step("storing instances", 1000, 2000), Step("compiling instances", 2000, 2000))

@@ -8,7 +8,6 @@ from typing import Annotated, Final, TypeAlias, cast
 
 from fastapi import Depends, Header, Query, Request
 
-from imdsproxy.api.bodies import Named
 from imdsproxy.errors import AccessDenied, SourceUnavailable
 from imdsproxy.fleet.layout import HostId, operator_key
 from imdsproxy.fleet.members import OPERATOR_ROLES, Identity, Role, admits_operator, read_identity
@@ -16,7 +15,6 @@ from imdsproxy.hub.api.operations import WITHHELD, Operations
 from imdsproxy.hub.api.views import Views
 from imdsproxy.hub.hosts.in_force import Reported
 from imdsproxy.hub.store.transactions import Terms
-from imdsproxy.model.entities import InstanceId, NetworkId
 
 _COMPLETE_S: Final = 5.0
 
@@ -141,14 +139,6 @@ OfHost: TypeAlias = Annotated[Caller, Depends(Admits(Role.HOST))]
 OfHub: TypeAlias = Annotated[Caller, Depends(Admits(Role.HUB))]
 
 
-async def _network_id(network: Named, operations: Uses, caller: Reader) -> NetworkId:
-    return caller.views(operations).find_network(network)
-
-
-async def _instance_id(instance: Named, operations: Uses, caller: Reader) -> InstanceId:
-    return caller.views(operations).find_instance(instance)
-
-
 async def _terms(
     operations: Uses,
     caller: Reader,
@@ -164,6 +154,4 @@ async def _terms(
     return operations.writes.terms(request, revision=if_revision, scope=caller.scope)
 
 
-NetworkOf: TypeAlias = Annotated[NetworkId, Depends(_network_id)]
-InstanceOf: TypeAlias = Annotated[InstanceId, Depends(_instance_id)]
 TermsOf: TypeAlias = Annotated[Terms, Depends(_terms)]

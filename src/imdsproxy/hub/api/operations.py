@@ -6,10 +6,9 @@ import asyncio
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import urlencode
 
 from imdsproxy.api.answers import Readiness, Written
-from imdsproxy.errors import EtcdUnavailable, NotFound, SourceUnavailable
+from imdsproxy.errors import EtcdUnavailable, NotFound
 from imdsproxy.fleet import codec, layout
 from imdsproxy.fleet.layout import (
     HostId,
@@ -21,10 +20,10 @@ from imdsproxy.fleet.layout import (
     parse_journal,
 )
 from imdsproxy.fleet.restores import read_suspicion
-from imdsproxy.fleet.stream import CONNECT_S, ItemKey
+from imdsproxy.fleet.stream import ItemKey
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub.api.verdict import judge_fleet
-from imdsproxy.hub.hosts.in_force import COMING, NOT_CONNECTED, InForce, Peers, Reported
+from imdsproxy.hub.hosts.in_force import COMING, InForce, Peers, Reported
 from imdsproxy.hub.hosts.sealed import Passwords
 from imdsproxy.hub.hosts.streams import Streams
 from imdsproxy.hub.pki.authority import Authority
@@ -37,14 +36,11 @@ from imdsproxy.hub.store.restores import Restores
 from imdsproxy.hub.store.state import FleetState
 from imdsproxy.hub.store.upkeep import list_hubs
 from imdsproxy.hub.store.writes import Done, Writes
-from imdsproxy.model.entities import NetworkId
 from imdsproxy.reconcile.progress import Step
 
 if TYPE_CHECKING:
     from imdsproxy.hub.hosts.sealed import TokenKeyRing
 
-ASK_PATH: Final = "/fleet/ask"
-_ASK_S: Final = 10.0
 _COMPLETE_S: Final = 5.0
 _NEARLY_FULL: Final = 0.7
 WITHHELD: Final = "it is not in force there: an operator of all projects sees why"
@@ -265,12 +261,6 @@ class Operations:
             hosts=tuple(sorted(done.hosts)),
         )
 
-    async def confirm_network(self, done: Done, network: NetworkId) -> FleetWritten:
-        """Wait until a network is in force on every host with an instance in the network."""
-        item = f"network/{network}"
-        everywhere = replace(done, hosts=done.hosts | self.state.hosts_with(item))
-        return await self.confirm(everywhere, {item}, networks=1)
-
     async def report_hosts(self) -> list[FleetHost]:
         """Return all hosts, sorted by name."""
         return self._hosts(await self.in_force.report_all())
@@ -377,31 +367,6 @@ class Operations:
             else:
                 found += [journal] if journal.done < journal.of else []
         return found, damaged
-
-    async def ask_host(
-        self, host: HostId, path: str, query: Mapping[str, str], method: str = "GET"
-    ) -> Any:
-        """Return the answer of a host's admin API (`status` and `body`), whichever hub the host is connected to.
-
-        Raises:
-            SourceUnavailable: The host is not connected, or does not answer.
-        """
-        target = f"{path}?{urlencode(query)}" if query else path
-        answer = await self.ask_here(host, target, method)
-        if answer is None:
-            asked = {"host": host, "path": target, "method": method}
-            found = await self.peers.ask_all(ASK_PATH, {}, _ASK_S + CONNECT_S, asked)
-            answer = next((one for one in found.values() if "status" in one), None)
-        if answer is None:
-            raise SourceUnavailable(f"host {host} is {NOT_CONNECTED}", hint="imdsproxy fleet hosts")
-        return answer
-
-    async def ask_here(self, host: HostId, path: str, method: str) -> dict[str, Any] | None:
-        """Return the answer (`status` and `body`) of a host that is connected to this hub, otherwise `None`."""
-        if host not in self.streams.hosts:
-            return None
-        answer = await self.streams.ask(host, path, _ASK_S, method)
-        return {"status": answer.status, "body": answer.body}
 
 
 def _lost_quorum(members: Collection[MemberStatus | MemberSilent]) -> str | None:

@@ -16,6 +16,7 @@ from imdsproxy.fleet import layout
 from imdsproxy.fleet.layout import HostId
 from imdsproxy.fleet.members import Role
 from imdsproxy.fleet.stream import ALIVE_PATH
+from imdsproxy.hub.api.ask import ask_here
 from imdsproxy.hub.api.callers import (
     Admits,
     Caller,
@@ -189,7 +190,7 @@ async def wait_here(body: AppliedBody, operations: Uses, _: OfHub) -> JSONRespon
 @fleet.post("/ask", include_in_schema=False)
 async def ask(body: AskBody, operations: Uses, _: OfHub) -> JSONResponse:
     """Pass a request of another hub on to a host of this hub."""
-    answer = await operations.ask_here(HostId(body.host), body.path, body.method)
+    answer = await ask_here(operations, HostId(body.host), body.path, body.method)
     return JSONResponse(answer or {})
 
 
