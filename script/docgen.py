@@ -25,9 +25,13 @@ from imdsproxy.api.exposition import Metric, metrics_of
 from imdsproxy.api.metrics import NETWORK_SUM, PREFIX, Metrics
 from imdsproxy.cli.main import SHELLS, build_program, iterate_commands, render_completion
 from imdsproxy.config.changes import SettingsHolder
-from imdsproxy.config.describe import Setting, iterate_settings
+from imdsproxy.config.describe import (
+    Setting,
+    iterate_settings,
+    render_records_schema,
+    render_schema,
+)
 from imdsproxy.config.neutron_options import NEUTRON_OPTIONS
-from imdsproxy.config.render import render_records_schema, render_schema
 from imdsproxy.config.schema import Settings
 from imdsproxy.config.strict_yaml import render_value
 from imdsproxy.controller.audit import Audit

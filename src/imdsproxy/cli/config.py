@@ -10,7 +10,7 @@ import typer
 
 from imdsproxy.cli import options
 from imdsproxy.cli.options import argument, flag
-from imdsproxy.config.files import read_each
+from imdsproxy.config import read_each
 from imdsproxy.config.neutron_ini import IniOption, decode_ini, parse_ini
 from imdsproxy.errors import AlreadyExists, ConfigUnreadable, RequestRefused
 
@@ -34,12 +34,12 @@ def show(
     ] = False,
 ) -> None:
     """Show the settings, merged from defaults, the file, conf.d/ and the environment."""
-    from imdsproxy.config import render
+    from imdsproxy.config.load import render_settings, settings_by_origin
 
     loaded = run.load()
     dumped = loaded.settings.model_dump(mode="json")
-    shape = render.settings_by_origin(loaded) if origin else dumped
-    run.output.answer(shape, render.render_settings(loaded, with_origin=origin))
+    shape = settings_by_origin(loaded) if origin else dumped
+    run.output.answer(shape, render_settings(loaded, with_origin=origin))
 
 
 @config_app.command("schema")
@@ -50,16 +50,16 @@ def schema(
     records: Annotated[bool, flag("--records", "Print the schema of record files.")] = False,
 ) -> None:
     """Print the JSON Schema of the configuration file for editors, or with --records of record files."""
-    from imdsproxy.config import render
+    from imdsproxy.config import describe
 
-    run.output.text(render.render_records_schema() if records else render.render_schema())
+    run.output.text(describe.render_records_schema() if records else describe.render_schema())
 
 
 @config_app.command("sample")
 @options.json_command
 def sample(run: options.Invocation) -> None:
     """Print every setting with its default and purpose."""
-    from imdsproxy.config.render import render_sample
+    from imdsproxy.config.describe import render_sample
     from imdsproxy.config.schema import Settings
 
     run.output.answer(Settings().model_dump(mode="json"), render_sample())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 from imdsproxy.cli import options
 from imdsproxy.cli.options import argument, flag
 from imdsproxy.cli.output import Output, clean
-from imdsproxy.config.files import DEFAULT_CONFIG
+from imdsproxy.config import DEFAULT_CONFIG
 from imdsproxy.errors import HostRefused, ImdsproxyError, Problem, RequestRefused, spell_count
 from imdsproxy.tools.takeover.seen import Commands, Kind, Seen, shape_of_agent
 

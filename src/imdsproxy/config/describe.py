@@ -1,13 +1,14 @@
-"""Descriptions of the settings: one tree of their JSON Schema, for samples, references, errors and differences."""
+"""Descriptions of the settings: one tree of their JSON Schema, for errors, differences, samples, schemas and YAML."""
 
 from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, Final, NamedTuple, TypeAlias, cast
 
 from pydantic_core import ErrorDetails
 
@@ -15,6 +16,7 @@ from imdsproxy.config.schema import Settings
 from imdsproxy.config.section import FORMS, Change
 from imdsproxy.config.strict_yaml import render_value
 from imdsproxy.errors import Problem
+from imdsproxy.model.records.json_schema import DIALECT, schema_of_records
 
 Place: TypeAlias = Sequence[str | int]
 """Names and positions from the root on, as pydantic's `loc`."""
@@ -251,3 +253,86 @@ def _reason(error: ErrorDetails) -> str:
 
 def _clip(text: str, limit: int = 60) -> str:
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+_WIDTH: Final = 96
+_CHANGE: Final[Mapping[Change, str]] = {
+    Change.NOTHING: "A change needs no action.",
+    Change.LIVE: "A change applies at once.",
+    Change.RELOAD: "A change reloads HAProxy.",
+    Change.RESTART: "A change needs a restart.",
+}
+_SAMPLE_HEAD: Final = """\
+# yaml-language-server: $schema=/usr/share/imdsproxy/schema/settings.json
+# imdsproxy.yaml: every setting with its default. Keep only what you change.
+# Files in conf.d/ beside this one are merged over it in the order of their names, and
+# IMDSPROXY_SECTION__FIELD in the environment over both."""
+
+
+def render_schema() -> str:
+    """Return the JSON Schema of the configuration file, for editors."""
+    about = {"$schema": DIALECT, "title": "imdsproxy settings"}
+    schema = {name: value for name, value in root_schema().items() if name != "title"}
+    return _render_json({**about, **schema})
+
+
+def render_records_schema() -> str:
+    """Return the JSON Schema of record files, for editors."""
+    return _render_json(schema_of_records())
+
+
+def _render_json(value: object) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def render_sample() -> str:
+    """Render every setting with its default and description; the sample loads back as the defaults."""
+    lines = [_SAMPLE_HEAD]
+    for node, line in render_nodes(walk_values(Settings().model_dump(mode="json"))):
+        indent = " " * (len(line) - len(line.lstrip()))
+        if node.opens:
+            lines += ["", f"{indent}# {node.setting.description}", line]
+        else:
+            lines += [*_words(node.setting, indent), line, *_example(node, indent)]
+    return "\n".join(lines) + "\n"
+
+
+def render_nodes(nodes: Iterable[Node]) -> Iterator[tuple[Node, str]]:
+    """Yield each node that has a line in YAML, with the line."""
+    begins = False
+    for node in nodes:
+        last = node.place[-1]
+        if isinstance(last, int):
+            begins = True  # an item has no line of its own: its first setting has the dash
+            continue
+        lead = "  " * (len(node.place) - 1)
+        if begins:
+            lead = lead.removesuffix("  ") + "- "
+        begins = False
+        value = "" if node.opens else f" {render_value(node.value)}"
+        yield node, f"{lead}{render_value(last)}:{value}"
+
+
+def _words(setting: Setting, indent: str) -> Iterator[str]:
+    """Describe a setting in comment lines."""
+    comment = f"{indent}# "
+    for words in (setting.description, f"Takes {setting.takes}. {_CHANGE[setting.change]}"):
+        yield from textwrap.wrap(
+            words, _WIDTH, initial_indent=comment, subsequent_indent=comment, break_on_hyphens=False
+        )
+
+
+def _example(node: Node, indent: str) -> Iterator[str]:
+    """Render the schema's example of a mapping that is empty by default, as comments."""
+    for example in node.setting.schema.get("examples", ())[:1]:
+        section, name = map(str, node.place)
+        filled = Settings.model_validate({section: {name: example}}, strict=False)
+        value = {name: filled.model_dump(mode="json")[section][name]}
+        yield f"{indent}# For example, with every setting that it can have:"
+        for one, line in render_nodes(walk_values(value, all_settings()[section], (section,))):
+            bare = line.removeprefix(indent)
+            depth = " " * (len(bare) - len(bare.lstrip()))
+            if one.place != node.place and not one.setting.fields:
+                yield from _words(one.setting, f"{indent}# {depth}")
+            yield f"{indent}# {bare}"
+        yield ""  # without the blank line, the example would run into the next setting's description

@@ -14,13 +14,20 @@ from typing import Any, Final
 
 from pydantic import TypeAdapter, ValidationError
 
-from imdsproxy.config.describe import Place, explain_finding, iterate_settings, place_of
-from imdsproxy.config.files import (
+from imdsproxy.config import (
     DEFAULT_CONFIG,
     ENVIRONMENT_PREFIX,
     find_files,
     read_each,
     unreadable,
+)
+from imdsproxy.config.describe import (
+    Place,
+    explain_finding,
+    iterate_settings,
+    place_of,
+    render_nodes,
+    walk_values,
 )
 from imdsproxy.config.schema import Settings
 from imdsproxy.config.strict_yaml import Decoded, parse_yaml
@@ -32,6 +39,7 @@ _SCALARS: Final[Mapping[str, TypeAdapter[Any]]] = {
     "number": TypeAdapter(float),
 }
 _NULL: Final = "null"
+_ORIGIN_COLUMN: Final = 48
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,3 +220,23 @@ def _problems(error: ValidationError, layers: Sequence[_Layer]) -> Iterator[Prob
         around = (_find_origin(layers, place[:depth]) for depth in range(len(place), 0, -1))
         file, line = next(filter(None, around), (None, None))
         yield replace(explain_finding(detail), file=file, line=line)
+
+
+def render_settings(loaded: Loaded, *, with_origin: bool = False) -> str:
+    """Render the settings in force as YAML that loads back equal, optionally with each origin as a comment."""
+    lines = []
+    for node, line in render_nodes(walk_values(loaded.settings.model_dump(mode="json"))):
+        if with_origin and not node.opens:
+            lines.append(f"{line.ljust(_ORIGIN_COLUMN)} # {loaded.origin(node.place) or 'default'}")
+        else:
+            lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
+def settings_by_origin(loaded: Loaded) -> dict[str, dict[str, object]]:
+    """Return `{path: {"value": …, "origin": …}}` for programs; also for each part of mappings and lists."""
+    return {
+        node.path: {"value": node.value, "origin": loaded.origin(node.place) or "default"}
+        for node in walk_values(loaded.settings.model_dump(mode="json"))
+        if not node.setting.fields
+    }

@@ -9,11 +9,10 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 from pydantic import ValidationError
 
-from imdsproxy.config.describe import explain_finding, walk_values
+from imdsproxy.config.describe import explain_finding, render_nodes, walk_values
 from imdsproxy.config.neutron_ini import IniOption, expand_value, find_option
 from imdsproxy.config.neutron_options import NEUTRON_OPTIONS, NOVA, TRUE_WORDS, Fate, NeutronOption
 from imdsproxy.config.nova import DEFAULT_SET, parse_nova_url
-from imdsproxy.config.render import render_nodes
 from imdsproxy.config.schema import Settings
 from imdsproxy.config.strict_yaml import render_value
 from imdsproxy.errors import ConfigInvalid, Problem

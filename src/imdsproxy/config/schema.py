@@ -4,13 +4,14 @@ Each component gets only its own section; `core` gets plain values. A secret is 
 The reference page, `config schema` and `config sample` are generated from this file, so operators read its texts.
 """
 
+import re
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Final, Literal, TypeAlias
 
 from pydantic import AfterValidator
 
 from imdsproxy.config.hub import HubSettings, OperatorSettings
-from imdsproxy.config.neutron_agents import (
+from imdsproxy.config.neutron_ini import (
     DEFAULT_PORT,
     DEFAULT_STATE_PATH,
     MAX_PORT,
@@ -35,13 +36,69 @@ from imdsproxy.config.section import (
     setting,
 )
 from imdsproxy.config.sources import SourcesSettings
-from imdsproxy.config.unix_listener import UnixListenerSettings
 from imdsproxy.errors import RequestRefused
 
 Supervisor: TypeAlias = Literal["auto", "spawn", "systemd"]
 NamePrefix = Annotated[
     str, form(r"^[a-z][a-z0-9]{1,5}$", "2 to 6 lower-case letters and digits, a letter first")
 ]
+
+
+_LONGEST_PATH: Final = 97
+"""Maximum length of the path: HAProxy binds a temporary name, whose suffix takes ten of the kernel's 107 bytes."""
+
+_PLAIN_PATH: Final = re.compile(r"/[A-Za-z0-9._/@+-]+")
+
+
+def _bindable(path: Path) -> Path:
+    if not _PLAIN_PATH.fullmatch(str(path)):
+        raise ValueError(f"{path} has characters other than A-Za-z0-9._/@+-")
+    if len(str(path)) > _LONGEST_PATH:
+        raise ValueError(f"{path} has {len(str(path))} characters, HAProxy takes {_LONGEST_PATH}")
+    return path
+
+
+class UnixListenerSettings(Section):
+    """A unix socket that replaces neutron-metadata-agent's."""
+
+    enabled: bool = setting(False, Change.RELOAD)
+    """Listen on the socket. Off, because only hosts with Neutron's L3, DHCP or OVN agents have clients for it."""
+
+    path: Annotated[AbsolutePath, AfterValidator(_bindable)] = setting(
+        Path("/var/lib/neutron/metadata_proxy"), Change.RELOAD
+    )
+    """Path of the socket, the same as the agents' `metadata_proxy_socket`."""
+
+    take_over: bool = setting(False, Change.RELOAD)
+    """Take the path from a running process too. If that process takes the path back repeatedly, takeovers pause for
+    longer and longer. For OVN, whose agent listens there and must keep running. Off, so that starting the agent again
+    returns the path to the agent.
+    """
+
+    mode: Literal["deduce", "user", "group", "all"] = setting("deduce", Change.RELOAD)
+    """Mode of the socket, as Neutron's `metadata_proxy_socket_mode`: `user` 0644, `group` 0664, `all` 0666. `deduce`
+    takes the narrowest mode with which `proxy_user` and `proxy_group` can connect.
+    """
+
+    user: AccountName | None = setting(None, Change.RELOAD)
+    """Owner of the socket, and of its directory if imdsproxy creates the directory. Null is the owner of the existing
+    directory, which is the agents' account; root for a new directory.
+    """
+
+    group: AccountName | None = setting(None, Change.RELOAD)
+    """Group of the socket, and of its directory if imdsproxy creates the directory; null is the directory's group."""
+
+    directory_mode: Mode = setting("0755", Change.RELOAD)
+    """Permissions for a new directory of the socket, in octal and quoted. An existing directory is not changed."""
+
+    proxy_user: AccountNameOrId | None = setting(None, Change.RELOAD)
+    """Account of the proxies that connect, for `deduce`: the agents' `metadata_proxy_user`."""
+
+    proxy_group: AccountNameOrId | None = setting(None, Change.RELOAD)
+    """Group of the proxies, for `deduce`: the agents' `metadata_proxy_group`."""
+
+    maxconn: int = setting(1024, Change.RELOAD, ge=1, le=100_000)
+    """Maximum number of open connections, of all networks behind the socket together."""
 
 
 class PathsSettings(Section):

@@ -12,14 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imdsproxy.config.changes import SettingChange, diff_settings, refuse_dropped
-from imdsproxy.config.describe import iterate_settings, walk_values
-from imdsproxy.config.load import Loaded, load_settings
-from imdsproxy.config.render import (
-    render_sample,
-    render_schema,
-    render_settings,
-    settings_by_origin,
-)
+from imdsproxy.config.describe import iterate_settings, render_sample, render_schema, walk_values
+from imdsproxy.config.load import Loaded, load_settings, render_settings, settings_by_origin
 from imdsproxy.config.schema import Settings
 from imdsproxy.config.section import Change, Endpoint, parse_endpoint
 from imdsproxy.config.strict_yaml import parse_yaml, render_value

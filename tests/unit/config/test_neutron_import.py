@@ -9,11 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imdsproxy.config.describe import find_setting
-from imdsproxy.config.load import load_settings
+from imdsproxy.config.load import load_settings, settings_by_origin
 from imdsproxy.config.neutron_import import Imported, plan_import
 from imdsproxy.config.neutron_ini import expand_value, parse_ini
 from imdsproxy.config.neutron_options import NEUTRON_OPTIONS, Fate
-from imdsproxy.config.render import settings_by_origin
 from imdsproxy.config.schema import Settings
 from imdsproxy.errors import ConfigInvalid, Problem
 

@@ -11,7 +11,7 @@ from typing import Final
 import pytest
 from structlog.testing import capture_logs
 
-from imdsproxy.config.unix_listener import UnixListenerSettings
+from imdsproxy.config.schema import UnixListenerSettings
 from imdsproxy.errors import DataplaneError, ReloadFailed, RuntimeUnavailable
 from imdsproxy.haproxy.layout import Layout
 from imdsproxy.haproxy.rules.config import render_config

@@ -11,7 +11,7 @@ from unittest.mock import AsyncMock, Mock, call, patch
 import pytest
 from structlog.testing import capture_logs
 
-from imdsproxy.config.unix_listener import UnixListenerSettings
+from imdsproxy.config.schema import UnixListenerSettings
 from imdsproxy.errors import HostRefused, Problem
 from imdsproxy.haproxy.layout import Layout
 from imdsproxy.haproxy.rules.model import DataplaneSpec, Limits

@@ -12,7 +12,7 @@ from typing import Final, TypeAlias
 
 import structlog
 
-from imdsproxy.config.unix_listener import UnixListenerSettings
+from imdsproxy.config.schema import UnixListenerSettings
 from imdsproxy.errors import DataplaneError, HostRefused, Problem, RuntimeUnavailable, refusing
 from imdsproxy.haproxy.process import Haproxy
 from imdsproxy.haproxy.rules.config import AGENTS

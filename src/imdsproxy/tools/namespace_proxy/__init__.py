@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from imdsproxy.config.neutron_agents import DEFAULT_PORT, DEFAULT_STATE_PATH, parse_facility
+from imdsproxy.config.neutron_ini import DEFAULT_PORT, DEFAULT_STATE_PATH, parse_facility
 from imdsproxy.errors import (
     ConfigInvalid,
     ConfigUnreadable,
@@ -296,17 +296,17 @@ def read_settings(
         ConfigUnreadable: A file cannot be read.
         ConfigInvalid: Settings break the schema.
     """
-    from imdsproxy.config import files
+    from imdsproxy.config import DEFAULT_CONFIG, ENVIRONMENT_PREFIX, find_files, unreadable
 
-    default = default or files.DEFAULT_CONFIG
-    prefix = f"{files.ENVIRONMENT_PREFIX}{_SECTION}".upper()
+    default = default or DEFAULT_CONFIG
+    prefix = f"{ENVIRONMENT_PREFIX}{_SECTION}".upper()
     if config is None and not any(name.upper().startswith(prefix) for name in environment):
-        found = files.find_files(None, default)
+        found = find_files(None, default)
         try:
             if not any(_SECTION.encode() in path.read_bytes() for path in found):
                 return {}
         except OSError as error:
-            raise files.unreadable(Path(str(error.filename)), error) from error
+            raise unreadable(Path(str(error.filename)), error) from error
     from imdsproxy.config.load import load_settings
 
     loaded = load_settings(config, environment, default=default)

@@ -18,7 +18,7 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Final, NoReturn
 
-from imdsproxy.config import neutron_agents
+from imdsproxy.config.neutron_ini import DEFAULT_PORT, DEFAULT_STATE_PATH, parse_port
 from imdsproxy.errors import (
     ConfigRejected,
     HaproxyMissing,
@@ -161,7 +161,7 @@ class NetworkMetadataProxyHandler:
     network_id: str | None
     router_id: str | None
     unix_socket_path: str | os.PathLike[str] | None = None
-    port: int | str = neutron_agents.DEFAULT_PORT
+    port: int | str = DEFAULT_PORT
     user: str | None = None
     group: str | None = None
     state_path: str | os.PathLike[str] | None = None
@@ -172,8 +172,8 @@ class NetworkMetadataProxyHandler:
 
     def __post_init__(self) -> None:
         self.header, self.uuid = namespace_proxy.parse_resource(self.network_id, self.router_id)
-        self.port = neutron_agents.parse_port(self.port)
-        state_path = Path(self.state_path or neutron_agents.DEFAULT_STATE_PATH)
+        self.port = parse_port(self.port)
+        state_path = Path(self.state_path or DEFAULT_STATE_PATH)
         self.upstream = Path(self.unix_socket_path or state_path / "metadata_proxy")
         for path in (state_path, self.upstream):
             if not path.is_absolute():
@@ -190,7 +190,7 @@ class NetworkMetadataProxyHandler:
     @staticmethod
     def get_config_path(state_path: str | os.PathLike[str] | None = None) -> Path:
         """Return the directory of configuration files below a state path."""
-        return Path(state_path or neutron_agents.DEFAULT_STATE_PATH) / "ns-metadata-proxy"
+        return Path(state_path or DEFAULT_STATE_PATH) / "ns-metadata-proxy"
 
     @property
     def config_file(self) -> Path:
@@ -344,7 +344,7 @@ class ProxyDaemon:
     """
 
     pidfile: str | os.PathLike[str] | None
-    port: int | str = neutron_agents.DEFAULT_PORT
+    port: int | str = DEFAULT_PORT
     network_id: str | None = None
     router_id: str | None = None
     user: str | None = None

@@ -9,8 +9,7 @@ from typing import Any, Final
 
 from imdsproxy.api.client import AdminClient
 from imdsproxy.config.load import Loaded
-from imdsproxy.config.neutron_agents import DEFAULT_STATE_PATH
-from imdsproxy.config.neutron_ini import decode_ini, parse_ini
+from imdsproxy.config.neutron_ini import DEFAULT_STATE_PATH, decode_ini, parse_ini
 from imdsproxy.errors import ConfigUnreadable, LibraryMissing, optional_library
 from imdsproxy.host.files import write_atomic
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
