@@ -1,40 +1,7 @@
 """Exceptions of imdsproxy's modules, grouped by who must act.
 
-    ImdsproxyError
-    ├── ConfigError            the operator must change a file        exit 78
-    │   ├── ConfigInvalid          all problems at once, each with path and hint
-    │   ├── ConfigUnreadable
-    │   ├── FileUntrusted          another user may change a file of another program
-    │   ├── SettingsDropped        a settings file was emptied, or every policy is missing from it
-    │   └── SecretUnreadable
-    ├── SourceError            a source needs repair              exit 69
-    │   ├── SourceUnavailable      try again later
-    │   │   ├── LibraryMissing         an optional library that a source or a command needs
-    │   │   └── EtcdUnavailable        a fleet's hub: no member answers
-    │   │       ├── EtcdFull               nothing can be written
-    │   │       └── WriteUnknown           a write may have happened
-    │   ├── SourceRefused          a record or a store was refused
-    │   │   ├── RecordConflict         it conflicts with another record     exit 73
-    │   │   └── RestoreSuspected       a fleet: etcd may be restored from a backup
-    │   └── SourceCorrupt          the store's file is damaged
-    │       └── UserDataUnreadable     a fleet: etcd has the data, and no hub can read it
-    ├── DataplaneError         HAProxy or the host refused             exit 70, 71 or 77
-    │   ├── HaproxyMissing         not installed, or older than 3.0
-    │   ├── ConfigRejected         the message is HAProxy's
-    │   ├── ReloadFailed
-    │   ├── CommandRefused         a Runtime API command
-    │   ├── RuntimeUnavailable     its socket does not answer
-    │   ├── HostRefused            a namespace, a link, an address, a file
-    │   ├── RecordCorrupt          a compiled record is truncated or damaged
-    │   └── PrivilegeMissing
-    └── AdminError             the caller of the admin API must act    exit 64, 66, 69, 73 or 77
-        ├── AdminUnavailable       the daemon does not answer
-        │   └── Starting               the daemon starts, and answers soon
-        ├── AccessDenied           the certificate or token does not allow it
-        ├── NotFound
-        ├── AlreadyExists          the id to add exists
-        ├── RevisionOutdated       a fleet: the record was changed meanwhile
-        └── RequestRefused         carries the fields
+`ConfigError`: the operator must change a file. `SourceError`: a source needs repair. `DataplaneError`: HAProxy or the
+host refused. `AdminError`: the caller of the admin API must act.
 
 Each exception has a stable `code` (kebab-case: logs, metrics, admin API and the reference use it), an exit status for
 commands, a status for the admin API, and may carry a hint. Library exceptions never leave their adapter; they are
@@ -59,11 +26,8 @@ class Problem:
 
     Attributes:
         field: Path in the document, as `ports[0].addresses[1]` or `haproxy.maxconn`.
-        reason: The mistake, in one sentence.
         hint: The correct form, if it is known.
-        file: The file with the mistake; `None` if the document is not a file.
         line: 1-based, or `None`.
-        record: The id of the record with the mistake, if it is known.
     """
 
     field: str
@@ -425,11 +389,7 @@ class RequestRefused(AdminError):
 
 @contextmanager
 def optional_library(name: str, hint: str) -> Iterator[None]:
-    """Import an optional library.
-
-    Raises:
-        LibraryMissing: The library is not installed, or not for this Python.
-    """
+    """Import an optional library. Raises `LibraryMissing`: the library is not installed, or not for this Python."""
     try:
         yield
     except ImportError as error:

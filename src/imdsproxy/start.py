@@ -82,11 +82,9 @@ async def run_controller(
 ) -> None:
     """Run until stopped; leave the data plane running, unless the stop request includes it.
 
-    With `container`, the data plane always stops too, and its processes' logs are copied to standard error.
-
-    Raises:
-        ConfigError: A setting is not usable on this host.
-        DataplaneError: HAProxy or the document server does not start, or the host refuses an operation.
+    With `container`, the data plane always stops too, and its processes' logs are copied to standard error. Raises
+    `ConfigError`: a setting is not usable on this host; `DataplaneError`: HAProxy or the document server does not
+    start, or the host refuses an operation.
     """
     settings, layout = holder.settings, Layout.of(holder.settings)
     notifier = ServiceNotifier(environment.get("NOTIFY_SOCKET", ""))
@@ -205,7 +203,6 @@ async def _live(
 
 
 async def _show_start(show: ShowStart, starting: StartingServer, heartbeat: Heartbeat) -> None:
-    """Show the progress of a long start."""
     try:
         while heartbeat.starting:
             await asyncio.sleep(_SHOW_EVERY_S)
@@ -356,15 +353,8 @@ def run(
 ) -> None:
     """Run the controller until stopped.
 
-    Args:
-        load: Function that reads the settings; also called at each reload.
-        config: Settings file from the command line, passed on to the document server.
-        environment: Environment variables, with settings and the service manager's variables.
-        container: Run as the main process of a container: HAProxy and the document server end with the controller.
-        show: Function that receives the progress of the start, and `None` at its end.
-
-    Raises:
-        ImdsproxyError: The start failed; the error's class says who must act.
+    `container`: run as the main process of a container: HAProxy and the document server end with the controller. Raises
+    `ImdsproxyError`: the start failed; the error's class says who must act.
     """
     clock = Clock()
 
@@ -398,9 +388,8 @@ async def sweep_host(
 ) -> None:
     """Remove all MAC filters, rules, namespaces, links and addresses of imdsproxy after the data plane ended.
 
-    Raises:
-        DataplaneError: The host refuses an operation.
-        SourceUnavailable: Open vSwitch's database refuses an operation.
+    Raises `DataplaneError`: the host refuses an operation; `SourceUnavailable`: open vSwitch's database refuses an
+    operation.
     """
     for one in tables:
         await one.close_all()
@@ -427,9 +416,8 @@ async def _end_unreachable(state: Path) -> None:
 async def stop_data_plane(settings: Settings, environment: Mapping[str, str]) -> None:
     """Stop the data plane without the help of a controller, which has ended or does not answer.
 
-    Raises:
-        DataplaneError: A process does not end, or the host refuses an operation.
-        SourceUnavailable: Open vSwitch's database refuses an operation.
+    Raises `DataplaneError`: a process does not end, or the host refuses an operation; `SourceUnavailable`: open
+    vSwitch's database refuses an operation.
     """
     layout = Layout.of(settings)
     await _end_unreachable(layout.state)

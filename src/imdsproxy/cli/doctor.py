@@ -149,9 +149,7 @@ class HttpFetch:
 
     Args:
         url: URL with scheme `http` or `https`; its path precedes every request's path.
-        headers: Headers of every request.
         timeout_s: Timeout of each network operation in seconds, the same as cloud-init's.
-        clock: Monotonic clock, in seconds.
     """
 
     url: SplitResult
@@ -220,12 +218,8 @@ def _first_of_each(headers: Sequence[Sequence[str]]) -> Mapping[str, str]:
 def parse_url(url: str, headers: Sequence[str] = ()) -> HttpFetch:
     """Parse the URL of a server and further headers.
 
-    Args:
-        url: `http://HOST[:PORT][/PREFIX]`, or https; a bare host means http.
-        headers: Headers of every request, as `NAME: VALUE`.
-
-    Raises:
-        RequestRefused: The URL or a header is invalid.
+    `url`: `http://HOST[:PORT][/PREFIX]`, or https; a bare host means http. Raises `RequestRefused`: the URL or a header
+    is invalid.
     """
     try:
         parts = urlsplit(url if "://" in url else f"http://{url}")
@@ -264,11 +258,7 @@ def is_metadata_address(host: str) -> bool:
 
 
 def look_around(root: Path = Path("/")) -> Surroundings:
-    """Read this machine's NICs, SMBIOS and kernel command line; skip unreadable files.
-
-    Args:
-        root: Root directory.
-    """
+    """Read this machine's NICs, SMBIOS and kernel command line; skip unreadable files."""
     container = (root / "run/systemd/container").exists()
     first = _text(root / "proc/1/cmdline").replace("\0", " ")
     pairs = [one.partition("=") for one in _text(root / "proc/1/environ").split("\0")]
@@ -292,10 +282,6 @@ def machine_macs(known: frozenset[str], root: Path = Path("/")) -> frozenset[str
 
     QEMU's command line lacks hot-plugged NICs. They are found by their tap device, whose MAC differs only in the first
     byte: libvirt sets that to `fe` (`virNetDevTapCreateInBridgePort`).
-
-    Args:
-        known: MACs in lower case.
-        root: Root directory.
     """
     commands = (_text(file) for file in (root / "proc").glob("[0-9]*/cmdline"))
     machines = (

@@ -95,11 +95,7 @@ _MEANT: Final[Mapping[str, str]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line; return its exit status (`imdsproxy.cli.options`).
-
-    Args:
-        arguments: Arguments without the program's name; `None` for this process's arguments.
-    """
+    """Run a command line; return its exit status (`imdsproxy.cli.options`)."""
     if arguments is None and _VARIABLE in os.environ:
         return _complete()
     invocation = options.Invocation(output=Output())

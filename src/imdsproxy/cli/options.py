@@ -42,10 +42,7 @@ def flag(
 ) -> OptionInfo:
     """Declare an option.
 
-    Args:
-        usage: Names and metavar: `--file -f FILE`. A switch has no metavar; `--on/--off` names both values.
-        help_text: Description.
-        complete: Function that returns shell completions of the value.
+    `usage`: names and metavar: `--file -f FILE`. A switch has no metavar; `--on/--off` names both values.
     """
     names = [word for word in usage.split() if word.startswith("-")]
     metavar = usage.removeprefix(" ".join(names)).strip()
@@ -66,12 +63,10 @@ def argument(
 
 
 def complete_networks(context: typer.Context, incomplete: str) -> list[str]:
-    """Return ids and names of networks that begin with `incomplete`."""
     return _complete(context, "networks", incomplete)
 
 
 def complete_instances(context: typer.Context, incomplete: str) -> list[str]:
-    """Return ids and names of instances that begin with `incomplete`."""
     return _complete(context, "instances", incomplete)
 
 
@@ -231,10 +226,7 @@ def command(
 
     The wrapper replaces the invocation by the options --json, --socket, --config, --fleet and --fleet-certificate.
 
-    Args:
-        function: Function with the invocation as its first parameter.
-        shared: Names of the shared options of the command.
-        flags: Annotations, by name, of the options that replace `**values`. Their default is `None`.
+    `flags`: annotations, by name, of the options that replace `**values`. Their default is `None`.
     """
     signature = inspect.signature(function, eval_str=True)
     own = list(signature.parameters.values())[1:]

@@ -99,12 +99,8 @@ class Output:
     def confirm(self, question: str, *, instead: str) -> bool:
         """Ask a yes/no question at the terminal; any answer but yes means no.
 
-        Args:
-            question: Text without the question mark.
-            instead: Option that answers yes, for programs.
-
-        Raises:
-            RequestRefused: Standard input or error is no terminal, or the output is JSON.
+        `instead`: option that answers yes, for programs. Raises `RequestRefused`: standard input or error is no
+        terminal, or the output is JSON.
         """
         from imdsproxy.errors import RequestRefused
 
@@ -178,9 +174,7 @@ class Output:
             rows: Cells by heading; all rows have the same headings.
             empty: Text for a table without rows.
             keep: Columns whose cells are not wrapped.
-            right: Right-aligned columns, for numbers.
             spare: Columns to drop, the last first, while the terminal is too narrow.
-            apart: Print an empty line before the table.
         """
         filled = list(rows)
         if not filled:

@@ -37,9 +37,7 @@ _PRIVATE: Final = "PRIVATE KEY-----"
 def flags_of(table: Table[Any], *, new: bool = False) -> Iterator[tuple[str, object]]:
     """Yield each flag's parameter name and its annotation for typer.
 
-    Args:
-        table: Table of the record.
-        new: The flags are for a new record, so their help shows default values.
+    `new`: the flags are for a new record, so their help shows default values.
     """
     for key in table.keys:
         if key.name in _SPECIAL:
@@ -78,12 +76,7 @@ def _annotation(key: Key, default: Any) -> object:
 
 
 def keys_of(table: Table[Any], values: Mapping[str, Any]) -> dict[str, Json]:
-    """Return the record keys set by flags.
-
-    Args:
-        table: Table of the record.
-        values: Values of the parameters from `flags_of`.
-    """
+    """Return the record keys set by flags."""
     keys: dict[str, Json] = {}
     for key in table.keys:
         value: Json = values.get(key.name)

@@ -154,11 +154,7 @@ def _instance_notes(shape: Shape) -> Iterator[tuple[str, object]]:
 def show_written(output: Output, what: str, written: Shape, *, waiting: str | None = None) -> None:
     """Print the result of a change; exit with `NOT_IN_FORCE` if the change is pending.
 
-    Args:
-        output: Output of the command.
-        what: Description of the change.
-        written: Answer to the change.
-        waiting: Description of the pending state; `None` if the change is already stored.
+    `waiting`: description of the pending state; `None` if the change is already stored.
     """
     output.answer(written, lambda _, answer: say_written(output, what, answer, waiting=waiting))
     if not written["applied"]:
@@ -240,14 +236,8 @@ def _render(record: Network | Instance) -> dict[str, Any]:
 def import_domain(daemon: Client, uri: str, name: str, network: str | None) -> dict[str, Any]:
     """Return the keys of an instance's record, including `id`, as the source `libvirt` reports them.
 
-    Args:
-        daemon: Client of the daemon, for its networks.
-        uri: URI of libvirt's daemon.
-        name: Domain's name or UUID.
-        network: Network of the domain's only NIC; `None` to find each NIC's network by its bridge.
-
-    Raises:
-        RequestRefused: The domain's metadata is invalid, or a NIC's network is not known.
+    `network`: network of the domain's only NIC; `None` to find each NIC's network by its bridge. Raises
+    `RequestRefused`: the domain's metadata is invalid, or a NIC's network is not known.
     """
     from imdsproxy.sources.libvirt.source import read_domain
 

@@ -213,12 +213,6 @@ def _make_app(
     """Build the commands that both kinds of record share.
 
     Args:
-        kind: `network` or `instance`.
-        help_text: Help of the group.
-        new_id: Help of the argument of `add`.
-        list_help: Help of `list`.
-        remove_help: Help of `remove`.
-        table: Table of the record, whose keys become flags of `add` and `set`.
         flags: Further flags of `add` and `set`: annotations by parameter name.
         add_flags: Flags of `add` that replace those from the table.
         list_flags: Flags of `list`, which become query parameters.

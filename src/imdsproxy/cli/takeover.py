@@ -111,9 +111,6 @@ class _Plan:
     """Steps and problems of one run of a command.
 
     Attributes:
-        name: The command, in words.
-        problems: Problems that prevent the start.
-        seen: Observed state that the plan is based on.
         remembers: Observed states, by kind, whose commands and files a handback needs.
         forgets: Kind whose saved commands and files are removed at the end.
     """

@@ -14,12 +14,7 @@ ENVIRONMENT_PREFIX: Final = "IMDSPROXY_"
 def find_files(config: Path | None, default: Path = DEFAULT_CONFIG) -> list[Path]:
     """Return the file and the files of `conf.d/` beside it, in the order in which they are merged.
 
-    Args:
-        config: The file that the operator named; `None` for `default`, if that file exists.
-        default: The default file.
-
-    Raises:
-        ConfigUnreadable: A directory cannot be read.
+    Raises `ConfigUnreadable`: a directory cannot be read.
     """
     main = default if config is None else config
     try:
@@ -35,7 +30,6 @@ def find_files(config: Path | None, default: Path = DEFAULT_CONFIG) -> list[Path
 
 
 def unreadable(path: Path, error: OSError | UnicodeDecodeError) -> ConfigUnreadable:
-    """Build the error for a file that cannot be read."""
     reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
     hint = "give the right --config" if isinstance(error, FileNotFoundError) else ""
     return ConfigUnreadable(f"cannot read {path}: {reason}", hint=hint)

@@ -75,12 +75,10 @@ def refuse_dropped(before: Loaded | None, after: Loaded, *, allowed: bool = Fals
 
     Args:
         before: The settings in force; `None` at a start.
-        after: The settings read now.
         allowed: The operator accepts the loss of files and policies. A blank file is refused even so, because the next
             start would refuse it.
 
-    Raises:
-        SettingsDropped: Files or policies are missing; `problems` has each.
+    Raises `SettingsDropped`: files or policies are missing; `problems` has each.
     """
     problems = [
         Problem("settings", "is blank", "restore it, write `{}`, or remove it", str(path))
@@ -147,7 +145,6 @@ class SettingsHolder(Part):
 
     @property
     def settings(self) -> Settings:
-        """Settings in force."""
         return self.loaded.settings
 
     def problems(self) -> tuple[Problem, ...]:
@@ -162,13 +159,9 @@ class SettingsHolder(Part):
     ) -> SettingsReload:
         """Read the files again.
 
-        Args:
-            accept: Reads and applies the files that the new settings name, before the settings come into force. Returns
-                the paths of settings whose files have new content.
-            allow_dropped: As `allowed` of `refuse_dropped`.
-
-        Raises:
-            ImdsproxyError: The settings, or the files that they name, are not acceptable; the settings in force stay.
+        `accept`: reads and applies the files that the new settings name, before the settings come into force. Returns
+        the paths of settings whose files have new content. Raises `ImdsproxyError`: the settings, or the files that
+        they name, are not acceptable; the settings in force stay.
         """
         try:
             after = self.load()

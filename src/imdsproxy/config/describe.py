@@ -31,10 +31,7 @@ class Setting:
 
     Attributes:
         path: `haproxy.maxconn`; inside mappings and lists as `nova.endpoint_sets.NAME.endpoints[N].url`.
-        schema: The JSON Schema, with default, description, and whether the value may be null.
         bare: The schema of a value that is not null, without references.
-        change: Effort to apply a change.
-        fields: The parts of a section.
         each: The setting at each name of a mapping or each position of a list.
     """
 
@@ -61,7 +58,6 @@ class Setting:
 
     @property
     def description(self) -> str:
-        """Purpose of the setting."""
         return str(self.schema.get("description", ""))
 
     @property
@@ -95,7 +91,6 @@ class Node(NamedTuple):
 
 @cache
 def root_schema() -> Schema:
-    """Return the JSON Schema of all settings."""
     schema = json.dumps(Settings.model_json_schema())
     return cast("Schema", json.loads(schema, object_hook=_describe_on_one_line))
 
@@ -168,10 +163,7 @@ def walk_values(
 ) -> Iterator[Node]:
     """Yield every node of settings in force, in their order, each before its parts.
 
-    Args:
-        values: The settings, or the settings at `place`, dumped in mode `json`.
-        within: The setting that holds the values; `None` for the root.
-        place: The place of the values.
+    `values`: the settings, or the settings at `place`, dumped in mode `json`.
     """
     within = within or all_settings()
     for step, value in values.items() if isinstance(values, Mapping) else enumerate(values):
@@ -210,7 +202,6 @@ def _describe(setting: Setting) -> str:
 
 
 def place_of(error: ErrorDetails) -> Place:
-    """Return the place of a pydantic error."""
     place = error["loc"][:-1] if error["loc"][-1:] == ("[key]",) else error["loc"]
     return (*place, *error["ctx"]["field"]) if error["type"] == "cross" else place
 

@@ -56,7 +56,6 @@ class Loaded:
     """Settings, and the origin of each.
 
     Attributes:
-        layers: Merged layers, in this order.
         empty: Files without settings, only with comments; a file with `{}` is not empty.
         blank: Empty files without any character but white space, most likely after a failed write. A device
             (`/dev/null`) never counts as blank.
@@ -79,14 +78,8 @@ def load_settings(
 ) -> Loaded:
     """Read and check the settings.
 
-    Args:
-        config: The file that the operator named; `None` for `default`.
-        default: The file to read if none was named; it may be missing.
-        environment: The process's variables; only `IMDSPROXY_*` are read.
-
-    Raises:
-        ConfigUnreadable: A file is missing, unreadable or not YAML.
-        ConfigInvalid: `problems` has every violation of the schema and every unknown variable.
+    `default`: the file to read if none was named; it may be missing. Raises `ConfigUnreadable`: a file is missing,
+    unreadable or not YAML; `ConfigInvalid`: `problems` has every violation of the schema and every unknown variable.
     """
     files = find_files(config, default)
     documents = read_each(files, lambda path: (path, _read(path)), "configuration")
@@ -136,7 +129,6 @@ def _with_text_keys(value: Any) -> Any:
 
 
 def _merge(old: Any, new: Any) -> Any:
-    """Merge mappings key by key, and replace everything else."""
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return new
     return {**old, **{key: _merge(old.get(key), part) for key, part in new.items()}}

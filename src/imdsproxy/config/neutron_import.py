@@ -77,10 +77,7 @@ class Imported:
     """Settings file, secret file and report of an import.
 
     Attributes:
-        settings: Sections of settings.
         text: The settings file; it also loads with the first # removed from its last lines.
-        secret: Content of the secret file.
-        secret_from: The option that has the secret.
         report: Report for JSON: `options` with the translation of each; `overridden`, values without effect, each with
             the later value of the same option in `by`; `doubtful`, unknown options, which Neutron ignores too, each
             with the known name in `near`; `ovn`, the evidence that the agent is OVN's, if any: its database, or any
@@ -107,13 +104,10 @@ def plan_import(
     Args:
         files: Options of each file, in the order in which the agent reads the files: later files win. Nova's files may
             be among them, and are recognised by their sections.
-        secret_file: Path for the secret.
-        agent_user: The account of Neutron's agents, which no file names.
         server_name: The name in the certificate of a Nova whose URL has an address.
         behind_proxies: Serve on the socket to which the agents' proxies connect, and query Neutron.
 
-    Raises:
-        ConfigInvalid: Neutron or imdsproxy would refuse values; `problems` has all, with file and line.
+    Raises `ConfigInvalid`: Neutron or imdsproxy would refuse values; `problems` has all, with file and line.
     """
     reading = _Reading(files)
     url = reading.url()
@@ -255,7 +249,6 @@ class _Reading:
             self.put(one.option.becomes, one.value or None, one)
 
     def render(self, *, asks_neutron: bool) -> str:
-        """Render the settings file."""
         lines = [_HEAD]
         for node, line in render_nodes(walk_values(self.settings)):
             if len(node.place) == 1:

@@ -30,9 +30,7 @@ class IniOption:
 
     Attributes:
         section: `DEFAULT`, or another name in lower case: oslo.config ignores the case of other sections.
-        name: Name as written.
         value: Value without blanks and one pair of quotes around it; continuation lines are joined by newlines.
-        line: 1-based line of the name.
     """
 
     section: str
@@ -43,11 +41,7 @@ class IniOption:
 
 
 def decode_ini(data: bytes, file: str) -> str:
-    """Decode a file.
-
-    Raises:
-        ConfigUnreadable: The file is not UTF-8; the message has the line.
-    """
+    """Decode a file. Raises `ConfigUnreadable`: the file is not UTF-8; the message has the line."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -60,13 +54,8 @@ def decode_ini(data: bytes, file: str) -> str:
 def parse_ini(text: str, file: str) -> tuple[IniOption, ...]:
     """Return every option of the file in its order, including repeated options.
 
-    Args:
-        text: Text of the file.
-        file: Name of the file, for messages.
-
-    Raises:
-        ConfigInvalid: A line is neither section, option, comment, nor the continuation of an option, or an option
-            stands before the first section.
+    Raises `ConfigInvalid`: a line is neither section, option, comment, nor the continuation of an option, or an option
+    stands before the first section.
     """
     options: list[IniOption] = []
     problems: list[Problem] = []
@@ -150,13 +139,8 @@ def find_option(
 def expand_value(value: str, look_up: Callable[[str], str | None], *, depth: int = 0) -> str:
     r"""Expand the references in a value: `$name`, `${name}`; `$$` and `\$` are a dollar.
 
-    Args:
-        value: Value as written.
-        look_up: Returns another option's value as written, or `None`.
-        depth: Number of references that led here.
-
-    Raises:
-        ValueError: The value refers to an unknown option, or to itself.
+    `look_up`: returns another option's value as written, or `None`. Raises `ValueError`: the value refers to an unknown
+    option, or to itself.
     """
     if depth > _MAX_DEPTH:
         raise ValueError("refers to itself")
@@ -188,11 +172,7 @@ FACILITIES: Final = frozenset(_FACILITIES.split())
 
 
 def parse_port(text: str | int) -> int:
-    """Parse a TCP port.
-
-    Raises:
-        RequestRefused: The text is not a port.
-    """
+    """Parse a TCP port. Raises `RequestRefused`: the text is not a port."""
     digits = str(text)
     if _PORT.fullmatch(digits) is None or not 0 < int(digits) <= MAX_PORT:
         raise RequestRefused(
@@ -204,8 +184,7 @@ def parse_port(text: str | int) -> int:
 def parse_facility(text: str) -> str:
     """Return HAProxy's name of a syslog facility; Neutron's `LOG_LOCAL3` is `local3`.
 
-    Raises:
-        RequestRefused: HAProxy has no such facility.
+    Raises `RequestRefused`: HAProxy has no such facility.
     """
     name = text.lower().removeprefix("log_")
     # `authpriv` is another name of `auth2`, which HAProxy does not know.

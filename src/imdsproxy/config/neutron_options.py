@@ -37,14 +37,10 @@ class NeutronOption:
 
     Attributes:
         whose: The service that reads the option.
-        section: Section, as in the service's documentation.
-        default: Default, as in the service's documentation; empty for none.
         takes: A key of `_PATTERNS`, `one of A, B`, `an integer from N on` or `an integer from N to M`.
-        becomes: The setting of imdsproxy, if there is one.
         unless: Value with which the option needs no work by hand.
         why: Reason for the missing equivalent, or description of the translation.
         deprecated: Its older names, `(section, name)`.
-        secret: True if its value is never shown.
     """
 
     whose: str

@@ -58,8 +58,7 @@ class NovaUrl:
 def parse_nova_url(text: str) -> NovaUrl:
     """Parse `http://HOST[:PORT]` or `https://HOST[:PORT]`; an IPv6 address needs brackets.
 
-    Raises:
-        ValueError: The text is invalid; the message is meant for the operator.
+    Raises `ValueError`: the text is invalid; the message is meant for the operator.
     """
     if not all("!" <= letter <= "~" for letter in text):  # urlsplit drops some silently
         raise ValueError("must not hold blanks or letters that are not ASCII")

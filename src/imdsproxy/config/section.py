@@ -58,9 +58,7 @@ def parse_endpoint(text: str) -> Endpoint:
 
     Link-local and wildcard addresses are refused, because guests could reach operators' figures there: link-local
     addresses are the guests' own (as 169.254.169.254), and a wildcard also listens on the interfaces of listeners.
-
-    Raises:
-        ValueError: The text is not acceptable; the message is for the operator.
+    Raises `ValueError`: the text is not acceptable; the message is for the operator.
     """
     host, separator, port = text.rpartition(":")
     if not separator or not (port.isascii() and port.isdigit()):

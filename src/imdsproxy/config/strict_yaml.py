@@ -51,7 +51,6 @@ class Decoded:
     Attributes:
         value: Mappings, lists, text, numbers, booleans, bytes, `None`.
         line_of: The 1-based line of a path, or of its nearest parent that exists.
-        faults: Duplicate keys, unsupported tags.
     """
 
     value: object
@@ -78,7 +77,6 @@ def decode_yaml(
     """Decode the YAML document in `text`; an empty document is `None`.
 
     Args:
-        text: The document.
         lists: Keys of the root whose lists are given to `take` item by item, so that a large text needs little memory.
             These lists are empty in the result, except where an alias may refer to the list itself.
         take: Called with each item as soon as it is read. The items are valid only if no `Undecodable` is returned.
@@ -110,10 +108,8 @@ class _Loader(Composer, CParser, BaseResolver):
     tag, or with a repeated key, is composed as usual. Nodes are composed in Python: libyaml before 0.2.6 has no limit
     of its own, and composing in C crashes the process if a text is nested too deeply.
 
-    Attributes:
-        budget: Number of nodes that may still come. A text without aliases has fewer nodes than characters; a text
-            whose aliases multiply (the billion laughs) exhausts the budget.
-        faults: Faults that did not stop the decoder.
+    `budget`: number of nodes that may still come. A text without aliases has fewer nodes than characters; a text whose
+    aliases multiply (the billion laughs) exhausts the budget.
     """
 
     def __init__(self, text: str, lists: Collection[str], take: Take) -> None:
@@ -128,7 +124,6 @@ class _Loader(Composer, CParser, BaseResolver):
         self._given: str | None = None
 
     def read(self) -> Decoded:
-        """Read the document."""
         node = self.get_single_node()
         if node is None:
             return Decoded(None, lambda _path: None)
@@ -271,9 +266,8 @@ for _name, _pattern, _first in (
 def parse_yaml(text: str, file: str) -> Decoded:
     """Parse one YAML (or JSON) document of settings; errors name it `file`.
 
-    Raises:
-        ConfigUnreadable: The document is not YAML; the message has the line.
-        ConfigInvalid: Keys are duplicate or not plain text, or a tag is unknown.
+    Raises `ConfigUnreadable`: the document is not YAML; the message has the line; `ConfigInvalid`: keys are duplicate
+    or not plain text, or a tag is unknown.
     """
     decoded = decode_yaml(text)
     if isinstance(decoded, Undecodable):

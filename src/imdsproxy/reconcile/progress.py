@@ -23,7 +23,6 @@ class Progress:
     _steps: dict[str, Step] = field(default_factory=dict)
 
     def note(self, what: str, done: int, of: int) -> None:
-        """Report the progress of a task."""
         self._steps[what] = Step(what, done, of)
 
     def end(self, what: str) -> None:
@@ -61,12 +60,7 @@ class Durations:
 
 @dataclass(slots=True)
 class Backoff:
-    """Exponential backoff: each pause is twice the previous one, up to the longest.
-
-    Attributes:
-        first_s: Pause after the first failure, in seconds.
-        longest_s: Maximum pause, in seconds.
-    """
+    """Exponential backoff: each pause is twice the previous one, up to the longest."""
 
     first_s: float
     longest_s: float

@@ -32,17 +32,13 @@ class Reconciler:
         name: Field of the problem that a failure becomes.
         event: Log line of a failure; empty if its callers log it.
         first_s: Pause after the first failure, in seconds; each further one is twice as long.
-        longest_s: Longest pause.
         retried: Exceptions after which a round is run again. Any other ends the loop.
         final: Exceptions among them that end the loop as well.
         settled_s: Duration from which a round that failed had begun well, so that the pause is short again.
         jitter: Returns the factor by which a pause is changed, so that many hosts do not retry at once.
-        clock: Monotonic clock, in seconds.
-        wait: Waits until the event is set, at most so many seconds.
 
     Attributes:
         failure: Reason why the last round failed; `None` after a success.
-        failures: Number of failed rounds.
         failed_at: Time of the last failure by `clock`.
         woken: Set by `wake`; a round begins by clearing it.
     """

@@ -41,8 +41,7 @@ class Source(Protocol):
 class PortFound:
     """Result of a look-up: one port has the address, and its instance is published already.
 
-    Attributes:
-        network: Network of the port. Behind a router it differs from the id in the question.
+    `network`: network of the port. Behind a router it differs from the id in the question.
     """
 
     network: NetworkId
@@ -80,10 +79,7 @@ class LookUpSource(Source, Protocol):
     async def look_up(self, scope: Scope, network: NetworkId, address: IpAddress) -> LookUp:
         """Look up the instance that has the address of a requesting guest; never raises.
 
-        Args:
-            scope: Kind of `network`: a network or a router.
-            network: Id of the network or router.
-            address: Address of the guest.
+        `scope`: kind of `network`: a network or a router.
         """
 
     def routes(self) -> Mapping[AddressKey, PortFound]:
@@ -95,12 +91,7 @@ class LookUpSource(Source, Protocol):
 
 @dataclass(slots=True)
 class Reports:
-    """Reports of a source: the first report in sync is full, later ones contain only changes.
-
-    Attributes:
-        source: Name of the source.
-        defers: As `Observation.defers`.
-    """
+    """Reports of a source: the first report in sync is full, later ones contain only changes."""
 
     source: str
     defers: bool = False
@@ -120,13 +111,7 @@ class Reports:
     ) -> Observation | None:
         """Return the next report, or `None` if it would repeat the last report.
 
-        Args:
-            changes: Changes since the last call.
-            everything: Returns all records in force.
-            in_sync: Whether the source has all its records.
-            problems: All current problems.
-            implied: As `Observation.implied_networks`.
-            expired: As `Observation.expired`.
+        `in_sync`: whether the source has all its records.
         """
         full = in_sync and not self._complete
         state = (in_sync, problems, implied, expired)
@@ -149,9 +134,7 @@ class Reports:
 async def publish_in_pieces(publish: Publish, observation: Observation) -> None:
     """Publish many packed instances a few at a time, so that the event loop does other work in between.
 
-    Args:
-        publish: Receives each piece, and last the observation itself.
-        observation: An observation that moves an address between instances, and is not full, is published at once.
+    `observation`: an observation that moves an address between instances, and is not full, is published at once.
     """
     instances, at_once = observation.instances, observation.moves and not observation.full
     if isinstance(instances, PackedInstances) and len(instances) > _PIECE and not at_once:

@@ -24,12 +24,8 @@ class Entry(Generic[Record]):
     """Record in a file.
 
     Attributes:
-        id: Id of the record.
-        file: Name of the file.
         position: Position among the file's records.
         line: First line of the record, 1-based.
-        record: The record; `None` if refused.
-        problems: Reasons for the refusal.
         offsets: Lines of the claims, relative to `line`, in the order of `claim_places`. Many entries share one tuple.
     """
 
@@ -60,7 +56,6 @@ class Clash(Generic[Record]):
     """Conflict between two entries, of which one is refused.
 
     Attributes:
-        entry: The refused entry.
         other: The entry that it would displace.
         addresses: Addresses that both claim; empty if they share the id.
     """
@@ -85,8 +80,7 @@ class InForce(Generic[Record]):
         claims: Returns the addresses that a record claims; no two records in force share an address.
         where: Returns the place of an entry for problems: its path in the document, and the document.
 
-    Attributes:
-        moved: Whether an address moved from one record to another in the last `settle`.
+    `moved`: whether an address moved from one record to another in the last `settle`.
     """
 
     claims: Callable[[Record], Iterable[AddressKey]]
@@ -125,11 +119,8 @@ class InForce(Generic[Record]):
     ) -> None:
         """Set the content of a file; no entries for a deleted file.
 
-        Args:
-            file: Name of the file.
-            entries: All entries of the file, in order.
-            unclear: Whether the file also has records whose id cannot be read. They may be any of the earlier records,
-                so all earlier ones stay in force.
+        `unclear`: whether the file also has records whose id cannot be read. They may be any of the earlier records, so
+        all earlier ones stay in force.
         """
         before = {entry.id for entry in self._files.get(file, ())}
         for key in before:

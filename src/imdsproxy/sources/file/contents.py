@@ -50,7 +50,6 @@ class FileContents:
         entries: Entries by kind (`networks` or `instances`), in the file's order; instances are `PackedInstance`.
         payloads: Files that the records name, with their signatures when read.
         problems: Problems of the whole file; if there are any, its records do not count.
-        blank: Whether the file has nothing but white space.
         nameless: Problems of records whose id cannot be read, by kind.
     """
 

@@ -63,13 +63,10 @@ def read_records(
 
     Args:
         data: Content of the file in UTF-8: JSON if `file` ends with `.json`, else YAML.
-        file: Name of the file, for the problems.
         take: Receives each record. The records count only if the file itself has no problems.
         read_file: Reads the file that `user_data_file` names (`payload_reader`); without it the key is refused.
-        tables: Schema of the records.
 
-    Returns:
-        Problems of the file itself.
+    Returns problems of the file itself.
     """
     try:
         text = data.decode("utf-8-sig")

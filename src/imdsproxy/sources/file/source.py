@@ -58,9 +58,7 @@ class _File:
     """State of a record file.
 
     Attributes:
-        signature: Signature of the file when last read.
         payloads: Files that its records name, with their signatures when read.
-        problems: Problems of the whole file, or of records whose id cannot be read.
         doubtful_since: Time at which the file was first seen missing or empty, until that is believed.
     """
 
@@ -76,11 +74,7 @@ class FileSource:
 
     The files are `*.yaml`, `*.yml` and `*.json`; hidden files are ignored.
 
-    Args:
-        directory: Directory of the files; it need not exist yet.
-        kept: Our file that keeps the records in force over a restart, in case a record file is invalid then.
-        clock: Returns monotonic seconds.
-        progress: Receives the progress of reading a large file.
+    `kept`: our file that keeps the records in force over a restart, in case a record file is invalid then.
 
     Attributes:
         problems: All problems in the directory at the last reading.
@@ -200,9 +194,8 @@ class FileSource:
     def read(self, changed: Collection[Path] = ()) -> Observation:
         """Read changed files and return the changes of the records in force. Blocks.
 
-        Args:
-            changed: Files to read again even if their signature is the same: two writes within one tick of the file
-                system's clock give the same signature.
+        `changed`: files to read again even if their signature is the same: two writes within one tick of the file
+        system's clock give the same signature.
         """
         if not self._begun:
             self._begun = True

@@ -55,8 +55,7 @@ class LibvirtKnown:
         selected: Report only these libvirt networks, by name, and bridges of the host, by device; `None` for all.
         marked_only: Report only domains with our element in their metadata.
 
-    Attributes:
-        networks: Records of active networks whose bridge libvirt creates.
+    `networks`: records of active networks whose bridge libvirt creates.
     """
 
     selected: frozenset[str] | None = None
@@ -110,7 +109,6 @@ class LibvirtKnown:
 
         Args:
             domains: Domains by UUID; `None` for a removed domain.
-            networks: All networks.
             everything: Whether `domains` has all domains.
         """
         if everything:

@@ -57,16 +57,11 @@ class LibvirtEvents:
         self.arrived.set()
 
     def lose(self, reason: str) -> None:
-        """Note that the connection is lost."""
         self.lost = reason
         self.arrived.set()
 
     def take(self) -> Iterable[str]:
-        """Return the UUIDs of changed domains, and forget them.
-
-        Raises:
-            SourceUnavailable: The connection is lost.
-        """
+        """Return the UUIDs of changed domains, and forget them. Raises `SourceUnavailable`: the connection is lost."""
         if self.lost is not None:
             raise SourceUnavailable(self.lost)
         self.arrived.clear()
@@ -75,11 +70,7 @@ class LibvirtEvents:
 
 
 def import_library() -> _Library:
-    """Import the module `libvirt`.
-
-    Raises:
-        LibraryMissing: The module is not installed, or not for this Python.
-    """
+    """Import the module `libvirt`. Raises `LibraryMissing`: the module is not installed, or not for this Python."""
     with optional_library(
         "libvirt's Python module",
         "apt install python3-libvirt, or pip install 'imdsproxy[libvirt]'",
@@ -109,9 +100,7 @@ class LibvirtClient:
     returns, and Python would wait for the pool's threads when it exits. Every method except `close` may raise
     `SourceUnavailable`.
 
-    Args:
-        uri: URI of the daemon, as for `virsh -c`.
-        connect_s: Seconds after which a daemon that accepts a connection but does not answer counts as hung.
+    `connect_s`: seconds after which a daemon that accepts a connection but does not answer counts as hung.
     """
 
     uri: str
@@ -163,8 +152,6 @@ class LibvirtClient:
         return await self._call(read)
 
     async def networks(self) -> tuple[LibvirtNetwork | Refused, ...]:
-        """Return all networks."""
-
         def read() -> tuple[LibvirtNetwork | Refused, ...]:
             networks = (
                 self._read(each, partial(parse_libvirt_network, active=bool(each.isActive())))
@@ -265,11 +252,6 @@ class LibvirtSource:
 
     While libvirt does not answer, the source is out of sync, and its reported records stay: guests keep running without
     libvirtd, and read their documents.
-
-    Args:
-        client: Client of libvirt; this source connects and reconnects it.
-        settings: Domains and networks to report, and the interval for reading networks again without an event.
-        connections: Connects again after a failure.
     """
 
     name: ClassVar = "libvirt"
@@ -292,7 +274,6 @@ class LibvirtSource:
         return port.problem(field="instance.ports" if place else "", file=place)
 
     async def run(self, publish: Publish) -> None:
-        """Report until cancelled."""
         await self.connections.attempt(partial(self._connect, publish))
 
     async def _connect(self, publish: Publish) -> None:
@@ -338,9 +319,8 @@ class LibvirtSource:
 def read_domain(uri: str, name: str) -> tuple[Domain, Mapping[str, LibvirtNetwork]]:
     """Return a domain by its name or UUID, and all networks by name. Blocks.
 
-    Raises:
-        SourceUnavailable: The daemon, or libvirt's Python module, cannot be used.
-        NotFound: There is no such domain.
+    Raises `SourceUnavailable`: the daemon, or libvirt's Python module, cannot be used; `NotFound`: there is no such
+    domain.
     """
 
     async def read() -> tuple[Mapping[str, Domain | Refused], Mapping[str, LibvirtNetwork]]:

@@ -47,9 +47,7 @@ _BLANKS: Final = " \t\r\n"
 class DomainInterface:
     """NIC on a libvirt network or on a bridge of the host.
 
-    Attributes:
-        network: Name of the libvirt network.
-        bridge: Device of the bridge, if the domain names the bridge itself.
+    `bridge`: device of the bridge, if the domain names the bridge itself.
     """
 
     mac: str
@@ -64,7 +62,6 @@ class Domain:
     Attributes:
         marked: Whether the domain has our element in its metadata.
         keys: Keys of an instance's record from this element.
-        problems: Problems of this element.
     """
 
     uuid: str
@@ -76,7 +73,6 @@ class Domain:
 
     @property
     def place(self) -> str:
-        """Place of the domain, for problems."""
         return f"domain {self.name}"
 
 
@@ -105,7 +101,6 @@ class LibvirtNetwork:
 
     @property
     def place(self) -> str:
-        """Place of the network, for problems."""
         return f"network {self.name}"
 
     @property
@@ -188,12 +183,7 @@ def parse_libvirt_network(text: str, *, active: bool) -> LibvirtNetwork | Refuse
 
 
 def read_metadata(element: Element, place: str) -> tuple[_Record, tuple[Problem, ...]]:
-    """Return the keys of an instance's record in the element, and the element's problems.
-
-    Args:
-        element: `{urn:imdsproxy:libvirt:1}instance`.
-        place: Place of the element, for the problems: `domain web-1`.
-    """
+    """Return the keys of an instance's record in the element, and the element's problems."""
     problems: list[Problem] = []
     record: dict[str, Any] = {}
 

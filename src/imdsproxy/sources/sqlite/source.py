@@ -28,11 +28,7 @@ class SqliteSource:
     does all or refuses all (`SourceRefused` with the fields). While the source is not running or its store cannot be
     used, writes raise `SourceUnavailable` or `SourceCorrupt`.
 
-    Args:
-        path: Path of the file; a missing file is created.
-        retry_s: Seconds before a store that cannot be used is tried again.
-        now: Returns Unix time, for the creation times of instances.
-        progress: Receives the progress of long writes.
+    `retry_s`: seconds before a store that cannot be used is tried again.
     """
 
     name: ClassVar = "sqlite"
@@ -105,13 +101,8 @@ class SqliteSource:
 
         An instance without a creation time keeps the stored creation time; a new instance gets the current time.
 
-        Args:
-            networks: Complete network records.
-            instances: Complete instance records.
-            bulk: Whether a problem's field begins with `networks[i]` or `instances[i]`.
-
-        Raises:
-            SourceRefused: Another instance in the store has an address or a MAC, or an id occurs twice.
+        `bulk`: whether a problem's field begins with `networks[i]` or `instances[i]`. Raises `SourceRefused`: another
+        instance in the store has an address or a MAC, or an id occurs twice.
         """
         await self._write(lambda store: store.put(networks, instances, bulk=bulk))
 
@@ -120,7 +111,6 @@ class SqliteSource:
         await self._write(lambda store: store.remove_network(network))
 
     async def remove_instance(self, instance: InstanceId) -> None:
-        """Remove an instance, if it exists."""
         await self._write(lambda store: store.remove_instance(instance))
 
     async def _write(self, work: Callable[[Store], Observation]) -> None:

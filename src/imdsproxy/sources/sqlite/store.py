@@ -109,14 +109,8 @@ _NAMED: Final = 20
 class Store:
     """The store at `path`, open and locked until `close`.
 
-    Args:
-        path: Path of the file; a missing file is created.
-        now: Returns Unix time, for the creation times of instances.
-        progress: Receives the progress of long work.
-
-    Attributes:
-        problems: Problems of rows that were not valid records at the last `load`, by table and id. Such rows are not in
-            force, and stay in the file.
+    `problems`: problems of rows that were not valid records at the last `load`, by table and id. Such rows are not in
+    force, and stay in the file.
 
     Raises:
         SourceUnavailable: Another process has locked the store, or the file system refuses.
@@ -148,7 +142,6 @@ class Store:
                 raise
 
     def close(self) -> None:
-        """Close the file and release the lock."""
         try:
             with self._reading:
                 self._reader.close()
@@ -170,8 +163,7 @@ class Store:
     def fetch(self, instance: InstanceId) -> bytes:
         """Return an instance's current user-data; from any thread.
 
-        Raises:
-            SourceError: The instance has no user-data, or the store cannot be read.
+        Raises `SourceError`: the instance has no user-data, or the store cannot be read.
         """
         with self._reading, store_failures(self.path):
             row = self._reader.execute(_USER_DATA, (instance,)).fetchone()
@@ -277,13 +269,8 @@ class Store:
         An instance without a creation time keeps the stored creation time. A new instance without one gets the
         current time.
 
-        Args:
-            networks: Networks to add or change.
-            instances: Instances to add or change.
-            bulk: Whether problems name the record: `instances[3].ports[0].mac`, not `ports[0].mac`.
-
-        Raises:
-            RecordConflict: An id occurs twice, or an address belongs to another instance.
+        `bulk`: whether problems name the record: `instances[3].ports[0].mac`, not `ports[0].mac`. Raises
+        `RecordConflict`: an id occurs twice, or an address belongs to another instance.
         """
         problems = [*_repeated("networks", networks), *_repeated("instances", instances)]
         changed_networks: dict[NetworkId, Network] = {}
@@ -332,7 +319,6 @@ class Store:
         return Observation(networks_removed=(network,) if found else ())
 
     def remove_instance(self, instance: InstanceId) -> Observation:
-        """Remove an instance, if it exists."""
         with store_failures(self.path), transaction(self._connection):
             found = self._put_row("DELETE FROM instances WHERE id = ?", instance)
         return Observation(instances_removed=(instance,) if found else ())
@@ -385,11 +371,8 @@ class Store:
 def lock_store(path: Path) -> int:
     """Lock the store against other imdsproxy processes while the returned descriptor is open.
 
-    SQLite's own locks allow several writers in turn, which would overwrite each other's changes.
-
-    Raises:
-        SourceUnavailable: Another process holds the lock.
-        OSError: The lock file cannot be created.
+    SQLite's own locks allow several writers in turn, which would overwrite each other's changes. Raises
+    `SourceUnavailable`: another process holds the lock; `OSError`: the lock file cannot be created.
     """
     lock = path.with_name(f"{path.name}.lock")
     descriptor = open_locked(lock, os.O_RDWR | os.O_CREAT)
@@ -412,8 +395,7 @@ def _open_to_read(path: Path, more: str = "") -> sqlite3.Connection:
 def read_store(path: Path) -> Records:
     """Read the records of a store; none if the file is missing. One byte stands for each instance's user-data.
 
-    Raises:
-        SourceUnavailable: The file cannot be read, or is no store.
+    Raises `SourceUnavailable`: the file cannot be read, or is no store.
     """
     if not path.exists():
         return Records()

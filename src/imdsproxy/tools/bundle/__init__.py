@@ -63,8 +63,6 @@ _LIBRARIES: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """Bundle on disk: path, parts, and missing parts with reasons."""
-
     path: Path
     parts: Sequence[str]
     lacking: Sequence[tuple[str, str]]
@@ -75,14 +73,8 @@ def make_bundle(
 ) -> Made:
     """Make a bundle.
 
-    Args:
-        load: Reader of the settings.
-        daemon_socket: The daemon's admin socket; `None` for that of the settings.
-        output: Target file; `None` for a file in the working directory, named after host and time.
-
-    Raises:
-        RequestRefused: The file exists.
-        HostRefused: The file is not writable.
+    `output`: target file; `None` for a file in the working directory, named after host and time. Raises
+    `RequestRefused`: the file exists; `HostRefused`: the file is not writable.
     """
     now, host = time.gmtime(), socket.gethostname()
     name = f"imdsproxy-{host}-{time.strftime('%Y%m%d-%H%M%S', now)}"
@@ -212,8 +204,7 @@ class Collected:
     def withhold(self, unread: Sequence[str]) -> None:
         """Drop parts with free text (logs, daemon, checks) if some secrets are not known.
 
-        Args:
-            unread: Unreadable files with secrets, each with the reason.
+        `unread`: unreadable files with secrets, each with the reason.
         """
         if not unread:
             return
@@ -226,7 +217,6 @@ class Collected:
 def collect(
     parts: Iterable[Part], daemon: AdminClient, master: MasterClient, into: Collected
 ) -> None:
-    """Collect all parts, one after the other."""
     for part in parts:
         into.take(part.name, lambda part=part: _ask(part, daemon, master))  # type: ignore[misc]
 

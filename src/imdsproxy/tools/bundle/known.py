@@ -31,7 +31,6 @@ class Known:
     """Secrets that a bundle must not contain.
 
     Attributes:
-        secrets: Whole values.
         data: User-data, vendor-data, keys and similar texts, in which each line is a secret.
         names: Ids, names and host names of instances, which are not secrets, even if user-data contains them.
         unread: Unreadable files, each with the reason. Their secrets are not known.

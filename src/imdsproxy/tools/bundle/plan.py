@@ -32,8 +32,6 @@ class Admin:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """Output of a program."""
-
     name: str
     words: tuple[str, ...]
 
@@ -48,16 +46,12 @@ class File:
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """Command to HAProxy's worker."""
-
     name: str
     command: str
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Page of a metrics endpoint."""
-
     name: str
     host: str
     port: int
@@ -73,7 +67,6 @@ class Places:
 
     Attributes:
         files: HAProxy's files and logs: name in the bundle, and path.
-        haproxy: Path of the HAProxy program.
         metrics: Metrics endpoints from the settings: name, host and port.
     """
 
@@ -185,8 +178,6 @@ _PATTERNS: Final = tuple(
 
 @dataclass(slots=True)
 class Redactor:
-    """Redactor of known secrets and of patterns that look like secrets."""
-
     _short: dict[str, int] = field(default_factory=dict)
     _long: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     _starts: set[str] = field(default_factory=set)
@@ -257,7 +248,6 @@ def _common(text: str, at: int, form: str) -> int:
 
 
 def _merged(spans: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Merge spans that overlap or touch."""
     begin, end = -1, -1
     for start, stop in spans:
         if start > end:

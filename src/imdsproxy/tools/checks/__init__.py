@@ -40,7 +40,6 @@ class Subject:
 
     @property
     def layout(self) -> Layout:
-        """Paths of the data plane."""
         return Layout.of(self.settings)
 
     @cached_property
@@ -87,8 +86,6 @@ class Finding:
     """Result of a check.
 
     Attributes:
-        text: Description.
-        hint: Suggested fix.
         exit_status: Exit status of the error that `run` would end with; 0 if `run` would start.
         warning: `run` starts, but an operator should look.
     """

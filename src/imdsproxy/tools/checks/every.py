@@ -39,9 +39,7 @@ CHECKS: Final[tuple[tuple[str, tuple[Callable[[Subject], list[Finding]], ...]], 
 def run_checks(load: Callable[[], Loaded], socket: Path | None) -> list[tuple[str, Finding]]:
     """Run all checks; return the findings with their areas. A check that the host refuses is a finding too.
 
-    Args:
-        load: Reader of the settings.
-        socket: The daemon's admin socket; `None` for that of the settings.
+    `socket`: the daemon's admin socket; `None` for that of the settings.
     """
     subject = _subject(load, socket)
     findings: list[tuple[str, Finding]] = []

@@ -126,8 +126,6 @@ def find_obstacles(
     All are warnings, because the check does not evaluate the rules.
 
     Args:
-        networks: All networks.
-        chains: Chains of the host that drop packets by default.
         leads_by: Function that returns whether the host's route to an address uses a device; `None` without the device.
         bridged_are_forwarded: Bridged packets pass the forward hook (`br_netfilter`).
     """

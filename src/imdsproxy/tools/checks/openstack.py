@@ -151,8 +151,7 @@ def check_endpoints(on: Subject) -> list[Finding]:
 def _tls_context(one: EndpointSetSettings) -> ssl.SSLContext | None:
     """Return the TLS context of an endpoint set; `None` for http.
 
-    Raises:
-        OSError: A file of the endpoint set is unreadable or not PEM (`ssl.SSLError` is an `OSError`).
+    Raises `OSError`: a file of the endpoint set is unreadable or not PEM (`ssl.SSLError` is an `OSError`).
     """
     if one.endpoints[0].url.scheme == "http":
         return None

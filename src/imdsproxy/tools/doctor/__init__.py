@@ -37,10 +37,7 @@ class Finding:
 
     Attributes:
         code: Stable, in kebab-case.
-        what: Observation, in a sentence.
-        change: Correction.
         clients: Clients that it breaks; known from tests with them.
-        paths: Paths where it was observed.
     """
 
     code: str
@@ -64,16 +61,7 @@ def found(
     case: str = "",
     **values: Any,
 ) -> Finding:
-    """Return a finding with the texts of its code.
-
-    Args:
-        code: Code in findings.toml.
-        paths: Paths where it was observed.
-        severity: Severity that replaces the code's.
-        clients: Clients that replace the code's.
-        case: Name in the code's `cases`; its texts replace the code's.
-        values: Values for the braces in the texts.
-    """
+    """Return a finding with the texts of its code. `case`: name in the code's `cases`; its texts replace the code's."""
     text = TEXTS[code] | TEXTS[code].get("cases", {}).get(case, {})
     return Finding(
         code,
@@ -93,11 +81,7 @@ def seen(code: str, paths: Iterable[str], **values: Any) -> Iterator[Finding]:
 
 @dataclass(frozen=True, slots=True)
 class Nic:
-    """NIC of the record.
-
-    Attributes:
-        seen: MACs that have answered for its addresses in its network.
-    """
+    """NIC of the record. `seen`: MACs that have answered for its addresses in its network."""
 
     network: str
     mac: str
@@ -109,17 +93,12 @@ class Surroundings:
     """Known facts about the guest.
 
     Attributes:
-        nics: NICs of the record, if the daemon was asked.
         macs: MACs of the guest's NICs, in lower case; `None` if unknown.
         dmi: Names below /sys/class/dmi/id and their values; `None` if unknown.
         dmi_complete: Whether all of DMI was readable; only root may read the serial number.
         sources: Data sources that cloud-init's `ds-identify` found on this boot; `None` if it did not run.
         kernel: Kernel command line (in a container, that of process 1).
-        environment: Environment of process 1.
-        container: Whether the guest is a container.
-        instance: Id of the record, if the daemon knows it.
         verdict: Verdict on the guest's identity, if the daemon was asked (`imdsproxy explain`).
-        why: Reasons of the verdict.
     """
 
     macs: frozenset[str] | None = None
@@ -182,10 +161,7 @@ class Answer:
         headers: Headers with lower-case names; of several with one name the first.
         first_byte_s: Seconds from the request to the answer's first byte; 0 if not measured.
         until_close: Whether the body ends with the connection: it has no length and is not chunked.
-        version: HTTP version: 10 or 11.
         cut: Whether the body is shorter than its length.
-        why: Reason of a missing answer, in one line.
-        timed_out: Whether the server accepted the request and did not answer.
     """
 
     status: int = 0
@@ -238,14 +214,11 @@ class Crawl:
     """Requests and their answers.
 
     Attributes:
-        fetch: Sends one request.
         direct: Whether requests go over HTTP. If false, the daemon computes the answers, without times, framing, tokens
             and headers.
-        asked: Requests in order, each once.
         base: Root of the EC2 documents, as `/latest`; `None` if there are none.
         version: Version of the OpenStack documents that cloud-init takes; `None` if there are none.
         listed: Leaves and directories as full paths, by the listing that names them.
-        given_up: Reason of an early end; empty if there was none.
         token: Header of EC2's requests with a token; empty if they need none.
     """
 
@@ -314,9 +287,7 @@ class Crawl:
 def crawl(fetch: Callable[[Ask], Answer], *, direct: bool) -> Crawl:
     """Send all requests.
 
-    Args:
-        fetch: Sends one request.
-        direct: Whether to send also the requests that need a server: tokens, headers, other clouds.
+    `direct`: whether to send also the requests that need a server: tokens, headers, other clouds.
     """
     found = Crawl(fetch, direct)
     found.get("/")

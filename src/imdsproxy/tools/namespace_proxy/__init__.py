@@ -106,10 +106,7 @@ def main(
 ) -> int:
     """Run the program; return its exit status (`imdsproxy.cli.options`).
 
-    Args:
-        arguments: Arguments without the program's name; `None` takes this process's own.
-        program: Program's name, for the help.
-        config: imdsproxy's settings file, if the command line named it before this program's own arguments.
+    `config`: imdsproxy's settings file, if the command line named it before this program's own arguments.
     """
     _open_standard_files()
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -187,14 +184,7 @@ def parse_command_line(
 ) -> dict[str, Any]:
     """Parse the command line and merge it with files, environment and settings.
 
-    Args:
-        arguments: Arguments without the program's name.
-        program: Program's name, for the help.
-        environment: Environment variables of the process.
-        config: Value of --config if the arguments lack it.
-
-    Returns:
-        The arguments of `ProxyDaemon`, and `daemonize`; for a clean-up `id`, `pidfile` and `state_path`.
+    Returns the arguments of `ProxyDaemon`, and `daemonize`; for a clean-up `id`, `pidfile` and `state_path`.
 
     Raises:
         RequestRefused: An option is unknown or wrong.
@@ -287,14 +277,8 @@ def read_settings(
 ) -> dict[str, object]:
     """Return imdsproxy's settings in the section `namespace_proxy`, by option name and without defaults.
 
-    Args:
-        config: Settings file; without one, the default file if it has the section.
-        environment: Environment variables of the process.
-        default: Replacement for the default file.
-
-    Raises:
-        ConfigUnreadable: A file cannot be read.
-        ConfigInvalid: Settings break the schema.
+    `config`: settings file; without one, the default file if it has the section. Raises `ConfigUnreadable`: a file
+    cannot be read; `ConfigInvalid`: settings break the schema.
     """
     from imdsproxy.config import DEFAULT_CONFIG, ENVIRONMENT_PREFIX, find_files, unreadable
 
@@ -319,14 +303,11 @@ def read_ini_files(
     """Return the options in [DEFAULT] of Neutron's ini files; later files override earlier ones.
 
     Args:
-        files: Paths of files.
         directories: Directories whose `*.conf` files are read.
         state_path: State path from the command line, to which values may refer.
         otherwise: State path if neither the command line nor a file has one.
 
-    Raises:
-        ConfigUnreadable: A file is missing, or is not text.
-        ConfigInvalid: A file is not an ini file, or a value is invalid or refers to a missing option.
+    Raises `ConfigInvalid`: a file is not an ini file, or a value is invalid or refers to a missing option.
     """
     if not files and not directories:
         return {}

@@ -2,7 +2,8 @@
 
 A configuration file belongs to the HAProxy that runs with it. The program that starts a proxy writes the file, locks it
 (flock(2)) and passes the open file to HAProxy, which holds the lock for its whole life. A locked file is in use and is
-neither replaced nor removed. So another process with a reused pid cannot be mistaken for the proxy.
+neither replaced nor removed. So another process with a reused pid cannot be mistaken for the proxy. Functions
+that run HAProxy also raise `HaproxyMissing`; those that touch the host raise `PrivilegeMissing`.
 """
 
 import contextlib
@@ -59,8 +60,6 @@ class Launch:
     """Parameters of a HAProxy process.
 
     Attributes:
-        program: HAProxy's path.
-        config: Path of the configuration file.
         lock: Descriptor of the same file, open and locked; HAProxy inherits it.
         alone: Whether HAProxy must drop this process's supplementary groups.
     """
@@ -77,17 +76,8 @@ class Launch:
     def run(self, *more: str, deadline_s: float = _START_DEADLINE_S) -> tuple[int, str]:
         """Run HAProxy in its own session; wait until it and all its children have ended or closed standard error.
 
-        Args:
-            more: Further options.
-            deadline_s: Seconds until HAProxy is killed.
-
-        Returns:
-            Exit status (negative: the signal), and standard error.
-
-        Raises:
-            HaproxyMissing: HAProxy cannot be run.
-            HostRefused: HAProxy did not end in time.
-            PrivilegeMissing: This process may not give up its supplementary groups.
+        Returns exit status (negative: the signal), and standard error. Raises `HostRefused`: HAProxy did not end in
+        time; `PrivilegeMissing`: this process may not give up its supplementary groups.
         """
         arguments = self.arguments(*more)
         try:
@@ -122,12 +112,7 @@ class Launch:
         return process.returncode, errors.decode("utf-8", "replace")
 
     def become(self) -> NoReturn:
-        """Become HAProxy (execv(3)).
-
-        Raises:
-            HostRefused: The kernel refuses.
-            HaproxyMissing: HAProxy cannot be run.
-        """
+        """Become HAProxy (execv(3))."""
         if self.alone:
             with refusing("give up the supplementary groups"):
                 os.setgroups([])
@@ -143,19 +128,14 @@ class NetworkMetadataProxyHandler:
     """Proxy of one network or router; exactly one of the ids is given.
 
     Attributes:
-        network_id: Network of all guests.
-        router_id: Router of the guests' networks.
         unix_socket_path: Socket to which requests go; `None` means `metadata_proxy` in the state path.
         port: TCP port, at every address of this process's namespace.
         user: Account that HAProxy takes once it listens, by name or id; `None` keeps this process's own.
-        group: Group, likewise.
         state_path: Parent of the configuration directory; `None` means /var/lib/neutron.
         use_syslog: Whether to log requests to /dev/log; `None` means if it exists.
         facility: Syslog facility, by HAProxy's name.
-        debug: Whether to log everything.
 
-    Raises:
-        RequestRefused: Both ids or none, no UUID, no port, or a path that HAProxy cannot take.
+    Raises `RequestRefused`: both ids or none, no UUID, no port, or a path that HAProxy cannot take.
     """
 
     network_id: str | None
@@ -198,12 +178,7 @@ class NetworkMetadataProxyHandler:
         return self.get_config_path(self.state_path) / f"{self.uuid}.conf"
 
     def spec(self) -> namespace_proxy.NamespaceProxySpec:
-        """Return the specification of the configuration.
-
-        Raises:
-            HostRefused: The user or group does not exist.
-            PrivilegeMissing: This process cannot take that user or group.
-        """
+        """Return the specification of the configuration."""
         log = os.access(_SYSLOG, os.F_OK) if self.use_syslog is None else self.use_syslog
         return namespace_proxy.NamespaceProxySpec(
             header=self.header,
@@ -221,11 +196,8 @@ class NetworkMetadataProxyHandler:
     def prepare(self) -> Launch:
         """Find HAProxy, write and lock the configuration.
 
-        Raises:
-            HaproxyMissing: HAProxy is not installed.
-            HostRefused: An account or a directory is missing, or the file is in use or cannot be written.
-            PrivilegeMissing: This process lacks a privilege for that.
-            RequestRefused: A path has a character that HAProxy cannot take.
+        Raises `HostRefused`: an account or a directory is missing, or the file is in use or cannot be written;
+        `RequestRefused`: a path has a character that HAProxy cannot take.
         """
         program = find_haproxy()
         spec = self.spec()
@@ -248,14 +220,8 @@ class NetworkMetadataProxyHandler:
 
         The method first checks what HAProxy would refuse at its start, while it can still report an error in one line.
 
-        Args:
-            launch: Result of `prepare`; `None` calls `prepare`.
-
-        Raises:
-            HaproxyMissing: HAProxy is not installed, or cannot be run.
-            ConfigRejected: HAProxy refuses the configuration.
-            HostRefused: See `prepare`; or the port is in use.
-            PrivilegeMissing: See `prepare`; or the port requires root.
+        `launch`: result of `prepare`; `None` calls `prepare`. Raises `ConfigRejected`: HAProxy refuses the
+        configuration.
         """
         ready = launch or self.prepare()
         try:
@@ -305,13 +271,8 @@ def fail_start(status: int, errors: str, launch: Launch, port: int | str) -> NoR
 def cleanup_config_file(uuid: str, state_path: str | os.PathLike[str] | None = None) -> bool:
     """Remove the configuration of a proxy that has ended, and temporary files of killed writers.
 
-    Returns:
-        Whether there was a configuration.
-
-    Raises:
-        RequestRefused: The id is no UUID.
-        HostRefused: The proxy runs, or the file system refused.
-        PrivilegeMissing: This process may not remove the file.
+    Returns whether there was a configuration. Raises `RequestRefused`: the id is no UUID; `HostRefused`: the proxy
+    runs, or the file system refused.
     """
     directory = NetworkMetadataProxyHandler.get_config_path(state_path)
     path, removed = directory / f"{namespace_proxy.parse_uuid(uuid)}.conf", False
@@ -335,12 +296,10 @@ class ProxyDaemon:
     own pid file beside the configuration, because it first removes an existing file and does not write at once.
 
     Attributes:
-        pidfile: Path of the pid file, or `None`.
         watch_log: No effect, as `--metadata-proxy-watch-log`.
         proxy_socket: See `NetworkMetadataProxyHandler.unix_socket_path`; the same applies to the other attributes.
 
-    Raises:
-        RequestRefused: See `NetworkMetadataProxyHandler`.
+    Raises `RequestRefused`: see `NetworkMetadataProxyHandler`.
     """
 
     pidfile: str | os.PathLike[str] | None
@@ -375,15 +334,9 @@ class ProxyDaemon:
     def start(self) -> int:
         """Start HAProxy in the background.
 
-        Returns:
-            HAProxy's pid, once the port is bound, the account taken, and the pid file written.
-
-        Raises:
-            ConfigRejected: HAProxy refuses the configuration; the error has HAProxy's own message.
-            HaproxyMissing: HAProxy is not installed.
-            HostRefused: The port is in use, the proxy runs already, an account or a directory is missing, or a file
-                cannot be written.
-            PrivilegeMissing: This process lacks a privilege for that.
+        Returns HAProxy's pid, once the port is bound, the account taken, and the pid file written. Raises
+        `ConfigRejected`: HAProxy refuses the configuration; the error has HAProxy's own message; `HostRefused`: the
+        port is in use, the proxy runs already, an account or a directory is missing, or a file cannot be written.
         """
         self._check_pid_file()
         launch = self.handler.prepare()
@@ -408,11 +361,7 @@ class ProxyDaemon:
         return pid
 
     def run(self) -> NoReturn:
-        """Become HAProxy, in the foreground; the pid file has this process's pid.
-
-        Raises:
-            ImdsproxyError: See `NetworkMetadataProxyHandler.run_proxy`.
-        """
+        """Become HAProxy, in the foreground; the pid file has this process's pid."""
         self._check_pid_file()
         launch = self.handler.prepare()
         self._write_pid(os.getpid())
@@ -444,12 +393,7 @@ class ProxyDaemon:
 
 
 def live_pid(path: Path, name: str) -> int | None:
-    """Return the pid in the file if a HAProxy with a configuration of this name runs under it.
-
-    Raises:
-        HostRefused: The file cannot be read.
-        PrivilegeMissing: This process may not read it.
-    """
+    """Return the pid in the file if a HAProxy with a configuration of this name runs under it."""
     text = b""
     with refusing(f"read {path}"), contextlib.suppress(FileNotFoundError), path.open("rb") as file:
         text = file.read(_MAX_PID_BYTES).strip()
@@ -460,9 +404,7 @@ def live_pid(path: Path, name: str) -> int | None:
 def cleanup_pid_file(path: Path, name: str) -> bool:
     """Remove the pid file of a proxy that has ended; return whether there was one.
 
-    Raises:
-        HostRefused: The proxy runs, or the file system refused.
-        PrivilegeMissing: This process may not remove the file.
+    Raises `HostRefused`: the proxy runs, or the file system refused.
     """
     pid = live_pid(path, name)
     if pid is not None:
@@ -504,9 +446,7 @@ def runs_with(pid: int, name: str, *, proc: Path = Path("/proc")) -> bool:
 def try_to_bind(port: int, *, dual_stack: bool) -> None:
     """Test the port before HAProxy does, so that the error needs no search in HAProxy's log.
 
-    Raises:
-        HostRefused: Another program listens there.
-        PrivilegeMissing: The port requires root.
+    Raises `HostRefused`: another program listens there.
     """
     import socket  # HAProxy that goes into the background says it itself
 
@@ -523,12 +463,7 @@ def try_to_bind(port: int, *, dual_stack: bool) -> None:
 
 
 def check_directory(path: Path, purpose: str, *, hint: str) -> None:
-    """Check that a directory exists.
-
-    Raises:
-        HostRefused: The directory is missing; the message has its purpose.
-        PrivilegeMissing: This process may not look.
-    """
+    """Check that a directory exists. Raises `HostRefused`: the directory is missing; the message has its purpose."""
     with refusing(f"look at {path}"):
         there = path.is_dir()
     if not there:
@@ -538,14 +473,9 @@ def check_directory(path: Path, purpose: str, *, hint: str) -> None:
 def claim_file(path: Path, data: bytes) -> int:
     """Write a file with exactly `data`, mode 0640 whatever the umask is, and lock it.
 
-    A reader sees the old bytes or the new ones. If several processes claim the same file, one gets it.
-
-    Returns:
-        Descriptor of the open file. The lock ends when its last copy is closed.
-
-    Raises:
-        HostRefused: The file is in use, or the file system refused; then the file is unchanged.
-        PrivilegeMissing: This process may not write there.
+    A reader sees the old bytes or the new ones. If several processes claim the same file, one gets it. Returns
+    descriptor of the open file. The lock ends when its last copy is closed. Raises `HostRefused`: the file is in use,
+    or the file system refused; then the file is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     with refusing(f"write {path}"):
@@ -590,11 +520,8 @@ def _lock(path: Path, flags: int) -> int:
 def make_directories(path: Path) -> None:
     """Ensure a directory in which only its owner may write; missing parents are created with mode 0755 or tighter.
 
-    If others could write to the directory, they could choose the configuration of a HAProxy that root starts.
-
-    Raises:
-        HostRefused: The file system refused, or the name is taken by another kind of file.
-        PrivilegeMissing: This process may not create the directory, or not tighten its mode.
+    If others could write to the directory, they could choose the configuration of a HAProxy that root starts. Raises
+    `HostRefused`: the file system refused, or the name is taken by another kind of file.
     """
     with refusing(f"create the directory {path}", hint="name another directory with --state-path"):
         for directory in (*reversed(path.parents), path):

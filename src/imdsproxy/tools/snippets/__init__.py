@@ -104,9 +104,7 @@ class Route:
 def plan_route(network: Network, host_has: Callable[[entities.IpAddress], bool]) -> Route:
     """Plan the route of a network's guests to 169.254.169.254.
 
-    Args:
-        network: Record of the network; the gateway of its first IPv4 subnet counts.
-        host_has: Returns whether the host has an address.
+    `network`: record of the network; the gateway of its first IPv4 subnet counts.
     """
     subnet = next(
         (one for one in network.subnets if one.cidr.version == METADATA_IPV4.version), None
@@ -193,7 +191,6 @@ def _routes(
     """Yield the routes of all networks to 169.254.169.254.
 
     Args:
-        routes: Routes by network.
         place: The hypervisor's way to announce a route, for people.
         announce: Lines to paste for that, with `{device}` and `{routes}`.
     """
@@ -314,13 +311,8 @@ def render_snippet(
 ) -> list[Part]:
     """Return all parts that make the guest ask for the documents of `dialect`.
 
-    Args:
-        instance: Instance with this dialect. Its name must be the hypervisor's name of the guest. If SMBIOS has its
-            UUID, cloud-init does not ask again at each boot.
-        networks: Networks of the instance's ports.
-        target: Hypervisor.
-        dialect: See `choose_dialect`.
-        host_has: Returns whether the host has an address.
+    `instance`: instance with this dialect. Its name must be the hypervisor's name of the guest. If SMBIOS has its UUID,
+    cloud-init does not ask again at each boot.
     """
     routes = {
         port.network: plan_route(networks[port.network], host_has)

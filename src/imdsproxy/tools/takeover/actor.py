@@ -27,13 +27,7 @@ _SHOWN: Final = 500
 
 @dataclass(frozen=True, slots=True)
 class Actor:
-    """Executor of steps on this host.
-
-    Attributes:
-        daemon: Client of the running daemon.
-        load: Function that reads the current settings.
-        timeout_s: Maximum duration of a wait or command, in seconds.
-    """
+    """Executor of steps on this host. `timeout_s`: maximum duration of a wait or command, in seconds."""
 
     daemon: AdminClient
     load: Callable[[], Loaded]
@@ -80,11 +74,7 @@ class Actor:
         }
 
     def command(self, command: str) -> str:
-        """Run a shell command; return it.
-
-        Raises:
-            HostRefused: The command failed or timed out.
-        """
+        """Run a shell command; return it. Raises `HostRefused`: the command failed or timed out."""
         try:
             done = subprocess.run(
                 ["/bin/sh", "-c", command],
@@ -109,11 +99,7 @@ class Actor:
         return "" if readiness["ready"] else f"imdsproxy is not ready: {readiness['reasons'][0]}"
 
     def wait(self, lacks: Callable[[], str], *, within_s: float | None = None) -> None:
-        """Poll until `lacks` returns an empty string.
-
-        Raises:
-            HostRefused: The wait timed out.
-        """
+        """Poll until `lacks` returns an empty string. Raises `HostRefused`: the wait timed out."""
         within_s = self.timeout_s if within_s is None else within_s
         deadline = time.monotonic() + within_s
         while True:

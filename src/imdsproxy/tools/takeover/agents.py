@@ -49,14 +49,8 @@ def find_agents(
 
     An agent with several processes is found by its main process.
 
-    Args:
-        programs: Names of the agents' programs.
-        named: Pid from the operator; all other processes are then ignored.
-
-    Raises:
-        RequestRefused: The named process does not have an agent's command line.
-        ConfigUnreadable: A settings file of the agent does not exist.
-        FileUntrusted: Another user may change a settings file of the agent.
+    `named`: pid from the operator; all other processes are then ignored. Raises `RequestRefused`: the named process
+    does not have an agent's command line; `FileUntrusted`: another user may change a settings file of the agent.
     """
     found = dict(_candidates(programs))
     if named is not None:
@@ -217,9 +211,8 @@ def _name_of(user: int) -> str:
 def _files(words: Sequence[str], reach: Reach) -> Iterator[str]:
     """Yield the files of `--config-file` and `--config-dir`, as paths on the host.
 
-    Raises:
-        ConfigUnreadable: A path is relative, or a directory does not exist.
-        FileUntrusted: Another user may change a directory.
+    Raises `ConfigUnreadable`: a path is relative, or a directory does not exist; `FileUntrusted`: another user may
+    change a directory.
     """
     options = iter(words)
     for word in options:
@@ -243,9 +236,8 @@ def _files(words: Sequence[str], reach: Reach) -> Iterator[str]:
 def read_file(path: str, reach: Reach) -> bytes:
     """Read a settings file of the agent.
 
-    Raises:
-        ConfigUnreadable: The file does not exist.
-        FileUntrusted: A user other than root and the agent's may change the file.
+    Raises `ConfigUnreadable`: the file does not exist; `FileUntrusted`: a user other than root and the agent's may
+    change the file.
     """
     with open_owned(_inside(path, reach), (reach.user, reach.group), Path(reach.root)) as file:
         return file.read()
@@ -254,10 +246,8 @@ def read_file(path: str, reach: Reach) -> bytes:
 def edit_file(path: str, reach: Reach, edit: Callable[[str], str]) -> None:
     """Change a settings file of the agent; keep mode and owner.
 
-    Raises:
-        ConfigUnreadable: The file does not exist.
-        FileUntrusted: A user other than root and the agent's may change the file.
-        HostRefused: The file cannot be written.
+    Raises `ConfigUnreadable`: the file does not exist; `FileUntrusted`: a user other than root and the agent's may
+    change the file.
     """
     with open_owned(_inside(path, reach), (reach.user, reach.group), Path(reach.root)) as file:
         data = edit(file.read().decode()).encode()
@@ -274,7 +264,6 @@ def _inside(path: str, reach: Reach) -> Path:
 def read_options(path: str, reach: Reach) -> tuple[IniOption, ...]:
     """Read the options of an agent's settings file.
 
-    Raises:
-        ConfigError: The file is unreadable or invalid, or another user may change it.
+    Raises `ConfigError`: the file is unreadable or invalid, or another user may change it.
     """
     return parse_ini(decode_ini(read_file(path, reach), path), path)

@@ -55,7 +55,6 @@ class PlaceStandIn(Step):
 
     @classmethod
     def of(cls, haproxy: str, path: str) -> Self:
-        """Place the stand-in for this HAProxy."""
         return cls(
             f"write the stand-in {path}, an idle program that the agent finds before {haproxy}",
             f"cat >{path}; chmod 755 {path}",
@@ -77,7 +76,6 @@ class WaitStandIns(Step):
 
     @classmethod
     def of(cls, prefix: str) -> Self:
-        """Wait for the stand-ins in the namespaces with this prefix."""
         words = "wait until the agent has started the stand-ins (it checks every check_child_processes_interval)"
         return cls(words, f"for each namespace {prefix}…: ip netns pids NAMESPACE", "", prefix)
 
@@ -96,18 +94,13 @@ class WaitStandIns(Step):
 
 @dataclass(frozen=True, slots=True)
 class WaitRoutes(Step):
-    """Wait until the agent's leases contain the route to 169.254.169.254 in every namespace.
-
-    Attributes:
-        state_path: State directory of the agent.
-    """
+    """Wait until the agent's leases contain the route to 169.254.169.254 in every namespace."""
 
     prefix: str
     state_path: str
 
     @classmethod
     def of(cls, seen: Seen, prefix: str) -> Self:
-        """Wait for the leases in the namespaces with this prefix."""
         words = "wait until the leases of every network contain the route to 169.254.169.254"
         by_hand = f"grep -L 169.254.169.254 {seen.state_path}/dhcp/*/opts"
         return cls(words, by_hand, "", prefix, seen.state_path)

@@ -33,11 +33,8 @@ class Candidate:
     """Process with an agent's command line.
 
     Attributes:
-        program: Name of the agent, as `neutron-l3-agent`.
         users: Real, effective, saved and file-system user ids.
         own_users: The process has its own user namespace.
-        group: Control group, as returned by `read_group`.
-        container: Container name; empty outside a container.
         accounts: Ids of users that may run the agent: root, Neutron's account, and the unit's `User`.
     """
 
@@ -56,9 +53,7 @@ def read_group(text: str, manager: str) -> str:
     The system manager (process 1) names the first part of the result. Managers of user units, containers and sessions
     may create groups of any name, but only below their own group.
 
-    Args:
-        text: `/proc/PID/cgroup` of the process.
-        manager: `/proc/1/cgroup`; the manager's own groups may be nested in others.
+    `manager`: `/proc/1/cgroup`; the manager's own groups may be nested in others.
     """
     # A host may have either hierarchy without the manager using it.
     hierarchies = [(_path_in(manager, one), _path_in(text, one)) for one in (_UNIFIED, _SYSTEMD)]
@@ -105,9 +100,7 @@ def _pattern(names: str, program: str) -> re.Pattern[str]:
 def explain_doubt(candidate: Candidate, *, named: bool) -> str:
     """Return why a process is not trusted as the agent; empty if it is trusted.
 
-    Args:
-        candidate: Process to check.
-        named: The operator named this process, so its unit or container is not checked.
+    `named`: the operator named this process, so its unit or container is not checked.
     """
     if candidate.own_users:
         return "it has its own user namespace"

@@ -40,10 +40,8 @@ def find_haproxy(prefix: str) -> tuple[str, str]:
     """Return HAProxy's path for the agent of these namespaces, and a stand-in's path earlier in PATH.
 
     PATH comes from a process that already runs in such a namespace. In a container, the first path is relative to the
-    container's root, and the second is a path on the host. Both are empty if HAProxy is not found.
-
-    Raises:
-        FileUntrusted: A user other than root may change a directory in PATH.
+    container's root, and the second is a path on the host. Both are empty if HAProxy is not found. Raises
+    `FileUntrusted`: a user other than root may change a directory in PATH.
     """
     for pid, _ in _processes_in(prefix):
         try:
@@ -153,19 +151,8 @@ def observe(
 ) -> Seen:
     """Collect the state that a plan is based on.
 
-    Args:
-        kind: Kind of agent.
-        daemon: Client of the running daemon.
-        loaded: Current settings, read from their files.
-        directory: Settings directory, which contains `conf.d/`.
-        given: Commands from the operator.
-        named: Agent's pid from the operator.
-
-    Raises:
-        AdminUnavailable: No daemon answers.
-        ConfigUnreadable: A settings file of the agent is unreadable.
-        FileUntrusted: A user other than root and the agent's may change a settings file of the agent.
-        RequestRefused: The named process is not an agent.
+    `directory`: settings directory, which contains `conf.d/`. Raises `ConfigUnreadable`: a settings file of the agent
+    is unreadable; `FileUntrusted`: a user other than root and the agent's may change a settings file of the agent.
     """
     status = daemon.get("/v1/status")
     agents, suspects = find_agents(kind.programs, named)

@@ -47,7 +47,6 @@ class ImportSettings(Step):
 
     @classmethod
     def of(cls, agent: Agent, settings: str, secret: str) -> Self:
-        """Import from an agent's files into files of imdsproxy's."""
         return cls(
             f"import Nova's address and secret from the agent's settings into {settings}",
             f"imdsproxy config import --neutron {' '.join(agent.files)} --output {settings} --secret-file {secret}",
@@ -73,8 +72,7 @@ class ImportSettings(Step):
 class StopAgent(Step):
     """Stop the agent after its last HAProxy ended; a running agent starts them again.
 
-    Attributes:
-        agent: Agent to pause (SIGSTOP) during the check for HAProxies; `None` if it has no systemd unit.
+    `agent`: agent to pause (SIGSTOP) during the check for HAProxies; `None` if it has no systemd unit.
     """
 
     prefix: str
@@ -82,7 +80,6 @@ class StopAgent(Step):
 
     @classmethod
     def of(cls, seen: Seen, prefix: str, agent: Agent) -> Self:
-        """Stop this agent."""
         words, commands = f"stop {agent.program} (pid {agent.pid})", seen.commands
         return cls(words, commands.stop, commands.start, prefix, agent if agent.unit else None)
 

@@ -13,10 +13,7 @@ from imdsproxy.errors import Problem
 class Reach:
     """Access to an agent's files: their root directory, and the allowed owners beside root.
 
-    Attributes:
-        root: Root directory of the agent's container, as seen from the host; `/` without a container.
-        user: User id of the agent.
-        group: Group id of the agent.
+    `root`: root directory of the agent's container, as seen from the host; `/` without a container.
     """
 
     root: str = "/"
@@ -29,10 +26,8 @@ class Agent:
     """Running Neutron agent.
 
     Attributes:
-        program: Name of the program, as `neutron-ovn-metadata-agent`.
         unit: Systemd unit; empty without one, as in a container.
         files: Settings files in the order of the command line, as paths on the host.
-        account: User name.
         place: Container or control group.
         started: Start time; together with the pid it identifies the process.
     """
@@ -49,12 +44,7 @@ class Agent:
 
 @dataclass(frozen=True, slots=True)
 class Suspect:
-    """Process with an agent's command line that is not trusted.
-
-    Attributes:
-        program: Name of the agent in the command line.
-        reason: Reason for the distrust.
-    """
+    """Process with an agent's command line that is not trusted."""
 
     pid: int
     program: str
@@ -83,23 +73,13 @@ class Seen:
     """Observed state of this host.
 
     Attributes:
-        agents: Running agents of the kind.
-        proxies: HAProxies in the kind's namespaces.
-        suspects: Processes that look like agents of the kind and are not trusted.
         files: Settings files of the agent. After a takeover they are also known for a stopped agent.
-        reach: Access to these files.
-        options: Options in each of these files.
-        state_path: State directory of the agent.
         marked: A settings file contains an option that a takeover of this kind has set.
-        commands: Commands that stop and start the agent and restart imdsproxy.
         drop_in: Path of the kind's file in `conf.d/`.
         present: Text of the drop-in; `None` if it does not exist.
         source: The kind's source is enabled in the running daemon.
-        nova: A Nova endpoint set is configured.
         imported: Target paths for the agent's Nova settings: YAML file and secret file.
-        networks: Ids of imdsproxy's networks.
         import_error: Import error of the source's library; empty if the import succeeds or no library is needed.
-        sources: Names of the running daemon's sources.
         haproxy: HAProxy's path for the agent, and a stand-in's path earlier in the agent's PATH; empty if not found.
         stand_in: Text of the file at the stand-in's path; `None` if it does not exist.
         unrouted: Namespaces in which the agent's leases lack the route to 169.254.169.254.
@@ -132,8 +112,6 @@ class Kind:
     """Kind of agent that imdsproxy replaces.
 
     Attributes:
-        programs: Names of the agents' programs.
-        prefix: Prefix of the agents' namespace names.
         source: Source of imdsproxy that this kind needs; empty for none.
         runs_on: The agent has other work and keeps running.
     """
@@ -174,7 +152,6 @@ def list_pids(seen: Seen) -> str:
 
 
 def shape_of_agent(agent: Agent) -> Mapping[str, str | int]:
-    """Return the JSON form of an agent."""
     return {
         "program": agent.program,
         "pid": agent.pid,
@@ -193,7 +170,6 @@ class AgentOption:
     """Boolean option of the section `DEFAULT`.
 
     Attributes:
-        kind: Kind of takeover that sets the option.
         value: Value during a takeover.
         default: Neutron's default, if no file contains the option.
         reason: Reason for the value, written as a comment of one line above the option.
@@ -264,16 +240,11 @@ _MARK: Final = "# Made by `imdsproxy takeover dhcp`; `imdsproxy handback dhcp` r
 
 
 def is_stand_in(text: str) -> bool:
-    """Return whether the text of a program is a stand-in's."""
     return _MARK in text
 
 
 def render_stand_in(haproxy: str) -> str:
-    """Return the stand-in as a bash script.
-
-    Args:
-        haproxy: Path of HAProxy.
-    """
+    """Return the stand-in as a bash script."""
     return f"""\
 #!/bin/bash
 {_MARK}

@@ -42,7 +42,6 @@ class Step(ABC):
 
     Attributes:
         words: Description in the imperative, on one line.
-        by_hand: Equivalent commands for an operator.
         undo: Command or text that undoes the step; empty if there is nothing to undo.
     """
 
@@ -54,13 +53,11 @@ class Step(ABC):
     def run(self, actor: Actor) -> str:
         """Execute the step; return a description of the result.
 
-        Raises:
-            ImdsproxyError: The step failed or timed out.
+        Raises `ImdsproxyError`: the step failed or timed out.
         """
 
     @property
     def shape(self) -> Mapping[str, str]:
-        """JSON form of the step."""
         return {"step": self.words, "by_hand": self.by_hand, "undo": self.undo}
 
 
@@ -68,10 +65,7 @@ class Step(ABC):
 class Takeover(Kind):
     """Kind of agent with the steps of both directions.
 
-    Attributes:
-        takeover: Function that yields the remaining steps of a takeover.
-        handback: Function that yields the remaining steps of a handback.
-        refuse: Function that yields problems that the operator must fix before a takeover.
+    `refuse`: function that yields problems that the operator must fix before a takeover.
     """
 
     takeover: Callable[[Seen], Iterator[Step]]
@@ -81,8 +75,6 @@ class Takeover(Kind):
 
 @dataclass(frozen=True, slots=True)
 class WriteSettings(Step):
-    """Write the kind's settings file."""
-
     path: str
     text: str
 
@@ -139,7 +131,6 @@ class Restart(Step):
 
     @classmethod
     def of(cls, seen: Seen) -> Self:
-        """Restart this host's controller."""
         words = "restart imdsproxy's controller; its HAProxy keeps answering"
         return cls(words, seen.commands.restart, "")
 
@@ -153,7 +144,6 @@ class StartAgent(Step):
 
     @classmethod
     def if_stopped(cls, seen: Seen) -> Iterator[Step]:
-        """Start the agent, unless it runs."""
         if not seen.agents:
             yield cls("start the agent", seen.commands.start, seen.commands.stop)
 
@@ -170,8 +160,7 @@ class StartAgent(Step):
 class WaitServed(Step):
     """Wait until imdsproxy listens in every namespace with an agent's HAProxy, and each network answers a request.
 
-    Attributes:
-        prefix: Prefix of the kind's namespace names; a network's id follows.
+    `prefix`: prefix of the kind's namespace names; a network's id follows.
     """
 
     prefix: str
@@ -223,7 +212,6 @@ class EndProxies(Step):
 
     @classmethod
     def if_any(cls, seen: Seen, prefix: str, effect: str, undo: str) -> Iterator[Step]:
-        """Stop the HAProxies, if any runs."""
         if seen.proxies:
             words = f"stop the agent's {len(seen.proxies)} HAProxies gracefully; {effect}"
             pids = " ".join(map(str, sorted(one.pid for one in seen.proxies)))
@@ -236,11 +224,7 @@ class EndProxies(Step):
 
 @dataclass(frozen=True, slots=True)
 class WaitProxies(Step):
-    """Wait until the agent's HAProxy listens in every namespace that imdsproxy serves.
-
-    Attributes:
-        port: Port of the agent's HAProxies.
-    """
+    """Wait until the agent's HAProxy listens in every namespace that imdsproxy serves."""
 
     prefix: str
     port: int
@@ -249,7 +233,6 @@ class WaitProxies(Step):
     def of(
         cls, prefix: str, where: str = "in each network's namespace", *, port: int = METADATA_PORT
     ) -> Self:
-        """Wait for the HAProxies of the namespaces with this prefix."""
         words = f"wait until one of the agent's HAProxies listens {where}"
         by_hand = f"for each namespace {prefix}…: ip netns exec NAMESPACE ss -lntp"
         return cls(words, by_hand, "", prefix, port)
