@@ -29,7 +29,7 @@ from support.prometheus import RULES, alerts, promtool
 pytestmark = [pytest.mark.root, pytest.mark.slow]
 
 _WITHIN_S: Final = 60.0
-"""The controller reads HAProxy's counters every ten seconds."""
+"""The controller reads Nova's state every ten seconds, other counters when Prometheus asks."""
 
 _PAGE: Final = REPOSITORY / "docs/how-to/monitor.md"
 _DASHBOARD: Final = REPOSITORY / "packaging/grafana/imdsproxy.json"
