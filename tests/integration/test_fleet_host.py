@@ -170,12 +170,12 @@ def test_user_data_that_is_damaged_on_disk_is_served_to_nobody_and_comes_again_f
     def problems() -> str:
         return str(world.source()["problems"])
 
-    until(lambda: "not as it was written" in problems(), what="the problem", within_s=20)
+    until(lambda: "is damaged" in problems(), what="the problem", within_s=20)
     answer = world.guest.ask(_TARGET)
     assert answer.is_to_come_again
     hub.back()
     until(lambda: world.guest.ask(_TARGET).body == user_data_of("red-5"), what="user data")
-    until(lambda: "not as it was written" not in problems(), what="the end of the problem")
+    until(lambda: "is damaged" not in problems(), what="the end of the problem")
 
 
 _FIRST, _SECOND = (TokenKey(letter * 32) for letter in (b"f", b"g"))

@@ -183,7 +183,7 @@ def test_a_server_that_gives_the_fleets_ca_and_has_a_certificate_of_another_gets
         with attacked.connect(context=client_context(own)):
             pass
         urls = (f"https://127.0.0.1:{attacked.port}",)
-        with pytest.raises(SourceRefused, match="no certificate for that name by this fleet's CA"):
+        with pytest.raises(SourceRefused, match="no certificate of this fleet's CA for that name"):
             join(_invitation(front, urls=urls), files)
         assert not attacked.api.heads
         assert not files.certificate.parent.exists()
@@ -248,7 +248,7 @@ async def test_a_host_keeps_its_certificate_where_that_of_a_hub_with_a_wrong_clo
     first = files.certificate.read_bytes()
     front.api.default = lambda request: _certify(front, request, ahead)
     client, now = HubClient(files, 10), datetime.now(UTC) + timedelta(days=21)
-    with pytest.raises(SourceUnavailable, match="is not good now by this host's clock"):
+    with pytest.raises(SourceUnavailable, match="is not valid now by this host's clock"):
         await renew_if_due(files, client, files.read_hubs(), now)
     assert files.certificate.read_bytes() == first
 
@@ -333,7 +333,7 @@ async def test_hosts_follow_a_ca_that_is_replaced_and_none_is_cut_off_by_a_step(
             assert late.authority.read_bytes() == fleet.ca_certificate.read_bytes()
             if step is switch_rotation:
                 urls = (f"https://127.0.0.1:{front.port}",)
-                with pytest.raises(SourceRefused, match="by this fleet's CA"):
+                with pytest.raises(SourceRefused, match="no certificate of this fleet's CA"):
                     join(replace(invited, urls=urls), HostFiles.of(tmp_path / "refused"))
     stale = files.certificate.with_name("stale.pem")
     stale.write_bytes(before)

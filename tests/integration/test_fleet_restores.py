@@ -122,7 +122,7 @@ def test_a_hub_founds_no_fleet_in_an_etcd_that_was_emptied_and_puts_its_members_
     world.hubs[1].start(ready=False)
     assert world.hubs[1].process is not None
     assert world.hubs[1].process.wait(60) != 0
-    assert "its key was deleted" in world.hubs[1].log.read_text()
+    assert "own key was deleted" in world.hubs[1].log.read_text()
     assert not world.ask(lambda etcd: etcd.read(layout.META)).kvs, "a new fleet"
     assert [one.is_admitted(world.urls[0]) for one in (survivor, gone)] == [True, False]
     accepted = operator("POST", "/fleet/accept-restore")

@@ -61,7 +61,7 @@ def test_a_fleet_is_made_once_with_secrets_for_its_account_only(fleet: _Fleet) -
     assert (names.name, names.addresses) == ("hub-1", ("hub1.example.net", "::1"))
     fleet.files.load_envelope()
     again = fleet.init()
-    assert (again.status, "there already" in again.err) == (73, True)
+    assert (again.status, "exists already" in again.err) == (73, True)
     assert fleet.files.load_authority().certificate == authority.certificate
 
 

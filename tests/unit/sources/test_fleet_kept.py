@@ -66,9 +66,9 @@ async def test_user_data_that_is_damaged_on_disk_is_not_given_and_comes_again_fr
     async with running(source) as heard:
         data = heard.inventory.instances[A.id].user_data
         assert data is not None
-        with pytest.raises(SourceCorrupt, match="not as it was written"):
+        with pytest.raises(SourceCorrupt, match="is damaged"):
             bytes(data)
-        await heard.until(lambda each: "not as it was written" in str(each.last.problems))
+        await heard.until(lambda each: "is damaged" in str(each.last.problems))
         source.hubs = lambda: (hub.url,)
         await heard.until(lambda each: not each.last.problems)
         assert bytes(data) == b"of a"
