@@ -157,14 +157,13 @@ def test_a_guest_of_an_isolated_network_is_answered_by_neutrons_own_agents(
     until(lambda: world.asked_uuid() == world.instance, within_s=_WITHIN_S, what="its own answer")
 
 
-# A HAProxy that ends closes a connection whose request does not come at once, as on a busy machine.
-@pytest.mark.alone
 def test_takeover_and_handback_lose_no_request_and_the_agent_runs_on(world: DhcpWorld) -> None:
     namespace = world.host.dhcp_namespace("net-green")
     # The agent's proxy listens before what is behind it answers.
     until(lambda: world.asked_uuid() == world.instance, within_s=_WITHIN_S, what="its own answer")
     target = "/openstack/latest/meta_data.json"
-    with Load([world.guest], target, partial(_wrong, world.instance), keep_alive=False) as load:
+    # A HAProxy that ends closes a connection whose request does not come at once.
+    with Load([world.guest], target, partial(_wrong, world.instance), at_once=True) as load:
         load.wait_answers(20)
         world.run("takeover", "dhcp")
         until(lambda: world.programs() == {"dnsmasq", "sleep"}, within_s=_WITHIN_S)
@@ -182,6 +181,7 @@ def test_takeover_and_handback_lose_no_request_and_the_agent_runs_on(world: Dhcp
     assert not list(world.host.programs.iterdir())
 
 
+@pytest.mark.slow
 def test_takeover_has_leases_name_the_route_where_the_agent_named_none_and_handback_takes_it_back(
     world: DhcpWorld, tmp_path: Path
 ) -> None:
@@ -215,6 +215,7 @@ def test_takeover_has_leases_name_the_route_where_the_agent_named_none_and_handb
         assert not list(world.host.programs.iterdir())
 
 
+@pytest.mark.slow
 def test_where_metadata_is_forced_guests_with_a_router_are_served_too(
     world: DhcpWorld, tmp_path: Path
 ) -> None:

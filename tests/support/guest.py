@@ -26,6 +26,8 @@ T = TypeVar("T")
 IPV4: Final = "169.254.169.254"
 IPV6: Final = "fe80::a9fe:a9fe"
 _PORT: Final = 80
+_FASTOPEN_NO_COOKIE: Final = 34
+"""TCP_FASTOPEN_NO_COOKIE of linux/tcp.h."""
 _TIMEOUT_S: Final = 10.0
 
 
@@ -74,6 +76,18 @@ class Reply:
         return self.body.decode()
 
 
+def _request(
+    target: str, *, method: str, host: str | None, headers: Sequence[str], body: bytes
+) -> bytes:
+    lines = [f"{method} {target} HTTP/1.1"]
+    if host is not None:
+        lines.append(f"Host: {host}")
+    lines += headers
+    if body:
+        lines.append(f"Content-Length: {len(body)}")
+    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
+
+
 class Connection:
     """One TCP connection; requests follow one another on it."""
 
@@ -100,13 +114,7 @@ class Connection:
         body: bytes = b"",
     ) -> Reply:
         """Send a request and read its answer; `headers` are whole lines."""
-        lines = [f"{method} {target} HTTP/1.1"]
-        if host is not None:
-            lines.append(f"Host: {host}")
-        lines += headers
-        if body:
-            lines.append(f"Content-Length: {len(body)}")
-        self.send("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body)
+        self.send(_request(target, method=method, host=host, headers=headers, body=body))
         return self.read(method)
 
     def send(self, data: bytes) -> None:
@@ -204,12 +212,18 @@ class Guest:
         return str(link_local_of(MacAddress(self.mac)))
 
     def connect(
-        self, *, to: str = IPV4, source: str | None = None, timeout_s: float | None = None
+        self,
+        *,
+        to: str = IPV4,
+        source: str | None = None,
+        timeout_s: float | None = None,
+        first: bytes = b"",
     ) -> Connection:
         """Open a connection, from `source` where it matters.
 
         Args:
             timeout_s: For each step of what is done with it; by default, as long as this machine may need.
+            first: Bytes that the kernel sends as soon as the server accepts, however busy this machine is.
 
         Raises:
             Lost: Nobody takes it.
@@ -219,7 +233,11 @@ class Guest:
         try:
             if source or self.source:
                 sock.bind(_target(source or self.source or "", 0, scope))
-            sock.connect(_target(to, self.port, scope))
+            if first:
+                sock.setsockopt(socket.IPPROTO_TCP, _FASTOPEN_NO_COOKIE, 1)
+                sock.sendto(first, socket.MSG_FASTOPEN, _target(to, self.port, scope))
+            else:
+                sock.connect(_target(to, self.port, scope))
         except OSError as error:
             sock.close()
             raise Lost(f"connecting to {to}: {error}") from error
@@ -241,10 +259,15 @@ class Guest:
         host: str | None = IPV4,
         headers: Sequence[str] = (),
         body: bytes = b"",
+        at_once: bool = False,
     ) -> Reply:
-        """One request on a connection of its own."""
-        with self.connect(to=to, source=source, timeout_s=timeout_s) as connection:
-            return connection.request(target, method=method, host=host, headers=headers, body=body)
+        """One request on a connection of its own; `at_once`: it comes with the connection (`connect`'s `first`)."""
+        sent = _request(target, method=method, host=host, headers=headers, body=body)
+        first = sent if at_once else b""
+        with self.connect(to=to, source=source, timeout_s=timeout_s, first=first) as connection:
+            if not first:
+                connection.send(sent)
+            return connection.read(method)
 
     def raw(self, data: bytes, *, method: str = "GET", timeout_s: float | None = None) -> Reply:
         """Exactly these bytes on a connection of their own."""
@@ -363,6 +386,7 @@ class Load(Background):
         target: What for.
         expect: What is wrong with an answer, or `None` if it is right.
         keep_alive: Many requests on a connection, or each on one of its own.
+        at_once: Each on one of its own, with which it comes, so that no server ends between the two.
         again: Where a connection that was kept is closed, ask over another one, as HTTP clients do.
         to: The metadata address.
     """
@@ -374,6 +398,7 @@ class Load(Background):
         expect: Callable[[Guest, Reply], str | None],
         *,
         keep_alive: bool = True,
+        at_once: bool = False,
         again: bool = False,
         connections: int = 1,
         pause_s: float = 0.005,
@@ -383,6 +408,7 @@ class Load(Background):
         self._target = target
         self._expect = expect
         self._keep_alive = keep_alive
+        self._at_once = at_once
         self._again = again
         self._to = to
         self._pause_s = pause_s
@@ -406,8 +432,11 @@ class Load(Background):
     def _ask(self, guest: Guest, asker: Asker) -> None:
         began = time.monotonic()
         try:
-            ask = asker.ask if self._again else asker.ask_once
-            wrong = self._expect(guest, ask(self._target))
+            if self._at_once:
+                reply = guest.ask(self._target, to=self._to, at_once=True)
+            else:
+                reply = (asker.ask if self._again else asker.ask_once)(self._target)
+            wrong = self._expect(guest, reply)
         except Lost as error:
             wrong = f"{guest.name}: {error}"
         took = time.monotonic() - began

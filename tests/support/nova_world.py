@@ -165,12 +165,18 @@ class _LocalGuest(Guest):
     """Of a network whose listener is a port here."""
 
     def connect(
-        self, *, to: str = IPV4, source: str | None = None, timeout_s: float | None = None
+        self,
+        *,
+        to: str = IPV4,
+        source: str | None = None,
+        timeout_s: float | None = None,
+        first: bytes = b"",
     ) -> Connection:
         del to, source
         place = (self.addresses[0], self.port)
         sock = socket.create_connection(place, 10 * patience() if timeout_s is None else timeout_s)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.sendall(first)
         return Connection(sock)
 
 
