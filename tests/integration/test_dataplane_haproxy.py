@@ -183,6 +183,7 @@ def test_a_haproxy_with_all_its_connections_is_not_taken_for_one_that_hangs_unle
 # Configurations that it refuses
 
 
+@pytest.mark.slow
 def test_haproxy_comes_back_with_what_is_on_disk_when_the_host_has_changed_meanwhile(
     world: World,
 ) -> None:

@@ -208,6 +208,7 @@ def _instance(name: str, host: str) -> dict[str, object]:
     return {"id": name, "name": name, "ports": [], "hosts": [host]}
 
 
+@pytest.mark.slow
 def test_after_three_accepted_restores_of_one_backup_every_host_is_served_again(
     world: FleetWorld, operator: Operator
 ) -> None:

@@ -404,6 +404,7 @@ def test_a_namespace_that_another_process_serves_stays_when_everything_is_stoppe
     world.wait_own("h1")
 
 
+@pytest.mark.slow
 def test_what_a_provisioner_leaves_that_is_killed_at_any_step_is_mended_by_the_next_one() -> None:
     with open_ovn() as ovn:
         network = ovn.add_network("k")
@@ -447,6 +448,7 @@ def forget_half_made(network: OvnNetwork) -> None:
         os.utime(file, (0, 0))
 
 
+@pytest.mark.slow
 def test_fifty_networks_are_served_over_changes_and_killed_controllers(world: OvnWorld) -> None:
     names = [f"n{number}" for number in range(50)]
     with world.ovn.together():
