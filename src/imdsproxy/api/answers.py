@@ -14,7 +14,6 @@ class NotServed:
     Attributes:
         code: Stable and kebab-case, as `namespace-missing`, `port-busy`, `foreign-listener`.
         reason: The reason, with pid and program if another program is in the way.
-        hint: The operator's remedy.
     """
 
     network: NetworkId
@@ -51,7 +50,7 @@ class Readiness:
     """Readiness: guests get what the sources report; for a hub, hosts get the state of etcd.
 
     Attributes:
-        reasons: Reasons for not being ready, a line each.
+        reasons: Reasons for not being ready.
         degraded: Configured networks that are not served, then faults that guests do not notice; a line each.
     """
 

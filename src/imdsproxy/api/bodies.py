@@ -285,10 +285,7 @@ async def read_records(
 
     The records of a body of type `application/x-ndjson` are read as they come, so it may be of any length.
 
-    Args:
-        request: The request.
-        instances: Takes the instances of a body with one record a line: `{"network": {…}}` or `{"instance": {…}}`.
-        tables: Tables of the records.
+    A body with one record a line, `{"network": {…}}` or `{"instance": {…}}`, adds its instances to `instances`.
 
     Raises:
         RequestRefused: Records are wrong; `problems` has every wrong field, up to a thousand in such a body.
@@ -354,13 +351,7 @@ def refuse_unlike(body: object, identity: str) -> dict[str, object]:
 
 
 def refuse_unclearable(patch: Mapping[str, object], record: Table[Any], *more: str) -> None:
-    """Refuse null for required keys of this kind of record, and for unknown keys.
-
-    Args:
-        patch: A merge patch (RFC 7396).
-        record: The kind of record that the patch changes.
-        more: Other keys that can be cleared.
-    """
+    """Refuse null in a merge patch (RFC 7396) for required and for unknown keys, except the keys in `more`."""
     optional = [key.name for key in record.keys if not (key.required or key.only_in_files)]
     levels: list[tuple[str, Mapping[str, object], list[str]]] = [("", patch, [*optional, *more])]
     for key in record.keys:

@@ -1,4 +1,4 @@
-"""Reports of a host's networks and instances, with the source of a record, and why guests do not get it."""
+"""Reports of a host's networks and instances: source, reasons why guests do not get a record, requests and limits."""
 
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -8,12 +8,16 @@ from imdsproxy.api.answers import NotServed
 from imdsproxy.api.bodies import choose_named
 from imdsproxy.api.record_routes import Report
 from imdsproxy.controller.controller import Controller
-from imdsproxy.errors import NotFound
+from imdsproxy.controller.record_plan import policy_place
+from imdsproxy.errors import DataplaneError, NotFound
+from imdsproxy.haproxy.master import WorkerEnded
+from imdsproxy.haproxy.rules.limits import COUNTERS, POLICY_COUNTERS, Usage, read_usage
 from imdsproxy.host.turns import in_turns
 from imdsproxy.model.entities import Instance, InstanceId, Network, NetworkId, Upstream
 from imdsproxy.model.inventory import Inventory
 from imdsproxy.model.matching import matcher
 from imdsproxy.model.observation import Conflict
+from imdsproxy.model.policy import DEFAULT
 from imdsproxy.network.endpoints import networks_of
 
 _Id = TypeVar("_Id", NetworkId, InstanceId)
@@ -185,3 +189,35 @@ def _complete(report: Report) -> Report:
 def _find_id(text: _Id, records: Mapping[_Id, Network] | Mapping[_Id, Instance]) -> _Id:
     found = [one for one, record in records.items() if record.name == text]
     return cast("_Id", choose_named(text, found))
+
+
+async def report_usage(controller: Controller, instance: InstanceId) -> Usage | None:
+    """Read the counters of the worker that takes connections; `None` if limits are disabled or HAProxy does not answer.
+
+    A policy's limits are those in the network of the first port. Raise `NotFound` if there is no such instance.
+    """
+    record = find_record(controller.inventory, instance)
+    if record is None:
+        raise no_such("instance", instance)
+    allowed, haproxy = controller.holder.settings.limits, controller.haproxy
+    if not allowed.enabled or (worker := haproxy.worker) is None:
+        return None
+    tables = (f"show table {name} key {instance}" for name in (COUNTERS, POLICY_COUNTERS))
+    try:
+        usual, own = [await haproxy.master.send(worker, command) for command in tables]
+    except (DataplaneError, WorkerEnded):
+        return None
+    policy = DEFAULT
+    for port in record.ports[:1]:
+        project = port.project or record.project
+        place = policy_place(controller.inventory, port.network, project, record)
+        policy = controller.records.policies().fold(place).policy
+    return read_usage(
+        usual,
+        own,
+        requests_per_s=allowed.requests_per_s,
+        burst=allowed.burst,
+        policy=policy,
+        connections=allowed.connections,
+        now=controller.clock.now().timestamp(),
+    )

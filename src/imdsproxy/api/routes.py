@@ -7,10 +7,11 @@ from fastapi import APIRouter, Depends, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import PlainTextResponse, StreamingResponse
 
-from imdsproxy.api import bodies, guests, status, tokens, usage
+from imdsproxy.api import bodies, guests, status, tokens
 from imdsproxy.api.answers import Written
 from imdsproxy.api.host_records import HostRecords
 from imdsproxy.api.record_routes import InstanceOf, NetworkOf, RecordApi, add_record_routes
+from imdsproxy.api.records import report_usage
 from imdsproxy.config.changes import SettingsReload
 from imdsproxy.controller.controller import Controller
 from imdsproxy.controller.reload import reload_settings
@@ -231,7 +232,7 @@ async def show_tokens(instance: InstanceOf, controller: _Uses) -> InstanceTokens
 @router.get("/instances/{instance}/usage")
 async def show_usage(instance: InstanceOf, controller: _Uses) -> Usage | None:
     """Show the instance's requests and limits; null if limits are disabled or HAProxy does not answer."""
-    return await usage.report_usage(controller, instance)
+    return await report_usage(controller, instance)
 
 
 def _refuse_relative(path: str | None) -> None:

@@ -112,12 +112,7 @@ Uses: TypeAlias = Annotated[Operations, Depends(_operations)]
 
 
 class Admits:
-    """Dependency of a route: the caller, if its role is admitted.
-
-    Attributes:
-        roles: Admitted roles.
-        all_projects: Whether the caller must not be limited to a project.
-    """
+    """Dependency of a route: the caller, if its role is admitted; with `all_projects` no caller of one project."""
 
     def __init__(self, *roles: Role, all_projects: bool = False) -> None:
         self.roles, self.all_projects = roles, all_projects

@@ -61,12 +61,7 @@ class FleetWritten(Written):
 
 @dataclass(frozen=True, slots=True)
 class Importing:
-    """Large import that runs in the background.
-
-    Attributes:
-        importing: Name of the import.
-        progress: Steps with their progress.
-    """
+    """Large import that runs in the background, by its name."""
 
     importing: str
     progress: list[Step]
@@ -89,9 +84,8 @@ class FleetHost:
 
     Attributes:
         state: `invited`, `enrolled`, `revoked`, or `unreadable` if another program wrote its value.
-        hub: Hub to which the host is connected; `None` if it is not connected.
+        hub: Hub to which the host is connected.
         acknowledged: Last revision that the host has acknowledged.
-        instances: Number of instances placed on the host.
         failed: Items that are not in force on the host, with reasons.
     """
 
@@ -237,7 +231,7 @@ class Operations:
         """Wait until a change is in force on its hosts; return the result with the pending hosts.
 
         Args:
-            done: Change to wait for.
+            done: The change.
             items: Changed items; failures of other items do not count.
             counts: Counts for `Written`.
         """

@@ -24,10 +24,8 @@ class FleetKeyRotation:
     Attributes:
         kid: Name of the new key. Tokens begin with the names of instances' keys.
         keys: Number of keys that verify tokens, including the new key.
-        file: Place of the keys.
         applied: Whether the new key signs on every connected host.
-        pending: Hosts that lack the new key, with reasons. While a connected host lacks the key, the old key signs;
-            repeat the request to continue.
+        pending: Hosts that lack the new key. While one is connected, the old key signs: repeat the request.
     """
 
     kid: str
