@@ -15,14 +15,7 @@ from imdsproxy.cli.output import Note, Output, Shape, clean, first_lines
 from imdsproxy.cli.record_flags import STDIN, read_bytes
 from imdsproxy.errors import RequestRefused, spell_count
 from imdsproxy.model.entities import Instance, Network
-from imdsproxy.model.records import (
-    PLACED,
-    TABLES,
-    PlacedInstance,
-    Records,
-    Tables,
-    render_record,
-)
+from imdsproxy.model.records import PLACED, TABLES, PlacedInstance, Records, Tables, render_record
 
 _ADDRESSES_SHOWN: Final = 3
 _LINES: Final = 100

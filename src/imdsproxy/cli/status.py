@@ -11,15 +11,7 @@ import typer
 from imdsproxy.api.client import AdminClient, read_problem
 from imdsproxy.cli import options
 from imdsproxy.cli.options import NO, NOT_IN_FORCE, flag
-from imdsproxy.cli.output import (
-    MOST_SHOWN,
-    Output,
-    Shape,
-    and_more,
-    clean,
-    clean_all,
-    first_lines,
-)
+from imdsproxy.cli.output import MOST_SHOWN, Output, Shape, and_more, clean, clean_all, first_lines
 from imdsproxy.errors import (
     AdminUnavailable,
     RequestRefused,

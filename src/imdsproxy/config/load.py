@@ -14,13 +14,7 @@ from typing import Any, Final
 
 from pydantic import TypeAdapter, ValidationError
 
-from imdsproxy.config import (
-    DEFAULT_CONFIG,
-    ENVIRONMENT_PREFIX,
-    find_files,
-    read_each,
-    unreadable,
-)
+from imdsproxy.config import DEFAULT_CONFIG, ENVIRONMENT_PREFIX, find_files, read_each, unreadable
 from imdsproxy.config.describe import (
     Place,
     explain_finding,

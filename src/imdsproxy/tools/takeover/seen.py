@@ -146,11 +146,6 @@ def find_option(options: Sequence[Sequence[IniOption]], section: str, name: str)
     return found[-1] if found else ""
 
 
-def list_pids(seen: Seen) -> str:
-    """Return the pids of the agent's HAProxies, for a command line."""
-    return " ".join(str(one.pid) for one in sorted(seen.proxies, key=lambda one: one.pid))
-
-
 def shape_of_agent(agent: Agent) -> Mapping[str, str | int]:
     return {
         "program": agent.program,

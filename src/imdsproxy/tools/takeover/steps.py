@@ -21,11 +21,7 @@ from imdsproxy.model.entities import METADATA_IPV4, METADATA_PORT
 from imdsproxy.sources.neutron_namespaces.records import ROUTER_PREFIX
 from imdsproxy.tools.takeover.actor import Actor, migrating
 from imdsproxy.tools.takeover.agents import edit_file
-from imdsproxy.tools.takeover.observe import (
-    find_proxies,
-    find_stand_ins,
-    is_idle_router,
-)
+from imdsproxy.tools.takeover.observe import find_proxies, find_stand_ins, is_idle_router
 from imdsproxy.tools.takeover.seen import AgentOption, Kind, Reach, Seen, restart_command
 
 _FOREIGN: Final = "foreign-listener"
