@@ -10,9 +10,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from imdsproxy.api.client import FleetClient
 from imdsproxy.sources.fleet.client import HostFiles
-from support.cli import Ran, run_main
+from support.cli import run_main
+from support.fleet_operator import Operator
 from support.fleet_world import FleetWorld, fleet_world
 from support.guest import Guest, Load, Reply
 from support.lab import until
@@ -31,57 +31,46 @@ def _is_web(guest: Guest, reply: Reply) -> str | None:
 
 
 def test_a_ca_is_replaced_in_three_steps_while_a_guest_reads(
-    world: FleetWorld, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    world: FleetWorld, tmp_path: Path
 ) -> None:
-    operator = world.operator("anna")
-
-    def run(*words: str, stdin: str = "") -> Ran:
-        with world.etcd.entered():
-            ran = run_main(capsys, *words, stdin=stdin)
-        assert ran.status == 0, ran
-        return ran
-
-    def ask(*words: str) -> Ran:
-        urls = (word for url in world.urls for word in ("--fleet", url))
-        return run("--fleet-certificate", str(operator), *urls, *words)
-
+    operator = Operator.new(world, "anna")
     host = world.add_host("a", start=False)
     guest = host.lab.guest("blue")
     host.daemon.configure({"sources": {"fleet": {"enabled": True, "retry_s": 0.5}}})
-    invitation = ask("fleet", "enrol", "a").out.strip()
-    run("--config", str(host.daemon.config), "fleet", "join", stdin=invitation)
+    invitation = operator.invite("a")
+    with world.etcd.entered():
+        joins = ("--config", str(host.daemon.config), "fleet", "join")
+        assert run_main(*joins, stdin=invitation).status == 0
     host.daemon.start()
-    ask("network", "add", "blue", "--bridge", "blue")
+    operator.do("network", "add", "blue", "--bridge", "blue")
     words = ("--network", "blue", "--mac", guest.mac, "--address", guest.addresses[0])
-    ask("instance", "add", "web", *words, "--host", "a")
+    operator.do("instance", "add", "web", *words, "--host", "a")
     files = HostFiles.of(host.daemon.state / "fleet")
     before = tmp_path / "before.pem"
     before.write_bytes(files.certificate.read_bytes())
     with Load([guest], "/latest/meta-data/hostname", _is_web) as load:
         load.wait_answers(20)
         for step in ("begin", "switch", "finish"):
-            done = run(
-                "fleet", "rotate-ca", step, "--directory", str(world.files.directory), "--json"
-            )
+            where = ("--directory", str(world.files.directory))
+            done = run_main("fleet", "rotate-ca", step, *where, "--json")
+            assert done.status == 0, done
             for path in map(Path, done.json["files"]):
                 shutil.copy(path, world.directory / "hub2.fleet")
             if step == "begin":
-                with operator.open("ab") as pem:
+                with operator.certificate.open("ab") as pem:
                     pem.write(world.files.ca_certificate.read_bytes())
             elif step == "switch":
-                operator.unlink()
+                operator.certificate.unlink()
                 world.operator("anna")
             for hub in world.hubs:
                 hub.end()
                 hub.start()
-            until(
-                lambda: _renewing(world, operator) == ["a"], within_s=20, what="a host to wait for"
-            )
+            until(lambda: _renewing(operator) == ["a"], within_s=20, what="a host to wait for")
             # It looks for CAs as it starts.
             host.daemon.kill_controller()
             host.daemon.start()
-            until(lambda: _renewing(world, operator) == [], within_s=20, what="its certificate")
-            ask("instance", "set", "web", "--tag", f"step={step}")
+            until(lambda: _renewing(operator) == [], within_s=20, what="its certificate")
+            operator.do("instance", "set", "web", "--tag", f"step={step}")
             load.wait_answers(20)
     assert load.report.lost == []
     assert _is_taken(world, files)
@@ -89,10 +78,8 @@ def test_a_ca_is_replaced_in_three_steps_while_a_guest_reads(
     host.daemon.stop()
 
 
-def _renewing(world: FleetWorld, operator: Path) -> list[str]:
-    with world.etcd.entered():
-        status = FleetClient(operator, urls=tuple(world.urls)).get("/fleet/status")
-    return list(status["renewing"])
+def _renewing(operator: Operator) -> list[str]:
+    return list(operator.ask("GET", "/fleet/status")["renewing"])
 
 
 def _is_taken(world: FleetWorld, files: HostFiles) -> bool:

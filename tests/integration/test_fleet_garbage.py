@@ -2,11 +2,8 @@
 
 import contextlib
 import json
-import socket
-import ssl
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
 from functools import partial
 from http.client import HTTPConnection
 
@@ -14,11 +11,12 @@ import pytest
 
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.layout import HostId, host_key, operator_key
-from imdsproxy.fleet.stream import STREAM_PATH, UPGRADE
 from imdsproxy.model.entities import InstanceId, NetworkId
-from support.cli import Ran, run_main
-from support.fleet_world import METRICS_PORT, FleetHost, FleetWorld, HubProcess, fleet_world
-from support.guest import Guest, take_token, with_token
+from support.fleet_front import read_to_end
+from support.fleet_member import Member
+from support.fleet_operator import ServedFleet, served_fleet
+from support.fleet_world import METRICS_PORT, HubProcess
+from support.guest import take_token, with_token
 from support.lab import until
 from support.patience import patience
 
@@ -49,55 +47,30 @@ _DAMAGED = {
 _MENDED_BY_HUBS = {layout.BEAT}
 
 
-@dataclass(frozen=True)
-class _Fleet:
-    world: FleetWorld
-    host: FleetHost
-    guest: Guest
-    capture: pytest.CaptureFixture[str]
-
-    def __call__(self, *words: str, hub: int = 0, name: str = "anna") -> Ran:
-        certificate = str(self.world.directory / f"{name}.pem")
-        options = "--fleet", self.world.urls[hub], "--fleet-certificate", certificate
-        with self.world.etcd.entered():
-            return run_main(self.capture, *options, *words)
-
-    def problems(self, hub: int) -> dict[str, str]:
-        return dict(self("fleet", "status", "--json", hub=hub).json["problems"])
-
-    def name(self) -> str | int:
-        answer = self.guest.ask(_HOSTNAME, timeout_s=3 * patience())
-        return answer.text if answer.status == 200 else answer.status
-
-
 @pytest.fixture(scope="module")
-def opened() -> Iterator[tuple[FleetWorld, FleetHost, Guest]]:
-    with fleet_world() as world:
-        world.operator("anna")
-        world.operator("vague")
-        host = world.add_host("a", networks=("blue", "green"))
-        yield world, host, host.lab.guest("blue")
+def opened() -> Iterator[ServedFleet]:
+    with served_fleet("green") as made:
+        made.world.operator("vague")
+        yield made
 
 
 @pytest.fixture
-def fleet(
-    opened: tuple[FleetWorld, FleetHost, Guest], capsys: pytest.CaptureFixture[str]
-) -> _Fleet:
-    made = _Fleet(*opened, capsys)
-    if made("instance", "show", "web").status != 0:
-        assert made("network", "add", "blue", "--bridge", "blue").status == 0
-        added = made("instance", "add", "web", *_port(made), "--host", "a")
-        assert added.status == 0, added
-    return made
+def fleet(opened: ServedFleet) -> ServedFleet:
+    opened.have_web()
+    return opened
 
 
-def _port(fleet: _Fleet) -> tuple[str, ...]:
-    guest = fleet.guest
-    return "-n", "blue", "--mac", guest.mac, "--address", guest.addresses[0]
+def _problems(fleet: ServedFleet, hub: int) -> dict[str, str]:
+    return dict(fleet("fleet", "status", "--json", hub=hub).json["problems"])
 
 
-def _has_problems(fleet: _Fleet, hub: int, keys: AbstractSet[str]) -> bool:
-    found = fleet.problems(hub)
+def _name(fleet: ServedFleet) -> str | int:
+    answer = fleet.guest.ask(_HOSTNAME, timeout_s=3 * patience())
+    return answer.text if answer.status == 200 else answer.status
+
+
+def _has_problems(fleet: ServedFleet, hub: int, keys: AbstractSet[str]) -> bool:
+    found = _problems(fleet, hub)
     return found.keys() - _MENDED_BY_HUBS == keys
 
 
@@ -106,7 +79,9 @@ def _restart(hub: HubProcess) -> None:
     hub.start()
 
 
-def test_a_fleet_goes_on_with_garbage_at_every_kind_of_key_and_names_each(fleet: _Fleet) -> None:
+def test_a_fleet_goes_on_with_garbage_at_every_kind_of_key_and_names_each(
+    fleet: ServedFleet,
+) -> None:
     world = fleet.world
     token = take_token(fleet.guest)
     fleet("policy", "set", "fleet", "--sealed", "on")
@@ -123,7 +98,7 @@ def test_a_fleet_goes_on_with_garbage_at_every_kind_of_key_and_names_each(fleet:
     _check_each_hub(fleet, token)
     # All else is written and in force.
     assert fleet("network", "add", "green", "--bridge", "green").status == 0
-    mail = fleet.host.lab.guest("green")
+    mail = fleet.stranger
     port = "-n", "green", "--mac", mail.mac, "--address", mail.addresses[0]
     added = fleet("instance", "add", "mail", *port, "--host", "a")
     assert added.status == 0, added
@@ -144,21 +119,21 @@ def test_a_fleet_goes_on_with_garbage_at_every_kind_of_key_and_names_each(fleet:
     _mend(fleet)
 
 
-def _check_each_hub(fleet: _Fleet, token: str) -> None:
+def _check_each_hub(fleet: ServedFleet, token: str) -> None:
     """Whichever hub the host follows, its guest gets what it got before."""
     for other in reversed(fleet.world.hubs):
         other.end()
         until(lambda: _is_followed(fleet), within_s=30, what="the other hub")
-        assert fleet.name() == "web"
+        assert _name(fleet) == "web"
         assert fleet.guest.ask(_HOSTNAME, headers=with_token(token)).status == 200
         other.start()
 
 
-def _is_followed(fleet: _Fleet) -> bool:
+def _is_followed(fleet: ServedFleet) -> bool:
     return bool(fleet.host.source["in_sync"])
 
 
-def test_what_cannot_be_read_is_revoked_removed_and_written_over(fleet: _Fleet) -> None:
+def test_what_cannot_be_read_is_revoked_removed_and_written_over(fleet: ServedFleet) -> None:
     world = fleet.world
     token = take_token(fleet.guest)
     written = world.write(_DAMAGED)
@@ -175,13 +150,13 @@ def test_what_cannot_be_read_is_revoked_removed_and_written_over(fleet: _Fleet) 
     assert fleet("token", "revoke", "web").status == 75
     _mend(fleet)
     assert fleet("instance", "set", "web", "--hostname", "mended").status == 0
-    assert fleet.name() == "mended"
+    assert _name(fleet) == "mended"
     # The revocation is in force with the record.
     assert fleet.guest.ask(_HOSTNAME, headers=with_token(token)).status == 401
     assert fleet("instance", "set", "web", "--hostname", "web").status == 0
 
 
-def _mend(fleet: _Fleet) -> None:
+def _mend(fleet: ServedFleet) -> None:
     """Write over what cannot be read, as an operator does, and delete what no command writes."""
     assert fleet("fleet", "revoke", "odd").status == 0
     assert fleet("fleet", "revoke", "gone", "--operator").status == 0
@@ -189,13 +164,13 @@ def _mend(fleet: _Fleet) -> None:
     assert fleet("fleet", "reseal").status != 0
     assert fleet("token", "rotate").status == 0
     assert fleet("network", "add", "blue", "--bridge", "blue").status == 0
-    written = fleet("instance", "add", "web", *_port(fleet), "--host", "a")
+    written = fleet("instance", "add", "web", *fleet.port, "--host", "a")
     assert written.status == 0, written
     assert fleet("token", "revoke", "web").status == 0
     assert fleet("instance", "password", "web", "--clear").status == 0
     assert fleet("fleet", "reseal").status == 0
     assert fleet("grant", "clear", "shop").status == 0
-    assert fleet.name() == "web"
+    assert _name(fleet) == "web"
     left = {
         layout.SUSPECT, f"{layout.HUBS}hubx", f"{layout.KNOWN_HUBS}hubx",
         layout.import_key("broken"), operator_key("vague"),
@@ -210,7 +185,7 @@ def _mend(fleet: _Fleet) -> None:
     assert fleet("fleet", "status", "--json").json["suspect"] is None
 
 
-def test_a_hub_without_the_key_that_seals_serves_no_host_and_says_why(fleet: _Fleet) -> None:
+def test_a_hub_without_the_key_that_seals_serves_no_host_and_says_why(fleet: ServedFleet) -> None:
     world = fleet.world
     hub, other = world.hubs
     place = world.files.envelope_key
@@ -227,13 +202,13 @@ def test_a_hub_without_the_key_that_seals_serves_no_host_and_says_why(fleet: _Fl
             answer = asked.getresponse()
             body = answer.read()
         assert (answer.status, b"which this hub does not have" in body) == (503, True), body
-        assert "copy envelope.key" in fleet.problems(0)[f"hub {hub.name}"]
+        assert "copy envelope.key" in _problems(fleet, 0)[f"hub {hub.name}"]
         assert "no host is served" in hub.log.read_text()
         other.end()
         until(lambda: not _is_followed(fleet), within_s=30, what="no hub")
         # It keeps its keys, as all else.
         take_token(fleet.guest)
-        assert fleet.name() == "web"
+        assert _name(fleet) == "web"
     finally:
         place.write_bytes(before)
         _restart(hub)
@@ -243,36 +218,20 @@ def test_a_hub_without_the_key_that_seals_serves_no_host_and_says_why(fleet: _Fl
     assert fleet("fleet", "status", "--json").json["suspect"] is None
 
 
-def _stream(fleet: _Fleet, host: FleetHost, hub: int = 0) -> ssl.SSLSocket:
-    """A host's stream, by its certificate."""
-    context = ssl.create_default_context(cafile=str(fleet.world.files.ca_certificate))
-    context.load_cert_chain(host.certificate, host.key)
-    address, port = fleet.world.urls[hub].removeprefix("https://").split(":")
-    with fleet.world.etcd.entered():
-        sock = socket.create_connection((address, int(port)), timeout=20 * patience())
-    stream = context.wrap_socket(sock, server_hostname=address)
-    upgrade = f"Connection: Upgrade\r\nUpgrade: {UPGRADE}\r\n\r\n"
-    stream.sendall(f"GET {STREAM_PATH} HTTP/1.1\r\nHost: hub\r\n{upgrade}".encode())
-    assert b" 101 " in stream.recv(65_536)
-    return stream
-
-
-def test_what_a_captured_host_sends_ends_no_hub(fleet: _Fleet) -> None:
+def test_what_a_captured_host_sends_ends_no_hub(fleet: ServedFleet) -> None:
     world = fleet.world
     evil = world.add_host("evil", networks=(), start=False)
     until(lambda: "evil" in fleet("fleet", "hosts").words, what="it at the hub")
     at = [hub.process.pid for hub in world.hubs if hub.process is not None]
+    member = Member.of_host(world, evil)
     hello = {"format": 1, "fleet": None, "incarnation": 1, "revision": 1}
     for items in ({"instance/" + "x" * 2_000_000: 1}, {"instance/web": 10**30}, [7]):
         for hub in (0, 1):
-            with _stream(fleet, evil, hub) as stream:
+            with member.begun(world.urls[hub]) as stream:
                 stream.sendall(json.dumps({"hello": {**hello, "items": items}}).encode() + b"\n")
-                found = b""
-                while chunk := stream.recv(65_536):
-                    found += chunk
-            assert b'"bye":"format"' in found
+                assert b'"bye":"format"' in read_to_end(stream)
     # What it lacks or claims to have stops nothing.
-    with _stream(fleet, evil) as stream:
+    with member.begun(world.urls[0]) as stream:
         stream.sendall(
             json.dumps({"hello": {**hello, "items": {"instance/none": 9}}}).encode() + b"\n"
         )
@@ -280,4 +239,4 @@ def test_what_a_captured_host_sends_ends_no_hub(fleet: _Fleet) -> None:
     assert fleet("fleet", "revoke", "evil").status == 0
     assert [hub.process.pid for hub in world.hubs if hub.process is not None] == at
     assert [hub.process.poll() for hub in world.hubs if hub.process is not None] == [None, None]
-    assert fleet.name() == "web"
+    assert _name(fleet) == "web"

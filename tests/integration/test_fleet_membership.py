@@ -254,18 +254,18 @@ async def test_a_host_keeps_its_certificate_where_that_of_a_hub_with_a_wrong_clo
 
 
 def test_the_command_with_which_a_host_joins_shows_no_secret(
-    front: Fronted, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    front: Fronted, tmp_path: Path
 ) -> None:
     text = render_invitation(_invitation(front))
     config = tmp_path / "imdsproxy.yaml"
     config.write_text(f"paths:\n  state_dir: {tmp_path}/state\n")
     words = ("--config", str(config), "fleet", "join")
-    argued = run_main(capsys, *words, text)
+    argued = run_main(*words, text)
     assert (argued.status, front.api.heads) == (64, [])
-    joined = run_main(capsys, *words, stdin=text)
+    joined = run_main(*words, stdin=text)
     assert joined.status == 0, joined
     assert "host-1" in joined.out
-    cut = run_main(capsys, *words, "-", stdin=text[:-8])
+    cut = run_main(*words, "-", stdin=text[:-8])
     assert cut.status == 64
     printed = "".join(ran.out + ran.err for ran in (argued, joined, cut))
     assert (_TOKEN in printed, text[-40:-8] in printed) == (False, False)

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,9 +17,10 @@ from imdsproxy.hub.pki.files import FleetFiles
 from imdsproxy.hub.store.envelope import name_of
 from imdsproxy.hub.store.etcd_messages import prefix_end
 from imdsproxy.model.entities import InstanceId
-from support.cli import Ran, run_main
-from support.fleet_world import FleetWorld, HubProcess, fleet_world
-from support.guest import Guest, take_token, with_token
+from support.cli import run_main
+from support.fleet_operator import ServedFleet, served_fleet
+from support.fleet_world import HubProcess
+from support.guest import take_token, with_token
 from support.lab import until, within
 
 pytestmark = pytest.mark.root
@@ -29,56 +29,24 @@ _HOSTNAME = "/latest/meta-data/hostname"
 _PASSWORD = "/openstack/latest/password"
 
 
-@dataclass(frozen=True)
-class _Fleet:
-    """Its host `a` has the instance `web`; `away` is enrolled, and never connected. Both hubs know all of it.
-
-    Attributes:
-        red: A guest on `a`, in a network that no record has.
-    """
-
-    world: FleetWorld
-    guest: Guest
-    red: Guest
-    capture: pytest.CaptureFixture[str]
-
-    def __call__(self, *words: str, hub: int = 0, name: str = "anna") -> Ran:
-        with self.world.etcd.entered():
-            return run_main(self.capture, *_of(self.world, hub, name), *words)
-
-
-def _of(world: FleetWorld, hub: int = 0, name: str = "anna") -> tuple[str, ...]:
-    certificate = world.directory / f"{name}.pem"
-    return "--fleet", world.urls[hub], "--fleet-certificate", str(certificate)
-
-
 @pytest.fixture(scope="module")
-def opened() -> Iterator[tuple[FleetWorld, Guest, Guest]]:
-    with fleet_world() as world:
-        host = world.add_host("a", networks=("blue", "red"))
-        world.add_host("away", start=False)
-        world.operator("anna")
-        world.operator("rita", Role.READER)
-        world.operator("mallory", scope="shop")
-        yield world, host.lab.guest("blue"), host.lab.guest("red")
+def opened() -> Iterator[ServedFleet]:
+    """Beside host `a`, `away` is enrolled, and never connected; the stranger's network `red` has no record."""
+    with served_fleet("red") as made:
+        made.world.add_host("away", start=False)
+        made.world.operator("rita", Role.READER)
+        made.world.operator("mallory", scope="shop")
+        yield made
 
 
 @pytest.fixture
-def fleet(opened: tuple[FleetWorld, Guest, Guest], capsys: pytest.CaptureFixture[str]) -> _Fleet:
-    made = _Fleet(*opened, capsys)
-    if made("instance", "show", "web").status != 0:
-        guest = made.guest
-        assert made("network", "add", "blue", "--bridge", "blue").status == 0
-        port = ("-n", "blue", "--mac", guest.mac, "--address", guest.addresses[0])
-        added = made("instance", "add", "web", *port, "--host", "a")
-        assert added.status == 0, added
-    for hub in (0, 1):
-        until(lambda: made("instance", "show", "web", hub=hub).status == 0, what="it at both hubs")  # noqa: B023
-    return made
+def fleet(opened: ServedFleet) -> ServedFleet:
+    opened.have_web()
+    return opened
 
 
 @pytest.mark.parametrize("hub", [0, 1])
-def test_what_a_guest_reads_is_asked_of_its_host_by_any_hub(fleet: _Fleet, hub: int) -> None:
+def test_what_a_guest_reads_is_asked_of_its_host_by_any_hub(fleet: ServedFleet, hub: int) -> None:
     at = ("-n", "blue", "--from", fleet.guest.addresses[0])
     read = fleet("get", _HOSTNAME, *at, hub=hub)
     assert (read.status, read.out) == (0, fleet.guest.ask(_HOSTNAME).text)
@@ -96,7 +64,7 @@ def test_what_a_guest_reads_is_asked_of_its_host_by_any_hub(fleet: _Fleet, hub: 
 
 @pytest.mark.parametrize("hub", [0, 1])
 def test_a_password_that_a_guest_posts_is_read_and_cleared_by_any_hub(
-    fleet: _Fleet, hub: int
+    fleet: ServedFleet, hub: int
 ) -> None:
     none = fleet("instance", "password", "web", hub=hub)
     assert (none.status, "has posted no password" in none.err) == (66, True)
@@ -111,9 +79,10 @@ def test_a_password_that_a_guest_posts_is_read_and_cleared_by_any_hub(
 
 @pytest.mark.parametrize("words", [("--instance", "web"), ("--host", "a", "-n", "blue")])
 def test_guests_of_an_instance_or_a_host_are_watched_by_a_hub(
-    fleet: _Fleet, words: tuple[str, ...]
+    fleet: ServedFleet, words: tuple[str, ...]
 ) -> None:
-    program = (sys.executable, "-m", "imdsproxy", *_of(fleet.world, hub=1))
+    options = ("--fleet", fleet.world.urls[1], "--fleet-certificate")
+    program = (sys.executable, "-m", "imdsproxy", *options, str(fleet.operator().certificate))
     with subprocess.Popen(
         (*within(fleet.world.etcd.lab.host), *program, "watch", "--json", *words),
         stdin=subprocess.DEVNULL,
@@ -139,7 +108,9 @@ def test_guests_of_an_instance_or_a_host_are_watched_by_a_hub(
     assert (first["instance"], first["path"]) == ("web", "/latest/meta-data/watched")
 
 
-def test_a_watch_of_a_whole_fleet_is_refused_with_what_to_give_in_its_place(fleet: _Fleet) -> None:
+def test_a_watch_of_a_whole_fleet_is_refused_with_what_to_give_in_its_place(
+    fleet: ServedFleet,
+) -> None:
     for words in ((), ("-n", "blue")):
         ran = fleet("watch", *words)
         assert (ran.status, "--instance ID or --host HOST" in ran.err) == (64, True), ran
@@ -148,7 +119,7 @@ def test_a_watch_of_a_whole_fleet_is_refused_with_what_to_give_in_its_place(flee
 
 
 def test_a_new_key_signs_tokens_by_the_command_line_and_hosts_that_are_away_are_named(
-    fleet: _Fleet,
+    fleet: ServedFleet,
 ) -> None:
     before = take_token(fleet.guest)
     ran = fleet("token", "rotate")
@@ -160,7 +131,7 @@ def test_a_new_key_signs_tokens_by_the_command_line_and_hosts_that_are_away_are_
         assert fleet.guest.ask(_HOSTNAME, headers=with_token(token)).status == 200
 
 
-def test_what_is_not_in_force_is_said_by_words_and_exit_status(fleet: _Fleet) -> None:
+def test_what_is_not_in_force_is_said_by_words_and_exit_status(fleet: ServedFleet) -> None:
     late = fleet("fleet", "wait", "1", "--timeout", "1")
     assert (late.status, late.words) == (
         75,
@@ -179,18 +150,18 @@ def test_what_is_not_in_force_is_said_by_words_and_exit_status(fleet: _Fleet) ->
     assert "hosts 1 of 2 connected absent away" in status
 
 
-def _is_there(fleet: _Fleet, hub: HubProcess) -> bool:
+def _is_there(fleet: ServedFleet, hub: HubProcess) -> bool:
     return bool(fleet.world.ask(lambda etcd: etcd.read(layout.HUBS + hub.name)).kvs)
 
 
-def _password(fleet: _Fleet) -> bytes | None:
+def _password(fleet: ServedFleet) -> bytes | None:
     """The sealed password of `web`."""
     key = layout.password_key(InstanceId("web"))
     found = fleet.world.ask(lambda etcd: etcd.read(key)).kvs
     return parse_password(found[0].value).sealed if found else None
 
 
-def _sealing(fleet: _Fleet) -> set[str]:
+def _sealing(fleet: ServedFleet) -> set[str]:
     """Names of the keys that open what is sealed in etcd."""
     blobs = fleet.world.ask(lambda etcd: etcd.read(layout.BLOBS, prefix_end(layout.BLOBS))).kvs
     keys = fleet.world.ask(lambda etcd: etcd.read(PLACE)).kvs
@@ -202,7 +173,7 @@ def _sealing(fleet: _Fleet) -> set[str]:
 
 
 def test_hubs_that_are_stopped_go_at_once_and_secrets_are_sealed_anew_once_each_has_the_next_key(
-    fleet: _Fleet, tmp_path: Path
+    fleet: ServedFleet, tmp_path: Path
 ) -> None:
     files = [FleetFiles(fleet.world.directory / f"{hub.name}.fleet") for hub in fleet.world.hubs]
     data = os.urandom(layout.CHUNK_BYTES).hex()
@@ -211,7 +182,7 @@ def test_hubs_that_are_stopped_go_at_once_and_secrets_are_sealed_anew_once_each_
     assert fleet.guest.ask(_PASSWORD, method="POST", body=b"c2VhbGVk").status == 200
     until(lambda: _password(fleet), within_s=20, what="the password in etcd")
     assert _sealing(fleet) == {"1"}
-    made = run_main(fleet.capture, "fleet", "envelope-key", "-d", str(files[0].directory), "--json")
+    made = run_main("fleet", "envelope-key", "-d", str(files[0].directory), "--json")
     assert (made.status, made.json["key"]) == (0, "2")
     for number, hub in enumerate(fleet.world.hubs):
         hub.end()
@@ -242,9 +213,9 @@ def test_hubs_that_are_stopped_go_at_once_and_secrets_are_sealed_anew_once_each_
 
 
 def test_a_projects_operator_serves_no_guest_of_another_project_and_keeps_no_owner_out(
-    fleet: _Fleet,
+    fleet: ServedFleet,
 ) -> None:
-    guest = fleet.red
+    guest = fleet.stranger
     address = guest.addresses[0]
     made = fleet(
         "network", "add", "shopred", "--bridge", "red", "--project", "shop", name="mallory"
@@ -277,9 +248,9 @@ def test_a_projects_operator_serves_no_guest_of_another_project_and_keeps_no_own
 
 
 def test_a_projects_operator_serves_guests_behind_a_listener_that_the_project_was_given(
-    fleet: _Fleet,
+    fleet: ServedFleet,
 ) -> None:
-    guest = fleet.red
+    guest = fleet.stranger
     given = ("--host", "a", "--listener", "bridge=red")
     assert fleet("grant", "add", "shop", *given).status == 0
     network = ("shopnet", "--bridge", "red", "--project", "shop")
@@ -310,7 +281,7 @@ def test_a_projects_operator_serves_guests_behind_a_listener_that_the_project_wa
     assert fleet("grant", "clear", "shop").status == 0
 
 
-def test_a_conflict_and_a_move_that_is_over_are_said_by_exit_status(fleet: _Fleet) -> None:
+def test_a_conflict_and_a_move_that_is_over_are_said_by_exit_status(fleet: ServedFleet) -> None:
     port = ("-n", "blue", "--address", fleet.guest.addresses[0])
     taken = fleet("instance", "add", "late", *port, "--host", "a")
     assert (taken.status, "belongs to instance web (on a)" in taken.err) == (73, True)

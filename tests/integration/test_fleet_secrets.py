@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from imdsproxy.api.client import FleetClient
 from imdsproxy.errors import ImdsproxyError
 from imdsproxy.fleet.members import Role, parse_invitation
 from imdsproxy.hub.hosts.sealed import PLACE, open_keys
 from imdsproxy.model.entities import InstanceId
 from support.cli import Ran, run_main
 from support.daemon import instance
+from support.fleet_operator import Operator
 from support.fleet_world import FleetWorld, fleet_world
 from support.guest import take_token, with_token
 from support.health import METRICS, ask_operator
@@ -90,12 +90,9 @@ def _refused(action: Callable[[], object]) -> str:
 
 
 def test_no_secret_is_in_a_log_a_metric_an_error_or_a_packet(
-    world: FleetWorld, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    world: FleetWorld, tmp_path: Path
 ) -> None:
-    operator, looks = world.operator("olga"), world.operator("rita", Role.READER)
-    client = FleetClient(operator, urls=tuple(world.urls))
-    reader = FleetClient(looks, urls=tuple(world.urls))
-    words = [word for url in world.urls for word in ("--fleet", url)]
+    operator, reader = Operator.new(world, "olga"), Operator.new(world, "rita", Role.READER)
     seen: list[str] = []
     wire = _Wire()
     with tapped(world.etcd.lab.host, wire.take):
@@ -103,46 +100,43 @@ def test_no_secret_is_in_a_log_a_metric_an_error_or_a_packet(
         guest = host.lab.guest("blue")
         fields = {"user_data": _USER_DATA, "hostname": _PLAIN}
         record = instance("web", "blue", fields=fields)
-        with world.etcd.entered():
-            body = {"id": "blue", "listener": {"bridge": "blue"}}
-            client.request("POST", "/v1/networks", body=body)
-            added = client.request("POST", "/v1/instances", body={**record, "hosts": ["a"]})
+        operator.ask("POST", "/v1/networks", {"id": "blue", "listener": {"bridge": "blue"}})
+        added = operator.ask("POST", "/v1/instances", {**record, "hosts": ["a"]})
         assert added["applied"], added
         assert guest.ask("/latest/user-data").text == _USER_DATA
         token = take_token(guest)
         assert guest.ask("/latest/user-data", headers=with_token(token)).status == 200
         assert guest.ask("/latest/user-data", headers=with_token(f"{token}x")).status == 401
-        invited, joined = _join(world, operator, tmp_path, capsys)
-        with world.etcd.entered():
-            rotated = client.request("POST", "/v1/token-keys/rotate")
-            # Wrong in every way that has the secret at hand.
-            wrong: list[dict[str, object]] = [
-                {**record, "hosts": ["a"]},
-                {**record, "id": "web2", "hosts": ["a"]},
-                {**record, "id": "web3", "hosts": ["a"], "wrong": _USER_DATA},
-                {**record, "id": "web4", "hosts": ["nobody"]},
-                {**record, "id": "web5", "hosts": ["a"], "user_data_base64": _USER_DATA},
-                {**record, "id": "web6", "hosts": ["a"], "user_data": [_USER_DATA]},
-                {**record, "id": "web7", "hosts": ["a"], "user_data": _USER_DATA * 40_000},
-            ]
-            seen += [
-                _refused(lambda: client.request("POST", "/v1/instances", body=one))  # noqa: B023
-                for one in wrong
-            ]
-            path = "/v1/instances/web/documents"
-            seen.append(_refused(lambda: reader.get(path)))
-            seen.append(repr(reader.get("/v1/instances/web")))
-            seen.append(_refused(lambda: reader.request("POST", "/v1/token-keys/rotate")))
-            shown = [
-                run_main(capsys, *words, "--fleet-certificate", str(looks), *command)
-                for command in (
-                    ("fleet", "status", "--json"),
-                    ("fleet", "hosts", "--json"),
-                    ("instance", "list", "--json"),
-                    ("instance", "show", "web", "--json"),
-                    ("explain", "web", "--json"),
-                )
-            ]
+        invited, joined = _join(operator, tmp_path)
+        rotated = operator.ask("POST", "/v1/token-keys/rotate")
+        # Wrong in every way that has the secret at hand.
+        wrong: list[dict[str, object]] = [
+            {**record, "hosts": ["a"]},
+            {**record, "id": "web2", "hosts": ["a"]},
+            {**record, "id": "web3", "hosts": ["a"], "wrong": _USER_DATA},
+            {**record, "id": "web4", "hosts": ["nobody"]},
+            {**record, "id": "web5", "hosts": ["a"], "user_data_base64": _USER_DATA},
+            {**record, "id": "web6", "hosts": ["a"], "user_data": [_USER_DATA]},
+            {**record, "id": "web7", "hosts": ["a"], "user_data": _USER_DATA * 40_000},
+        ]
+        seen += [
+            _refused(lambda: operator.ask("POST", "/v1/instances", one))  # noqa: B023
+            for one in wrong
+        ]
+        path = "/v1/instances/web/documents"
+        seen.append(_refused(lambda: reader.ask("GET", path)))
+        seen.append(repr(reader.ask("GET", "/v1/instances/web")))
+        seen.append(_refused(lambda: reader.ask("POST", "/v1/token-keys/rotate")))
+        shown = [
+            reader.run(*command)
+            for command in (
+                ("fleet", "status", "--json"),
+                ("fleet", "hosts", "--json"),
+                ("instance", "list", "--json"),
+                ("instance", "show", "web", "--json"),
+                ("explain", "web", "--json"),
+            )
+        ]
         assert [one.status for one in shown] == [0] * len(shown), shown
         assert rotated["applied"], rotated
         # Hubs read etcd again, hosts their streams, with all of it.
@@ -189,16 +183,12 @@ def test_no_secret_is_in_a_log_a_metric_an_error_or_a_packet(
     assert _found(secrets, places) == []
 
 
-def _join(
-    world: FleetWorld, operator: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> tuple[str, Ran]:
+def _join(operator: Operator, tmp_path: Path) -> tuple[str, Ran]:
     """The invitation of a host that joins, and what the command printed there, the second time too."""
     config = tmp_path / "late.yaml"
     config.write_text(f"paths:\n  state_dir: {tmp_path / 'late'}\n")
-    words = ("--fleet-certificate", str(operator), "--fleet", world.urls[0])
-    with world.etcd.entered():
-        invited = run_main(capsys, "fleet", "enrol", "late", *words).out.strip()
-        first = run_main(capsys, "--config", str(config), "fleet", "join", stdin=invited)
-        again = run_main(capsys, "--config", str(config), "fleet", "join", stdin=invited)
+    invited, words = operator.invite("late"), ("--config", str(config), "fleet", "join")
+    with operator.world.etcd.entered():
+        first, again = (run_main(*words, stdin=invited) for _ in range(2))
     assert (first.status, again.status != 0) == (0, True), (first, again)
     return invited, Ran(0, first.out + again.out, first.err + again.err)

@@ -16,10 +16,10 @@ from typing import Any, Final
 
 import pytest
 
-from imdsproxy.api.client import FleetClient
 from imdsproxy.fleet.members import LEAVE_PATH, Role
 from imdsproxy.sources.fleet.client import HostFiles, HubClient
 from support.daemon import instance
+from support.fleet_operator import Operator
 from support.fleet_world import FleetHost, FleetWorld, fleet_world
 from support.guest import Guest, Load, Reply
 from support.lab import until, within
@@ -79,19 +79,15 @@ class _Migrations:
     world: FleetWorld
     here: _Place
     there: _Place
-    operator: FleetClient
+    operator: Operator
     mover: Path
 
     def have_mover(self) -> None:
         """Let the second host take over what migrates to it."""
         shutil.copy(self.mover, self.there.host.certificate.with_name("mover.pem"))
 
-    def ask(self, method: str, path: str, body: object = None) -> Any:
-        with self.world.etcd.entered():
-            return self.operator.request(method, path, body=body)
-
     def hosts(self) -> list[str]:
-        return list(self.ask("GET", "/v1/instances/web")["hosts"])
+        return list(self.operator.ask("GET", "/v1/instances/web")["hosts"])
 
     def start_domain(self) -> Any:
         # Paused, so that it takes no processor; it migrates as one that runs.
@@ -113,7 +109,7 @@ class _Migrations:
         for one in (self.here, self.there):
             one.go_on()
             one.libvirtd.clear()
-        self.ask("PATCH", "/v1/instances/web", {"hosts": ["a"]})
+        self.operator.ask("PATCH", "/v1/instances/web", {"hosts": ["a"]})
 
 
 @pytest.fixture(scope="module")
@@ -134,12 +130,12 @@ def _made() -> Iterator[_Migrations]:
                 _Place(host, libvirtd, host.lab.guest("blue"))
                 for host, libvirtd in zip(hosts, (first, second), strict=True)
             )
-            operator = FleetClient(world.operator("olga"), urls=tuple(world.urls))
+            operator = Operator.new(world, "olga")
             made = _Migrations(world, here, there, operator, world.operator("mo", Role.MOVER))
             here.go_on()
             there.go_on()
             world.store_network("blue")
-            made.ask("POST", "/v1/instances", {**instance("web", "blue"), "hosts": ["a"]})
+            operator.ask("POST", "/v1/instances", {**instance("web", "blue"), "hosts": ["a"]})
             yield made
 
 
@@ -160,7 +156,7 @@ def test_both_hosts_serve_while_a_guest_migrates_and_it_stays_where_it_was_when_
     migrations: _Migrations,
 ) -> None:
     here, there = migrations.here, migrations.there
-    assert migrations.ask("POST", "/v1/instances/web/move", {"to": "b"})["applied"]
+    assert migrations.operator.ask("POST", "/v1/instances/web/move", {"to": "b"})["applied"]
     domain = migrations.start_domain()
     there.hold()
     with ThreadPoolExecutor(1) as pool:
@@ -251,7 +247,7 @@ def test_a_host_takes_no_instance_away_from_another_one_and_learns_of_none(
     assert leave("web", "/v1/instances/web/move")[0] == 403
     assert migrations.hosts() == ["a"]
     # Placed there too, it can take away itself, and not the other one.
-    migrations.ask("POST", "/v1/instances/web/move", {"to": "b"})
+    migrations.operator.ask("POST", "/v1/instances/web/move", {"to": "b"})
     assert leave("web") == (200, '{"left":true}')
     assert migrations.hosts() == ["a"]
 

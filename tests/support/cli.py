@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
-import pytest
-
 from imdsproxy.cli.main import main
 from imdsproxy.model.entities import Instance, InstanceId, Network, NetworkId
 from support.admin_server import AdminServer
@@ -35,24 +33,25 @@ class Ran:
         return " ".join(f"{self.out} {self.err}".split())
 
 
-def run_main(capture: pytest.CaptureFixture[str], *arguments: str, stdin: str | None = None) -> Ran:
+def run_main(*arguments: str, stdin: str | None = None) -> Ran:
     """Run a command line in this process; without `stdin` with this process's own."""
     given = sys.stdin
     if stdin is not None:
         given = io.TextIOWrapper(io.BytesIO(stdin.encode()), "utf-8")
-    with mock.patch.object(sys, "stdin", given):
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
+    with mock.patch.multiple(sys, stdin=given, stdout=out, stderr=err):
         status = main(list(arguments))
-    captured = capture.readouterr()
-    return Ran(status, captured.out, captured.err)
+    out.seek(0)
+    err.seek(0)
+    return Ran(status, out.read(), err.read())
 
 
 @dataclass
 class Cli:
     server: AdminServer
-    capture: pytest.CaptureFixture[str]
 
     def __call__(self, *arguments: str) -> Ran:
-        return run_main(self.capture, "--socket", str(self.server.socket), *arguments)
+        return run_main("--socket", str(self.server.socket), *arguments)
 
     def instance(self, name: str = "web-1") -> Instance:
         return self.server.instances[InstanceId(name)]

@@ -25,7 +25,7 @@ from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.hub.store.etcd import Etcd, open_tls
 from imdsproxy.hub.store.etcd_messages import MemberStatus, parse_status
 from support.certificates import Authority, Certificate, make_authority
-from support.lab import Lab, batch, ip, run, until, within
+from support.lab import Lab, batch, cut, ip, run, until, within
 from support.reaper import reap, reap_at_the_end
 
 BRIDGE: Final = "imdst-etcd"
@@ -250,19 +250,12 @@ class EtcdLab:
         ports = f"{{ {_GRPC}, {_HTTP} }}" if clients else str(_PEERS)
         # Members learn of it at once: else they would wait for longer and longer when it is over.
         verdict = "drop" if clients else "reject with tcp reset"
-        rules = " ".join(f"tcp {side} {ports} {verdict};" for side in ("sport", "dport"))
-        chains = "\n".join(
-            f"chain {hook} {{ type filter hook {hook} priority 0; {rules} }}"
-            for hook in ("input", "output")
-        )
-        nft = (*within(member.namespace), "nft")
-        run(*nft, "-f", "-", stdin=f"table inet cut {{\n{chains}\n}}\n")
         try:
-            if not clients:
-                self._elected(member)
-            yield
+            with cut(member.namespace, ports, verdict):
+                if not clients:
+                    self._elected(member)
+                yield
         finally:
-            run(*nft, "delete", "table", "inet", "cut")
             until(lambda: self.healthy(member), within_s=30)
 
     def leader(self) -> Member:

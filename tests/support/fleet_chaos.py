@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TextIO
 
-from imdsproxy.api.client import FleetClient
 from imdsproxy.errors import (
     AdminError,
     AdminUnavailable,
@@ -34,6 +33,7 @@ from imdsproxy.model.entities import InstanceId
 from support.fleet_faults import FAULTS
 from support.fleet_history import Answer, History, Outcome, Write
 from support.fleet_member import Member
+from support.fleet_operator import Operator
 from support.fleet_world import FleetHost, FleetWorld, HubProcess, fleet_world
 from support.guest import Guest, Lost
 from support.lab import until
@@ -79,11 +79,12 @@ class Chaos:
     _versions: dict[str, int] = field(default_factory=dict)
     _ended: threading.Event = field(default_factory=threading.Event)
     _failures: list[BaseException] = field(default_factory=list)
-    _client: FleetClient | None = None
+    _operator: Operator = field(init=False)
     _next: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)  # noqa: S311 - it is to come out the same again
+        self._operator = Operator.new(self.world, "op")
 
     @property
     def instances(self) -> tuple[str, ...]:
@@ -95,18 +96,9 @@ class Chaos:
         """Their networks."""
         return NETWORKS
 
-    @property
-    def client(self) -> FleetClient:
-        """An operator's."""
-        if self._client is None:
-            urls = tuple(self.world.urls)
-            self._client = FleetClient(self.world.operator("op"), timeout_s=20, urls=urls)
-        return self._client
-
     def request(self, method: str, path: str, body: object = None) -> Any:
-        """Ask a hub, as an operator on a machine of the hubs' network."""
-        with self.world.etcd.entered():
-            return self.client.request(method, path, body=body)
+        """Ask a hub."""
+        return self._operator.ask(method, path, body)
 
     # What goes on all the time
 

@@ -33,8 +33,8 @@ from support.daemon import alive
 from support.etcd_lab import EtcdLab
 from support.fleet_history import Outcome
 from support.fleet_member import Member
-from support.fleet_world import FleetHost
-from support.lab import run, until, within
+from support.fleet_world import PORT, FleetHost
+from support.lab import cut, until
 from support.wall_clock import NOTICED_S, WallClock
 
 if TYPE_CHECKING:
@@ -121,16 +121,8 @@ def _controller_paused(chaos: Chaos) -> AbstractContextManager[object]:
     return _stopped(process.pid)
 
 
-@contextlib.contextmanager
-def _host_partitioned(chaos: Chaos) -> Iterator[None]:
-    nft = (*within(chaos.a_host().lab.host), "nft")
-    rules = "".join(
-        f"chain {hook} {{ type filter hook {hook} priority 0; tcp {way} 8469 drop; }}\n"
-        for hook, way in (("input", "sport"), ("output", "dport"))
-    )
-    run(*nft, "-f", "-", stdin=f"table inet cut {{ {rules} }}\n")
-    yield
-    run(*nft, "delete", "table", "inet", "cut")
+def _host_partitioned(chaos: Chaos) -> AbstractContextManager[object]:
+    return cut(chaos.a_host().lab.host, PORT)
 
 
 @contextlib.contextmanager

@@ -47,9 +47,9 @@ class Member:
     files: HostFiles
 
     @classmethod
-    def joined(cls, world: FleetWorld, invitation: Invitation) -> Member:
-        """A host that has joined with an invitation."""
-        files = HostFiles.of(Path(world.directory) / f"{invitation.host}.member")
+    def joined(cls, world: FleetWorld, invitation: Invitation, place: str = "") -> Member:
+        """A host that has joined with an invitation; its files are in `place`, or are named after it."""
+        files = HostFiles.of(world.directory / f"{place or invitation.host}.member")
         with world.etcd.entered():
             join(invitation, files)
         return cls(world, invitation.host, files)
@@ -83,6 +83,13 @@ class Member:
             sock = socket.create_connection((address, int(port)), timeout=10 * patience())
         with self.files.context().wrap_socket(sock, server_hostname=address) as stream:
             stream.sendall(f"GET {STREAM_PATH} HTTP/1.1\r\nHost: hub\r\n{_UPGRADE}".encode())
+            yield stream
+
+    @contextlib.contextmanager
+    def begun(self, url: str) -> Iterator[ssl.SSLSocket]:
+        """A stream that the hub has taken."""
+        with self.connected(url) as stream:
+            assert stream.recv(65_536).startswith(b"HTTP/1.1 101 ")
             yield stream
 
     def is_admitted(self, url: str) -> bool:

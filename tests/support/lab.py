@@ -420,6 +420,27 @@ def run(
     return done.stdout
 
 
+@contextlib.contextmanager
+def cut(namespace: str, ports: int | str, verdict: str = "drop") -> Iterator[None]:
+    """No packet from or to these TCP ports passes in a namespace during the block.
+
+    Args:
+        ports: One, or a set as nft(8) writes it.
+        verdict: What becomes of them.
+    """
+    rules = " ".join(f"tcp {side} {ports} {verdict};" for side in ("sport", "dport"))
+    chains = "\n".join(
+        f"chain {hook} {{ type filter hook {hook} priority 0; {rules} }}"
+        for hook in ("input", "output")
+    )
+    nft = (*within(namespace), "nft")
+    run(*nft, "-f", "-", stdin=f"table inet cut {{\n{chains}\n}}\n")
+    try:
+        yield
+    finally:
+        run(*nft, "delete", "table", "inet", "cut")
+
+
 def _links(namespace: str) -> set[str]:
     text = inside(namespace, Path("/proc/thread-self/net/dev").read_text)
     return {line.partition(":")[0].strip() for line in text.splitlines()[2:]}

@@ -8,10 +8,10 @@ from support.cli import Cli
 
 
 @pytest.fixture
-def cli(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Cli]:
+def cli(tmp_path: Path) -> Iterator[Cli]:
     """A daemon without records."""
     with admin_server(tmp_path) as server:
-        yield Cli(server, capsys)
+        yield Cli(server)
 
 
 @pytest.fixture

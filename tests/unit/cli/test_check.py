@@ -17,7 +17,6 @@ from typing import Any, TypeAlias
 
 import pytest
 
-from imdsproxy.cli.main import main
 from imdsproxy.controller.token_report import OpenTree, TokenReport
 from imdsproxy.errors import SourceUnavailable
 from imdsproxy.host.socket_file import SocketHolder
@@ -172,9 +171,7 @@ def test_an_audit_log_that_cannot_be_written_is_a_warning_with_what_helps(
 
 
 @pytest.mark.root
-def test_what_an_account_may_not_look_at_is_a_finding_and_the_rest_is_checked(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_what_an_account_may_not_look_at_is_a_finding_and_the_rest_is_checked() -> None:
     with tempfile.TemporaryDirectory() as directory:
         Path(directory).chmod(0o755)
         closed, other = Path(directory, "closed"), Path(directory, "other")
@@ -189,7 +186,7 @@ def test_what_an_account_may_not_look_at_is_a_finding_and_the_rest_is_checked(
             arguments = ("--socket", f"{directory}/none.sock", "--config", str(config))
             on_other = subject({"audit": {"mode": "all", "destination": f"{other}/log"}})
             (of_other,) = host.check_audit(on_other)
-            found = run_main(capsys, *arguments, "check", "--json").json["findings"]
+            found = run_main(*arguments, "check", "--json").json["findings"]
         finally:
             os.setresuid(0, 0, 0)
     texts = {(one["area"], one["text"].replace(directory, "D")) for one in found}
@@ -223,17 +220,13 @@ def test_every_finding_has_its_texts_and_its_check() -> None:
     assert set(re.findall(r'found\("([^"]+)"', source)) <= texts.keys()
 
 
-def _check(
-    capsys: pytest.CaptureFixture[str], *arguments: str
-) -> tuple[int, dict[str, dict[str, object]]]:
+def _check(*arguments: str) -> tuple[int, dict[str, dict[str, object]]]:
     """The exit status, and each finding by its text."""
-    status = main(["check", "--json", *arguments])
-    return status, {one["text"]: one for one in json.loads(capsys.readouterr().out)["findings"]}
+    ran = run_main("check", "--json", *arguments)
+    return ran.status, {one["text"]: one for one in ran.json["findings"]}
 
 
-def test_check_shows_all_problems_at_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_check_shows_all_problems_at_once(tmp_path: Path) -> None:
     config, path, secret = (tmp_path / name for name in ("c.yaml", "metadata_proxy", "secret"))
     secret.write_text("0123456789abcdef")
     secret.chmod(0o600)
@@ -249,8 +242,8 @@ def test_check_shows_all_problems_at_once(
             f"secret_file: {secret}}}}}}}\n"
             f"unix_listener: {{enabled: true, path: {path}}}\n"
         )
-        status, found = _check(capsys, "--config", str(config))
-        shown = main(["check", "--config", str(config)]), capsys.readouterr().out
+        status, found = _check("--config", str(config))
+        shown = run_main("check", "--config", str(config))
     assert status == 78
     expected = {
         "haproxy.user: this host has no user nobody-here": ("settings", False, False),
@@ -263,9 +256,9 @@ def test_check_shows_all_problems_at_once(
         assert tuple(found[text][name] for name in ("area", "ok", "warning")) == finding
     assert any(f"(pid {os.getpid()}) listens at {path}" in text for text in found)
     wrong = sum(not one["ok"] for one in found.values())
-    assert shown[0] == 78
-    assert shown[1].endswith(f"\n{wrong} problems\n")
-    assert "no user nobody-here" in shown[1]
+    assert shown.status == 78
+    assert shown.out.endswith(f"\n{wrong} problems\n")
+    assert "no user nobody-here" in shown.out
 
 
 def test_the_port_of_a_haproxy_that_runs_on_without_its_controller_is_not_taken(
@@ -284,12 +277,10 @@ def test_the_port_of_a_haproxy_that_runs_on_without_its_controller_is_not_taken(
         assert [one.text for one in host.check_ports(on)] == ["all ports are free"]
 
 
-def test_check_goes_on_with_defaults_when_the_settings_are_broken(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_check_goes_on_with_defaults_when_the_settings_are_broken(tmp_path: Path) -> None:
     config = tmp_path / "c.yaml"
     config.write_text("log: {level: loud}\n")
-    status, found = _check(capsys, "--config", str(config))
+    status, found = _check("--config", str(config))
     assert status == 78
     assert any("log.level" in text for text in found)
     areas = {one["area"] for one in found.values()}
@@ -297,25 +288,21 @@ def test_check_goes_on_with_defaults_when_the_settings_are_broken(
     assert not areas & {"nova", "neutron", "unix listener"}, "there is none"
 
 
-def test_check_reports_what_the_running_daemon_does_not_serve(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_check_reports_what_the_running_daemon_does_not_serve(tmp_path: Path) -> None:
     with admin_server(tmp_path) as server:
         server.leave_out("blue", "pid 7 has the port")
         tree = OpenTree(NetworkId("red"), InstanceId("web"), "/nocloud")
         server.token_report = TokenReport(0.0, (), (tree,), 12)
-        _, found = _check(capsys, "--socket", str(server.socket))
+        _, found = _check("--socket", str(server.socket))
         assert found["network blue is not served: pid 7 has the port"]["area"] == "namespaces"
         assert any("gives: /nocloud of web in red and 11 more" in text for text in found)
 
         server.failure = SourceUnavailable("the store is locked")
-        _, found = _check(capsys, "--socket", str(server.socket))
+        _, found = _check("--socket", str(server.socket))
         assert found["the store is locked"]["area"] == "daemon"
 
 
-def test_check_warns_of_open_user_data_in_record_files_and_in_the_store(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_check_warns_of_open_user_data_in_record_files_and_in_the_store(tmp_path: Path) -> None:
     web, mail = (
         replace(
             instance(name, address),
@@ -336,16 +323,16 @@ def test_check_warns_of_open_user_data_in_record_files_and_in_the_store(
     )
     host = "policy: {host: {openstack_tokens: required, nocloud_tokens: required}}\n"
     locked.write_text(config.read_text() + host)
-    _, found = _check(capsys, "--config", str(locked))
+    _, found = _check("--config", str(locked))
     assert not any(text.startswith("one tree protects") for text in found)
-    _, found = _check(capsys, "--config", str(config))
+    _, found = _check("--config", str(config))
     assert found[
         "one tree protects user-data that another tree gives: "
         "/openstack of mail in red, /nocloud of mail in red, /openstack of web in red and 1 more"
     ]["warning"]
 
     (tmp_path / "store.sqlite").write_bytes(b"no store, and long enough to be read as one" * 99)
-    _, found = _check(capsys, "--config", str(config))
+    _, found = _check("--config", str(config))
     assert [one["area"] for text, one in found.items() if "store.sqlite" in text] == ["records"]
     assert any("/openstack of mail in red, /nocloud of mail in red" in text for text in found)
 

@@ -19,7 +19,7 @@ from imdsproxy import __version__
 from imdsproxy.api import client as admin_client
 from imdsproxy.api.answers import Readiness
 from imdsproxy.api.client import AdminClient
-from imdsproxy.cli.main import EXAMPLES, build_program, iterate_commands, main
+from imdsproxy.cli.main import EXAMPLES, build_program, iterate_commands
 from imdsproxy.controller.audit import AuditReport
 from imdsproxy.controller.companion import DocumentsReport
 from imdsproxy.controller.sources import SourceReport
@@ -119,10 +119,8 @@ def test_what_a_new_record_has_by_default_is_said_where_it_is_added_and_not_wher
         ("status -n blue", "see `imdsproxy status --help`"),
     ],
 )
-def test_what_is_misspelt_or_called_as_elsewhere_gets_a_suggestion(
-    cli: Cli, line: str, hint: str
-) -> None:
-    ran = run_main(cli.capture, *line.split())
+def test_what_is_misspelt_or_called_as_elsewhere_gets_a_suggestion(line: str, hint: str) -> None:
+    ran = run_main(*line.split())
     assert (ran.status, ran.out) == (64, "")
     assert re.fullmatch(r"imdsproxy: there is no (command|option) \S+\nhint: (.+)\n", ran.err)
     assert ran.err.endswith(f"hint: {hint}\n")
@@ -180,8 +178,8 @@ def test_what_is_wrong_with_a_command_line_is_reported_in_one_line(
 
 
 def test_without_a_command_there_is_help(cli: Cli) -> None:
-    assert main([]) == 64
-    assert "Usage: imdsproxy" in cli.capture.readouterr().out
+    helped = run_main()
+    assert (helped.status, "Usage: imdsproxy" in helped.out) == (64, True)
     for line in ("--version", "version"):
         assert cli(line) == Ran(0, f"imdsproxy {__version__}\n", "")
     assert cli("version", "--json").json == {"version": __version__}
@@ -256,21 +254,22 @@ def test_an_error_has_its_level_in_the_journal(tmp_path: Path) -> None:
 
 
 def test_a_daemon_that_is_not_there_is_69_and_the_hint_starts_it_as_it_is_installed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     units = tmp_path / "units"
     monkeypatch.setattr(admin_client, "_UNIT_DIRECTORIES", (units,))
+    options = ("--socket", str(tmp_path / "none.sock"))
     for command in ("status", "watch", "stop"):
-        assert main([command, "--socket", str(tmp_path / "none.sock")]) == 69
-        shown = capsys.readouterr().err
-        assert "no daemon answers" in shown
-        assert "start it with `imdsproxy run`" in shown
+        shown = run_main(command, *options)
+        assert shown.status == 69
+        assert "no daemon answers" in shown.err
+        assert "start it with `imdsproxy run`" in shown.err
     units.mkdir()
     (units / "imdsproxy.service").touch()
-    assert main(["status", "--socket", str(tmp_path / "none.sock")]) == 69
-    assert "start it with `systemctl start imdsproxy`" in capsys.readouterr().err
-    assert main(["stop", "--data-plane", "--socket", str(tmp_path / "none.sock")]) == 69
-    assert "the settings belong to another daemon" in capsys.readouterr().err
+    shown = run_main("status", *options)
+    assert (shown.status, "start it with `systemctl start imdsproxy`" in shown.err) == (69, True)
+    shown = run_main("stop", "--data-plane", *options)
+    assert (shown.status, "the settings belong to another daemon" in shown.err) == (69, True)
 
 
 def _answer(body: bytes, kind: str, status: int = 200) -> bytes:

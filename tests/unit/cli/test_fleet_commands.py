@@ -26,22 +26,20 @@ from support.cli import Ran, run_main
 
 
 class _Fleet:
-    def __init__(self, directory: Path, capture: pytest.CaptureFixture[str]) -> None:
-        self.directory, self._capture = directory, capture
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
         self.files = FleetFiles(directory / "fleet")
 
     def __call__(self, command: str, *words: str) -> Ran:
-        return run_main(
-            self._capture, "fleet", command, *words, "--directory", str(self.files.directory)
-        )
+        return run_main("fleet", command, *words, "--directory", str(self.files.directory))
 
     def init(self, *words: str) -> Ran:
         return self("init", "--name", "hub-1", "--address", "hub1.example.net", "-a", "::1", *words)
 
 
 @pytest.fixture
-def fleet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> _Fleet:
-    return _Fleet(tmp_path, capsys)
+def fleet(tmp_path: Path) -> _Fleet:
+    return _Fleet(tmp_path)
 
 
 def _modes(directory: Path) -> dict[str, str]:
@@ -121,7 +119,7 @@ def test_an_operator_gets_one_file_with_all_that_tls_needs(fleet: _Fleet, tmp_pa
 
 
 def test_neither_an_operator_nor_a_hub_gets_the_name_of_a_host_that_the_hubs_journal_has(
-    fleet: _Fleet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fleet: _Fleet, tmp_path: Path
 ) -> None:
     async def write() -> None:
         journal = Journal(tmp_path / "state" / FILE)
@@ -136,11 +134,11 @@ def test_neither_an_operator_nor_a_hub_gets_the_name_of_a_host_that_the_hubs_jou
     where = ("--directory", str(fleet.files.directory), "--output", str(tmp_path / "new"))
     hub = ("hub-certificate", "--address", "hub2.example.net", "--name")
     for words in (("operator", "host-1"), (*hub, "host-1")):
-        ran = run_main(capsys, "--config", str(config), "fleet", *words, *where)
+        ran = run_main("--config", str(config), "fleet", *words, *where)
         assert ran.status == 73, ran
         assert "host-1 is already the name of a host" in ran.err
     assert not (tmp_path / "new").exists()
-    assert run_main(capsys, "--config", str(config), "fleet", *hub, "hub-2", *where).status == 0
+    assert run_main("--config", str(config), "fleet", *hub, "hub-2", *where).status == 0
 
 
 def test_a_directory_that_is_no_fleets_or_whose_key_others_can_read_is_refused(
@@ -182,21 +180,17 @@ def test_a_hub_renews_its_certificate_with_its_names_after_two_thirds_of_its_lif
     assert after.not_valid_after_utc > before.not_valid_after_utc + timedelta(days=30)
 
 
-def test_a_string_that_is_no_invitation_is_refused_without_repeating_it(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_string_that_is_no_invitation_is_refused_without_repeating_it() -> None:
     for text in ("", "secret", "imdsproxy-join-1.c2VjcmV0", "imdsproxy-join-1.\xe4"):
-        ran = run_main(capsys, "fleet", "join", stdin=text)
+        ran = run_main("fleet", "join", stdin=text)
         assert (ran.status, ran.out) == (64, "")
         assert "c2Vj" not in ran.err
 
 
 @pytest.mark.parametrize("hours", ["0", "-1", "0.01", "721", "nan"])
-def test_the_time_of_an_invitation_is_refused_in_the_unit_in_which_it_was_given(
-    hours: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_time_of_an_invitation_is_refused_in_the_unit_in_which_it_was_given(hours: str) -> None:
     words = ("--fleet", "https://127.0.0.1:9", "fleet", "enrol", "host-1", "--valid", hours)
-    ran = run_main(capsys, *words)
+    ran = run_main(*words)
     assert ran.status == 64
     assert f"--valid {hours}: the lifetime must be a minute to 720 hours" in ran.err
     assert "second" not in ran.err
@@ -254,10 +248,8 @@ def test_commands_on_records_guests_and_the_fleet_itself_ask_one() -> None:
 
 
 @pytest.mark.parametrize("path", [path for path in EXAMPLES if path not in _ASKING])
-def test_a_command_that_asks_no_fleet_refuses_that_one_is_named(
-    path: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_command_that_asks_no_fleet_refuses_that_one_is_named(path: str) -> None:
     words = shlex.split(EXAMPLES[path].partition("|")[0])[1:]
-    ran = run_main(capsys, "--fleet", "https://127.0.0.1:9", *words)
+    ran = run_main("--fleet", "https://127.0.0.1:9", *words)
     assert (ran.status, ran.out) == (64, "")
     assert f"`imdsproxy {path}` works on this host only, but --fleet names a fleet" in ran.err

@@ -199,11 +199,11 @@ PROGRAM = [sys.executable, "-m", "imdsproxy"]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ran]:
     """Runs a command line, of words and further arguments, without settings in the environment."""
     for name in [name for name in os.environ if name.startswith("IMDSPROXY_")]:
         monkeypatch.delenv(name)
-    return lambda line, *more: run_main(capsys, *line.split(), *map(str, more))
+    return lambda line, *more: run_main(*line.split(), *map(str, more))
 
 
 def test_the_sample_is_a_configuration_and_the_schema_json(

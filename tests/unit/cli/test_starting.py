@@ -30,20 +30,20 @@ def daemon(filled: Cli, monkeypatch: pytest.MonkeyPatch) -> Iterator[StartingDae
         yield one
 
 
-def _run(filled: Cli, daemon: StartingDaemon, *words: str) -> Ran:
-    return run_main(filled.capture, "--socket", str(daemon.path), *words)
+def _run(daemon: StartingDaemon, *words: str) -> Ran:
+    return run_main("--socket", str(daemon.path), *words)
 
 
 def test_status_says_how_far_a_start_is_and_check_that_it_is_not_ready(
-    filled: Cli, daemon: StartingDaemon
+    daemon: StartingDaemon,
 ) -> None:
-    assert _run(filled, daemon, "status") == Ran(0, f"state  {_WORDS}\n", "")
-    assert _run(filled, daemon, "status", "--check").status == 1
-    shape = _run(filled, daemon, "status", "--json").json
+    assert _run(daemon, "status") == Ran(0, f"state  {_WORDS}\n", "")
+    assert _run(daemon, "status", "--check").status == 1
+    shape = _run(daemon, "status", "--json").json
     assert shape["readiness"] == {"ready": False, "reasons": [_WORDS], "degraded": []}
     assert shape["progress"] == [{"what": "reading instances", "done": 3_000, "of": 10_000}]
     daemon.show()
-    assert "the daemon is starting\n" in _run(filled, daemon, "status").out
+    assert "the daemon is starting\n" in _run(daemon, "status").out
 
 
 @pytest.mark.parametrize(
@@ -56,10 +56,10 @@ def test_status_says_how_far_a_start_is_and_check_that_it_is_not_ready(
     ],
 )
 def test_a_command_shows_how_far_the_start_is_and_then_its_answer(
-    filled: Cli, daemon: StartingDaemon, words: str, out: str
+    daemon: StartingDaemon, words: str, out: str
 ) -> None:
     daemon.go_on_when_asked()
-    ran = _run(filled, daemon, *words.split())
+    ran = _run(daemon, *words.split())
     assert ran.status == 0
     assert out in ran.words
     assert "the daemon is starting: reading instances: 3,000 of 10,000\n" in ran.err
@@ -79,17 +79,17 @@ def test_who_waits_sees_why_a_daemon_is_not_ready_and_gets_its_status_once_it_is
 
 
 def test_a_daemon_that_never_appears_is_not_waited_for_long(
-    filled: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(status_command, "_APPEARS_WITHIN_S", 0.5)
-    ran = run_main(filled.capture, "--socket", str(tmp_path / "none.sock"), "status", "--wait")
+    ran = run_main("--socket", str(tmp_path / "none.sock"), "status", "--wait")
     assert ran.status == 69
     assert "no daemon answers" in ran.err
 
 
-def test_a_program_that_waits_is_not_bothered(filled: Cli, daemon: StartingDaemon) -> None:
+def test_a_program_that_waits_is_not_bothered(daemon: StartingDaemon) -> None:
     daemon.go_on_when_asked()
-    ran = _run(filled, daemon, "instance", "list", "--json")
+    ran = _run(daemon, "instance", "list", "--json")
     assert (ran.status, ran.err) == (0, "")
     assert [one["record"]["id"] for one in ran.json] == ["web-1"]
 
