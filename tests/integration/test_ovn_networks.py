@@ -85,6 +85,16 @@ def test_a_network_gets_what_neutrons_agent_would_give_it(world: OvnWorld) -> No
     assert "tx-checksumming: off" in run(*within(network.namespace), *words)
 
 
+@pytest.mark.parametrize("to", [IPV4, IPV6])
+def test_every_guest_is_itself_in_networks_with_equal_addresses_and_macs(
+    world: OvnWorld, to: str
+) -> None:
+    world.ovn.add_network("twin")
+    world.add("i1", "twin", mac=world.guests["h1"].mac)
+    assert world.guests["i1"].addresses == world.guests["h1"].addresses
+    world.wait_own("i1", "h1", to=to)
+
+
 def has_mtu(world: OvnWorld, network: OvnNetwork, mtu: str) -> bool:
     return all(f"mtu {mtu} " in one for one in (inner_link(network), outer_link(world, network)))
 
@@ -241,6 +251,13 @@ def registered(world: OvnWorld) -> str:
     return found[0]
 
 
+def test_neutron_sees_a_metadata_agent_that_is_alive(world: OvnWorld) -> None:
+    world.ovn.sync()
+    pattern = r"neutron:ovn-metadata-sb-cfg=\d"
+    until(lambda: re.search(pattern, world.ovn.agent_ids()), what="the heartbeat", within_s=15)
+    assert registered(world)
+
+
 def test_guests_are_served_on_over_a_chassis_that_is_made_anew_and_it_is_registered(
     world: OvnWorld,
 ) -> None:
@@ -265,6 +282,25 @@ def test_guests_are_served_on_over_a_chassis_with_another_name_and_it_is_registe
             load.wait_answers(20)
             assert (registered(world) == before) is (name == CHASSIS)
     assert load.report.lost == []
+
+
+@pytest.mark.parametrize("empty", [False, True], ids=["full", "empty"])
+def test_guests_are_served_on_over_a_southbound_database_that_is_killed_and_started(
+    world: OvnWorld, *, empty: bool
+) -> None:
+    own = world.ovn.ports["h1"].instance
+    try:
+        with world.ovn.without_southbound(empty=empty):
+            until(lambda: not world.daemon.status()["sources"][0]["in_sync"], what="the loss")
+            assert world.asks_as("h1") == own
+        until(
+            lambda: "no connection" not in str(world.daemon.status()),
+            what="a connection",
+            within_s=30,
+        )
+        assert world.asks_as("h1") == own
+    finally:
+        world.ovn.sync()
 
 
 def test_what_keeps_a_network_from_its_namespace_is_shown_and_tried_again(world: OvnWorld) -> None:
