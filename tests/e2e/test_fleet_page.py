@@ -20,7 +20,7 @@ from support.fleet_page import (
     placed_blocks,
     table_of,
 )
-from support.guest import Guest, Load, Lost, Reply
+from support.guest import Guest, Load, Reply
 from support.lab import until
 
 pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -147,14 +147,11 @@ def _without_hubs(fleet: FleetMachines) -> None:
     host.run("rm", "--recursive", "--force", "/run/imdsproxy")
     host.run("systemd-tmpfiles", "--create", "imdsproxy.conf")
     host.run("systemctl", "start", _UNITS[0])
-
-    def answers() -> bool:
-        try:
-            return _named(fleet.guest("host2"), fleet.guest("host2").ask(_META_DATA)) is None
-        except Lost:
-            return False
-
-    until(answers, within_s=30, what="the guest's document after a reboot")
+    until(
+        lambda: fleet.guest("host2").is_served(_META_DATA, _named),
+        within_s=30,
+        what="the guest's document after a reboot",
+    )
     assert fleet.guest("host2", "other").ask(_META_DATA).is_to_come_again
     for name in HUBS:
         fleet.machines[name].run("systemctl", "start", _HUB)

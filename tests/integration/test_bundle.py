@@ -77,8 +77,7 @@ class Host:
 
 def _prepare(daemon: Daemon) -> None:
     for name, text in (("nova.secret", _NOVA), ("next.secret", _NEXT)):
-        (daemon.directory / name).write_text(text)
-        (daemon.directory / name).chmod(0o600)
+        daemon.write_secret(name, text)
     (daemon.directory / "records").mkdir()
 
 

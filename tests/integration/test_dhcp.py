@@ -18,7 +18,7 @@ from imdsproxy.sources.neutron_namespaces.source import DhcpProxies
 from imdsproxy.tools.takeover.steps import EditSettings, StartAgent, Step
 from support.daemon import Daemon
 from support.dhcp_client import take_lease
-from support.guest import IPV4, IPV6, Guest, Load, Lost, Reply
+from support.guest import IPV4, IPV6, Guest, Load, Reply, uuid_of
 from support.lab import NETNS, ip, processes_in, until
 from support.neutron_agents import NeutronHost, open_agents
 from support.takeovers import run_takeover
@@ -39,11 +39,7 @@ class DhcpWorld:
 
     def asked_uuid(self, *, to: str = IPV4) -> str:
         """Who the guest is, by what it reads; else the status, or why nothing listens."""
-        try:
-            reply = self.guest.ask("/openstack/latest/meta_data.json", to=to)
-        except Lost as error:
-            return str(error)
-        return str(json.loads(reply.body)["uuid"]) if reply.status == 200 else str(reply.status)
+        return uuid_of(self.guest, to=to)
 
     def networks(self) -> dict[str, str]:
         """The namespaces of imdsproxy's networks, each with why it is not served; empty where it is."""

@@ -23,7 +23,7 @@ from support.fleet_front import read_to_end
 from support.fleet_member import Member
 from support.fleet_operator import Operator
 from support.fleet_world import FleetHost, FleetWorld, fleet_world
-from support.guest import Guest, Load, Lost, Reply, take_token, with_token
+from support.guest import Guest, Load, Reply, take_token, with_token
 from support.lab import until
 from support.patience import patience
 
@@ -36,14 +36,9 @@ def world() -> Iterator[FleetWorld]:
         yield made
 
 
-def _name(guest: Guest) -> str | int | None:
-    """Its host name, or the status of another answer, or nothing where there is none."""
-    try:
-        # Where its network has gone nothing answers at all.
-        answer = guest.ask("/latest/meta-data/hostname", timeout_s=3 * patience())
-    except Lost:
-        return None
-    return answer.text if answer.status == 200 else answer.status
+def _name(guest: Guest) -> str:
+    """Its host name; else as `Guest.reads`."""
+    return guest.reads("/latest/meta-data/hostname", timeout_s=3 * patience())
 
 
 def test_an_instance_that_is_stored_once_is_served_on_its_host_and_follows_its_place(
@@ -65,11 +60,11 @@ def test_an_instance_that_is_stored_once_is_served_on_its_host_and_follows_its_p
         assert kept.request("/latest/meta-data/hostname").text == "web"
         world.place(record, "b")
         # Its network has no other instance there: guests get an answer nevertheless, also on a connection that is open.
-        until(lambda: _name(here) == 404, within_s=20, what="its end at the first host")
+        until(lambda: _name(here) == "404", within_s=20, what="its end at the first host")
         assert kept.request("/latest/meta-data/hostname").status == 404
     assert _name(there) == "web"
     world.place(record)
-    until(lambda: _name(there) == 404, within_s=20, what="its removal")
+    until(lambda: _name(there) == "404", within_s=20, what="its removal")
 
 
 def _sign_anew(world: FleetWorld, *guests: Guest) -> None:

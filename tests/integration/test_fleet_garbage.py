@@ -64,9 +64,8 @@ def _problems(fleet: ServedFleet, hub: int) -> dict[str, str]:
     return dict(fleet("fleet", "status", "--json", hub=hub).json["problems"])
 
 
-def _name(fleet: ServedFleet) -> str | int:
-    answer = fleet.guest.ask(_HOSTNAME, timeout_s=3 * patience())
-    return answer.text if answer.status == 200 else answer.status
+def _name(fleet: ServedFleet) -> str:
+    return fleet.guest.reads(_HOSTNAME, timeout_s=3 * patience())
 
 
 def _has_problems(fleet: ServedFleet, hub: int, keys: AbstractSet[str]) -> bool:

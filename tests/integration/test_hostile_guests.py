@@ -401,4 +401,4 @@ def test_what_can_be_no_secret_of_novas_is_refused_and_the_one_before_stays(
             assert "abc" not in done.out + done.err
         assert world.red.ask("/openstack").status == 200
     finally:
-        world.secret_file("secret", SECRET)
+        world.daemon.write_secret("secret", SECRET)

@@ -55,14 +55,8 @@ def macs(world: World) -> dict[str, Any]:
 def is_itself_again(guest: Guest, name: str, *, to: str = IPV4) -> None:
     """Nobody has its address any more: by its own ARP and ND the host learns where it is."""
     run(*within(guest.namespace), "ip", "neigh", "flush", "dev", "eth0")
-
-    def right() -> bool:
-        try:
-            return guest.ask(_TARGET, to=to, timeout_s=0.5).body == user_data_of(name)
-        except Lost:
-            return False
-
-    until(right, what="the guest's own answer")
+    own = user_data_of(name).decode()
+    until(lambda: guest.reads(_TARGET, to=to, timeout_s=0.5) == own, what="the guest's own answer")
 
 
 def cut(connection: Connection) -> bool:

@@ -1,6 +1,5 @@
 """Routers of the genuine neutron-l3-agent, which neither redirects nor starts a proxy, are served by imdsproxy."""
 
-import json
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -19,7 +18,7 @@ from imdsproxy.tools.takeover.steps import (
     WriteSettings,
 )
 from support.daemon import Daemon
-from support.guest import IPV4, IPV6, Guest, Load, Lost, Reply
+from support.guest import IPV4, IPV6, Guest, Load, Reply, uuid_of
 from support.l3_routers import (
     MadeRouter,
     enter,
@@ -34,7 +33,6 @@ from support.l3_routers import (
 )
 from support.lab import ip, run, until
 from support.neutron_agents import NeutronHost, open_agents
-from support.openstack.lab import OpenStack
 from support.routers import sniffing
 from support.second_node import open_second_node
 from support.takeovers import run_takeover
@@ -83,16 +81,7 @@ class L3World:
 
     def _asks_as(self, name: str, to: str) -> str:
         self.host.wire()
-        return asks_as(self.guests[name], to=to)
-
-
-def asks_as(guest: Guest, *, to: str = IPV4) -> str:
-    """The instance that Nova takes a guest for; what happens where it is none."""
-    try:
-        reply = guest.ask("/openstack/latest/meta_data.json", to=to, timeout_s=2)
-    except Lost as lost:
-        return str(lost)
-    return str(json.loads(reply.body)["uuid"]) if reply.status == 200 else str(reply.status)
+        return uuid_of(self.guests[name], to=to, timeout_s=2)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +90,7 @@ def world() -> Iterator[L3World]:
         host = stack.enter_context(open_agents("l3", **_OPTIONS))
         daemon = Daemon(host.lab)
         stack.callback(daemon.close)
-        daemon.configure(_settings(host.openstack))
+        daemon.configure(host.settings())
         # What `takeover l3` writes.
         drop_in = daemon.config.parent / "conf.d" / "l3.yaml"
         drop_in.parent.mkdir()
@@ -119,24 +108,9 @@ def world() -> Iterator[L3World]:
         yield world
 
 
-def _settings(openstack: OpenStack) -> dict[str, dict[str, object]]:
-    """Instances of Neutron's, and documents of Nova's."""
-    nova = {
-        "endpoints": [{"url": openstack.nova_url}],
-        "secret_file": str(openstack.secret_file),
-    }
-    return {
-        "sources": {"neutron": {"enabled": True, "endpoint": openstack.neutron_url}},
-        "nova": {"endpoint_sets": {"default": nova}},
-        "documents": {"enabled": False, "supervisor": "spawn"},
-        # On a busy machine Neutron takes longer to list its ports than a request is held by default.
-        "resolver": {"hold_s": 30.0},
-    }
-
-
 @pytest.mark.parametrize("name", _GUESTS)
 def test_guests_behind_routers_of_the_agent_are_themselves(world: L3World, name: str) -> None:
-    assert asks_as(world.guests[name]) == world.instances[name]
+    assert uuid_of(world.guests[name], timeout_s=2) == world.instances[name]
 
 
 def test_a_guest_is_served_over_ipv6_by_the_route_that_the_router_announces(
@@ -155,7 +129,7 @@ def test_a_guest_is_served_over_ipv6_by_the_route_that_the_router_announces(
     def is_itself() -> bool:
         world.host.wire()
         solicit(guest)
-        return asks_as(guest, to=IPV6) == own
+        return uuid_of(guest, to=IPV6, timeout_s=2) == own
 
     try:
         until(is_itself, what="the guest is itself", within_s=40, pause_s=_PAUSE_S)
@@ -191,7 +165,7 @@ def test_guests_of_a_router_on_two_nodes_get_nothing_wrong_while_its_primary_cha
         stack.callback(other.close)
         own = {"paths": {"netns_dir": str(second.netns)}}
         namespaces = {"neutron_namespaces": {"routers": True}}
-        settings = _settings(world.host.openstack)
+        settings = world.host.settings()
         settings["sources"].update(namespaces)
         other.configure({**settings, **own})
         other.start()
@@ -208,7 +182,11 @@ def test_guests_of_a_router_on_two_nodes_get_nothing_wrong_while_its_primary_cha
                 lambda ours=ours, command=list_tables: ours <= set(run(*command).split()),  # type: ignore[misc] # mypy cannot see the defaults' types
                 what=f"the tables of {daemon.lab.prefix} in the router's namespace",
             )
-        until(lambda: asks_as(router.guest) == router.instance, what="an answer", within_s=40)
+        until(
+            lambda: uuid_of(router.guest, timeout_s=2) == router.instance,
+            what="an answer",
+            within_s=40,
+        )
 
         def wrong(_: Guest, reply: Reply) -> str | None:
             return None if router.instance.encode() in reply.body else f"wrong: {reply.status}"
@@ -258,7 +236,7 @@ def test_a_node_goes_back_to_the_agents_proxies_and_over_again_killed_after_each
 def _wait_served(world: L3World, router: MadeRouter) -> None:
     def is_served() -> bool:
         world.host.wire()
-        return asks_as(router.guest) == router.instance
+        return uuid_of(router.guest, timeout_s=2) == router.instance
 
     until(is_served, what=f"{router.namespace} is served", within_s=40, pause_s=_PAUSE_S)
 

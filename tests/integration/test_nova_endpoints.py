@@ -200,7 +200,7 @@ def test_requests_of_two_cells_do_not_cross(world: NovaWorld, by: str) -> None:
     sets: dict[str, object] = {
         "cell2": {
             "endpoints": [{"url": second.url}],
-            "secret_file": str(world.secret_file("cell2", _NEXT_SECRET)),
+            "secret_file": str(world.daemon.write_secret("cell2", _NEXT_SECRET)),
             by: ["green" if by == "networks" else PROJECTS["green"]],
         },
         **cast("Mapping[str, object]", settings["nova"]["endpoint_sets"]),
@@ -306,7 +306,7 @@ def rotating(world: NovaWorld) -> Iterator[NovaWorld]:
 
 
 def _next(world: NovaWorld) -> Mapping[str, object]:
-    return {"next_secret_file": world.secret_file("next", _NEXT_SECRET)}
+    return {"next_secret_file": world.daemon.write_secret("next", _NEXT_SECRET)}
 
 
 def _statuses(world: NovaWorld) -> set[int]:
@@ -388,7 +388,9 @@ def test_a_secret_is_replaced_without_a_guest_noticing(world: NovaWorld) -> None
             until(both_asked, what="both Novas' being up")
             assert _statuses(world) == {200}
         with _kept_connections(world):
-            _use(world, world.novas, {"secret_file": world.secret_file("next", _NEXT_SECRET)})
+            _use(
+                world, world.novas, {"secret_file": world.daemon.write_secret("next", _NEXT_SECRET)}
+            )
         assert _statuses(world) == {200}
         assert _statuses(world) == {200}
         # The sockets by which HAProxy spoke to itself meanwhile are gone.

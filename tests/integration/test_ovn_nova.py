@@ -117,7 +117,7 @@ def world() -> Iterator[World]:
             _add_ports(ovn, openstack.seed)
         for name in ovn.ports:
             made.guests[name] = ovn.guest(name)
-        own = ovn_settings(ovn, nova=openstack.nova_url, secret=openstack.secret_file)
+        own = ovn_settings(ovn.open_vswitch, nova=openstack.nova_url, secret=openstack.secret_file)
         # Nobody here is announced late.
         daemon.configure({**own, "resolver": {"hold_s": 0.0}})
         daemon.start()

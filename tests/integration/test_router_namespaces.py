@@ -30,11 +30,7 @@ class RouterWorld:
 
     def asks_as(self, name: str, *, to: str = IPV4) -> str:
         """The instance that a guest is; what happens where it is none."""
-        try:
-            reply = self.guests[name].ask("/latest/meta-data/hostname", to=to, timeout_s=2)
-        except Lost as lost:
-            return str(lost)
-        return reply.text if reply.status == 200 else str(reply.status)
+        return self.guests[name].reads("/latest/meta-data/hostname", to=to, timeout_s=2)
 
     def wait(self, name: str, *, to: str = IPV4) -> None:
         """Wait until a guest is itself."""

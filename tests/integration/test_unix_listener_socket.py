@@ -14,13 +14,14 @@ from typing import Final
 
 import pytest
 
-from support.agent_socket import AgentWorld, open_agents, say_whose, squat
+from support.agent_socket import AgentWorld, open_agents, squat
 from support.daemon import alive, instance
 from support.guest import IPV4, IPV6, Guest, Load, Reply
 from support.lab import Server, record, until, within
 from support.namespace_proxy import PROGRAM
 from support.nova_world import nova_instance
 from support.openstack.front import L3_PORT, Front, FrontKind, start_fronts
+from support.recorder import say_whose
 from support.world import own
 
 pytestmark = pytest.mark.root

@@ -13,7 +13,6 @@ from support.guest import Connection, Lost, Reply
 from support.health import METRICS, ask_operator
 from support.lab import Server, record, until, within
 from support.nova_world import INSTANCES, NovaWorld, nova_instance, prepare_nova_world
-from support.recorder import Answer, Received, reply
 
 NETWORK: Final = "X-Neutron-Network-ID"
 ROUTER: Final = "X-Neutron-Router-ID"
@@ -71,11 +70,6 @@ class AgentSocket:
             # Nobody else says it like this.
             return b"exactly one of X-Neutron" in connection.request("/openstack").body
         return False
-
-
-def say_whose(request: Received) -> Answer:
-    """Answer as a Nova that says whose the documents are."""
-    return reply(b" ".join(request.values("x-instance-id")))
 
 
 @contextlib.contextmanager

@@ -160,6 +160,13 @@ class Daemon:
     def admin(self) -> AdminClient:
         return AdminClient(self.runtime / "admin.sock")
 
+    def write_secret(self, name: str, text: str) -> Path:
+        """Write a secret down in the directory."""
+        file = self.directory / name
+        file.write_text(f"{text}\n")
+        file.chmod(0o600)
+        return file
+
     def log_entries(self) -> list[Shape]:
         """The controllers' log, entry by entry."""
         lines = self.log.read_text(errors="replace").splitlines()

@@ -4,7 +4,10 @@ A socket belongs to the namespace in which it was made, whoever uses it afterwar
 namespace, makes the socket and ends; a request costs no process.
 """
 
+from __future__ import annotations
+
 import contextlib
+import json
 import socket
 import threading
 import time
@@ -269,6 +272,35 @@ class Guest:
                 connection.send(sent)
             return connection.read(method)
 
+    def reads(
+        self,
+        target: str,
+        *,
+        to: str = IPV4,
+        source: str | None = None,
+        timeout_s: float | None = None,
+    ) -> str:
+        """The body of an answer 200; the status of another one, or why there is none."""
+        try:
+            reply = self.ask(target, to=to, source=source, timeout_s=timeout_s)
+        except Lost as lost:
+            return str(lost)
+        return reply.text if reply.status == 200 else str(reply.status)
+
+    def is_served(
+        self,
+        target: str,
+        wrong: Callable[[Guest, Reply], str | None],
+        *,
+        to: str = IPV4,
+        timeout_s: float | None = None,
+    ) -> bool:
+        """Whether it is answered in time, and nothing is wrong with the answer."""
+        try:
+            return wrong(self, self.ask(target, to=to, timeout_s=timeout_s)) is None
+        except Lost:
+            return False
+
     def raw(self, data: bytes, *, method: str = "GET", timeout_s: float | None = None) -> Reply:
         """Exactly these bytes on a connection of their own."""
         with self.connect(timeout_s=timeout_s) as connection:
@@ -454,6 +486,12 @@ def answers(
 ) -> Mapping[str, Reply]:
     """What each is told of one target."""
     return {name: asker.ask(target, method=method) for name, asker in askers.items()}
+
+
+def uuid_of(guest: Guest, *, to: str = IPV4, timeout_s: float | None = None) -> str:
+    """The instance that a guest is by its `meta_data.json`; else as `Guest.reads`."""
+    text = guest.reads("/openstack/latest/meta_data.json", to=to, timeout_s=timeout_s)
+    return str(json.loads(text)["uuid"]) if text.startswith("{") else text
 
 
 def take_token(guest: Guest | Asker, ttl_s: int = 600) -> str:

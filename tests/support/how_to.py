@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from support.demonstration import REPOSITORY
 from support.document_blocks import Block, blocks_of, find_fault, script_of
-from support.guest import Guest, Lost
+from support.guest import Guest
 from support.lab import until
 from support.packaged_daemon import PackagedDaemon, machine_with_dependencies
 from support.packages import archive_of, build_packages
@@ -170,10 +170,7 @@ class Host:
 
 
 def _is_served(guest: Guest) -> bool:
-    try:
-        return named(guest, guest.ask(META_DATA, timeout_s=1)) is None
-    except Lost:
-        return False
+    return guest.is_served(META_DATA, named, timeout_s=1)
 
 
 def records() -> dict[str, list[dict[str, object]]]:

@@ -79,12 +79,6 @@ def _nova(novas: Sequence[Recorder]) -> Mapping[str, object]:
     return {**times, "endpoint_sets": {"default": chosen}}
 
 
-def _write_secret(daemon: Daemon) -> None:
-    file = daemon.directory / "secret"
-    file.write_text(f"{SECRET}\n")
-    file.chmod(0o600)
-
-
 def _settings(novas: Sequence[Recorder]) -> Mapping[str, Mapping[str, object]]:
     return {
         "metrics": {"listen": CONTROLLER, "haproxy_listen": HAPROXY},
@@ -105,7 +99,7 @@ def _prepare(daemon: Daemon) -> None:
         (daemon.directory / name).mkdir(exist_ok=True)
     run("/usr/bin/mount", "-t", "tmpfs", "-o", "size=16m,mode=0755", "tmpfs", str(daemon.state))
     (daemon.directory / "haproxy").symlink_to("/usr/sbin/haproxy")
-    _write_secret(daemon)
+    daemon.write_secret("secret", SECRET)
 
 
 @contextlib.contextmanager
@@ -131,7 +125,7 @@ def _wrong_daemon(world: World, nova: Recorder) -> Iterator[tuple[Daemon, Guest]
     (place / "sitecustomize.py").write_text(_FAST)
     daemon = Daemon(lab, settings, program=program, environment={"PYTHONPATH": str(place)})
     try:
-        _write_secret(daemon)
+        daemon.write_secret("secret", SECRET)
         (daemon.directory / "clouds.yaml").write_text(json.dumps(_CLOUDS))
         network = lab.namespace_network("wrong")
         stranger = lab.guest("wrong")

@@ -96,13 +96,6 @@ class NovaWorld(NovaGuests):
     lab: Lab
     daemon: Daemon
 
-    def secret_file(self, name: str, text: str) -> Path:
-        """Write a secret down."""
-        file = self.daemon.directory / name
-        file.write_text(f"{text}\n")
-        file.chmod(0o600)
-        return file
-
     def settings(
         self,
         endpoints: Sequence[Mapping[str, object]],
@@ -113,7 +106,7 @@ class NovaWorld(NovaGuests):
         """The daemon's settings with these endpoints in the set `default`."""
         chosen = {
             "endpoints": list(endpoints),
-            "secret_file": str(self.secret_file("secret", SECRET)),
+            "secret_file": str(self.daemon.write_secret("secret", SECRET)),
             **(fields or {}),
         }
         nova = {**_TIMES, **(times or {}), "endpoint_sets": {"default": chosen}}

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Final
 
 from imdsproxy.model.entities import METADATA_IPV4
-from support.guest import Guest, Lost, Reply
+from support.guest import Guest, Reply
 from support.lab import Lab, ip, run, until
 from support.nova_world import SECRET
 from support.openstack.install import environments
 from support.ovn_lab import OvnLab
 from support.reaper import reap_at_the_end
-from support.recorder import Answer, Received, Recorder, reply
+from support.recorder import Recorder, say_whose
 from support.systemd_daemon import UnitDaemon, installed
 
 AGENT: Final = "neutron-ovn-metadata-agent"
@@ -91,10 +91,7 @@ class AgentWorld:
         return own_instance(instances, guest, answer)
 
     def served(self, guest: Guest, to: str = str(METADATA_IPV4)) -> bool:
-        try:
-            return self.wrong(guest, guest.ask(TARGET, to=to, timeout_s=2)) is None
-        except Lost:
-            return False
+        return guest.is_served(TARGET, self.wrong, to=to, timeout_s=2)
 
     def wait_served(self) -> None:
         for guest in self.guests.values():
@@ -122,10 +119,6 @@ class AgentWorld:
         return [int(word) for word in said.split()]
 
 
-def _nova(request: Received) -> Answer:
-    return reply(b"".join(request.values("x-instance-id")))
-
-
 @contextlib.contextmanager
 def open_agent_world(work: Path, *, networks: int = 2) -> Iterator[AgentWorld]:
     """Boot it; two guests in each network, the same addresses in all of them."""
@@ -145,7 +138,7 @@ def open_agent_world(work: Path, *, networks: int = 2) -> Iterator[AgentWorld]:
         stack.callback(ovn.close)
         # The name alone: its processes are the machine's.
         stack.callback(ip, "netns", "del", lab.host)
-        nova = stack.enter_context(Recorder(namespace=lab.host, default=_nova))
+        nova = stack.enter_context(Recorder(namespace=lab.host, default=say_whose))
         for number in range(networks):
             name = "abcdefgh"[number]
             ovn.add_network(name)

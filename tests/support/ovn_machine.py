@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from support.demonstration import REPOSITORY
-from support.guest import Guest, Lost
+from support.guest import Guest
 from support.lab import until
 from support.systemd_machine import Machine
 
@@ -85,10 +85,8 @@ ovs-vsctl add-port br-int vm-1 -- set Interface vm-1 external_ids:iface-id={_POR
 ovn-nbctl --timeout=30 --wait=hv sync
 """
 _NOVA: Final = f"""
-from support.recorder import Recorder, reply
-def nova(asked):
-    return reply(asked.values("x-instance-id")[0] if asked.values("x-instance-id") else b"")
-Recorder(port=8775, default=nova, secret={SECRET!r}).listen()
+from support.recorder import Recorder, say_whose
+Recorder(port=8775, default=say_whose, secret={SECRET!r}).listen()
 """
 
 
@@ -106,11 +104,7 @@ class OvnMachine:
 
     def is_served(self) -> bool:
         """Whether Nova is asked for the guest's instance."""
-        try:
-            reply = self.guest.ask("/openstack", timeout_s=1)
-        except Lost:
-            return False
-        return (reply.status, reply.text) == (200, INSTANCE)
+        return self.guest.reads("/openstack", timeout_s=1) == INSTANCE
 
     def wait_served(self) -> None:
         """Wait until the guest is served."""

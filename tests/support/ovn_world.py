@@ -7,12 +7,12 @@ from functools import partial
 from pathlib import Path
 
 from support.daemon import Daemon
-from support.guest import IPV4, Guest, Lost, Reply
+from support.guest import IPV4, Guest, Reply
 from support.lab import until
 from support.nova_world import SECRET
 from support.ovn_lab import OvnLab, open_ovn
 from support.patience import patience
-from support.recorder import Answer, Received, Recorder, reply
+from support.recorder import Recorder, say_whose
 
 
 @dataclass(slots=True)
@@ -49,11 +49,7 @@ class OvnWorld:
 
     def asks_as(self, name: str, *, to: str = IPV4) -> str:
         """The instance that Nova is asked for when a guest asks; the status where it is not asked."""
-        try:
-            answer = self.guests[name].ask("/openstack", to=to, timeout_s=2 * patience())
-        except Lost as lost:
-            return str(lost)
-        return answer.text if answer.status == 200 else str(answer.status)
+        return self.guests[name].reads("/openstack", to=to, timeout_s=2 * patience())
 
     def wait_own(self, *names: str, to: str = IPV4, within_s: float = 3.0) -> None:
         """Wait until these guests are asked for as themselves."""
@@ -80,22 +76,21 @@ class OvnWorld:
         return [one["field"] for one in self.daemon.status()["problems"]]
 
 
-def _own(request: Received) -> Answer:
-    return reply(b"".join(request.values("X-Instance-ID")))
-
-
-def ovn_settings(ovn: OvnLab, *, nova: str, secret: Path) -> Mapping[str, Mapping[str, object]]:
+def ovn_settings(
+    open_vswitch: str, *, nova: str, secret: Path, **source: object
+) -> Mapping[str, Mapping[str, object]]:
     """Of a daemon that knows its guests by OVN alone.
 
     Args:
         nova: Its URL.
         secret: The file with the secret that it shares.
+        source: Further settings of the source.
     """
     endpoints = {"endpoints": [{"url": nova}], "secret_file": str(secret)}
     return {
         "sources": {
             "sqlite": {"enabled": False},
-            "ovn": {"enabled": True, "open_vswitch": ovn.open_vswitch},
+            "ovn": {"enabled": True, "open_vswitch": open_vswitch, **source},
         },
         "documents": {"supervisor": "spawn", "enabled": False},
         "nova": {"health_check": "tcp", "endpoint_sets": {"default": endpoints}},
@@ -107,12 +102,10 @@ def open_ovn_world() -> Iterator[OvnWorld]:
     """A world whose daemon is configured, and not started yet."""
     with contextlib.ExitStack() as stack:
         ovn = stack.enter_context(open_ovn())
-        nova = Recorder(namespace=ovn.lab.host, secret=SECRET, default=_own)
+        nova = Recorder(namespace=ovn.lab.host, secret=SECRET, default=say_whose)
         stack.enter_context(nova)
         daemon = Daemon(ovn.lab)
         stack.callback(daemon.close)
-        secret = daemon.directory / "secret"
-        secret.write_text(f"{SECRET}\n")
-        secret.chmod(0o600)
-        daemon.configure(ovn_settings(ovn, nova=nova.url, secret=secret))
+        secret = daemon.write_secret("secret", SECRET)
+        daemon.configure(ovn_settings(ovn.open_vswitch, nova=nova.url, secret=secret))
         yield OvnWorld(ovn, daemon, nova)

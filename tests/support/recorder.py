@@ -161,6 +161,11 @@ def _echo(request: Received) -> Answer:
     return reply(request.target, with_body=request.method != "HEAD")
 
 
+def say_whose(request: Received) -> Answer:
+    """Answer as a Nova that says whose the documents are."""
+    return reply(b" ".join(request.values("x-instance-id")))
+
+
 @dataclass(slots=True)
 class Recorder:
     """One Nova.

@@ -19,11 +19,12 @@ from bench.southbound import (
     add_chassis_to_vswitch,
 )
 from support.daemon import Daemon
-from support.guest import IPV4, Guest, Lost
+from support.guest import IPV4, Guest
 from support.lab import Lab, batch, ip, until, within
 from support.nova_world import SECRET
+from support.ovn_world import ovn_settings
 from support.reaper import reap, reap_at_the_end
-from support.recorder import Recorder, signature_of
+from support.recorder import Recorder, say_whose
 
 
 @dataclass(slots=True)
@@ -45,7 +46,8 @@ class SouthboundWorld:
         """Start all but the daemon."""
         reap_at_the_end(directory=self.directory)
         reap_at_the_end(namespaces=self._namespaces)
-        self.nova = self._stack.enter_context(Recorder(namespace=self.lab.host, secret=SECRET))
+        nova = Recorder(namespace=self.lab.host, secret=SECRET, default=say_whose)
+        self.nova = self._stack.enter_context(nova)
         self.daemon = Daemon(self.lab)
         self._stack.callback(self.daemon.close)
         self.vswitch = self.server("Open_vSwitch", "vswitch").create().start()
@@ -106,20 +108,10 @@ class SouthboundWorld:
 
     def start_daemon(self, *, ready: bool = True, **ovn: object) -> None:
         """Start it, with these settings of the source."""
-        secret = self.daemon.directory / "secret"
-        secret.write_text(f"{SECRET}\n")
-        secret.chmod(0o600)
-        chosen = {"endpoints": [{"url": self.nova.url}], "secret_file": str(secret)}
-        source = {"enabled": True, "open_vswitch": self.vswitch.remote, **ovn}
-        self.daemon.configure(
-            {
-                "sources": {"sqlite": {"enabled": False}, "ovn": source},
-                "documents": {"supervisor": "spawn", "enabled": False},
-                "nova": {"health_check": "tcp", "endpoint_sets": {"default": chosen}},
-                # Whom no record claims gets its 404 or 503 at once.
-                "resolver": {"hold_s": 0.2},
-            }
-        )
+        secret = self.daemon.write_secret("secret", SECRET)
+        settings = ovn_settings(self.vswitch.remote, nova=self.nova.url, secret=secret, **ovn)
+        # Whom no record claims gets its 404 or 503 at once.
+        self.daemon.configure({**settings, "resolver": {"hold_s": 0.2}})
         self.daemon.start(ready=ready)
 
     def plug(self, port: SbPort) -> Guest:
@@ -155,18 +147,7 @@ class SouthboundWorld:
 
     def asks_as(self, port: SbPort, *, to: str = IPV4, source: str | None = None) -> str:
         """The instance that Nova is asked for when a port's guest asks; the status where it is not asked."""
-        self.nova.forget()
-        try:
-            reply = self.guests[port].ask("/openstack", to=to, source=source, timeout_s=5)
-        except Lost as lost:
-            return str(lost)
-        if reply.status != 200:
-            return str(reply.status)
-        (request,) = self.nova.requests
-        headers = dict(request.headers)
-        instance = headers[b"x-instance-id"].decode()
-        assert headers[b"x-instance-id-signature"].decode() == signature_of(SECRET, instance)
-        return instance
+        return self.guests[port].reads("/openstack", to=to, source=source, timeout_s=5)
 
     def wait_asks_as(self, port: SbPort, expected: str) -> None:
         until(lambda: self.asks_as(port) == expected, what=f"{port.id} is {expected}")

@@ -10,7 +10,7 @@ from typing import Any, Final, Literal, cast
 
 from imdsproxy.api.client import AdminClient
 from support.demonstration import REPOSITORY
-from support.guest import Guest, Lost, Reply
+from support.guest import Guest, Reply
 from support.lab import until
 from support.systemd_machine import Machine, systemd_machine
 
@@ -58,10 +58,7 @@ def named(guest: Guest, reply: Reply) -> str | None:
 
 def serves(guest: Guest) -> bool:
     """Whether a guest is answered in time, with its own."""
-    try:
-        return own_user_data(guest, guest.ask(USER_DATA, timeout_s=1)) is None
-    except Lost:
-        return False
+    return guest.is_served(USER_DATA, own_user_data, timeout_s=1)
 
 
 def wait_served(*guests: Guest) -> None:

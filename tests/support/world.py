@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 from support.daemon import Daemon, Pids, alive, instance, user_data_of
-from support.guest import IPV4, Guest, Lost, Reply
+from support.guest import IPV4, Guest, Reply
 from support.holders import holders
 from support.lab import Lab, LabState, RecordMapping, until
 
@@ -40,10 +40,7 @@ def own(guest: Guest, reply: Reply) -> str | None:
 
 def reads_own(guest: Guest, to: str = IPV4, *, timeout_s: float | None = 0.3) -> bool:
     """Whether a guest is answered in time, with its own."""
-    try:
-        return own(guest, guest.ask("/latest/user-data", to=to, timeout_s=timeout_s)) is None
-    except Lost:
-        return False
+    return guest.is_served("/latest/user-data", own, to=to, timeout_s=timeout_s)
 
 
 @dataclass(slots=True)
