@@ -161,7 +161,7 @@ def test_a_host_joins_with_a_token_once_and_is_cut_off_within_a_second_when_it_i
     world: FleetWorld, tmp_path: Path
 ) -> None:
     operator = Operator.new(world, "anna")
-    word, ran = operator.invite("late"), []
+    word, ran = operator.do("fleet", "enrol", "late").out.strip(), []
     for name in ("one", "two"):
         config = tmp_path / f"{name}.yaml"
         config.write_text(f"paths:\n  state_dir: {tmp_path / name}\n")

@@ -28,7 +28,6 @@ from imdsproxy.errors import (
     SourceUnavailable,
 )
 from imdsproxy.fleet.layout import override_key, parse_override
-from imdsproxy.fleet.members import parse_invitation
 from imdsproxy.model.entities import InstanceId
 from support.fleet_faults import FAULTS
 from support.fleet_history import Answer, History, Outcome, Write
@@ -255,8 +254,7 @@ class Chaos:
     def join_spare(self) -> Member:
         """A host that joins, to be revoked."""
         name = f"spare-{len(self.revoked)}-{self.random.randrange(1_000_000)}"
-        word = self.request("POST", "/fleet/invitations", {"host": name})["invitation"]
-        return Member.joined(self.world, parse_invitation(word))
+        return self._operator.join(name)
 
     def revoke(self, spare: Member) -> None:
         """Revoke a host, and an instance's tokens."""

@@ -65,7 +65,7 @@ class Operator:
 
     def invite(self, host: str) -> str:
         """The invitation of a host."""
-        return self.do("fleet", "enrol", host).out.strip()
+        return str(self.ask("POST", "/fleet/invitations", {"host": host})["invitation"])
 
     def join(self, host: str, place: str = "") -> Member:
         """A host that joins, with files of its own in the world's directory."""
