@@ -18,8 +18,8 @@ from imdsproxy.documents.compiled import compiled_path
 from imdsproxy.host.files import MAX_LOG_BYTES
 from imdsproxy.host.process import read_rests
 from support.daemon import alive
-from support.document_server import Server, ask, connect, pss_kib
-from support.guest import Connection, Guest, Load, Reply
+from support.document_server import Server, ask, pss_kib
+from support.guest import Connection, Guest, Load, Reply, connect_unix
 from support.guest_records import GUEST, guest
 from support.lab import until
 from support.patience import patience
@@ -69,7 +69,7 @@ class _Client:
 
     def connect(self, *, to: str) -> Connection:
         del to
-        return _Asking(connect(self.path).socket)
+        return _Asking(connect_unix(self.path).socket)
 
 
 def _load(path: Path) -> Load:
@@ -99,14 +99,14 @@ def test_every_worker_answers_on_its_own_socket_each_request_by_itself(server: S
         "content-length": str(len(GUEST.ec2_id)),
     }
     for path in server.sockets:
-        with connect(path) as connection:
+        with connect_unix(path) as connection:
             for _ in range(50):
                 reply = connection.request(_LEAF, headers=[_LINE])
                 # And nothing about the server.
                 assert (reply.body, reply.headers) == (GUEST.ec2_id.encode(), expected)
     assert len(set(server.running.pids)) == 3
     for sent in (b"garbage", b"GET / HTTP/9.9", b"GET  ", b"\x16\x03\x01\x00\xa5"):
-        with connect(server.sockets[0]) as connection:
+        with connect_unix(server.sockets[0]) as connection:
             connection.send(sent + b"\r\n\r\n")
             assert connection.socket.recv(4096).startswith(b"HTTP/1.1 400 ")
 
@@ -121,7 +121,7 @@ def test_16_mib_of_binary_user_data_are_exact_not_held_and_hold_up_no_other(serv
         assert ask(server.sockets[0], target).body == data
     assert pss_kib(worker) - before < 8 * 1024
     # Clients that read slowly, or leave.
-    slow = [connect(server.sockets[0]) for _ in range(8)]
+    slow = [connect_unix(server.sockets[0]) for _ in range(8)]
     for connection in slow:
         connection.send(_USER_DATA)
     assert ask(server.sockets[0], _LEAF).status == 200
@@ -200,7 +200,7 @@ def test_workers_that_are_only_idle_and_a_parent_that_was_stopped_go_on_as_befor
     before, parent = server.running, server.running.parent or 0
     with ExitStack() as stack:
         for _ in range(20):
-            stack.enter_context(connect(server.sockets[0]))
+            stack.enter_context(connect_unix(server.sockets[0]))
         os.kill(parent, signal.SIGSTOP)
         stopped = time.monotonic()
         # Longer than it waits for a signal.
@@ -268,7 +268,7 @@ def test_sigterm_removes_the_sockets_finishes_what_has_begun_and_ends_all(
     parent = server.start()
     workers, data = server.running.workers, os.urandom(16 << 20)
     write_record(server.records, guest(user_data=data))
-    with connect(server.sockets[0]) as connection:
+    with connect_unix(server.sockets[0]) as connection:
         connection.send(_USER_DATA)
         assert connection.socket.recv(1, socket.MSG_PEEK)
         parent.terminate()
@@ -313,7 +313,7 @@ def test_clients_of_a_server_that_starts_wait_for_its_workers_and_its_manager_do
     server = make()
     server.spawn(fault="slow")
     until(lambda: all(path.exists() for path in server.sockets), what="the sockets")
-    connections = [connect(path) for path in server.sockets]
+    connections = [connect_unix(path) for path in server.sockets]
     assert "a worker answers" not in server.text()
     for connection in connections:
         with connection:
@@ -353,7 +353,7 @@ def test_sighup_takes_up_new_code_without_losing_a_request(make: Callable[..., S
         for _ in range(3):
             one.wait_answers(50)
             old = set(server.running.workers)
-            with connect(server.sockets[0]) as kept:
+            with connect_unix(server.sockets[0]) as kept:
                 kept.request("/latest", headers=[_LINE])
                 parent.send_signal(signal.SIGHUP)
                 while not kept.request("/latest", headers=[_LINE]).closes:

@@ -30,7 +30,7 @@ from imdsproxy.hub.pki import authority
 from imdsproxy.model.entities import InstanceId
 from imdsproxy.sources.fleet.client import HostFiles
 from support.daemon import instance
-from support.dashboards import filled_in, layout_faults, queries_of
+from support.dashboards import layout_faults, without_data
 from support.demonstration import REPOSITORY
 from support.fleet_world import METRICS_PORT, FleetHost, FleetWorld, fleet_world
 from support.lab import until
@@ -101,7 +101,9 @@ def _join(world: FleetWorld, host: FleetHost) -> None:
 def test_a_fleets_dashboard_has_data_and_each_fault_of_the_fleet_fires_its_alerts(
     fleet: Monitored,
 ) -> None:
-    _dashboard_has_data(fleet)
+    board = json.loads(_BOARD.read_text())
+    assert layout_faults(board) == []
+    assert without_data(board, fleet.prometheus, within_s=_WITHIN_S) == set()
     fired: set[str] = set()
     began = time.monotonic()
 
@@ -150,23 +152,6 @@ def test_a_fleets_dashboard_has_data_and_each_fault_of_the_fleet_fires_its_alert
     wait_for("HubNotFollowing", "NoHub")
     all_of_fleet = {one.name for one in alerts(RULES / "imdsproxy-fleet.rules.yml")}
     assert fired == all_of_fleet - {f"Imdsproxy{name}" for name in _NEEDS_TIME}
-
-
-def _dashboard_has_data(fleet: Monitored) -> None:
-    board = json.loads(_BOARD.read_text())
-    assert layout_faults(board) == []
-    queries = {filled_in(one) for one in queries_of(board["panels"])}
-    assert len(queries) > 20
-    empty: set[str] = set()
-
-    def filled() -> bool:
-        empty.clear()
-        empty.update(one for one in queries if not fleet.prometheus.query(one))
-        return not empty
-
-    with contextlib.suppress(AssertionError):
-        until(filled, within_s=_WITHIN_S, pause_s=0.5)
-    assert empty == set()
 
 
 def _replace_certificates(world: FleetWorld) -> Mapping[Path, bytes]:

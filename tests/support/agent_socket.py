@@ -1,7 +1,6 @@
 """The listener `unix` as Neutron's proxies see it: requests on the socket, byte for byte."""
 
 import contextlib
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -9,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from support.guest import Connection, Lost, Reply
+from support.guest import Connection, Lost, Reply, connect_unix
 from support.health import METRICS, ask_operator
 from support.lab import Server, record, until, within
 from support.nova_world import INSTANCES, NovaWorld, nova_instance, prepare_nova_world
@@ -44,19 +43,7 @@ class AgentSocket:
     path: Path
 
     def connect(self) -> Connection:
-        """Open a connection.
-
-        Raises:
-            Lost: Nobody takes it.
-        """
-        sock = socket.socket(socket.AF_UNIX)
-        sock.settimeout(_TIMEOUT_S)
-        try:
-            sock.connect(str(self.path))
-        except OSError as error:
-            sock.close()
-            raise Lost(f"connecting to {self.path}: {error}") from error
-        return Connection(sock)
+        return connect_unix(self.path, _TIMEOUT_S)
 
     def ask(self, address: str = "10.0.0.5") -> Reply:
         """One request as a proxy of the network `red` forwards it."""

@@ -1,8 +1,12 @@
 """What a dashboard of Grafana asks Prometheus, and how its panels lie."""
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
+
+from support.lab import until
+from support.prometheus import Prometheus
 
 
 def queries_of(of: Any) -> Iterator[str]:
@@ -21,6 +25,22 @@ def filled_in(query: str) -> str:
     filled = everything.replace("$__rate_interval", "10s")
     assert "$" not in filled
     return filled
+
+
+def without_data(board: Any, prometheus: Prometheus, *, within_s: float) -> set[str]:
+    """Queries of a dashboard that have no series, though they were waited for."""
+    queries = {filled_in(one) for one in queries_of(board["panels"])}
+    assert len(queries) > 20
+    empty: set[str] = set()
+
+    def filled() -> bool:
+        empty.clear()
+        empty.update(one for one in queries if not prometheus.query(one))
+        return not empty
+
+    with contextlib.suppress(AssertionError):
+        until(filled, within_s=within_s, pause_s=0.5)
+    return empty
 
 
 def layout_faults(board: Any) -> list[str]:

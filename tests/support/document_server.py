@@ -11,7 +11,7 @@ from typing import Final
 from imdsproxy.documents.pidfile import DocumentProcesses, read_pids
 from imdsproxy.model.entities import InstanceId
 from support.daemon import alive
-from support.guest import Connection, Lost, Reply
+from support.guest import Lost, Reply, connect_unix
 from support.guest_records import GUEST
 from support.lab import until
 from support.patience import patience
@@ -61,24 +61,12 @@ except ImdsproxyError as error:
 """
 
 
-def connect(path: Path) -> Connection:
-    """A connection to a socket; `Lost` where none is taken."""
-    sock = socket.socket(socket.AF_UNIX)
-    sock.settimeout(20)
-    try:
-        sock.connect(str(path))
-    except OSError as error:
-        sock.close()
-        raise Lost(f"connecting: {error}") from error
-    return Connection(sock)
-
-
 def ask(
     path: Path, target: str, *, body: bytes = b"", instance: InstanceId | None = GUEST.id
 ) -> Reply:
     """A read on a connection of its own, or a POST of a body."""
     lines = () if instance is None else (f"X-Imdsproxy-Instance: {instance}",)
-    with connect(path) as connection:
+    with connect_unix(path) as connection:
         return connection.request(
             target, method="POST" if body else "GET", headers=lines, body=body
         )

@@ -25,7 +25,7 @@ from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.hub.store.etcd import Etcd, open_tls
 from imdsproxy.hub.store.etcd_messages import MemberStatus, parse_status
 from support.certificates import Authority, Certificate, make_authority
-from support.lab import Lab, batch, cut, ip, run, until, within
+from support.lab import Lab, batch, cut, plug, run, until, within
 from support.reaper import reap, reap_at_the_end
 
 BRIDGE: Final = "imdst-etcd"
@@ -93,9 +93,7 @@ class EtcdLab:
     def plug(self, namespace: str, address: str) -> None:
         """Connect a namespace with the members: another hub's, or a member's."""
         outer = f"e{address.rpartition('.')[2]}"
-        words = ("type", "veth", "peer", "name", "eth0", "netns", namespace)
-        ip("-n", self.lab.host, "link", "add", outer, "master", BRIDGE, *words)
-        ip("-n", self.lab.host, "link", "set", outer, "up")
+        plug(self.lab.host, outer, namespace, bridge=BRIDGE)
         batch(namespace, ["link set eth0 up", f"address add {address}/24 dev eth0"])
 
     @contextlib.contextmanager

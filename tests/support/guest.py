@@ -188,6 +188,22 @@ class Connection:
             raise Lost(f"reading: {error}") from error
 
 
+def connect_unix(path: Path | str, timeout_s: float = 20.0) -> Connection:
+    """Open a connection to a unix socket.
+
+    Raises:
+        Lost: Nobody takes it.
+    """
+    sock = socket.socket(socket.AF_UNIX)
+    sock.settimeout(timeout_s)
+    try:
+        sock.connect(str(path))
+    except OSError as error:
+        sock.close()
+        raise Lost(f"connecting to {path}: {error}") from error
+    return Connection(sock)
+
+
 @dataclass(frozen=True, slots=True)
 class Guest:
     """A machine behind a network: a namespace with `eth0`.

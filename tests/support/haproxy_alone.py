@@ -41,7 +41,7 @@ from imdsproxy.model.wire import (
     NovaRecord,
     render_map_value,
 )
-from support.guest import IPV4, Asker, Connection, Lost, Reply
+from support.guest import IPV4, Asker, Connection, Lost, Reply, connect_unix
 from support.lab import until
 from support.openstack.servers import free_port
 
@@ -245,10 +245,7 @@ class Alone:
     def connect(self, network: str = "red", way: str = "guests") -> Connection:
         if way == "guests":
             return Connection(socket.create_connection((_ADDRESS, self.ports[network]), 10))
-        client = socket.socket(socket.AF_UNIX)
-        client.settimeout(10)
-        client.connect(str(self.directory / f"{way}.sock"))
-        return Connection(client)
+        return connect_unix(self.directory / f"{way}.sock")
 
     def lines(self, network: str, way: str) -> tuple[str, ...]:
         """Whose a request is, where it doesn't come over the guest's own connection."""

@@ -250,12 +250,7 @@ class Lab:
         mac = mac or f"fa:16:3e:00:{number >> 8:02x}:{number & 255:02x}"
         namespace = self.namespace(name)
         place, bridge = self._places[network]
-        outer = f"v{self._guests}"
-        ip(
-            *("-n", place, "link", "add", outer, "master", bridge, "type", "veth"),
-            *("peer", "name", "eth0", "address", mac, "netns", namespace),
-        )
-        ip("-n", place, "link", "set", outer, "up")
+        plug(place, f"v{self._guests}", namespace, mac=mac, bridge=bridge)
         lines = [
             "link set eth0 up",
             f"address add 10.0.0.{number}/24 dev eth0",
@@ -418,6 +413,25 @@ def run(
         f"{' '.join(arguments)} ended with {done.returncode}\n{stdin}{said}"
     )
     return done.stdout
+
+
+def plug(
+    place: str, device: str, namespace: str, *, mac: str = "", bridge: str = "", mtu: int = 1500
+) -> None:
+    """Make a cable from a device, which is up, to `eth0` in another namespace.
+
+    Args:
+        place: The namespace of the device.
+        mac: Of `eth0`; the kernel's choice by default.
+        bridge: That the device is a port of, if any.
+    """
+    here = ("master", bridge) if bridge else ()
+    there = ("address", mac) if mac else ()
+    ip(
+        *("-n", place, "link", "add", device, "mtu", str(mtu), *here, "type", "veth"),
+        *("peer", "name", "eth0", *there, "mtu", str(mtu), "netns", namespace),
+    )
+    ip("-n", place, "link", "set", device, "up")
 
 
 @contextlib.contextmanager

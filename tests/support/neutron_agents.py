@@ -20,7 +20,7 @@ from typing import Any, Final, Literal
 
 from imdsproxy.host.namespaces import NamespaceDirectory
 from support.guest import Guest
-from support.lab import NETNS, Lab, batch, ip, run, until, within
+from support.lab import NETNS, Lab, batch, ip, plug, run, until, within
 from support.message_broker import URL, open_broker
 from support.openstack.lab import OpenStack, open_openstack
 from support.openstack.processes import Place
@@ -205,11 +205,7 @@ class NeutronHost:
         name = f"vm-{port[:8]}"
         namespace = self.lab.namespace(name)
         device = f"vm{port[:11]}"
-        ip(
-            *("-n", self.lab.host, "link", "add", device, "type", "veth"),
-            *("peer", "name", "eth0", "address", mac, "netns", namespace),
-        )
-        ip("-n", self.lab.host, "link", "set", device, "up")
+        plug(self.lab.host, device, namespace, mac=mac)
         batch(
             namespace,
             [

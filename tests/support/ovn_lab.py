@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Final
 
 from support.guest import Guest
-from support.lab import NETNS, Lab, batch, ip, run, until, within
+from support.lab import NETNS, Lab, batch, ip, plug, run, until, within
 from support.patience import patience
 from support.reaper import reap, reap_at_the_end
 
@@ -497,11 +497,7 @@ class OvnLab:
         """
         port = self.ports[name]
         namespace = self.lab.namespace(f"vm-{name}")
-        ip(
-            *("-n", self.lab.host, "link", "add", port.device, "mtu", str(_MTU), "type", "veth"),
-            *("peer", "name", "eth0", "address", port.mac, "mtu", str(_MTU), "netns", namespace),
-        )
-        ip("-n", self.lab.host, "link", "set", port.device, "up")
+        plug(self.lab.host, port.device, namespace, mac=port.mac, mtu=_MTU)
         lines = [
             "link set eth0 up",
             *(f"address add {one} dev eth0 {_nodad(one)}" for one in port.cidrs),

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from support.guest import Guest, inside
-from support.lab import NETNS, Lab, batch, ip, run, until, within
+from support.lab import NETNS, Lab, batch, ip, plug, run, until, within
 from support.reaper import reap_at_the_end
 from support.wire import tapped
 
@@ -79,14 +79,8 @@ class RouterLab:
         router, namespace = self.routers[what], self.lab.namespace(name)
         device = router.next_device()
         mac = f"fa:16:3e:00:{subnet:02x}:{number:02x}"
-        ip(
-            *("-n", self.namespace(what), "link", "add", device, "type", "veth"),
-            *("peer", "name", "eth0", "address", mac, "netns", namespace),
-        )
-        batch(
-            self.namespace(what),
-            [f"link set {device} up", f"address add 10.0.{subnet}.1/24 dev {device}"],
-        )
+        plug(self.namespace(what), device, namespace, mac=mac)
+        batch(self.namespace(what), [f"address add 10.0.{subnet}.1/24 dev {device}"])
         batch(
             namespace,
             [
@@ -103,10 +97,7 @@ class RouterLab:
     def gateway(self, what: str) -> str:
         """Give a router a way outside; the namespace that is there."""
         outside = self.lab.namespace(f"{what}-out")
-        ip(
-            *("-n", self.namespace(what), "link", "add", "qg-1", "type", "veth"),
-            *("peer", "name", "eth0", "netns", outside),
-        )
+        plug(self.namespace(what), "qg-1", outside)
         batch(
             outside,
             [
@@ -118,7 +109,6 @@ class RouterLab:
         batch(
             self.namespace(what),
             [
-                "link set qg-1 up",
                 "address add 198.51.100.2/24 dev qg-1",
                 f"route add default via {OUTSIDE}",
             ],
