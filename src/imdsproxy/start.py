@@ -25,7 +25,7 @@ from imdsproxy.config.changes import SettingsHolder, refuse_dropped
 from imdsproxy.config.load import Loaded
 from imdsproxy.config.schema import Settings
 from imdsproxy.controller import build
-from imdsproxy.controller.controller import Controller
+from imdsproxy.controller.parts import Parts, build_parts
 from imdsproxy.controller.reload import on_sighup
 from imdsproxy.errors import DataplaneError, HostRefused, first_expected
 from imdsproxy.haproxy.launch import Launcher, read_program
@@ -51,6 +51,7 @@ from imdsproxy.network.listeners.apply import apply_links
 from imdsproxy.network.listeners.host import SystemHost
 from imdsproxy.network.ovn.host import sweep_ovn
 from imdsproxy.nova.upstream import NovaUpstream
+from imdsproxy.reconcile.progress import Progress
 
 if TYPE_CHECKING:
     from imdsproxy.api.metrics import Metrics
@@ -99,45 +100,46 @@ async def run_controller(
         mode = int(settings.admin.mode, 8)
         admin = open_sole_socket(settings.admin_socket, mode=mode, owner=owner)
         stack.callback(admin.close)
-        starting = await stack.enter_async_context(StartingServer(admin))
+        progress = Progress()
+        starting = await stack.enter_async_context(StartingServer(admin, lambda: progress.steps))
         if show is not None:
             stack.callback(asyncio.create_task(_show_start(show, starting, heartbeat)).cancel)
-        host = build.build_host(settings, layout)
-        stack.callback(host.thread.close)
+        thread = build.build_thread(settings)
+        stack.callback(thread.close)
         stack.enter_context(hold_directory(layout.state))
         health = None
         if (listen := settings.metrics.listen) is not None:
             sock = open_tcp_socket(listen.host, listen.port)
             health = stack.enter_context(HealthServer(sock, alive=heartbeat.alive))
-        controller = Controller(
+        parts = build_parts(
             holder=holder,
             clock=clock,
             notifier=notifier,
             nova=nova,
-            host=host,
+            thread=thread,
             program=await read_program(settings.haproxy.binary),
             config=config,
             environment=environment,
+            progress=progress,
         )
-        controller.with_data_plane = container
+        parts.ending.with_data_plane = container
         if container:
             copies = LogCopies((layout.haproxy_log, layout.documents_log), sys.stderr.buffer)
             stack.callback(copies.copy)
             stack.callback(asyncio.create_task(copies.run()).cancel)
         stack.callback(settings.admin_socket.unlink, missing_ok=True)
-        starting.steps = lambda: controller.records.progress.steps
-        await _live(controller, admin, starting, health, heartbeat)
+        await _live(parts, admin, starting, health, heartbeat)
 
 
 async def _live(
-    controller: Controller,
+    parts: Parts,
     admin: socket.socket,
     starting: StartingServer,
     health: HealthServer | None,
     heartbeat: Heartbeat,
 ) -> None:
     """Start all parts in order, serve until stopped, then stop the controller's own parts."""
-    settings, layout = controller.holder.settings, controller.layout
+    settings, layout = parts.holder.settings, parts.layout
     loop = asyncio.get_running_loop()
     worker = owner_of(None, settings.haproxy.group)
     resolver_socket = open_sole_socket(layout.resolver_socket, mode=0o660, owner=worker)
@@ -146,34 +148,34 @@ async def _live(
         layout.audit_last_socket, mode=0o660, owner=worker, kind=socket.SOCK_DGRAM
     )
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, controller.ended.set)
-    loop.add_signal_handler(signal.SIGHUP, on_sighup, controller)
+        loop.add_signal_handler(number, parts.ending.requested.set)
+    loop.add_signal_handler(signal.SIGHUP, on_sighup, parts)
     async with contextlib.AsyncExitStack() as stack:
-        stack.callback(controller.notifier.send, STOPPING="1")
-        await stack.enter_async_context(controller.watch)
+        stack.callback(parts.notifier.send, STOPPING="1")
+        await stack.enter_async_context(parts.watch)
         group = await stack.enter_async_context(asyncio.TaskGroup())
         tasks = [
-            group.create_task(source.run(controller.records.observe), name=f"source-{source.name}")
-            for source in controller.sources.all
+            group.create_task(source.run(parts.records.observe), name=f"source-{source.name}")
+            for source in parts.sources.all
         ]
-        auditing = controller.audit.run(audit_socket, last_socket, controller.kept)
+        auditing = parts.audit.run(audit_socket, last_socket, parts.kept)
         tasks.append(group.create_task(auditing, name="audit"))
-        loading = group.create_task(_load_http(controller))
+        loading = group.create_task(_load_http(parts))
         try:
-            await _start_data_plane(controller)
+            await _start_data_plane(parts)
         finally:
-            controller.served.set()
-            controller.haproxy.starting.set()
+            parts.served.set()
+            parts.haproxy.starting.set()
         tasks += [
             group.create_task(work, name=getattr(work, "__qualname__", None))
-            for work in controller.work()
+            for work in parts.work()
         ]
-        (metrics, resolver), _ = await asyncio.gather(loading, controller.probe.ask())
+        (metrics, resolver), _ = await asyncio.gather(loading, parts.probe.ask())
         from imdsproxy.documents.http import serve
 
         resolving = group.create_task(serve(resolver, resolver_socket))
-        tasks.append(group.create_task(_count(controller)))
-        api = await asyncio.to_thread(_load_admin, controller)
+        tasks.append(group.create_task(_count(parts)))
+        api = await asyncio.to_thread(_load_admin, parts)
         await starting.end()
         administering = group.create_task(serve(api, admin))
         if health is not None:
@@ -182,23 +184,23 @@ async def _live(
         # collection over 1,000 networks would delay guests by 70 ms.
         freeze_garbage()
         heartbeat.starting = False
-        networks = len(controller.inventory.networks)
-        instances = len(controller.inventory.instances)
-        controller.notifier.ready(f"{networks} networks")
+        networks = len(parts.inventory.networks)
+        instances = len(parts.inventory.instances)
+        parts.notifier.ready(f"{networks} networks")
         _log.info("ready", networks=networks, instances=instances, admin=str(settings.admin_socket))
-        await controller.ended.wait()
-        await _settle(controller)
+        await parts.ending.requested.wait()
+        await _settle(parts)
         for task in (*tasks, administering):
             task.cancel()
-        if controller.with_data_plane:
+        if parts.ending.with_data_plane:
             # Stop supervisors before the processes they restart. The admin API may end later.
             await asyncio.wait(tasks)
-            await controller.haproxy.launcher.stop()
-            await controller.companion.stop()
+            await parts.haproxy.launcher.stop()
+            await parts.companion.stop()
         # The resolver ends after HAProxy, which may send requests over its open connections until then.
         resolving.cancel()
-        if controller.with_data_plane:
-            await sweep_host(settings, controller.host, controller.tables)
+        if parts.ending.with_data_plane:
+            await sweep_host(settings, parts.host, parts.tables)
             sweep_unix_socket(layout.config, SocketFiles().observe)
 
 
@@ -211,29 +213,29 @@ async def _show_start(show: ShowStart, starting: StartingServer, heartbeat: Hear
         show(None)
 
 
-async def _count(controller: Controller) -> None:
+async def _count(parts: Parts) -> None:
     """Read HAProxy's counters regularly, because a worker may end by itself, and limit the size of HAProxy's log."""
     for turn in itertools.count():
         # Nova's answers 403 are a problem without a look of Prometheus.
-        await controller.nova_watch.refresh()
+        await parts.nova_watch.refresh()
         if turn % _COUNT_TURNS == 0:
-            await controller.counting.refresh()
-            await controller.traffic.refresh()
-        limit_log(controller.layout.haproxy_log)
+            await parts.counting.refresh()
+            await parts.traffic.refresh()
+        limit_log(parts.layout.haproxy_log)
         await asyncio.sleep(_NOVA_EVERY_S)
 
 
-async def _settle(controller: Controller) -> None:
+async def _settle(parts: Parts) -> None:
     """Write the state that the next controller starts from."""
-    controller.records.settle()
+    parts.records.settle()
     # Without the timeout, a hanging worker would block the shutdown.
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_LAST_LOOK_S):
-            await controller.counting.refresh()
-    await controller.counting.save()
+            await parts.counting.refresh()
+    await parts.counting.save()
 
 
-async def _load_http(controller: Controller) -> tuple[Metrics, AsgiApp]:
+async def _load_http(parts: Parts) -> tuple[Metrics, AsgiApp]:
     """Import metrics and the resolver in a thread, while HAProxy reads its files.
 
     The import takes as long as the rest of the start. Known guests do not wait for it: no module needed to serve them
@@ -244,101 +246,101 @@ async def _load_http(controller: Controller) -> tuple[Metrics, AsgiApp]:
         from imdsproxy.api.metrics import Metrics
         from imdsproxy.documents.resolver_app import resolver_app
 
-        return Metrics(controller), resolver_app(controller.resolver, controller.forward)
+        return Metrics(parts), resolver_app(parts.resolver, parts.forward)
 
-    await controller.haproxy.starting.wait()
+    await parts.haproxy.starting.wait()
     return await asyncio.to_thread(make)
 
 
-def _load_admin(controller: Controller) -> AsgiApp:
+def _load_admin(parts: Parts) -> AsgiApp:
     """Import and build the admin API, the slowest import."""
     from imdsproxy.api.app import admin_app  # the resolver does not wait for it
 
-    return admin_app(controller)
+    return admin_app(parts)
 
 
-async def _start_data_plane(controller: Controller) -> None:
+async def _start_data_plane(parts: Parts) -> None:
     """Adopt running processes, and start missing ones with the records that the sources have reported so far."""
-    await controller.hop_limits.preload()
-    adopted = await controller.haproxy.adopt()
-    found = controller.companion.read().parent
-    documents = asyncio.create_task(controller.companion.ensure())
+    await parts.hop_limits.preload()
+    adopted = await parts.haproxy.adopt()
+    found = parts.companion.read().parent
+    documents = asyncio.create_task(parts.companion.ensure())
     try:
         # Both take long: the document server's start, and observing a thousand namespaces.
-        await asyncio.gather(documents, _prepare(controller, adopted=adopted))
-        await controller.listeners.first_round()
+        await asyncio.gather(documents, _prepare(parts, adopted=adopted))
+        await parts.listeners.first_round()
         # The existing MAC filters restore guests that are known only by their MACs.
-        controller.lookup.recall()
+        parts.lookup.recall()
     except DataplaneError:
         # A document server that is still starting cannot be stopped, so wait for it.
         await asyncio.wait([documents])
         if found is None:
             # Do not leave behind a document server that this start created.
-            await controller.companion.stop()
+            await parts.companion.stop()
         raise
 
 
-async def _prepare(controller: Controller, *, adopted: bool) -> None:
+async def _prepare(parts: Parts, *, adopted: bool) -> None:
     """Write the records for a HAProxy that starts later, or compare an adopted HAProxy with the records."""
-    await _wait_for_records(controller)
+    await _wait_for_records(parts)
     if adopted:
-        processes = controller.haproxy.processes
+        processes = parts.haproxy.processes
         _log.info("haproxy adopted", master=None if processes is None else processes.master)
-        controller.records.resync()
-        await controller.listeners.first_look()
+        parts.records.resync()
+        await parts.listeners.first_look()
     else:
-        await controller.haproxy.end_stray()
-        await asyncio.gather(controller.listeners.first_look(), _write_records(controller))
+        await parts.haproxy.end_stray()
+        await asyncio.gather(parts.listeners.first_look(), _write_records(parts))
 
 
-async def _write_records(controller: Controller) -> None:
+async def _write_records(parts: Parts) -> None:
     """Write the records that HAProxy reads when it starts."""
-    applier = controller.records.applier
-    if await controller.records.reuse_maps():
+    applier = parts.records.applier
+    if await parts.records.reuse_maps():
         return
     # Sources that are not in sync yet keep their records of the last run.
     before: dict[str, str | None] = {}
-    if not controller.inventory.in_sync and applier.load():
-        before.update(controller.records.keep_of_last_run(applier.state.effective()))
-        controller.hop_limits.restrict(before)
-    records = await controller.records.compile_all()
+    if not parts.inventory.in_sync and applier.load():
+        before.update(parts.records.keep_of_last_run(applier.state.effective()))
+        parts.hop_limits.restrict(before)
+    records = await parts.records.compile_all()
     if before:
         records = {**{key: value for key, value in before.items() if value}, **records}
     applier.write_all(records)
 
 
-async def _wait_for_records(controller: Controller) -> None:
-    await controller.nova.resolve()
+async def _wait_for_records(parts: Parts) -> None:
+    await parts.nova.resolve()
     before: object = None
-    while not controller.inventory.in_sync:
+    while not parts.inventory.in_sync:
         # Keep waiting while records arrive: a start without them would not serve their guests sooner.
-        known = len(controller.inventory.instances), controller.records.progress.steps
+        known = len(parts.inventory.instances), parts.records.progress.steps
         if known == before:
-            reports = controller.inventory.reports.items()
+            reports = parts.inventory.reports.items()
             missing = [name for name, report in reports if not report.in_sync]
             _log.warning("starting before all sources are in sync", waiting_for=missing)
             break
         before = known
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_FIRST_SYNC_S):
-                await _enough_records(controller)
-        if _is_alone(controller):
+                await _enough_records(parts)
+        if _is_alone(parts):
             _log.warning("starting with the fleet's records that are on disk: no hub answers")
             break
     # Restore guests behind routers before the first sweep.
-    controller.lookup.follow_routes()
+    parts.lookup.follow_routes()
 
 
-async def _enough_records(controller: Controller) -> None:
+async def _enough_records(parts: Parts) -> None:
     """Wait until all sources are in sync, or only the fleet is missing and serves its records from disk."""
     while True:
-        if controller.inventory.in_sync or _is_alone(controller):
+        if parts.inventory.in_sync or _is_alone(parts):
             return
         await asyncio.sleep(_LOOK_EVERY_S)
 
 
-def _is_alone(controller: Controller) -> bool:
-    fleet, reports = controller.sources.fleet, controller.inventory.reports.items()
+def _is_alone(parts: Parts) -> bool:
+    fleet, reports = parts.sources.fleet, parts.inventory.reports.items()
     missing = [name for name, report in reports if not report.in_sync]
     return fleet is not None and fleet.alone and missing == [fleet.name]
 
@@ -421,7 +423,8 @@ async def stop_data_plane(settings: Settings, environment: Mapping[str, str]) ->
     """
     layout = Layout.of(settings)
     await _end_unreachable(layout.state)
-    host = build.build_host(settings, layout)
+    thread = build.build_thread(settings)
+    host = build.build_host(settings, layout, thread)
     companion = build.build_companion(settings, layout, None, environment)
     try:
         await Launcher(settings.haproxy.binary, build.unit_of(settings.haproxy), layout).stop()
@@ -429,7 +432,7 @@ async def stop_data_plane(settings: Settings, environment: Mapping[str, str]) ->
         filters = build.build_filters(layout, host, Inventory(), Clock())
         await sweep_host(settings, host, filters)
     finally:
-        host.thread.close()
+        thread.close()
     sockets = (layout.master_socket, layout.probe_socket, layout.resolver_socket)
     for path in (*sockets, settings.admin_socket):
         remove_file(path, f"remove {path}")

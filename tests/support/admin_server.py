@@ -9,7 +9,8 @@ import threading
 from collections.abc import AsyncIterator, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 from unittest.mock import patch
 
 from fastapi import FastAPI
@@ -21,7 +22,8 @@ from imdsproxy.api.client import AdminClient
 from imdsproxy.api.status import StatusReport, report_status
 from imdsproxy.config.changes import SettingChange, SettingsReload
 from imdsproxy.controller import build
-from imdsproxy.controller.controller import Controller
+from imdsproxy.controller.fleet import FleetHost
+from imdsproxy.controller.parts import Parts
 from imdsproxy.controller.policy_store import PolicyStore
 from imdsproxy.controller.record_loop import RecordLoop
 from imdsproxy.controller.token_counting import TokenCounting
@@ -32,6 +34,7 @@ from imdsproxy.documents.resolver_app import GuestRequest
 from imdsproxy.documents.store import PasswordStore
 from imdsproxy.errors import Problem
 from imdsproxy.fleet.guests import FleetPolicies
+from imdsproxy.haproxy.launch import Launcher
 from imdsproxy.haproxy.process import Haproxy
 from imdsproxy.haproxy.records import write_table
 from imdsproxy.host.servers import open_unix_socket
@@ -121,7 +124,7 @@ class AdminServer:
     """A served API: change what is behind it, ask through `client`, or name `socket` to the CLI.
 
     Attributes:
-        controller: The parts that the routes use.
+        parts: The parts that the routes use.
         status: Fields of the status report that differ from the usual ones.
         answers: What HAProxy answers to a found guest, by target; everything else is 404.
         reloads: What `reload` was asked for, in order: whether settings may be dropped.
@@ -129,7 +132,7 @@ class AdminServer:
         failure: Raised by `status` and `reload`.
     """
 
-    controller: Any
+    parts: Parts
     socket: Path
     inventory: Inventory
     records: RecordLoop
@@ -145,6 +148,12 @@ class AdminServer:
     reloads: list[bool] = field(default_factory=list)
     stopped: list[bool] = field(default_factory=list)
     failure: Exception | None = None
+
+    def use(self, **parts: Any) -> None:
+        """Serve with other parts."""
+        self.parts = replace(self.parts, **parts)
+        vars(self.parts)["forward"] = self.forward
+        make_app().state.parts = self.parts
 
     @property
     def unapplied(self) -> list[Problem]:
@@ -191,7 +200,17 @@ class AdminServer:
         """A fleet says all that it says of guests, and that is in force."""
 
         async def take() -> None:
-            await self.records.tickets.wait(Controller.take_fleet(self.controller, fleet))
+            one = self.parts
+            host = FleetHost(
+                one.inventory,
+                one.policy_store,
+                one.records,
+                one.listeners,
+                one.watchdog,
+                one.probe,
+                self.socket,
+            )
+            await self.records.tickets.wait(host.take_policies(fleet))
 
         asyncio.run_coroutine_threadsafe(take(), self.loop).result(20)
 
@@ -249,14 +268,13 @@ async def _served(directory: Path) -> AsyncIterator[AdminServer]:
 
 
 def _no_filters(
-    _layout: object, _host: object, inventory: Inventory, _clock: object
+    _layout: object, _host: object, inventory: Inventory, _clock: object, _touch: object
 ) -> tuple[MacFilters, HopLimits]:
     return no_mac_filters(inventory), no_hop_limits()
 
 
 @contextlib.asynccontextmanager
-async def _serve(directory: Path, controller: Controller) -> AsyncIterator[AdminServer]:
-    one: Any = controller
+async def _serve(directory: Path, controller: Parts) -> AsyncIterator[AdminServer]:
     layout, records, haproxy = controller.layout, controller.records, controller.haproxy
     applier, keys = records.applier, controller.policy_store.keys
     layout.passwords.mkdir(exist_ok=True)
@@ -266,9 +284,9 @@ async def _serve(directory: Path, controller: Controller) -> AsyncIterator[Admin
         layout.master_socket, (layout.base_map, layout.overlay_map, layout.token_keys_map)
     )
     await fake.start()
-    one.haproxy.launcher = FakeLauncher(fake, applier.master, layout.config)
+    haproxy.launcher = cast("Launcher", FakeLauncher(fake, applier.master, layout.config))
     await haproxy.adopt()
-    one.listeners = listeners = Listeners(controller.inventory, haproxy=haproxy)
+    listeners = Listeners(controller.inventory, haproxy=haproxy)
     controller.lookup.read_neighbour = _no_neighbour
     controller.watching.apply = _nothing
     controller.probe.problem = None
@@ -283,12 +301,11 @@ async def _serve(directory: Path, controller: Controller) -> AsyncIterator[Admin
         controller.passwords,
         asyncio.get_running_loop(),
     )
-    one.forward, one.end = server.forward, server.end
+    server.use(listeners=listeners, ending=SimpleNamespace(request=server.end))
     store = controller.sources.writable
     assert store is not None
 
     app = make_app()
-    app.state.controller = controller
     listener = open_unix_socket(server.socket, mode=0o600)
     records.observe(Observation("file", full=True))
     work: Collection[asyncio.Task[None]] = [

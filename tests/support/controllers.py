@@ -13,7 +13,7 @@ from imdsproxy.config.changes import SettingsHolder
 from imdsproxy.config.load import Loaded
 from imdsproxy.config.schema import Settings
 from imdsproxy.controller import build
-from imdsproxy.controller.controller import Controller
+from imdsproxy.controller.parts import Parts, build_parts
 from imdsproxy.controller.traffic import count_traffic
 from imdsproxy.errors import Problem, SourceUnavailable
 from imdsproxy.haproxy.launch import HaproxyProgram
@@ -42,6 +42,7 @@ from imdsproxy.network.endpoints import MacFilter, MacFilterPlan
 from imdsproxy.network.listeners.plan import ListenerPlan
 from imdsproxy.network.planned import Endpoint, Foreign, NotServed, NotServedCode
 from imdsproxy.nova.upstream import NovaEndpointReport, NovaUpstream
+from imdsproxy.reconcile.progress import Progress
 from imdsproxy.sources.fleet.known import Position
 
 NOW: Final = 1_760_093_784
@@ -64,7 +65,7 @@ class _StoppedClock(StillClock):
 
 
 @contextmanager
-def make_controller(directory: Path, clock: Clock, **sections: Any) -> Iterator[Controller]:
+def make_controller(directory: Path, clock: Clock, **sections: Any) -> Iterator[Parts]:
     """The parts of a controller with these sections of the settings."""
     paths = {"state_dir": directory / "state", "runtime_dir": directory / "run"}
     for path in paths.values():
@@ -73,26 +74,27 @@ def make_controller(directory: Path, clock: Clock, **sections: Any) -> Iterator[
     layout = Layout.of(settings)
     layout.records.mkdir(exist_ok=True)
     loaded = Loaded(settings)
-    host = build.build_host(settings, layout)
+    thread = build.build_thread(settings)
     nova = NovaUpstream(layout.runtime)
     nova.read(settings.nova)
     try:
-        yield Controller(
+        yield build_parts(
             holder=SettingsHolder(loaded, lambda: loaded),
             clock=clock,
             notifier=ServiceNotifier(""),
             nova=nova,
-            host=host,
+            thread=thread,
             program=HaproxyProgram("/usr/sbin/haproxy", "3.0.11", frozenset()),
             config=None,
             environment={},
+            progress=Progress(),
         )
     finally:
-        host.thread.close()
+        thread.close()
 
 
 @contextmanager
-def idle_controller(directory: Path, **sections: Any) -> Iterator[Controller]:
+def idle_controller(directory: Path, **sections: Any) -> Iterator[Parts]:
     """A controller without problems, and with no more than every controller has."""
     settings = {"limits": {"enabled": False}, **sections}
     with make_controller(directory, _StoppedClock(), **settings) as controller:
@@ -104,7 +106,7 @@ def idle_controller(directory: Path, **sections: Any) -> Iterator[Controller]:
 
 
 @contextmanager
-def busy_controller(directory: Path, **sections: Any) -> Iterator[Controller]:
+def busy_controller(directory: Path, **sections: Any) -> Iterator[Parts]:
     """A controller in front of Neutron and Nova, of a fleet, of which everything is in use."""
     secret = directory / "secret"
     secret.write_text("a secret of Nova's\n")
@@ -125,7 +127,7 @@ def busy_controller(directory: Path, **sections: Any) -> Iterator[Controller]:
         yield controller
 
 
-def _use(one: Controller) -> None:
+def _use(one: Parts) -> None:
     _report_records(one)
     _listen(one)
     one.records.rounds.add(0.125)
@@ -152,7 +154,7 @@ def _use(one: Controller) -> None:
     _follow(one)
 
 
-def _report_records(one: Controller) -> None:
+def _report_records(one: Parts) -> None:
     networks = {
         NetworkId(name): Network(NetworkId(name), NamespaceListener(name))
         for name in ("blue", "red")
@@ -182,7 +184,7 @@ def _report_records(one: Controller) -> None:
     }
 
 
-def _listen(one: Controller) -> None:
+def _listen(one: Parts) -> None:
     listeners, unix = one.listeners, one.listeners.unix
     places = [NetworkId(name) for name in ("blue", "red")]
     sockets = [ListeningSocket(METADATA_IPV4, port, None, port) for port in (1, 2, 2)]
@@ -206,7 +208,7 @@ def _listen(one: Controller) -> None:
     one.companion.pid_file.write_text(f"{os.getpid()} {own.started}\n" * 3)
 
 
-def _follow(one: Controller) -> None:
+def _follow(one: Parts) -> None:
     neutron, fleet = one.sources.look_up, one.sources.fleet
     assert neutron is not None
     assert fleet is not None
@@ -233,6 +235,6 @@ def row(network: str, requests: int, denied: int = 0, errors: int = 0) -> dict[s
     return {"pxname": "guests", "svname": network, "type": "3", **counts}
 
 
-def expose(controller: Controller) -> str:
+def expose(controller: Parts) -> str:
     """Its metrics, as Prometheus reads them."""
     return Metrics(controller).expose("")[1].decode()

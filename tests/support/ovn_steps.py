@@ -98,14 +98,12 @@ async def _converge(order: _Order) -> None:
     source = OvnSource(OvnSourceSettings(enabled=True, open_vswitch=order.open_vswitch))
     thread = NamespaceThread(NamespaceDirectory())
     nowhere = Path("/nowhere")
-    host = SystemHost(thread, Naming(order.prefix), links=nowhere, journal=nowhere)
-    host.ovn = source
-    changed = asyncio.Event()
-    source.on_change = changed.set
+    naming = Naming(order.prefix)
+    host = SystemHost(thread, naming, links=nowhere, journal=nowhere, ovn=source)
     following = asyncio.create_task(source.run(lambda _: None))
     async with asyncio.timeout(_CONVERGES_S * patience()):
         while True:
-            changed.clear()
+            source.changed.clear()
             host.touch(None)
             known = NetworkId(order.network) in source.known.ports_by_network()
             ready = source.settled and known is order.wanted
@@ -113,6 +111,6 @@ async def _converge(order: _Order) -> None:
             if ready and not plan.ops and not plan.problems:
                 break
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(changed.wait(), 0.2)
+                await asyncio.wait_for(source.changed.wait(), 0.2)
     following.cancel()
     thread.close()

@@ -8,18 +8,18 @@ from fastapi import FastAPI
 
 from imdsproxy.api.problems import ERRORS, new_app
 from imdsproxy.api.routes import router
-from imdsproxy.controller.controller import Controller
+from imdsproxy.controller.parts import Parts
 
 
-def admin_app(controller: Controller | None) -> FastAPI:
+def admin_app(parts: Parts | None) -> FastAPI:
     """Build the application; its routes are `/v1/…`, and `/openapi.json` describes it.
 
     Args:
-        controller: The controller that its routes use; `None` only to describe the application.
+        parts: The parts that its routes use; `None` only to describe the application.
     """
     app = new_app(
         "imdsproxy admin API", "Networks, instances and the state of one imdsproxy daemon."
     )
-    app.state.controller = controller
+    app.state.parts = parts
     app.include_router(router, prefix="/v1", responses=ERRORS)
     return app

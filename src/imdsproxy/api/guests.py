@@ -9,8 +9,8 @@ from typing import Final, assert_never
 
 from imdsproxy.api.bodies import DocumentBody, DocumentView
 from imdsproxy.api.records import no_such, refuse_unknown
-from imdsproxy.controller.controller import Controller
 from imdsproxy.controller.lookup import Lookup
+from imdsproxy.controller.parts import Parts
 from imdsproxy.controller.record_plan import policy_place, record_key
 from imdsproxy.documents.resolver_app import CollectedAnswer, GuestRequest
 from imdsproxy.errors import NotFound, RuntimeUnavailable
@@ -152,7 +152,7 @@ class _Owner:
 
 
 async def get_document(
-    controller: Controller, key: AddressKey, path: str, instance: entities.InstanceId | None = None
+    parts: Parts, key: AddressKey, path: str, instance: entities.InstanceId | None = None
 ) -> DocumentView:
     """Return the answer that the guest at an address gets to `GET path` (with its query).
 
@@ -161,7 +161,7 @@ async def get_document(
     Raises:
         NotFound: The network does not exist, or the address does not belong to `instance`.
     """
-    lookup = controller.lookup
+    lookup = parts.lookup
     if not _may_know(lookup, key[0]):
         raise no_such("network", key[0])
     owner = await _owner(lookup, key)
@@ -183,7 +183,7 @@ async def get_document(
         return DocumentView(status=outcome.status, headers=again, body=body)
     answer = CollectedAnswer()
     request = GuestRequest(key, "GET", path.encode("utf-8"), by_operator=True)
-    await controller.forward(outcome, request, answer.take)
+    await parts.forward(outcome, request, answer.take)
     sent = ([name.decode("latin-1"), value.decode("latin-1")] for name, value in answer.headers)
     headers = [header for header in sent if header[0] != HEADER_AUDITED]
     body = DocumentBody.of(bytes(answer.body))
@@ -194,27 +194,26 @@ def _may_know(lookup: Lookup, network: entities.NetworkId) -> bool:
     return lookup.inventory.knows(network) or lookup.source is not None
 
 
-def list_addresses(controller: Controller, instance: entities.InstanceId) -> list[AddressKey]:
+def list_addresses(parts: Parts, instance: entities.InstanceId) -> list[AddressKey]:
     """Return the addresses of the instance for `explain`; raise `NotFound` if the instance does not exist."""
-    refuse_unknown(controller.inventory, instance)
-    keys = controller.records.addresses_of(instance)
+    refuse_unknown(parts.inventory, instance)
+    keys = parts.records.addresses_of(instance)
     # Few guests send requests from a link-local address, made of the MAC, if they have another address.
     chosen = {key for key in keys if not key[1].is_link_local} or keys
     return sorted(chosen, key=lambda key: (key[0], key[1].version, int(key[1])))
 
 
 async def explain(
-    controller: Controller, key: AddressKey, path: str | None = None, *, probe: bool = False
+    parts: Parts, key: AddressKey, path: str | None = None, *, probe: bool = False
 ) -> Explanation:
     """Explain which instance owns an address in a network, or behind a router; never raises for an unknown address.
 
     Args:
-        controller: The controller to query.
         key: The address.
         path: Also show the policy's decision on a GET of this path.
         probe: Also send a GET of `path`, or of a document that every instance has.
     """
-    network, lookup, listeners = key[0], controller.lookup, controller.listeners
+    network, lookup, listeners = key[0], parts.lookup, parts.listeners
     if not _may_know(lookup, network):
         return Explanation(*key, "no-network", 404, why=(f"no source reports network {network}",))
     owner, inventory = await _owner(lookup, key), lookup.inventory
@@ -223,14 +222,14 @@ async def explain(
     found.add(*(f"its listener is not as it should be: {reason}" for reason in wrong))
     if identity.checks_macs(inventory, network):
         found.pair = await _explain_pair(lookup, key, found)
-        await controller.forged_claims.refresh()
-        if claimants := ", ".join(controller.forged_claims.claimants(key)):
+        await parts.forged_claims.refresh()
+        if claimants := ", ".join(parts.forged_claims.claimants(key)):
             claimed = f"claimed by {claimants} by ARP or ND in the last ten minutes"
             found.add(f"it was {claimed}; the MAC above gets its answers all the same")
     if owner.at != key:
         found.add(f"router {network} leads to network {owner.at[0]}")
     if isinstance(owner.known, identity.Found):
-        _explain_found(controller, found, owner.at, owner.known, path)
+        _explain_found(parts, found, owner.at, owner.known, path)
     else:
         denial = owner.denial or identity.deny(owner.known, in_sync=inventory.in_sync)
         _explain_denied(found, owner, owner.known, denial)
@@ -240,9 +239,9 @@ async def explain(
         found.verdict, found.answer = "not-served", 503
     if probe:
         asked = path or _common_path(inventory, found.instance)
-        found.probe = Probe(asked, (await get_document(controller, key, asked)).status)
+        found.probe = Probe(asked, (await get_document(parts, key, asked)).status)
     found.nics = await _nics(lookup, found.instance)
-    found.installed = await _installed(controller, key)
+    found.installed = await _installed(parts, key)
     return found
 
 
@@ -329,13 +328,13 @@ def _explain_denied(
 
 
 def _explain_found(
-    controller: Controller,
+    parts: Parts,
     found: Explanation,
     at: AddressKey,
     known: identity.Found,
     path: str | None,
 ) -> None:
-    instance, lookup, records = known.instance, controller.lookup, controller.lookup.records
+    instance, lookup, records = known.instance, parts.lookup, parts.lookup.records
     key = found.network, found.address
     found.add(f"instance {instance.id} has {at[1]}, known by {known.how.value}")
     if lookup.source is not None and (seen := lookup.source.explain_freshness(*at)) is not None:
@@ -344,7 +343,7 @@ def _explain_found(
     book, place = records.policies(), policy_place(lookup.inventory, key[0], project, instance)
     folded = book.fold(place)
     rules = report_policy(folded, book.override(instance.id), instance.created_at, now)
-    of_fleet = controller.policy_store.is_of_fleet(instance.id)
+    of_fleet = parts.policy_store.is_of_fleet(instance.id)
     found.rules = replace(rules, of_fleet=of_fleet)
     paths = folded.policy.paths
     if path is not None:
@@ -353,10 +352,10 @@ def _explain_found(
     if instance.upstream is entities.Upstream.EMBEDDED:
         found.policy = {"dialects": ", ".join(sorted(instance.dialects)) or "none"}
         found.answer = 200 if instance.dialects else 404
-        problem = controller.probe.failure
+        problem = parts.probe.failure
         if problem is not None:
             found.add(f"no document is answered now: {problem.reason}")
-        if problem is not None or not controller.companion.needed:
+        if problem is not None or not parts.companion.needed:
             found.answer = 503
     elif isinstance(record := records.planned(key), NovaRecord):
         found.policy = {
@@ -419,9 +418,9 @@ async def _nics(lookup: Lookup, instance: entities.InstanceId | None) -> tuple[N
     return tuple(nics)
 
 
-async def _installed(controller: Controller, key: AddressKey) -> str | None:
+async def _installed(parts: Parts, key: AddressKey) -> str | None:
     """Return the address's value in the maps of the accepting worker."""
-    haproxy, layout = controller.haproxy, controller.haproxy.layout
+    haproxy, layout = parts.haproxy, parts.haproxy.layout
     if (worker := haproxy.worker) is None:
         return None
     try:

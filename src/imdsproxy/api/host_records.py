@@ -14,8 +14,8 @@ from imdsproxy.api import bodies, tokens
 from imdsproxy.api.answers import Written
 from imdsproxy.api.record_routes import Change, RecordStore
 from imdsproxy.api.records import HostReports, no_such, refuse_unknown
-from imdsproxy.controller.controller import UNCONFIRMED
 from imdsproxy.controller.in_force import find_unserved, wait_confirmed
+from imdsproxy.controller.parts import UNCONFIRMED
 from imdsproxy.documents.dialects.ec2 import list_warnings, warn_of_names
 from imdsproxy.errors import AlreadyExists, NotFound, Problem, RecordConflict, SourceRefused
 from imdsproxy.model.claims import find_shared
@@ -40,7 +40,7 @@ class HostRecords(HostReports, RecordStore):
         return PackedInstances()
 
     def steps(self) -> Sequence[Step]:
-        return self.controller.records.progress.steps
+        return self.parts.records.progress.steps
 
     async def put(self, change: Change) -> Written:
         networks, instances, create = change.networks, change.instances, change.create
@@ -58,11 +58,11 @@ class HostRecords(HostReports, RecordStore):
                     "imdsproxy network list",
                 )
                 for number, port in enumerate(instance.ports)
-                if not (port.network in coming or self.controller.inventory.knows(port.network))
+                if not (port.network in coming or self.parts.inventory.knows(port.network))
             ]
         if unknown:
             raise SourceRefused("a port is in a network that does not exist", problems=unknown)
-        async with self.controller.claiming if networks else contextlib.nullcontext():
+        async with self.parts.claiming if networks else contextlib.nullcontext():
             await self._refuse_shared(networks, prefix)
             await store.put(networks, instances, bulk=change.bulk)
         written = await self._in_force([one.id for one in networks], instances=len(instances))
@@ -72,13 +72,13 @@ class HostRecords(HostReports, RecordStore):
         return replace(written, warnings=list_warnings(misnamed))
 
     async def patch_network(self, network: NetworkId, patch: Mapping[str, object]) -> Written:
-        async with self.controller.patching:
+        async with self.parts.patching:
             stored = render_record((await self.report_network(network))["record"])
             return await self.put(Change([bodies.read_network(bodies.merge_patch(stored, patch))]))
 
     async def patch_instance(self, instance: InstanceId, patch: Mapping[str, object]) -> Written:
         clears_password = patch.get(bodies.PASSWORD, "") is None
-        async with self.controller.patching:
+        async with self.parts.patching:
             stored = render_record((await self.report_instance(instance))["record"])
             changed = bodies.merge_patch(stored, patch)
             record = bodies.read_record("instance", parse_instance, changed)
@@ -101,14 +101,14 @@ class HostRecords(HostReports, RecordStore):
         return await self._in_force([], instances=1)
 
     async def revoke_tokens(self, instance: InstanceId) -> tokens.OverrideChange:
-        return await tokens.revoke_tokens(self.controller, instance)
+        return await tokens.revoke_tokens(self.parts, instance)
 
     async def reopen(self, instance: InstanceId) -> tokens.OverrideChange:
-        return await tokens.reopen_boot(self.controller, instance)
+        return await tokens.reopen_boot(self.parts, instance)
 
     async def show_password(self, instance: InstanceId) -> bodies.PasswordBody:
-        refuse_unknown(self.controller.inventory, instance)
-        password = await asyncio.to_thread(self.controller.passwords.read, instance)
+        refuse_unknown(self.parts.inventory, instance)
+        password = await asyncio.to_thread(self.parts.passwords.read, instance)
         if password is None:
             raise _no_password(instance)
         return bodies.PasswordBody(instance=instance, password=bodies.DocumentBody.of(password))
@@ -120,14 +120,14 @@ class HostRecords(HostReports, RecordStore):
 
     async def _remove_password(self, instance: InstanceId) -> bool:
         """Remove a password; return whether there was one. If it is a fleet's, raise `SourceRefused`."""
-        refuse_unknown(self.controller.inventory, instance)
-        if self.controller.fleet_passwords is not None:
-            return await self.controller.fleet_passwords.forget(instance)
-        return await asyncio.to_thread(self.controller.passwords.remove, instance)
+        refuse_unknown(self.parts.inventory, instance)
+        if self.parts.fleet_passwords is not None:
+            return await self.parts.fleet_passwords.forget(instance)
+        return await asyncio.to_thread(self.parts.passwords.remove, instance)
 
     @property
     def _store(self) -> SqliteSource:
-        if (store := self.controller.sources.writable) is None:
+        if (store := self.parts.sources.writable) is None:
             hint = "set sources.sqlite.enabled: true"
             raise SourceRefused("no source can be written to", hint=hint)
         return store
@@ -138,7 +138,7 @@ class HostRecords(HostReports, RecordStore):
 
     def _refuse_foreign(self, kind: str, subject: str, *, create: bool = False) -> bool:
         """Return whether the store has the record; refuse records of other sources, and existing ones with `create`."""
-        inventory = self.controller.inventory
+        inventory = self.parts.inventory
         if kind == "network":
             sources, article = inventory.sources_of_network(NetworkId(subject)), "a"
         else:
@@ -155,7 +155,7 @@ class HostRecords(HostReports, RecordStore):
         """Refuse listeners that another network has, with the field of each."""
         if not networks:
             return
-        known, host = self.controller.inventory.networks, self.controller.listeners.host
+        known, host = self.parts.inventory.networks, self.parts.listeners.host
         every = {**known, **{one.id: one for one in networks}}
         shared = find_shared(every.values(), known, host.seen.inode_of)
         if shared:
@@ -178,12 +178,14 @@ class HostRecords(HostReports, RecordStore):
 
     async def _in_force(self, networks: Sequence[NetworkId], *, instances: int = 0) -> Written:
         pending: list[str] = []
-        if not await wait_confirmed(self.controller, listeners=bool(networks)):
+        if not await wait_confirmed(
+            self.parts.records, self.parts.listeners, changed=bool(networks)
+        ):
             pending.append(UNCONFIRMED)
-        delays = list_problems(self.controller.parts(), Impact.DELAYS)
+        delays = list_problems(self.parts.all(), Impact.DELAYS)
         pending += [problem.reason for problem in delays]
         if networks:
-            pending += map(str, await find_unserved(self.controller.listeners, frozenset(networks)))
+            pending += map(str, await find_unserved(self.parts.listeners, frozenset(networks)))
         reasons = tuple(dict.fromkeys(pending))
         return Written(len(networks), instances, applied=not reasons, pending=reasons)
 

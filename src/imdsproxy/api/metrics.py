@@ -19,7 +19,7 @@ from imdsproxy import __version__
 from imdsproxy.api import status
 from imdsproxy.api.answers import Readiness
 from imdsproxy.api.exposition import Exposed, Metric, metrics_of
-from imdsproxy.controller.controller import Controller
+from imdsproxy.controller.parts import Parts
 from imdsproxy.reconcile.part import By, Gauge
 
 NETWORK_SUM: Final = "*"
@@ -35,18 +35,18 @@ _PREPARE_S: Final = 2.0
 class Metrics(Exposed, prefix=PREFIX):
     """Reads every metric when Prometheus asks for it."""
 
-    controller: Controller
+    parts: Parts
 
     @cached_property
     def _readers(self) -> tuple[tuple[Any, Metric], ...]:
-        everything: tuple[Any, ...] = (self, *self.controller.parts())
+        everything: tuple[Any, ...] = (self, *self.parts.all())
         return tuple((part, one) for part in everything for one in metrics_of(type(part), PREFIX))
 
     async def prepare(self) -> None:
         """Read the figures that the parts do not have at hand; if HAProxy hangs, the last ones stay."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_PREPARE_S):
-                for part in self.controller.parts():
+                for part in self.parts.all():
                     await part.refresh()
 
     def collect(self) -> Iterator[metrics_core.Metric]:
@@ -59,20 +59,20 @@ class Metrics(Exposed, prefix=PREFIX):
 
     def readiness(self) -> Readiness:
         """Return whether guests get what the sources report, as /readyz does."""
-        return status.report_readiness(self.controller)
+        return status.report_readiness(self.parts)
 
     def _by_network(self, counts: Mapping[str, int]) -> Mapping[str, int]:
         """Return the count of each network, or only their sum if there are more than `network_series` networks.
 
         A network without a count has 0: Prometheus sees no increase in a counter that begins with its first event.
         """
-        found = {**dict.fromkeys(map(str, self.controller.inventory.networks), 0), **counts}
-        few = len(found) <= self.controller.holder.settings.metrics.network_series
+        found = {**dict.fromkeys(map(str, self.parts.inventory.networks), 0), **counts}
+        few = len(found) <= self.parts.holder.settings.metrics.network_series
         return found if few else {NETWORK_SUM: sum(counts.values())}
 
     def _disks(self) -> Mapping[str, tuple[int, int]]:
         """Return free bytes and size by directory, without removed directories."""
-        layout = self.controller.layout
+        layout = self.parts.layout
         places = {"runtime": layout.runtime, "state": layout.state}
         found = {name: disk_usage(path) for name, path in places.items() if path.exists()}
         return {name: (usage.free, usage.total) for name, usage in found.items()}
@@ -87,11 +87,11 @@ class Metrics(Exposed, prefix=PREFIX):
 
     def start_time_seconds(self) -> Gauge:
         """Unix time of the controller's start."""
-        return self.controller.started_at
+        return self.parts.started_at
 
     def clock_seconds(self) -> Gauge:
         """Unix time by this host's clock, to compare with another clock: session tokens and boots end by it."""
-        return self.controller.clock.now().timestamp()
+        return self.parts.clock.now().timestamp()
 
     def disk_free_bytes(self) -> Annotated[By, "gauge", "directory"]:
         """Bytes that can be written to the file systems of `paths.runtime_dir` and `paths.state_dir`."""
@@ -103,8 +103,5 @@ class Metrics(Exposed, prefix=PREFIX):
 
     def process_restarts(self) -> Annotated[By, "counter", "process"]:
         """Restarts of processes that died or hung, by process: haproxy, or documents (the server and its workers)."""
-        controller = self.controller
-        return {
-            "documents": controller.companion.restarts,
-            "haproxy": controller.watchdog.restarts,
-        }
+        parts = self.parts
+        return {"documents": parts.companion.restarts, "haproxy": parts.watchdog.restarts}

@@ -7,7 +7,7 @@ from typing import TypeVar, cast
 from imdsproxy.api.answers import NotServed
 from imdsproxy.api.bodies import choose_named
 from imdsproxy.api.record_routes import Report
-from imdsproxy.controller.controller import Controller
+from imdsproxy.controller.parts import Parts
 from imdsproxy.controller.record_plan import policy_place
 from imdsproxy.errors import DataplaneError, NotFound
 from imdsproxy.haproxy.master import WorkerEnded
@@ -44,31 +44,31 @@ def find_record(inventory: Inventory, instance: InstanceId) -> Instance | None:
 class HostReports:
     """Reports of a controller's records."""
 
-    controller: Controller
+    parts: Parts
 
     def find_network(self, text: str) -> NetworkId:
-        inventory, network = self.controller.inventory, NetworkId(text)
+        inventory, network = self.parts.inventory, NetworkId(text)
         return network if inventory.knows(network) else _find_id(network, inventory.networks)
 
     def find_instance(self, text: str) -> InstanceId:
-        inventory, instance = self.controller.inventory, InstanceId(text)
+        inventory, instance = self.parts.inventory, InstanceId(text)
         known = inventory.sources_of_instance(instance)
         return instance if known else _find_id(instance, inventory.instances)
 
     async def report_networks(self) -> Iterable[Report]:
-        networks = self.controller.inventory.networks
-        return _describe_networks(self.controller, [networks[one] for one in sorted(networks)])
+        networks = self.parts.inventory.networks
+        return _describe_networks(self.parts, [networks[one] for one in sorted(networks)])
 
     async def report_network(self, network: NetworkId) -> Report:
-        found = self.controller.inventory.networks.get(network)
+        found = self.parts.inventory.networks.get(network)
         if found is None:
             raise no_such("network", network)
-        return _describe_networks(self.controller, [found])[0]
+        return _describe_networks(self.parts, [found])[0]
 
     async def match_instances(
         self, text: str, network: NetworkId | None, project: str | None = None
     ) -> Sequence[InstanceId]:
-        inventory, matches = self.controller.inventory, matcher(text, project)
+        inventory, matches = self.parts.inventory, matcher(text, project)
         every = inventory.instances.keys() | inventory.contested_instances.keys()
         chosen = sorted(every if network is None else inventory.instances_in(network))
         if matches is None:
@@ -82,15 +82,15 @@ class HostReports:
 
     def report_instances(self, instances: Iterable[InstanceId]) -> AsyncIterator[Report]:
         """Report these instances as `bodies.InstanceSummary`, except instances that are gone when their turn comes."""
-        found = (find_record(self.controller.inventory, one) for one in instances)
+        found = (find_record(self.parts.inventory, one) for one in instances)
         there = (one for one in found if one is not None)
-        return in_turns(map(_summarise, _describe_instances(self.controller, there)))
+        return in_turns(map(_summarise, _describe_instances(self.parts, there)))
 
     async def report_page(self, instances: Sequence[InstanceId]) -> Sequence[Report]:
         return [one async for one in self.report_instances(instances)]
 
     async def report_instance(self, instance: InstanceId) -> Report:
-        inventory = self.controller.inventory
+        inventory = self.parts.inventory
         found = inventory.instances.get(instance)
         if found is None and instance in inventory.contested_instances:
             sources = " and ".join(inventory.sources_of_instance(instance))
@@ -100,15 +100,13 @@ class HostReports:
             )
         if found is None:
             raise no_such("instance", instance)
-        return _complete(next(_describe_instances(self.controller, [found])))
+        return _complete(next(_describe_instances(self.parts, [found])))
 
 
-def _describe_networks(controller: Controller, networks: Sequence[Network]) -> list[Report]:
-    inventory = controller.inventory
+def _describe_networks(parts: Parts, networks: Sequence[Network]) -> list[Report]:
+    inventory = parts.inventory
     # The first of several reasons wins.
-    not_served = {
-        one.network: NotServed.of(one) for one in reversed(controller.listeners.degraded())
-    }
+    not_served = {one.network: NotServed.of(one) for one in reversed(parts.listeners.degraded())}
     return [
         {
             "record": network,
@@ -121,8 +119,8 @@ def _describe_networks(controller: Controller, networks: Sequence[Network]) -> l
     ]
 
 
-def _describe_instances(controller: Controller, instances: Iterable[Instance]) -> Iterator[Report]:
-    inventory, listeners = controller.inventory, controller.listeners
+def _describe_instances(parts: Parts, instances: Iterable[Instance]) -> Iterator[Report]:
+    inventory, listeners = parts.inventory, parts.listeners
     contested: dict[str, list[Conflict]] = {}
     for conflict in inventory.conflicts():
         for claimant in {one.instance for one in conflict.claimants}:
@@ -140,29 +138,29 @@ def _describe_instances(controller: Controller, instances: Iterable[Instance]) -
         yield {
             "record": instance,
             "source": ", ".join(inventory.sources_of_instance(instance.id)),
-            "revision": controller.records.compiler.revisions.get(instance.id, ""),
+            "revision": parts.records.compiler.revisions.get(instance.id, ""),
             "conflicts": contested.get(instance.id, []),
-            "pending": _list_reasons(controller, instance, unserved, refused),
+            "pending": _list_reasons(parts, instance, unserved, refused),
         }
 
 
 def _list_reasons(
-    controller: Controller,
+    parts: Parts,
     instance: Instance,
     unserved: Mapping[NetworkId, str],
     refused: Mapping[str, str],
 ) -> list[str]:
     """List why guests do not get the record, or not its newest version."""
-    records = controller.records
+    records = parts.records
     failures = records.compiler.failures.get(instance.id), records.failure
     found = [one.reason for one in failures if one is not None]
     embedded = instance.upstream is Upstream.EMBEDDED
-    if embedded and not controller.companion.needed:
+    if embedded and not parts.companion.needed:
         found.append("documents.enabled is off, and it has documents of ours")
     elif embedded and not found and instance.id not in records.compiler.revisions:
         found.append("it is not compiled yet")
     for network in dict.fromkeys(port.network for port in instance.ports):
-        if not controller.inventory.knows(network):
+        if not parts.inventory.knows(network):
             found.append(f"there is no network {network}")
         elif network in unserved:
             found.append(f"network {network} is not served: {unserved[network]}")
@@ -191,15 +189,15 @@ def _find_id(text: _Id, records: Mapping[_Id, Network] | Mapping[_Id, Instance])
     return cast("_Id", choose_named(text, found))
 
 
-async def report_usage(controller: Controller, instance: InstanceId) -> Usage | None:
+async def report_usage(parts: Parts, instance: InstanceId) -> Usage | None:
     """Read the counters of the worker that takes connections; `None` if limits are disabled or HAProxy does not answer.
 
     A policy's limits are those in the network of the first port. Raise `NotFound` if there is no such instance.
     """
-    record = find_record(controller.inventory, instance)
+    record = find_record(parts.inventory, instance)
     if record is None:
         raise no_such("instance", instance)
-    allowed, haproxy = controller.holder.settings.limits, controller.haproxy
+    allowed, haproxy = parts.holder.settings.limits, parts.haproxy
     if not allowed.enabled or (worker := haproxy.worker) is None:
         return None
     tables = (f"show table {name} key {instance}" for name in (COUNTERS, POLICY_COUNTERS))
@@ -210,8 +208,8 @@ async def report_usage(controller: Controller, instance: InstanceId) -> Usage | 
     policy = DEFAULT
     for port in record.ports[:1]:
         project = port.project or record.project
-        place = policy_place(controller.inventory, port.network, project, record)
-        policy = controller.records.policies().fold(place).policy
+        place = policy_place(parts.inventory, port.network, project, record)
+        policy = parts.records.policies().fold(place).policy
     return read_usage(
         usual,
         own,
@@ -219,5 +217,5 @@ async def report_usage(controller: Controller, instance: InstanceId) -> Usage | 
         burst=allowed.burst,
         policy=policy,
         connections=allowed.connections,
-        now=controller.clock.now().timestamp(),
+        now=parts.clock.now().timestamp(),
     )

@@ -13,7 +13,7 @@ from imdsproxy.api.host_records import HostRecords
 from imdsproxy.api.record_routes import InstanceOf, NetworkOf, RecordApi, add_record_routes
 from imdsproxy.api.records import report_usage
 from imdsproxy.config.changes import SettingsReload
-from imdsproxy.controller.controller import Controller
+from imdsproxy.controller.parts import Parts
 from imdsproxy.controller.reload import reload_settings
 from imdsproxy.controller.token_report import InstanceTokens, TokenReport
 from imdsproxy.errors import Problem, RequestRefused
@@ -22,16 +22,16 @@ from imdsproxy.haproxy.rules.request_log import WatchReport
 from imdsproxy.model.entities import InstanceId
 
 
-async def _controller(request: Request) -> Controller:
-    return cast("Controller", request.app.state.controller)
+async def _parts(request: Request) -> Parts:
+    return cast("Parts", request.app.state.parts)
 
 
-_Uses: TypeAlias = Annotated[Controller, Depends(_controller)]
+_Uses: TypeAlias = Annotated[Parts, Depends(_parts)]
 
 
-async def open_store(request: Request, controller: _Uses) -> HostRecords:
+async def open_store(request: Request, parts: _Uses) -> HostRecords:
     """Open the host's records for routes of `record_routes`."""
-    store = HostRecords(controller)
+    store = HostRecords(parts)
     request.state.store = store
     return store
 
@@ -81,37 +81,35 @@ class Stopping(BaseModel):
 
 
 @router.get("/status")
-async def show_status(controller: _Uses) -> status.StatusReport:
+async def show_status(parts: _Uses) -> status.StatusReport:
     """Show the state of the daemon at one moment."""
-    return await status.report_status(controller)
+    return await status.report_status(parts)
 
 
 @router.get("/explain")
 async def explain(
     network: NetworkOf,
     address: _Address,
-    controller: _Uses,
+    parts: _Uses,
     path: _Path = None,
     probe: _Probe = False,  # noqa: FBT002 - FastAPI passes it by name
 ) -> guests.Explanation:
     """Show which instance owns this address in this network, why, by which source, and with which answer."""
     _refuse_relative(path)
-    return await guests.explain(
-        controller, (network, bodies.read_address(address)), path, probe=probe
-    )
+    return await guests.explain(parts, (network, bodies.read_address(address)), path, probe=probe)
 
 
 @router.get("/instances/{instance}/explain")
 async def explain_instance(
     instance: InstanceOf,
-    controller: _Uses,
+    parts: _Uses,
     path: _Path = None,
     probe: _Probe = False,  # noqa: FBT002 - FastAPI passes it by name
 ) -> list[guests.Explanation]:
     """Explain each address of the instance."""
     _refuse_relative(path)
-    known = guests.list_addresses(controller, instance)
-    return [await guests.explain(controller, key, path, probe=probe) for key in known]
+    known = guests.list_addresses(parts, instance)
+    return [await guests.explain(parts, key, path, probe=probe) for key in known]
 
 
 @router.get("/documents", response_model_exclude_unset=True)
@@ -119,7 +117,7 @@ async def get_document(
     network: NetworkOf,
     address: _Address,
     path: Annotated[str, Query(description="As the guest would write it, with its query.")],
-    controller: _Uses,
+    parts: _Uses,
     instance: Annotated[
         str | None, Query(description="Refuse unless the address is this instance's.")
     ] = None,
@@ -127,9 +125,7 @@ async def get_document(
     """Show the answer that the guest at this address gets to `GET path`."""
     _refuse_relative(path)
     owner = None if instance is None else InstanceId(instance)
-    return await guests.get_document(
-        controller, (network, bodies.read_address(address)), path, owner
-    )
+    return await guests.get_document(parts, (network, bodies.read_address(address)), path, owner)
 
 
 @router.get("/watch")
@@ -142,7 +138,7 @@ async def watch(
     """Show guests' requests and answers since `cursor`. HAProxy reports them while a client polls every few seconds."""
     of_network = None if network is None else store.find_network(network)
     of_instance = None if instance is None else store.find_instance(instance)
-    return await store.controller.watching.read(cursor, network=of_network, instance=of_instance)
+    return await store.parts.watching.read(cursor, network=of_network, instance=of_instance)
 
 
 @router.get("/token-report")
@@ -155,47 +151,47 @@ async def token_report(
     project: Annotated[str | None, Query(description="A verdict on this project alone.")] = None,
 ) -> TokenReport:
     """Show which guests still read without session tokens, what requiring them leaves open, and the advice."""
-    controller, scope = store.controller, None
+    parts, scope = store.parts, None
     if network is not None:
         scope = ("network", str(store.find_network(network)))
     elif project is not None:
         scope = ("project", project)
-    policies = controller.records.policies
-    return await controller.counting.report_tokens(controller.inventory, policies, days, scope)
+    policies = parts.records.policies
+    return await parts.counting.report_tokens(parts.inventory, policies, days, scope)
 
 
 @router.get("/haproxy-configuration", response_class=PlainTextResponse)
-async def render(controller: _Uses) -> str:
+async def render(parts: _Uses) -> str:
     """Render HAProxy's configuration as it would be written now, without writing it."""
-    return controller.listeners.render()
+    return parts.listeners.render()
 
 
 @router.post("/reload")
-async def reload(controller: _Uses, body: ReloadBody | None = None) -> SettingsReload:
+async def reload(parts: _Uses, body: ReloadBody | None = None) -> SettingsReload:
     """Reload the settings and apply all that need no restart. A broken or emptied file is refused."""
-    return await reload_settings(controller, allow_dropped=body is not None and body.allow_dropped)
+    return await reload_settings(parts, allow_dropped=body is not None and body.allow_dropped)
 
 
 @router.post("/release")
 async def release_networks(body: ReleaseBody, store: _Store) -> ReleaseBody:
     """Stop listening in these networks until the controller restarts; open connections are answered."""
     networks = [store.find_network(one) for one in body.networks]
-    await store.controller.listeners.release_networks(networks)
+    await store.parts.listeners.release_networks(networks)
     return body
 
 
 @router.post("/stop", status_code=202)
-async def stop(body: StopBody, controller: _Uses) -> Stopping:
+async def stop(body: StopBody, parts: _Uses) -> Stopping:
     """Stop the controller; with `data_plane` stop HAProxy and the document server too."""
-    controller.end(data_plane=body.data_plane)
+    parts.ending.request(data_plane=body.data_plane)
     ending = ["controller", *(["haproxy", "documents"] if body.data_plane else [])]
     return Stopping(stopping=ending, controller=os.getpid())
 
 
 @router.post("/token-keys/rotate")
-async def rotate_token_keys(controller: _Uses) -> tokens.KeyRotation:
+async def rotate_token_keys(parts: _Uses) -> tokens.KeyRotation:
     """Sign session tokens with a new key; existing tokens stay valid until they expire."""
-    return await tokens.rotate_keys(controller)
+    return await tokens.rotate_keys(parts)
 
 
 async def list_instances(
@@ -223,16 +219,16 @@ add_record_routes(
 
 
 @router.get("/instances/{instance}/tokens")
-async def show_tokens(instance: InstanceOf, controller: _Uses) -> InstanceTokens:
+async def show_tokens(instance: InstanceOf, parts: _Uses) -> InstanceTokens:
     """Show how the instance reads without session tokens, and whether tokens can be required."""
-    policies = controller.records.policies
-    return await controller.counting.report_instance(controller.inventory, policies, instance)
+    policies = parts.records.policies
+    return await parts.counting.report_instance(parts.inventory, policies, instance)
 
 
 @router.get("/instances/{instance}/usage")
-async def show_usage(instance: InstanceOf, controller: _Uses) -> Usage | None:
+async def show_usage(instance: InstanceOf, parts: _Uses) -> Usage | None:
     """Show the instance's requests and limits; null if limits are disabled or HAProxy does not answer."""
-    return await report_usage(controller, instance)
+    return await report_usage(parts, instance)
 
 
 def _refuse_relative(path: str | None) -> None:

@@ -27,13 +27,13 @@ class StartingServer:
 
     Args:
         listener: The listening socket. It stays open: a client that connects between two servers waits for the next.
-
-    Attributes:
         steps: Returns the work in progress.
     """
 
-    def __init__(self, listener: socket.socket) -> None:
-        self.steps: Callable[[], Sequence[Step]] = tuple
+    def __init__(
+        self, listener: socket.socket, steps: Callable[[], Sequence[Step]] = tuple
+    ) -> None:
+        self.steps = steps
         self._listener = listener
         self._server: asyncio.Server | None = None
 

@@ -8,8 +8,8 @@ from imdsproxy import __version__
 from imdsproxy.api.answers import NotServed, Readiness
 from imdsproxy.controller.audit import AuditReport
 from imdsproxy.controller.companion import DocumentsReport
-from imdsproxy.controller.controller import Controller
 from imdsproxy.controller.macs import MacsReport
+from imdsproxy.controller.parts import Parts
 from imdsproxy.controller.sources import SourceReport
 from imdsproxy.controller.watchdog import HaproxyReport
 from imdsproxy.errors import Problem
@@ -74,25 +74,25 @@ class StatusReport:
     progress: tuple[Step, ...] = ()
 
 
-def report_readiness(controller: Controller) -> Readiness:
+def report_readiness(parts: Parts) -> Readiness:
     """Return whether sources are in sync, the last plan is applied, HAProxy answers and all networks are served."""
-    reports = controller.inventory.reports.items()
+    reports = parts.inventory.reports.items()
     reasons = [f"source {name} is not in sync" for name, one in reports if not one.in_sync]
-    if controller.haproxy.processes is None:
+    if parts.haproxy.processes is None:
         reasons.append("HAProxy does not run")
-    elif not controller.watchdog.answering:
+    elif not parts.watchdog.answering:
         reasons.append("HAProxy does not answer a probe")
-    reasons += map(str, list_problems(controller.parts(), Impact.DELAYS, Impact.HARMS))
-    unnoticed = list_problems(controller.parts(), Impact.UNNOTICED)
-    degraded = (*_list_degraded(controller), *map(str, unnoticed))
-    if controller.holder.settings.metrics.degraded == "not-ready":
+    reasons += map(str, list_problems(parts.all(), Impact.DELAYS, Impact.HARMS))
+    unnoticed = list_problems(parts.all(), Impact.UNNOTICED)
+    degraded = (*_list_degraded(parts), *map(str, unnoticed))
+    if parts.holder.settings.metrics.degraded == "not-ready":
         reasons += degraded
     return Readiness(not reasons, tuple(reasons), degraded)
 
 
-def _list_degraded(controller: Controller) -> list[str]:
+def _list_degraded(parts: Parts) -> list[str]:
     """Return a line for each of the first twenty networks that are not served, and the number of the others."""
-    found = [NotServed.of(one) for one in controller.listeners.degraded()]
+    found = [NotServed.of(one) for one in parts.listeners.degraded()]
     lines = [
         f"network {one.network}: {one.reason} ({one.code})" + (f"; {one.hint}" if one.hint else "")
         for one in found[:_SHOWN]
@@ -101,18 +101,18 @@ def _list_degraded(controller: Controller) -> list[str]:
     return [*lines, f"and {more} more networks: imdsproxy status"] if more else lines
 
 
-async def report_status(controller: Controller) -> StatusReport:
+async def report_status(parts: Parts) -> StatusReport:
     """Return the state of the daemon, a section or more of each part."""
     sections: dict[str, Any] = {}
-    for part in controller.parts():
+    for part in parts.all():
         sections |= await part.report()
     return StatusReport(
         version=__version__,
         controller=os.getpid(),
-        started_at=controller.started_at,
-        uptime_s=controller.clock.monotonic() - controller.started,
-        readiness=report_readiness(controller),
-        not_served=tuple(map(NotServed.of, controller.listeners.degraded())),
-        problems=list_problems(controller.parts()),
+        started_at=parts.started_at,
+        uptime_s=parts.clock.monotonic() - parts.started,
+        readiness=report_readiness(parts),
+        not_served=tuple(map(NotServed.of, parts.listeners.degraded())),
+        problems=list_problems(parts.all()),
         **sections,
     )

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Final
 
 from imdsproxy.api.records import no_such
-from imdsproxy.controller.controller import UNCONFIRMED, Controller
+from imdsproxy.controller.parts import UNCONFIRMED, Parts
 from imdsproxy.controller.record_loop import RecordLoop
 from imdsproxy.controller.record_plan import record_key
 from imdsproxy.errors import SourceRefused
@@ -62,7 +62,7 @@ class KeyRotation:
     of_fleet: int = 0
 
 
-async def revoke_tokens(controller: Controller, instance: InstanceId) -> OverrideChange:
+async def revoke_tokens(parts: Parts, instance: InstanceId) -> OverrideChange:
     """Revoke the instance's current session tokens; tokens issued later are valid.
 
     Raises:
@@ -70,19 +70,19 @@ async def revoke_tokens(controller: Controller, instance: InstanceId) -> Overrid
         SourceRefused: The instance is a fleet's: after a move to another host its old tokens would be valid again.
         HostRefused: The file cannot be written; nothing has changed.
     """
-    shared = controller.policy_store.keys.shared
-    change = await _override(controller, instance, controller.policy_store.revoke)
+    shared = parts.policy_store.keys.shared
+    change = await _override(parts, instance, parts.policy_store.revoke)
     return replace(change, shared=None if shared is None else str(shared))
 
 
-async def reopen_boot(controller: Controller, instance: InstanceId) -> OverrideChange:
+async def reopen_boot(parts: Parts, instance: InstanceId) -> OverrideChange:
     """Begin the boot again: access that ends with the boot is open until it is over. Raises as `revoke_tokens`."""
-    now = int(controller.clock.now().timestamp())
-    reopen = partial(controller.policy_store.reopen, now=now)
-    return await _override(controller, instance, reopen)
+    now = int(parts.clock.now().timestamp())
+    reopen = partial(parts.policy_store.reopen, now=now)
+    return await _override(parts, instance, reopen)
 
 
-async def rotate_keys(controller: Controller) -> KeyRotation:
+async def rotate_keys(parts: Parts) -> KeyRotation:
     """Sign tokens with a new key; tokens of the two keys before it stay valid until they expire.
 
     The key is this host's own: a fleet's instances have keys that the fleet's operators replace.
@@ -91,37 +91,37 @@ async def rotate_keys(controller: Controller) -> KeyRotation:
         SecretUnreadable: The key file cannot be used; nothing has changed.
         HostRefused: The key file cannot be written; nothing has changed.
     """
-    keys = controller.policy_store.keys
-    async with controller.overriding:
+    keys = parts.policy_store.keys
+    async with parts.overriding:
         fresh = await asyncio.to_thread(keys.rotate)
         keys.send()
-    pending = await _pending(controller, keys.confirmed())
-    applied, of_fleet = not pending, len(controller.policy_store.fleet.keys)
+    pending = await _pending(parts, keys.confirmed())
+    applied, of_fleet = not pending, len(parts.policy_store.fleet.keys)
     return KeyRotation(fresh.kid, len(keys.keys), str(keys.path), applied, pending, of_fleet)
 
 
 async def _override(
-    controller: Controller, instance: InstanceId, change: Callable[..., OperatorOverride]
+    parts: Parts, instance: InstanceId, change: Callable[..., OperatorOverride]
 ) -> OverrideChange:
-    records, inventory = controller.records, controller.inventory
-    overridden = instance in controller.policy_store.overrides
+    records, inventory = parts.records, parts.inventory
+    overridden = instance in parts.policy_store.overrides
     if not (overridden or inventory.sources_of_instance(instance)):
         missing = ", ".join(name for name, one in inventory.reports.items() if not one.in_sync)
         late = f"source {missing} is not in sync yet and may tell of it: try again"
         raise no_such("instance", instance, late if missing else "")
-    if controller.policy_store.is_of_fleet(instance):
+    if parts.policy_store.is_of_fleet(instance):
         raise SourceRefused(
             f"instance {instance} is a fleet's: its tokens and its boot are the same on each of the fleet's hosts",
             hint="the same command with --fleet URL, where a hub is",
         )
     # Sources may report while the file is written.
     here = frozenset(inventory.instances) if inventory.in_sync else None
-    async with controller.overriding:
+    async with parts.overriding:
         override = await asyncio.to_thread(change, instance, here=here)
     keys = records.addresses_of(instance)
     for key in keys:
         records.touch(key)
-    pending = await _pending(controller, records.tickets.wait(records.tickets.given))
+    pending = await _pending(parts, records.tickets.wait(records.tickets.given))
     if not inventory.in_sync and _was_in_force(records, instance, keys):
         kept = "no source that is in sync reports it: HAProxy keeps the record that it has"
         pending = (*pending, kept)
@@ -137,12 +137,12 @@ def _was_in_force(records: RecordLoop, instance: InstanceId, keys: frozenset[Add
     return any(record is not None and record.instance == instance for record in found)
 
 
-async def _pending(controller: Controller, confirmation: Awaitable[object]) -> tuple[str, ...]:
+async def _pending(parts: Parts, confirmation: Awaitable[object]) -> tuple[str, ...]:
     """Return why the change is not in force yet."""
     try:
         async with asyncio.timeout(_APPLY_DEADLINE_S):
             await confirmation
     except TimeoutError:
-        reasons = (problem.reason for problem in list_problems(controller.parts(), Impact.DELAYS))
+        reasons = (problem.reason for problem in list_problems(parts.all(), Impact.DELAYS))
         return tuple(dict.fromkeys((UNCONFIRMED, *reasons)))
     return ()

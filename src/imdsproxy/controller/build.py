@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 
 from imdsproxy.config.schema import DocumentsSettings, HaproxySettings, Settings
@@ -16,6 +17,7 @@ from imdsproxy.host.files import ensure_directory, write_atomic
 from imdsproxy.host.names import Naming
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
 from imdsproxy.host.sockets import SocketOwners
+from imdsproxy.model.entities import NetworkId
 from imdsproxy.model.inventory import Inventory
 from imdsproxy.model.wire import RETRY_AFTER_S
 from imdsproxy.network.anti_spoofing.hop_limits import HopLimits
@@ -23,6 +25,7 @@ from imdsproxy.network.anti_spoofing.kernel import KernelHopLimits, KernelMacFil
 from imdsproxy.network.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.network.listeners.host import SystemHost
 from imdsproxy.nova.upstream import NovaUpstream
+from imdsproxy.sources.ovn.source import OvnSource
 
 _SYSTEMD = Path("/run/systemd/system")
 _UNIT_DIRECTORIES = tuple(Path(root, "systemd/system") for root in ("/etc", "/usr/lib", "/lib"))
@@ -67,23 +70,54 @@ def prepare_directories(settings: Settings, layout: Layout) -> None:
     write_atomic(layout.silence, b"", mode=0o644)
 
 
-def build_host(settings: Settings, layout: Layout) -> SystemHost:
-    """Return the host; the caller must close its thread at the end."""
+def build_thread(settings: Settings) -> NamespaceThread:
+    """Return the thread that enters namespaces; the caller must close it at the end."""
+    return NamespaceThread(NamespaceDirectory(settings.paths.netns_dir))
+
+
+def build_host(
+    settings: Settings,
+    layout: Layout,
+    thread: NamespaceThread,
+    our_pids: Callable[[], Collection[int]] = tuple,
+    ovn: OvnSource | None = None,
+) -> SystemHost:
+    """Return the host; see `SystemHost`."""
     naming = Naming(settings.host.name_prefix)
-    thread = NamespaceThread(NamespaceDirectory(settings.paths.netns_dir))
     owners = SocketOwners(config=layout.config)
     links, journal = layout.namespace_links, layout.managed_journal
-    return SystemHost(thread, naming, links=links, journal=journal, owners=owners)
+    return SystemHost(
+        thread, naming, links=links, journal=journal, owners=owners, our_pids=our_pids, ovn=ovn
+    )
 
 
 def build_filters(
-    layout: Layout, host: SystemHost, inventory: Inventory, clock: Clock
+    layout: Layout,
+    host: SystemHost,
+    inventory: Inventory,
+    clock: Clock,
+    touch: Callable[[str, Collection[NetworkId]], object] = lambda _reason, _networks: None,
 ) -> tuple[MacFilters, HopLimits]:
-    """Return the MAC filters and hop limits of this host."""
-    journal = table_journal(layout.mac_filters_journal)
-    mac_filters = MacFilters(KernelMacFilters(host.thread), inventory, host.naming, journal, clock)
+    """Return the MAC filters and hop limits of this host.
+
+    Args:
+        layout: Places of the journals.
+        host: The host.
+        inventory: Records of all sources.
+        clock: Clock for lingering pairs.
+        touch: Requests a round of the listeners; gets the reason and the networks.
+    """
+    mac_filters = MacFilters(
+        KernelMacFilters(host.thread),
+        inventory,
+        host.naming,
+        table_journal(layout.mac_filters_journal),
+        clock,
+        lambda network: touch("MAC filter is gone", (network,)),
+    )
     kernel = KernelHopLimits(host.thread, f"{host.naming.prefix}-hops")
-    return mac_filters, HopLimits(kernel, table_journal(layout.hops_journal))
+    journal = table_journal(layout.hops_journal)
+    return mac_filters, HopLimits(kernel, journal, partial(touch, "hop limits"))
 
 
 def build_spec(settings: Settings, layout: Layout, nova: NovaUpstream) -> DataplaneSpec:

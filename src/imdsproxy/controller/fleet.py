@@ -6,18 +6,22 @@ import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from pathlib import Path
+from typing import Any, Final
 
 import httpcore
 
+from imdsproxy.controller.companion import DocumentProbe
 from imdsproxy.controller.in_force import find_unserved, wait_confirmed
+from imdsproxy.controller.policy_store import PolicyStore
+from imdsproxy.controller.record_loop import RecordLoop
+from imdsproxy.controller.watchdog import HaproxyWatchdog
+from imdsproxy.fleet.guests import FleetPolicies
 from imdsproxy.fleet.stream import Ask, ItemKey
 from imdsproxy.model.entities import InstanceId, NetworkId
 from imdsproxy.model.inventory import Inventory
 from imdsproxy.model.observation import Conflict
-
-if TYPE_CHECKING:
-    from imdsproxy.controller.controller import Controller
+from imdsproxy.network.listeners.loop import ListenerLoop
 
 _MAY_ASK: Final = re.compile(
     r"GET /v1/(status|explain|documents|watch|instances(/[^/?]+(/(explain|password))?)?|networks(/[^/?]+)?)(\?[^#]*)?"
@@ -30,9 +34,32 @@ _UNCONFIRMED: Final = "the data plane has not confirmed it yet"
 
 @dataclass(frozen=True, slots=True)
 class FleetHost:
-    """This host, for its hub."""
+    """This host, for its hub.
 
-    controller: Controller
+    Attributes:
+        admin_socket: Socket of this host's admin API.
+    """
+
+    inventory: Inventory
+    policy_store: PolicyStore
+    records: RecordLoop
+    listeners: ListenerLoop
+    watchdog: HaproxyWatchdog
+    probe: DocumentProbe
+    admin_socket: Path
+
+    def take_policies(self, fleet: FleetPolicies) -> int:
+        """Replace the fleet's policies; return the ticket that closes when they are in force.
+
+        Call this before publishing the records that belong to the policies (`PolicyStore.take_fleet`).
+        """
+        change, records = self.policy_store.take_fleet(fleet), self.records
+        if change.rules:
+            records.resync()
+        for instance in change.overrides:
+            for key in records.addresses_of(instance):
+                records.touch(key)
+        return records.wake() if change else records.tickets.given
 
     async def confirm(
         self, items: Collection[ItemKey], gone: Collection[ItemKey]
@@ -43,17 +70,16 @@ class FleetHost:
             items: Changed items that are on this host.
             gone: Items that the fleet has removed; reports of other sources about them are no failure.
         """
-        controller = self.controller
         changed = map(_parts, (*items, *gone))
         networks = {NetworkId(name) for kind, name in changed if kind == "network"}
-        confirmed = await wait_confirmed(controller, listeners=bool(networks))
-        failures = (controller.records.failure, controller.watchdog.failure)
+        confirmed = await wait_confirmed(self.records, self.listeners, changed=bool(networks))
+        failures = (self.records.failure, self.watchdog.failure)
         reasons = [one.reason for one in failures if one is not None]
         if not confirmed:
             reasons.append(_UNCONFIRMED)
         unserved = {}
         if networks and not reasons:
-            not_served = await find_unserved(controller.listeners, frozenset(networks))
+            not_served = await find_unserved(self.listeners, frozenset(networks))
             unserved = {one.network: f"{one.reason} ({one.code.value})" for one in not_served}
         found: dict[ItemKey, str] = dict.fromkeys(gone, "; ".join(reasons)) if reasons else {}
         for item in items:
@@ -68,19 +94,19 @@ class FleetHost:
         return found
 
     def _reasons(self, instance: InstanceId) -> list[str]:
-        controller, inventory = self.controller, self.controller.inventory
-        failure = controller.records.compiler.failures.get(instance)
+        compiler = self.records.compiler
+        failure = compiler.failures.get(instance)
         found = [] if failure is None else [failure.reason]
-        documents = controller.probe.failure
-        if documents is not None and instance in controller.records.compiler.revisions:
+        documents = self.probe.failure
+        if documents is not None and instance in compiler.revisions:
             found.append(documents.reason)
-        return found + list(_contradictions(inventory, instance))
+        return found + list(_contradictions(self.inventory, instance))
 
     async def answer(self, ask: Ask) -> tuple[int, Any]:
         """Return status and body of the admin API's answer to a request that hubs may make, else 403."""
         if not _MAY_ASK.fullmatch(f"{ask.method} {ask.path}"):
             return 403, {"message": f"hubs may not ask for {ask.method} {ask.path}"}
-        socket = str(self.controller.holder.settings.admin_socket)
+        socket = str(self.admin_socket)
         try:
             async with httpcore.AsyncConnectionPool(uds=socket) as pool:
                 extensions = {"timeout": _TIMES}

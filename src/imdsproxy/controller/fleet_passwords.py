@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from functools import partial
+from typing import Final, TypeAlias
 
 import structlog
 
@@ -14,6 +15,9 @@ from imdsproxy.errors import ImdsproxyError, SourceRefused
 from imdsproxy.fleet.guests import Forget, Keep, Send, plan_password
 from imdsproxy.model.entities import InstanceId
 from imdsproxy.reconcile.reconciler import Reconciler
+
+SendPassword: TypeAlias = Callable[[InstanceId, bytes], Awaitable[None]]
+"""Sends a password to a hub; raises `SourceRefused` if the fleet accepts none, or has another."""
 
 _LOOK_EVERY_S: Final = 1.0
 
@@ -27,12 +31,10 @@ class FleetPasswords:
     Args:
         store: Files in which the document server stores posted passwords.
         group: Group id that may read the files; `None` for this process's.
-        send: Function that sends a password to a hub; raises `SourceRefused` if the fleet accepts none, or has another.
     """
 
     store: PasswordStore
     group: int | None
-    send: Callable[[InstanceId, bytes], Awaitable[None]]
     _fleet: Mapping[InstanceId, bytes | None] = field(default_factory=dict, repr=False)
     _before: dict[InstanceId, bytes | None] = field(default_factory=dict, repr=False)
     _refused: dict[InstanceId, bytes] = field(default_factory=dict, repr=False)
@@ -66,20 +68,20 @@ class FleetPasswords:
         self._seen = None
         for instance in changed:
             try:
-                await self._settle(instance, sends=False)
+                await self._settle(instance, None)
             except ImdsproxyError as error:
                 _log.error("password not kept", instance=instance, error=error.message)
 
-    async def run(self) -> None:
+    async def run(self, send: SendPassword) -> None:
         """Check for posted passwords periodically, until cancelled."""
         rounds = Reconciler(
             "passwords", "passwords not sent", _LOOK_EVERY_S, 30.0, retried=ImdsproxyError
         )
         while True:
-            await rounds.attempt(self.look)
+            await rounds.attempt(partial(self.look, send))
             await asyncio.sleep(_LOOK_EVERY_S)
 
-    async def look(self) -> None:
+    async def look(self, send: SendPassword) -> None:
         """Synchronise each password that may have changed.
 
         Raises:
@@ -91,10 +93,10 @@ class FleetPasswords:
         here = await asyncio.to_thread(self.store.instances)
         for instance in (*self._fleet,):
             if instance in here or self._fleet.get(instance):
-                await self._settle(instance, sends=True)
+                await self._settle(instance, send)
         self._seen = seen
 
-    async def _settle(self, instance: InstanceId, *, sends: bool) -> None:
+    async def _settle(self, instance: InstanceId, send: SendPassword | None) -> None:
         local = await asyncio.to_thread(self.store.read, instance)
         if instance not in self._fleet:
             return
@@ -105,16 +107,16 @@ class FleetPasswords:
             case Forget():
                 await asyncio.to_thread(self.store.remove, instance)
                 self._before[instance] = None
-            case Send(password) if sends and self._refused.get(instance) != password:
+            case Send(password) if send is not None and self._refused.get(instance) != password:
                 async with self._sending:
                     if await asyncio.to_thread(self.store.read, instance) == password:
-                        await self._send(instance, password)
+                        await self._send(instance, password, send)
             case _:
                 pass
 
-    async def _send(self, instance: InstanceId, password: bytes) -> None:
+    async def _send(self, instance: InstanceId, password: bytes, send: SendPassword) -> None:
         try:
-            await self.send(instance, password)
+            await send(instance, password)
         except SourceRefused as error:
             # The instance has moved to another host, or its guest has posted there; the fleet's password will arrive.
             self._refused[instance] = password

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
+from imdsproxy.controller.record_loop import RecordLoop
 from imdsproxy.model.entities import NetworkId
 from imdsproxy.network import planned
 from imdsproxy.network.listeners.loop import ListenerLoop
 from imdsproxy.network.planned import NotServedCode
-
-if TYPE_CHECKING:
-    from imdsproxy.controller.controller import Controller
 
 _APPLY_DEADLINE_S: Final = 10.0
 """Time without progress after which a change is reported as not in force yet, in seconds."""
@@ -21,32 +19,32 @@ _POLL_S: Final = 0.05
 _COMING: Final = frozenset({NotServedCode.PENDING, NotServedCode.ADDRESS_TENTATIVE})
 
 
-async def wait_confirmed(controller: Controller, *, listeners: bool) -> bool:
+async def wait_confirmed(records: RecordLoop, listeners: ListenerLoop, *, changed: bool) -> bool:
     """Wait until every HAProxy worker has the published records; return false if the work fails or makes no progress.
 
     Args:
-        controller: Controller.
-        listeners: Whether networks have changed, too.
+        records: Loop of the records.
+        listeners: Loop of the listeners.
+        changed: Whether networks have changed, too.
     """
-    records, networks = controller.records, controller.listeners
     waits = [records.tickets.wait(records.tickets.given)]
-    if listeners:
-        waits.append(networks.tickets.wait(networks.tickets.given))
+    if changed:
+        waits.append(listeners.tickets.wait(listeners.tickets.given))
 
     async def both() -> None:
         await asyncio.gather(*waits)
         if records.withheld:
             # The first MAC in a network needs another listener, and then the records again.
-            await networks.tickets.wait(networks.tickets.given)
+            await listeners.tickets.wait(listeners.tickets.given)
             await records.tickets.wait(records.tickets.given)
 
     waiting = asyncio.ensure_future(both())
     before = None
     try:
         while not (await asyncio.wait([waiting], timeout=_APPLY_DEADLINE_S))[0]:
-            now = records.looked, networks.rounds
-            failing = networks.failure is not None or records.failure is not None
-            if failing or (now == before and not networks.working):
+            now = records.looked, listeners.rounds
+            failing = listeners.failure is not None or records.failure is not None
+            if failing or (now == before and not listeners.working):
                 return False
             before = now
     finally:

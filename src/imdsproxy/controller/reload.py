@@ -8,7 +8,7 @@ import structlog
 
 from imdsproxy.config.changes import SettingsReload
 from imdsproxy.config.schema import Settings
-from imdsproxy.controller.controller import UNCONFIRMED, Controller
+from imdsproxy.controller.parts import UNCONFIRMED, Parts
 from imdsproxy.errors import ImdsproxyError
 from imdsproxy.haproxy.process import link_jail_to_itself
 from imdsproxy.nova.routing import changed_secrets
@@ -18,28 +18,28 @@ _TAKE_OVER_S: Final = 10.0
 _log: Final = structlog.get_logger()
 
 
-async def reload_settings(controller: Controller, *, allow_dropped: bool) -> SettingsReload:
+async def reload_settings(parts: Parts, *, allow_dropped: bool) -> SettingsReload:
     """Read the settings again; apply all that can change live or by a reload of HAProxy.
 
     Return once guests get answers by the new settings: an operator who gives a Nova its next secret must know when. If
     that takes long, `pending` has the reasons.
 
     Args:
-        controller: Controller.
+        parts: Parts.
         allow_dropped: Whether settings may disappear.
     """
-    result, taken_over = _begin(controller, allow_dropped=allow_dropped)
+    result, taken_over = _begin(parts, allow_dropped=allow_dropped)
     if taken_over is None or (await asyncio.wait([taken_over], timeout=_TAKE_OVER_S))[0]:
         return result
-    problems = list_problems(controller.parts(), Impact.DELAYS, Impact.HARMS)
+    problems = list_problems(parts.all(), Impact.DELAYS, Impact.HARMS)
     reasons = dict.fromkeys(problem.reason for problem in problems)
     return replace(result, haproxy_reloaded=False, pending=(UNCONFIRMED, *reasons))
 
 
-def on_sighup(controller: Controller) -> None:
+def on_sighup(parts: Parts) -> None:
     """Handle SIGHUP like `imdsproxy reload`, with the result in the log."""
     try:
-        result, _ = _begin(controller)
+        result, _ = _begin(parts)
     except ImdsproxyError as error:
         _log.error("settings not reloaded", code=error.code, error=str(error))
         return
@@ -48,18 +48,18 @@ def on_sighup(controller: Controller) -> None:
 
 
 def _begin(
-    controller: Controller, *, allow_dropped: bool = False
+    parts: Parts, *, allow_dropped: bool = False
 ) -> tuple[SettingsReload, asyncio.Task[None] | None]:
-    holder, nova = controller.holder, controller.nova
-    controller.notifier.reloading(int(controller.clock.monotonic() * 1e6))
+    holder, nova = parts.holder, parts.nova
+    parts.notifier.reloading(int(parts.clock.monotonic() * 1e6))
     backends, routing = nova.backends(), nova.routing
     records = keys = False
 
     def accept(after: Settings) -> tuple[str, ...]:
         nonlocal records, keys
         if after.limits.enabled:
-            link_jail_to_itself(controller.layout.jail)
-        records, keys = controller.policy_store.read(after)
+            link_jail_to_itself(parts.layout.jail)
+        records, keys = parts.policy_store.read(after)
         # Nova's signatures and the region are part of every compiled record.
         records |= nova.read(after.nova)
         records |= after.documents.region != holder.settings.documents.region
@@ -69,24 +69,24 @@ def _begin(
     try:
         result = holder.reload(accept, allow_dropped=allow_dropped)
     finally:
-        controller.notifier.ready()
+        parts.notifier.ready()
     if nova.backends() != backends:
         # HAProxy also reloads if only the content of a file in the settings has changed.
         result = replace(result, haproxy_reloaded=True)
     if not (records or keys or result.haproxy_reloaded):
         return result, None
-    ticket = controller.records.resync() if records else None
-    task = asyncio.get_running_loop().create_task(_take_over(controller, ticket, keys=keys))
-    controller.background.add(task)
-    task.add_done_callback(controller.background.discard)
+    ticket = parts.records.resync() if records else None
+    task = asyncio.get_running_loop().create_task(_take_over(parts, ticket, keys=keys))
+    parts.background.add(task)
+    task.add_done_callback(parts.background.discard)
     return result, task
 
 
-async def _take_over(controller: Controller, ticket: int | None, *, keys: bool) -> None:
+async def _take_over(parts: Parts, ticket: int | None, *, keys: bool) -> None:
     if keys:
-        await controller.policy_store.keys.confirmed()
+        await parts.policy_store.keys.confirmed()
     # The records come first: new rules may require another signature, or another set.
     if ticket is not None:
-        await controller.records.tickets.wait(ticket)
-    await controller.nova.resolve()
-    await controller.listeners.tickets.wait(controller.touch("settings changed"))
+        await parts.records.tickets.wait(ticket)
+    await parts.nova.resolve()
+    await parts.listeners.tickets.wait(parts.touch("settings changed"))

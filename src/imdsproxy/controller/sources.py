@@ -1,12 +1,13 @@
 """Sources of records that the settings enable, and what they report together."""
 
 from collections.abc import Awaitable, Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import SystemRandom
 from typing import TYPE_CHECKING, Annotated
 
 from imdsproxy.config.schema import Settings
 from imdsproxy.errors import Problem
+from imdsproxy.fleet.guests import FLEET
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.namespaces import NamespaceDirectory
 from imdsproxy.host.state import NamespaceRef
@@ -23,6 +24,8 @@ from imdsproxy.sources.ovn.source import OvnSource
 from imdsproxy.sources.sqlite.source import SqliteSource
 
 if TYPE_CHECKING:
+    from imdsproxy.controller.fleet import FleetHost
+    from imdsproxy.controller.fleet_passwords import FleetPasswords
     from imdsproxy.sources.fleet.source import FleetSource
 
 
@@ -117,8 +120,10 @@ def build_sources(
     begin: Callable[[], Awaitable[object]],
     progress: Progress,
     drop_others: Callable[[Collection[NamespaceRef]], Awaitable[None]],
+    *,
+    ovn: OvnSource | None,
 ) -> Sources:
-    """Return the sources that the settings enable.
+    """Return the sources that the settings enable, without a fleet (see `add_fleet`).
 
     Args:
         settings: Settings of all sources.
@@ -126,11 +131,11 @@ def build_sources(
         begin: Wait until sources may start work that is not urgent.
         progress: Progress of sources' long work.
         drop_others: Keep requests from leaving these routers, before they are reported.
+        ovn: Source of OVN's ports, if it is enabled.
     """
     state, wanted = settings.paths.state_dir, settings.sources
     sqlite: SqliteSource | None = None
     neutron: NeutronSource | None = None
-    ovn: OvnSource | None = None
     found: list[Source] = []
     if wanted.sqlite.enabled:
         sqlite = SqliteSource(
@@ -156,21 +161,23 @@ def build_sources(
         found.append(neutron)
     if wanted.libvirt.enabled:
         found.append(LibvirtSource(LibvirtClient(wanted.libvirt.uri), wanted.libvirt))
-    if wanted.ovn.enabled:
-        ovn = OvnSource(wanted.ovn)
+    if ovn is not None:
         found.append(ovn)
     if wanted.neutron_namespaces.enabled:
         directory = NamespaceDirectory(settings.paths.netns_dir)
         found.append(NeutronNamespacesSource(wanted.neutron_namespaces, directory, drop_others))
-    fleet = build_fleet(settings, clock) if wanted.fleet.enabled else None
-    if fleet is not None:
-        found.append(fleet)
-    inventory = Inventory(source.name for source in found)
-    return Sources(tuple(found), sqlite, neutron, ovn, fleet, inventory)
+    names = [source.name for source in found] + [FLEET] * wanted.fleet.enabled
+    return Sources(tuple(found), sqlite, neutron, ovn, None, Inventory(names))
 
 
-def build_fleet(settings: Settings, clock: Clock) -> "FleetSource":
-    """Return the source that follows a fleet's hubs."""
+def add_fleet(
+    sources: Sources,
+    settings: Settings,
+    clock: Clock,
+    host: "FleetHost",
+    passwords: "FleetPasswords",
+) -> Sources:
+    """Return the sources, and after them the one that follows a fleet's hubs."""
     # Import late: most hosts do not need TLS and its libraries.
     from imdsproxy.sources.fleet.client import HostFiles, HubClient, renew_apart
     from imdsproxy.sources.fleet.source import FleetSource
@@ -187,7 +194,7 @@ def build_fleet(settings: Settings, clock: Clock) -> "FleetSource":
             return await renew_apart(files, hubs(), wanted.timeout_s)
         return None
 
-    return FleetSource(
+    fleet = FleetSource(
         HubClient(files, wanted.timeout_s),
         hubs,
         state / "fleet.sqlite",
@@ -195,5 +202,10 @@ def build_fleet(settings: Settings, clock: Clock) -> "FleetSource":
         clock=clock,
         random=SystemRandom().random,
         backoff=Backoff(min(0.5, wanted.retry_s), wanted.retry_s),
+        take_passwords=passwords.take,
+        take_policies=host.take_policies,
+        confirm=host.confirm,
+        answer=host.answer,
         renew=renew,
     )
+    return replace(sources, all=(*sources.all, fleet), fleet=fleet)

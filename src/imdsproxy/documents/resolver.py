@@ -42,11 +42,40 @@ _MAY_COME: Final = (Denial.UNKNOWN, Denial.UNAVAILABLE)
 
 
 @dataclass(slots=True)
+class WaitingGuests:
+    """Addresses whose requests wait, or have waited; loops that are made before the resolver wake them."""
+
+    events: dict[AddressKey, set[asyncio.Event]] = field(default_factory=dict)
+    ends: dict[AddressKey, float] = field(default_factory=dict)
+    """End of each address's wait, or its last request after that, in roughly ascending order."""
+
+    def wake(self, keys: Iterable[AddressKey] | None) -> None:
+        """Look these addresses up again, which may have become known; `None` for all, as when a source came in sync."""
+        if not (self.ends or self.events):
+            return
+        for key in (*self.ends, *self.events) if keys is None else keys:
+            self.ends.pop(key, None)
+            for event in self.events.get(key, ()):
+                event.set()
+
+    def wake_networks(self, networks: Collection[NetworkId]) -> None:
+        """Look up every waiting address of these networks again: its owner may be known by the MAC now."""
+        self.wake([key for key in (*self.ends, *self.events) if key[0] in networks])
+
+    def wake_changed(self, keys: Iterable[AddressKey] | None) -> None:
+        """Look these addresses up again, and those in their networks that may be known by a new MAC."""
+        named = None if keys is None else frozenset(keys)
+        self.wake(named)
+        # A new link-local address means a new MAC.
+        self.wake_networks({network for network, at in named or () if at.is_link_local})
+
+
+@dataclass(slots=True)
 class Resolver(Part):
     """Resolver of unknown addresses, which holds a request while the answer may still arrive.
 
     Args:
-        look: Look-up, called once at first and again whenever `wake` names the address.
+        look: Look-up, called once at first and again whenever `waiting` wakes the address.
         limits: Getter of the settings, called at each request so that new ones apply at once.
 
     Attributes:
@@ -60,10 +89,8 @@ class Resolver(Part):
     outcomes: Counter[str] = field(default_factory=Counter)
     mismatched: Counter[NetworkId] = field(default_factory=Counter)
     durations: Durations = field(default_factory=Durations)
-    _waiting: dict[AddressKey, set[asyncio.Event]] = field(default_factory=dict)
+    waiting: WaitingGuests = field(default_factory=WaitingGuests)
     _held: Counter[NetworkId] = field(default_factory=Counter)
-    _wait_ends: dict[AddressKey, float] = field(default_factory=dict)
-    """End of each address's wait, or its last request after that, in roughly ascending order."""
 
     @property
     def held(self) -> int:
@@ -87,19 +114,6 @@ class Resolver(Part):
         """Requests from unknown addresses that are held now."""
         return self.held
 
-    def wake(self, keys: Iterable[AddressKey] | None) -> None:
-        """Look these addresses up again, which may have become known; `None` for all, as when a source came in sync."""
-        if not (self._wait_ends or self._waiting):
-            return
-        for key in (*self._wait_ends, *self._waiting) if keys is None else keys:
-            self._wait_ends.pop(key, None)
-            for event in self._waiting.get(key, ()):
-                event.set()
-
-    def wake_networks(self, networks: Collection[NetworkId]) -> None:
-        """Look up every waiting address of these networks again: its owner may be known by the MAC now."""
-        self.wake([key for key in (*self._wait_ends, *self._waiting) if key[0] in networks])
-
     async def resolve(
         self, key: AddressKey, scope: Scope | None = None, port: int | None = None
     ) -> Outcome:
@@ -117,16 +131,16 @@ class Resolver(Part):
 
     def _left(self, key: AddressKey, hold_s: float) -> float:
         """Return the seconds left of an address's wait; the whole wait if it has not begun."""
-        ends, now = self._wait_ends.get(key, -math.inf), self.now()
+        ends, now = self.waiting.ends.get(key, -math.inf), self.now()
         return hold_s if now - ends >= _QUIET_S else max(0.0, min(hold_s, ends - now))
 
     def _remember(self, key: AddressKey, left_s: float) -> None:
         now = self.now()
-        self._wait_ends.pop(key, None)
-        self._wait_ends[key] = now + left_s
-        for oldest, ends in tuple(islice(self._wait_ends.items(), 2)):
-            if len(self._wait_ends) > _MAX_ENDED or now - ends >= _QUIET_S:
-                del self._wait_ends[oldest]
+        self.waiting.ends.pop(key, None)
+        self.waiting.ends[key] = now + left_s
+        for oldest, ends in tuple(islice(self.waiting.ends.items(), 2)):
+            if len(self.waiting.ends) > _MAX_ENDED or now - ends >= _QUIET_S:
+                del self.waiting.ends[oldest]
 
     async def _hold(
         self, key: AddressKey, look: Callable[[], Awaitable[Outcome]], outcome: Outcome
@@ -143,7 +157,7 @@ class Resolver(Part):
             self._remember(key, hold_s)
         event = asyncio.Event()
         self._held[key[0]] += 1
-        self._waiting.setdefault(key, set()).add(event)
+        self.waiting.events.setdefault(key, set()).add(event)
         try:
             async with asyncio.timeout(hold_s):
                 while outcome in _MAY_COME:
@@ -158,10 +172,10 @@ class Resolver(Part):
         return outcome
 
     def _release(self, key: AddressKey, event: asyncio.Event) -> None:
-        waiting = self._waiting[key]
+        waiting = self.waiting.events[key]
         waiting.discard(event)
         if not waiting:
-            del self._waiting[key]
+            del self.waiting.events[key]
         self._held[key[0]] -= 1
         if not self._held[key[0]]:
             del self._held[key[0]]

@@ -93,7 +93,7 @@ def test_what_another_record_or_source_has_is_refused_with_its_fields(
 
 
 def test_without_a_writable_source_nothing_can_be_written(server: AdminServer) -> None:
-    server.controller.sources = replace(server.controller.sources, writable=None)
+    server.use(sources=replace(server.parts.sources, writable=None))
     with pytest.raises(SourceRefused, match="no source can be written to"):
         _put(server, "blue", "other")
 
@@ -224,7 +224,7 @@ def _pending(server: AdminServer, name: str = "web-1") -> list[str]:
         ),
         (lambda server: server.records.compiler.revisions.pop(WEB), "it is not compiled yet"),
         (
-            lambda server: setattr(server.controller.companion, "needed", False),
+            lambda server: setattr(server.parts.companion, "needed", False),
             "documents.enabled is off, and it has documents of ours",
         ),
         (_leave_out_both_families, "network blue is not served: there is no device br0"),
@@ -273,7 +273,7 @@ def test_a_record_in_a_network_that_is_not_there_has_the_reason_once(server: Adm
 
 def test_nova_s_instance_needs_no_documents_of_ours(server: AdminServer) -> None:
     server.client.request("PATCH", "/v1/instances/web-1", body={"upstream": "nova", "project": "p"})
-    server.controller.companion.needed = False
+    server.parts.companion.needed = False
     server.records.compiler.revisions.pop(WEB, None)
     assert _pending(server) == []
 

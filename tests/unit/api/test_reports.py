@@ -11,7 +11,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,7 +23,7 @@ from imdsproxy.api.answers import Readiness
 from imdsproxy.api.exposition import Exposed
 from imdsproxy.api.health import HealthServer
 from imdsproxy.api.status import report_readiness, report_status
-from imdsproxy.controller.controller import Controller
+from imdsproxy.controller.parts import Parts
 from imdsproxy.controller.traffic import count_traffic
 from imdsproxy.errors import Problem
 from imdsproxy.haproxy.rules.runtime import WorkerTotals
@@ -44,14 +44,13 @@ async def _report(controller: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def busy(tmp_path: Path) -> Iterator[Controller]:
+def busy(tmp_path: Path) -> Iterator[Parts]:
     with busy_controller(tmp_path) as controller:
         yield controller
 
 
-async def test_every_part_is_in_the_report(busy: Controller) -> None:
-    busy.started = 5.0
-    report = await _report(busy)
+async def test_every_part_is_in_the_report(busy: Parts) -> None:
+    report = await _report(replace(busy, started=5.0))
     counts = [report[name] for name in ("networks", "serving", "instances", "addresses")]
     assert counts == [2, 1, 3, 4]
     assert report["uptime_s"] == 93_784.0
@@ -90,7 +89,7 @@ async def test_every_part_is_in_the_report(busy: Controller) -> None:
     }
 
 
-async def test_a_source_that_does_not_answer_says_for_how_long(busy: Controller) -> None:
+async def test_a_source_that_does_not_answer_says_for_how_long(busy: Parts) -> None:
     sources = {each["name"]: each for each in (await _report(busy))["sources"]}
     assert sources["neutron"]["stale_s"] == 12.5
     assert sources["fleet"]["stale_s"] == pytest.approx(2.5, abs=2)
@@ -103,7 +102,7 @@ async def test_a_source_that_does_not_answer_says_for_how_long(busy: Controller)
 
 
 async def test_a_port_in_a_network_that_no_source_has_is_a_problem_of_its_source(
-    busy: Controller,
+    busy: Parts,
 ) -> None:
     gone = Port(NetworkId("gone"))
     web = Instance(InstanceId("web"), "web", "web", ports=(gone,))
@@ -114,13 +113,13 @@ async def test_a_port_in_a_network_that_no_source_has_is_a_problem_of_its_source
     assert (found["reason"], neutron["problems"]) == ("there is no network gone", ())
 
 
-async def test_without_haproxy_its_processes_are_not_known(busy: Controller) -> None:
+async def test_without_haproxy_its_processes_are_not_known(busy: Parts) -> None:
     busy.haproxy.processes = busy.haproxy.last_reload = None
     haproxy = (await _report(busy))["haproxy"]
     assert (haproxy["master"], haproxy["old_workers"], haproxy["last_reload"]) == (None, (), None)
 
 
-def _set(*places: str) -> Callable[[Controller], None]:
+def _set(*places: str) -> Callable[[Parts], None]:
     """Put a problem at these paths."""
 
     def change(one: Any) -> None:
@@ -134,35 +133,35 @@ def _set(*places: str) -> Callable[[Controller], None]:
     return change
 
 
-def _end_haproxy(one: Controller) -> None:
+def _end_haproxy(one: Parts) -> None:
     one.haproxy.processes = None
 
 
-def _hang_haproxy(one: Controller) -> None:
+def _hang_haproxy(one: Parts) -> None:
     one.watchdog.answering = False
 
 
-def _lose_source(one: Controller) -> None:
+def _lose_source(one: Parts) -> None:
     one.records.observe(Observation("sqlite", in_sync=False))
 
 
-def _end_documents(one: Controller) -> None:
+def _end_documents(one: Parts) -> None:
     one.records.compiler.serves, one.records.compiler.revisions = False, {InstanceId("a"): "1"}
 
 
-def _fail_record(one: Controller) -> None:
+def _fail_record(one: Parts) -> None:
     one.records.compiler.failures[InstanceId("a")] = BROKEN
 
 
-def _lose_name(one: Controller) -> None:
+def _lose_name(one: Parts) -> None:
     one.nova.unresolved = (BROKEN,)
 
 
-def _lose_endpoint(one: Controller) -> None:
+def _lose_endpoint(one: Parts) -> None:
     one.nova_watch.endpoints = (NovaEndpointReport("default", "192.0.2.2:8775", up=False),)
 
 
-def _refuse_operation(one: Controller) -> None:
+def _refuse_operation(one: Parts) -> None:
     one.listeners.last_plan = ListenerPlan(problems=(BROKEN,))
 
 
@@ -184,7 +183,7 @@ def _refuse_operation(one: Controller) -> None:
                 "haproxy.full",
                 "policy_store.keys._rounds.failure",
                 "records._rounds.failure",
-                "listeners._rounds.failure",
+                "listeners.requests.rounds.failure",
                 "watchdog._starts.failure",
                 "companion._starts.failure",
                 "probe.problem",
@@ -193,7 +192,7 @@ def _refuse_operation(one: Controller) -> None:
     ],
 )
 def test_a_controller_is_ready_unless_guests_do_not_get_what_sources_have(
-    tmp_path: Path, change: Callable[[Controller], None], reason: str
+    tmp_path: Path, change: Callable[[Parts], None], reason: str
 ) -> None:
     with idle_controller(tmp_path, audit={"mode": "all", "destination": "/x"}) as one:
         one.audit._failure = Problem("audit.destination", "/x: disk full")
@@ -446,9 +445,7 @@ def test_what_is_off_has_no_series(tmp_path: Path) -> None:
     ]
 
 
-def test_the_room_on_the_disks_of_both_directories_is_exposed(
-    tmp_path: Path, busy: Controller
-) -> None:
+def test_the_room_on_the_disks_of_both_directories_is_exposed(tmp_path: Path, busy: Parts) -> None:
     shutil.rmtree(tmp_path / "state")
     text = expose(busy)
     lines = re.findall(

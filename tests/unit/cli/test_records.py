@@ -425,7 +425,7 @@ def _slow_down(monkeypatch: pytest.MonkeyPatch, steps: Sequence[Step]) -> None:
     store = HostRecords.put
 
     async def put(host: HostRecords, change: Change) -> Written:
-        progress = host.controller.records.progress
+        progress = host.parts.records.progress
         for step in steps:
             progress.note(step.what, step.done, step.of)
             await asyncio.sleep(0.3)

@@ -15,7 +15,7 @@ from imdsproxy.console.masking import is_secret, mask_secrets
 from imdsproxy.console.pages import make_environment
 from imdsproxy.console.rates import HEIGHT, WIDTH, Rates, draw_line
 from imdsproxy.console.troubles import list_troubles
-from imdsproxy.controller.controller import Controller
+from imdsproxy.controller.parts import Parts
 from imdsproxy.model.entities import Instance, InstanceId, MacAddress, NetworkId, Port
 from imdsproxy.model.observation import Claimant, Observation
 from imdsproxy.model.policy_report import PolicyInForce, RuleInForce
@@ -109,7 +109,7 @@ def test_rules_that_a_scope_sets_are_on_the_path() -> None:
 # Problems
 
 
-async def _troubles(one: Controller) -> list[tuple[str, str]]:
+async def _troubles(one: Parts) -> list[tuple[str, str]]:
     report = asdict(await report_status(one))
     return [(each.level, f"{each.where}: {each.what}") for each in list_troubles(report)]
 

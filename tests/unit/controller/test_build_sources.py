@@ -22,7 +22,7 @@ async def _drop_others(_: Collection[NamespaceRef]) -> None:
 
 
 def _build(settings: Settings) -> Sources:
-    return build_sources(settings, Clock(), _begin, Progress(), _drop_others)
+    return build_sources(settings, Clock(), _begin, Progress(), _drop_others, ovn=None)
 
 
 def test_neutron_is_the_one_that_is_asked_for_addresses(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ class Host:
         self.sent.append((instance, password))
 
     def passwords(self) -> FleetPasswords:
-        return FleetPasswords(self.store, None, self.send)
+        return FleetPasswords(self.store, None)
 
 
 @pytest.fixture
@@ -47,16 +47,16 @@ async def test_what_a_guest_posts_is_sent_once_and_again_when_no_hub_was_there(h
     assert host.store.keep(DB, b"of another source")
     host.failure = SourceUnavailable("no hub")
     with pytest.raises(SourceUnavailable):
-        await passwords.look()
+        await passwords.look(host.send)
     host.failure = None
-    await passwords.look()
-    await passwords.look()
+    await passwords.look(host.send)
+    await passwords.look(host.send)
     assert host.sent == [(WEB, b"p")]
     # As the fleet has it, also after a restart.
     await passwords.take({WEB: b"p"})
     again = host.passwords()
     await again.take({WEB: b"p"})
-    await again.look()
+    await again.look(host.send)
     assert host.sent == [(WEB, b"p")]
 
 
@@ -65,9 +65,9 @@ async def test_a_refused_password_is_not_sent_again_until_the_fleet_has_another(
     await passwords.take({WEB: None})
     host.store.keep(WEB, b"later")
     host.failure = SourceRefused("it has another one")
-    await passwords.look()
+    await passwords.look(host.send)
     host.failure = None
-    await passwords.look()
+    await passwords.look(host.send)
     assert host.sent == []
     await passwords.take({WEB: b"first"})
     assert host.store.read(WEB) == b"first"
@@ -82,9 +82,9 @@ async def test_a_password_that_is_cleared_goes_and_the_guest_may_post_another(ho
         await passwords.forget(WEB)
     await passwords.take({WEB: CLEARED})
     assert host.store.read(WEB) is None
-    await passwords.look()
+    await passwords.look(host.send)
     host.store.keep(WEB, b"q")
-    await passwords.look()
+    await passwords.look(host.send)
     assert host.sent == [(WEB, b"q")]
 
 
@@ -96,6 +96,6 @@ async def test_a_password_that_was_cleared_while_the_host_was_down_does_not_come
     passwords = host.passwords()
     await passwords.take({WEB: b"p"})
     await passwords.take({WEB: CLEARED})
-    await passwords.look()
+    await passwords.look(host.send)
     assert host.store.read(WEB) is None
     assert host.sent == []

@@ -104,14 +104,14 @@ async def test_a_request_waits_for_what_is_found_and_gets_it(outcome: Outcome) -
     request = await world.hold()
     for others, looks in ((_key(last=9), 1), (_KEY, 2)):
         # Another address, and nothing new of its own.
-        world.resolver.wake([others])
+        world.resolver.waiting.wake([others])
         async with asyncio.timeout(30):
             while len(world.asked) < looks:
                 await asyncio.sleep(0)
         await asyncio.sleep(0)
         assert not request.done()
     world.found[_KEY] = outcome
-    world.resolver.wake([_KEY])
+    world.resolver.waiting.wake([_KEY])
     assert await request == outcome
     assert world.resolver.held == 0
 
@@ -156,9 +156,9 @@ async def test_who_gives_up_early_uses_up_the_wait_of_the_address_too() -> None:
 @pytest.mark.parametrize(
     "reported",
     [
-        lambda resolver: resolver.wake([_KEY]),
-        lambda resolver: resolver.wake(None),
-        lambda resolver: resolver.wake_networks({_KEY[0]}),
+        lambda resolver: resolver.waiting.wake([_KEY]),
+        lambda resolver: resolver.waiting.wake(None),
+        lambda resolver: resolver.waiting.wake_networks({_KEY[0]}),
     ],
 )
 async def test_an_address_that_a_source_has_reported_waits_again_when_it_is_gone(
@@ -179,11 +179,11 @@ async def test_invented_addresses_fill_no_memory() -> None:
     world = World(hold_s=0)
     for number in range(10_500):
         await world.resolve((NetworkId("red"), IPv4Address(number)))
-    assert len(world.resolver._wait_ends) == 10_000
+    assert len(world.resolver.waiting.ends) == 10_000
     world.clock += 100
     for number in range(6000):
         await world.resolve((NetworkId("blue"), IPv4Address(number)))
-    assert len(world.resolver._wait_ends) == 6000
+    assert len(world.resolver.waiting.ends) == 6000
 
 
 _SCOPE_HEADERS = [(b"x-imdsproxy-network", b"red"), (b"x-imdsproxy-address", b"10.0.0.5")]

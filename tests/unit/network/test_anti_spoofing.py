@@ -69,7 +69,6 @@ class Rig:
             Naming(),
             table_journal(directory / "mac-filters.json"),
             self.clock,
-            self.changed.append,
             self.missing.append,
         )
 
@@ -101,7 +100,8 @@ class Rig:
             ObservedHost(namespaces={"ns": ObservedNamespace(place, sockets=sockets)}),
             running=running,
         )
-        await self.filters.settle(plan, sweep=sweep)
+        if changed := await self.filters.settle(plan, sweep=sweep):
+            self.changed.append(changed)
 
     async def up(self) -> Self:
         """With a filter that lets the instance's pair through."""
@@ -334,10 +334,10 @@ _WITHHELD = "+1tooo--:0:0:0|i-1|r-1"
 class _Case:
     def __init__(self, directory: Path, kernel: FakeHopLimits | None = None) -> None:
         self.kernel = kernel or FakeHopLimits()
-        self.hops = HopLimits(self.kernel, table_journal(directory / "hops.json"))
         self.changed: list[frozenset[NetworkId]] = []
         self.needed: list[frozenset[NetworkId]] = []
-        self.hops.on_change, self.hops.on_need = self.changed.append, self.needed.append
+        journal = table_journal(directory / "hops.json")
+        self.hops = HopLimits(self.kernel, journal, self.needed.append)
 
     def records(self, *, complete: bool = True, **values: str | None) -> dict[str, str | None]:
         """A round of the record loop; what would be in force."""
@@ -358,7 +358,9 @@ class _Case:
         at = ip_address("169.254.169.254")
         endpoints = [Endpoint(_RED, at, 80, None, place), Endpoint(_GREY, at, 80, None, None)]
         needed = self.hops.needed
-        return await self.hops.open(one for one in endpoints if one.network in needed)
+        unsafe, changed = await self.hops.open(one for one in endpoints if one.network in needed)
+        self.changed += [changed] if changed else []
+        return unsafe
 
 
 @pytest.fixture

@@ -43,7 +43,7 @@ from imdsproxy.model.inventory import Inventory
 from imdsproxy.model.observation import Observation
 from imdsproxy.network.listeners.apply import HostTable
 from imdsproxy.network.listeners.host import KeptNetworks, SystemHost
-from imdsproxy.network.listeners.loop import ListenerLoop
+from imdsproxy.network.listeners.loop import ListenerLoop, ListenerRequests
 from imdsproxy.network.listeners.plan import Place
 from imdsproxy.network.planned import (
     AddAddress,
@@ -61,10 +61,10 @@ from support.tasks import until
 class FakeHost(SystemHost):
     """Namespaces by name; looked at as the real one is, whole or in part."""
 
-    def __init__(self, links: Path) -> None:
+    def __init__(self, links: Path, our_pids: Callable[[], Collection[int]]) -> None:
         nowhere = Path("/nowhere")
         thread = Mock(directory=Mock(path=nowhere))
-        super().__init__(thread, Naming(), links=links, journal=nowhere)
+        super().__init__(thread, Naming(), links=links, journal=nowhere, our_pids=our_pids)
         self.namespaces: dict[str, ObservedNamespace] = {}
         self.asked: list[tuple[bool, frozenset[NetworkId]]] = []
         self.refusal = ""
@@ -173,7 +173,7 @@ async def rig(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[R
     layout = Layout(directory, directory, chroot=False)
     script = '#!/bin/sh\n! grep -q POISON "$3"\n'
     fake, _, haproxy = control_fake(layout, script)
-    host = FakeHost(directory / "netns")
+    host = FakeHost(directory / "netns", lambda: haproxy.pids)
     inventory = Inventory(["a"])
     taken: list[str | None] = [None]
     path = directory / "agents" / (agents or "metadata_proxy")
@@ -181,7 +181,7 @@ async def rig(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[R
     spec = DataplaneSpec((), layout.haproxy_paths(), Limits(maxconn=0), exporter="127.0.0.1:9")
     loop = ListenerLoop(
         inventory,
-        host,
+        ListenerRequests(host),
         haproxy,
         Clock(),
         lambda: spec,

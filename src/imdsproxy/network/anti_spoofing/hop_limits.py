@@ -25,13 +25,11 @@ class HopLimits:
     """Networks that have records with a hop limit, and the places of the kernel's rule.
 
     Args:
-        on_change: Called with networks whose records must be planned again.
         on_need: Called with networks whose listeners must be checked again.
     """
 
     kernel: KernelHopLimits
     journal: TableJournal
-    on_change: Callable[[frozenset[NetworkId]], None] = lambda _: None
     on_need: Callable[[frozenset[NetworkId]], object] = lambda _: None
     refused: dict[NetworkId, Problem] = field(default_factory=dict)
     _limited: dict[NetworkId, set[str]] = field(default_factory=dict)
@@ -103,18 +101,21 @@ class HopLimits:
 
     # For the listener loop
 
-    async def open(self, endpoints: Iterable[Endpoint]) -> frozenset[NetworkId]:
+    async def open(
+        self, endpoints: Iterable[Endpoint]
+    ) -> tuple[frozenset[NetworkId], frozenset[NetworkId]]:
         """Create the rule wherever it is needed, before HAProxy listens there.
 
         Returns:
             Networks not to listen in yet: HAProxy has records that rely on the rule, which cannot be created there.
+            Then the networks whose records must be planned again.
 
         Raises:
             HostRefused: Our journal cannot be read or written.
         """
         if not self.needed:
             self._armed, self._open, self.refused = _NONE, frozenset(), {}
-            return _NONE
+            return _NONE, _NONE
         # Namespaces that send answers to guests of these networks; networks without an endpoint have none.
         places: dict[NetworkId, set[HopPlace]] = {}
         for one in endpoints:
@@ -143,11 +144,8 @@ class HopLimits:
         # A network without endpoints keeps its state: its records in force harm no guest.
         armed |= self._armed - places.keys()
         changed, self._armed = self._armed ^ armed, armed
-        if changed:
-            self.on_change(changed)
-        return frozenset(
-            network for network in self._promised & refused.keys() if not places[network] <= before
-        )
+        unsafe = self._promised & refused.keys()
+        return frozenset(one for one in unsafe if not places[one] <= before), changed
 
     async def sweep(self) -> None:
         """Remove the rule where no record relies on it, after HAProxy's configuration is in force.

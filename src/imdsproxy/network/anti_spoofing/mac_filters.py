@@ -47,7 +47,6 @@ class MacFilters:
     """All MAC filters of this host.
 
     Args:
-        on_change: Called with networks whose rule for trusting guests has changed.
         on_missing: Called when another program has removed a filter.
     """
 
@@ -56,7 +55,6 @@ class MacFilters:
     naming: Naming
     journal: TableJournal
     clock: Clock
-    on_change: Callable[[frozenset[NetworkId]], None] = lambda _: None
     on_missing: Callable[[NetworkId], object] = lambda _: None
     plan: MacFilterPlan = field(default_factory=MacFilterPlan)
     refused: dict[NetworkId, Problem] = field(default_factory=dict)
@@ -203,11 +201,14 @@ class MacFilters:
         known = self._open.keys() | (self.journal.load().keys() if sweep else set())
         return known - plan.filters.keys()
 
-    async def settle(self, plan: MacFilterPlan, *, sweep: bool) -> None:
+    async def settle(self, plan: MacFilterPlan, *, sweep: bool) -> frozenset[NetworkId]:
         """Fill new filters and remove unneeded ones, after HAProxy listens.
 
         Args:
             sweep: Also remove filters left by an earlier process; off until all sources are in sync.
+
+        Returns:
+            Networks whose rule for trusting guests has changed.
 
         Raises:
             HostRefused: A filter cannot be removed, or our journal cannot be written.
@@ -233,10 +234,8 @@ class MacFilters:
             await self._close_idle(self._unneeded(plan, sweep=sweep))
         first, self._settled = not self._settled, True
         changed = before.plain_networks ^ plan.plain_networks
-        changed |= empty
         # In the first round all records are planned anyway.
-        if changed and not first:
-            self.on_change(frozenset(changed))
+        return frozenset() if first else changed | empty
 
     def _refuse(self, network: NetworkId, error: DataplaneError) -> None:
         self._drop(network)

@@ -124,6 +124,9 @@ class SystemHost:
     """This host.
 
     Args:
+        our_pids: Returns the pids of HAProxy's master and workers: without them, HAProxy's own sockets would count as
+            another program's.
+        ovn: Source of OVN's networks, and Open vSwitch's database; `None` without that source.
         journal: File of the places where imdsproxy added addresses: `[[namespace or null, device], …]` as JSON.
 
     Attributes:
@@ -143,6 +146,8 @@ class SystemHost:
         links: Path,
         journal: Path,
         owners: SocketOwners | None = None,
+        our_pids: Callable[[], Collection[int]] = tuple,
+        ovn: OvnSource | None = None,
     ) -> None:
         self.thread, self.naming = thread, naming
         self._owners = owners or SocketOwners()
@@ -157,12 +162,12 @@ class SystemHost:
         self._all_dirty = True
         self._dirty: set[NetworkId] = set()
         self._cleared: set[Place] = set()
-        self.ovn: OvnSource | None = None
+        self.ovn = ovn
         self.planned_needs: OvnWanted | None = None
         self._needs: tuple[int, OvnWanted] | None = None
         self._waits: dict[NetworkId, float] = {}
         self._unfinished: set[NetworkId] = set()
-        self.our_pids: Callable[[], Collection[int]] = tuple
+        self.our_pids = our_pids
         self.arp_filter = HostTable(
             thread,
             naming.prefix,

@@ -61,18 +61,43 @@ class PlanReport:
 
 
 @dataclass(slots=True)
+class ListenerRequests:
+    """Requests for rounds of the listeners; parts that are made before the loop need them."""
+
+    host: SystemHost
+    tickets: Tickets = field(default_factory=Tickets)
+    reasons: set[str] = field(default_factory=set)
+    rounds: Reconciler = field(
+        default_factory=partial(Reconciler, "listeners", "listeners not applied", 0.2, 5.0)
+    )
+
+    def touch(self, reason: str, networks: Iterable[NetworkId] | None = None) -> int:
+        """Observe the host again. Return a ticket that closes once the result is in force.
+
+        Args:
+            reason: Reason for the log and `status`.
+            networks: Networks whose listeners to observe; `None` for the whole host.
+        """
+        self.host.touch(networks)
+        self.reasons.add(reason)
+        self.rounds.wake()
+        return self.tickets.take()
+
+
+@dataclass(slots=True)
 class ListenerLoop(Part):
     """Keeps HAProxy's binds equal to the listeners that the networks want and the host allows.
 
     Attributes:
         settings: Returns HAProxy's configuration from the settings, without binds; `maxconn` 0 to compute it.
         last_plan: Result of the last round.
+        on_trust: Called with networks whose rule for trusting guests may have changed.
         audits_per_s: Returns the number of networks to compare with the kernel each second without an event.
         serves_routers: Whether a source reports routers, so that their tables of an earlier process may stay.
     """
 
     inventory: Inventory
-    host: SystemHost
+    requests: ListenerRequests
     haproxy: Haproxy
     clock: Clock
     settings: Callable[[], DataplaneSpec]
@@ -82,7 +107,9 @@ class ListenerLoop(Part):
     serves_routers: bool
     kept: KeptNetworks
     unix: UnixListener
-    tickets: Tickets = field(default_factory=Tickets)
+    on_trust: Callable[[frozenset[NetworkId]], object] = lambda _: None
+    host: SystemHost = field(init=False)
+    tickets: Tickets = field(init=False)
     last_plan: ListenerPlan = field(default_factory=ListenerPlan)
     working: bool = False
     unexported: Problem | None = None
@@ -93,19 +120,19 @@ class ListenerLoop(Part):
     _undirected: tuple[Problem, ...] = ()
     _degraded: frozenset[NotServed] = frozenset()
     _released: frozenset[NetworkId] = frozenset()
-    _reasons: set[str] = field(default_factory=set)
-    _rounds: Reconciler = field(
-        default_factory=partial(Reconciler, "listeners", "listeners not applied", 0.2, 5.0)
-    )
 
     def __post_init__(self) -> None:
+        self.host, self.tickets = self.requests.host, self.requests.tickets
         self.watch = HostWatch(self.host, self.touch, self.audits_per_s)
-        # Asked at each observation: without the pids, HAProxy's own sockets would count as another program's.
-        self.host.our_pids = lambda: self.haproxy.pids
+
+    @property
+    def touch(self) -> Callable[..., int]:
+        """See `ListenerRequests`."""
+        return self.requests.touch
 
     @property
     def failure(self) -> Problem | None:
-        return self._rounds.failure
+        return self.requests.rounds.failure
 
     def problems(self) -> tuple[Problem | None, ...]:
         return (self.failure, *self.last_plan.problems)
@@ -147,17 +174,6 @@ class ListenerLoop(Part):
     def plan_operations(self) -> Annotated[By, "counter", "result"]:
         """Operations of plans by result: ok or failed (failed operations are retried)."""
         return self.host.operations
-
-    def touch(self, reason: str, networks: Iterable[NetworkId] | None = None) -> int:
-        """Observe the host again. Return a ticket that closes once the result is in force.
-
-        Args:
-            networks: Networks whose listeners to observe; `None` for the whole host.
-        """
-        self.host.touch(networks)
-        self._reasons.add(reason)
-        self._rounds.wake()
-        return self.tickets.take()
 
     async def release_networks(self, networks: Iterable[NetworkId]) -> None:
         """Stop listening in these networks for as long as this controller runs: another process listens there.
@@ -240,14 +256,15 @@ class ListenerLoop(Part):
         await self._round(("start",))
 
     async def run(self) -> None:
-        await self._rounds.run(self._next_round, after_s=self._patience_s())
+        await self.requests.rounds.run(self._next_round, after_s=self._patience_s())
 
     def _patience_s(self) -> float | None:
         return _RECHECK_S if self.last_plan.problems or self.last_plan.waiting else None
 
     async def _next_round(self) -> float | None:
         ticket = self.tickets.given
-        reasons, self._reasons = tuple(sorted(self._reasons)), set()
+        reasons = tuple(sorted(self.requests.reasons))
+        self.requests.reasons.clear()
         if not reasons:
             # No event, but time has passed.
             self.host.touch(one.network for one in self.last_plan.not_served)
@@ -321,7 +338,10 @@ class ListenerLoop(Part):
     ) -> tuple[Endpoint, ...]:
         """Make HAProxy listen on the endpoints. Return those on which it listens now."""
         limited = self.hop_limits.needed
-        unsafe = await self.hop_limits.open(one for one in endpoints if one.network in limited)
+        unsafe, changed = await self.hop_limits.open(
+            one for one in endpoints if one.network in limited
+        )
+        self.on_trust(changed)
         endpoints = tuple(one for one in endpoints if one.network not in unsafe)
         self._listening = await self.mac_filters.open(
             self._networks(), endpoints, self.host.seen, running=self.haproxy.processes is not None
@@ -339,7 +359,7 @@ class ListenerLoop(Part):
             await self.haproxy.apply(replace(spec, unix=None), ", ".join(reasons))
         done = await self.haproxy.apply(spec, ", ".join(reasons))
         self._undirected = tuple((await self.host.carry_out(come)).values())
-        await self.mac_filters.settle(self._listening, sweep=self.inventory.in_sync)
+        self.on_trust(await self.mac_filters.settle(self._listening, sweep=self.inventory.in_sync))
         await self.hop_limits.sweep()
         await self.unix.settle(before)
         if done is not None and (last := self.haproxy.last_reload) is not None:

@@ -131,25 +131,21 @@ class OvnHost(Part):
     host: SystemHost
     touch: Callable[[str, Collection[NetworkId]], object]
     heartbeat: OvnHeartbeat = field(init=False)
-    _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
         self.heartbeat = OvnHeartbeat(self.source, SystemRandom().random)
-        self.source.on_change = self._on_change
-
-    def _on_change(self) -> None:
-        self._changed.set()
-        self.heartbeat.beats.wake()
 
     def work(self) -> tuple[Coroutine[object, object, None], ...]:
         return self._notice(), self.heartbeat.run()
 
     async def _notice(self) -> None:
         """Request a round at each change of the needs that no round has planned with, until cancelled."""
+        changed = self.source.changed
         while True:
-            await self._changed.wait()
+            await changed.wait()
+            self.heartbeat.beats.wake()
             await asyncio.sleep(_TOGETHER_S)
-            self._changed.clear()
+            changed.clear()
             needs = self.host.ovn_needs()
             if needs is not None and needs.is_new(self.host.planned_needs):
                 self.touch("OVN's networks changed", ())

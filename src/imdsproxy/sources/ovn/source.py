@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
@@ -73,7 +73,7 @@ class OvnSource:
     Attributes:
         view: This host's rows in the Southbound database; `None` until they were read.
         changes: Number of possible changes of an attribute.
-        on_change: Called after each of them.
+        changed: Set after each of them.
     """
 
     name: ClassVar = "ovn"
@@ -82,7 +82,7 @@ class OvnSource:
     known: OvnKnown = field(default_factory=OvnKnown)
     view: SouthboundView | None = None
     changes: int = 0
-    on_change: Callable[[], object] = lambda: None
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
     _vswitch: Ovsdb[LocalChassis] | None = None
     _southbound: Ovsdb[SouthboundView] | None = None
     _chassis_changed: float | None = None
@@ -222,7 +222,7 @@ class OvnSource:
         )
         if observation is not None:
             publish(observation)
-        self.on_change()
+        self.changed.set()
 
 
 def _conditions(
