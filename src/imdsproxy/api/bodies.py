@@ -139,7 +139,9 @@ class InstanceView(_Record):
     source: str
     revision: str
     conflicts: list[Conflict]
-    pending: list[str] = Field(description="Why guests do not get it, or not its newest version.")
+    pending: list[str] = Field(
+        description="Reasons why guests do not get the record, or not its newest version."
+    )
 
 
 class InstanceSummary(InstanceView):
@@ -152,7 +154,7 @@ class InstanceSummary(InstanceView):
 class InstancePage(_Record):
     """One page of the matching instances."""
 
-    found: int = Field(description="How many match, on all pages.")
+    found: int = Field(description="Number of matching instances on all pages.")
     instances: list[InstanceSummary]
     next: str | None = Field(
         description="To be given as `after` for the page behind; null where this is the last."
@@ -217,7 +219,9 @@ async def read_json(request: Request) -> object:
     return _decode(raw) if size <= _INLINE else await asyncio.to_thread(_decode, raw)
 
 
-InNetwork: TypeAlias = Annotated[str | None, Query(description="Only those with a port in it.")]
+InNetwork: TypeAlias = Annotated[
+    str | None, Query(description="Only instances with a port in this network.")
+]
 SearchText: TypeAlias = Annotated[
     str,
     Query(
@@ -225,16 +229,16 @@ SearchText: TypeAlias = Annotated[
         description="Words that each must be in an id, name, host name, project, MAC, address or tag, in any case.",
     ),
 ]
-OfProject: TypeAlias = Annotated[str | None, Query(description="Only those of this project.")]
-AfterPage: TypeAlias = Annotated[str | None, Query(description="`next` of the page before.")]
+OfProject: TypeAlias = Annotated[str | None, Query(description="Only instances of this project.")]
+AfterPage: TypeAlias = Annotated[str | None, Query(description="`next` of the previous page.")]
 PageSize: TypeAlias = Annotated[
-    int, Query(ge=1, le=matching.MOST, description="The most of a page.")
+    int, Query(ge=1, le=matching.MOST, description="Maximum number of instances of a page.")
 ]
 """Parameters of lists and searches of instances, on a host and on a hub."""
 
 JsonBody: TypeAlias = Annotated[object, Depends(read_json)]
-Named: TypeAlias = Annotated[str, Field(description="Its id, or its name where no other has that.")]
-Creates: TypeAlias = Annotated[bool, Query(description="Refuse ids that are there.")]
+Named: TypeAlias = Annotated[str, Field(description="The id, or a name that only one record has.")]
+Creates: TypeAlias = Annotated[bool, Query(description="Refuse ids that exist.")]
 
 
 def choose_named(text: str, found: Collection[str]) -> str:
@@ -321,7 +325,7 @@ async def read_records(
 
 def _refuse_bad(problems: Sequence[Problem]) -> None:
     if problems:
-        message = "nothing was stored: some records are not acceptable"
+        message = "no record was stored: some are not acceptable"
         raise RequestRefused(message, problems=problems)
 
 

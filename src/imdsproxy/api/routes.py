@@ -41,9 +41,11 @@ _Store: TypeAlias = Annotated[HostRecords, Depends(open_store)]
 router = APIRouter(dependencies=[Depends(open_store)])
 
 _Address = Annotated[str, Query(description="The guest's address, as its packets carry it.")]
-_Path = Annotated[str | None, Query(description="Also what the policy says to a GET of it.")]
+_Path = Annotated[
+    str | None, Query(description="Also show the policy's decision on a GET of this path.")
+]
 _Probe = Annotated[
-    bool, Query(description="Also send a GET of it, as the guest would, and say the status.")
+    bool, Query(description="Also send a GET of the path as the guest would, and show the status.")
 ]
 
 
@@ -116,10 +118,10 @@ async def explain_instance(
 async def get_document(
     network: NetworkOf,
     address: _Address,
-    path: Annotated[str, Query(description="As the guest would write it, with its query.")],
+    path: Annotated[str, Query(description="The path as the guest writes it, with its query.")],
     parts: _Uses,
     instance: Annotated[
-        str | None, Query(description="Refuse unless the address is this instance's.")
+        str | None, Query(description="Refuse unless this instance has the address.")
     ] = None,
 ) -> bodies.DocumentView:
     """Show the answer that the guest at this address gets to `GET path`."""
@@ -131,9 +133,9 @@ async def get_document(
 @router.get("/watch")
 async def watch(
     store: _Store,
-    cursor: Annotated[int | None, Query(description="The one of the answer before.")] = None,
-    network: Annotated[str | None, Query(description="Only of this network.")] = None,
-    instance: Annotated[str | None, Query(description="Only of this instance.")] = None,
+    cursor: Annotated[int | None, Query(description="`cursor` of the previous answer.")] = None,
+    network: Annotated[str | None, Query(description="Only requests in this network.")] = None,
+    instance: Annotated[str | None, Query(description="Only requests of this instance.")] = None,
 ) -> WatchReport:
     """Show guests' requests and answers since `cursor`. HAProxy reports them while a client polls every few seconds."""
     of_network = None if network is None else store.find_network(network)
@@ -145,7 +147,7 @@ async def watch(
 async def token_report(
     store: _Store,
     days: Annotated[
-        int, Query(ge=1, le=7, description="For so long no guest may have read without one.")
+        int, Query(ge=1, le=7, description="Days in which no guest may have read without a token.")
     ] = 7,
     network: Annotated[str | None, Query(description="A verdict on this network alone.")] = None,
     project: Annotated[str | None, Query(description="A verdict on this project alone.")] = None,

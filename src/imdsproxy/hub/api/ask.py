@@ -82,8 +82,8 @@ def _is_json(body: object) -> bool:
 def odd_answer(host: HostId) -> SourceUnavailable:
     """Return the error for an answer of a host that no imdsproxy of this version sends."""
     return SourceUnavailable(
-        f"host {host} answered what no imdsproxy of this version answers",
-        hint=f"look at host {host}: it may be of another version, or captured",
+        f"the answer of host {host} is not one of this version of imdsproxy",
+        hint=f"check host {host}: another version may run there, or the host may be captured",
     )
 
 

@@ -39,13 +39,13 @@ class Caller:
         """Raise `AccessDenied` unless the caller's role is listed; with `all_projects`, refuse limited callers too."""
         if self.identity.role not in roles:
             raise AccessDenied(
-                f"{self.identity.name} is {self.identity.role}, and may not do this",
-                hint=f"a certificate of role {' or '.join(roles)} may: imdsproxy fleet operator",
+                f"{self.identity.name} has role {self.identity.role}, which may not do this",
+                hint=f"use a certificate of role {' or '.join(roles)}: imdsproxy fleet operator",
             )
         if all_projects and self.scope is not None:
             raise AccessDenied(
                 f"{self.identity.name} is limited to project {self.scope}, and may not do this",
-                hint="an operator without that limit may",
+                hint="use a certificate without a project",
             )
 
     def views(self, operations: Operations) -> Views:
@@ -76,7 +76,7 @@ async def admit(operations: Operations, headers: Mapping[str, str]) -> Caller:
     identity = read_identity(headers)
     if identity is None:
         raise AccessDenied(
-            "this needs a certificate of the fleet", hint="imdsproxy fleet operator makes one"
+            "the request has no certificate of the fleet", hint="make one: imdsproxy fleet operator"
         )
     try:
         async with asyncio.timeout(_COMPLETE_S):
@@ -88,7 +88,7 @@ async def admit(operations: Operations, headers: Mapping[str, str]) -> Caller:
     known = identity.role in OPERATOR_ROLES or identity.role is Role.HUB
     if known and revoked is None and key in state.unreadable:
         raise AccessDenied(
-            f"whether the certificate of {identity.name} is revoked is not readable in etcd",
+            f"the revocation of the certificate of {identity.name} is not readable in etcd",
             hint=f"`imdsproxy fleet revoke {identity.name} --operator`, else `etcdctl del {key}`",
         )
     if known and not admits_operator(identity, None if revoked is None else revoked[0]):
@@ -98,7 +98,7 @@ async def admit(operations: Operations, headers: Mapping[str, str]) -> Caller:
     if identity.role is Role.HOST and not operations.streams.admits(
         HostId(identity.name), identity.serial
     ):
-        raise AccessDenied(f"the certificate of host {identity.name} is not good any more")
+        raise AccessDenied(f"the certificate of host {identity.name} is not valid any more")
     if identity.role in OPERATOR_ROLES:
         operations.restores.journal.note_name(identity.name, "an operator")
     return Caller(identity)
@@ -142,7 +142,9 @@ async def _terms(
     ] = None,
     idempotency_key: Annotated[
         str | None,
-        Header(max_length=64, description="Names the write: sent again, it is done once."),
+        Header(
+            max_length=64, description="Name of the write: a write that is sent again is done once."
+        ),
     ] = None,
 ) -> Terms:
     request = idempotency_key or uuid.uuid4().hex

@@ -42,7 +42,7 @@ class MoveBody(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     to: str | None = Field(
-        default=None, description="The host that it moves to; may be omitted at the end of a move."
+        default=None, description="The new host; may be omitted at the end of a move."
     )
     finish: bool = Field(default=False, description="The guest is there: no other host serves it.")
     cancel: bool = Field(default=False, description="The guest stays where it was.")
@@ -70,7 +70,7 @@ async def list_instances(
     text: bodies.SearchText = "",
     network: bodies.InNetwork = None,
     project: bodies.OfProject = None,
-    host: Annotated[str | None, Query(description="Only those that are placed on it.")] = None,
+    host: Annotated[str | None, Query(description="Only instances placed on this host.")] = None,
 ) -> StreamingResponse:
     """List matching instances, sorted by id, without payloads; each is read when it is sent."""
     views, reported = store.views, await store.caller.reported(store.operations)
@@ -126,7 +126,7 @@ async def show_import(name: str, store: ReadingSecrets) -> FleetWritten | Import
     if known is None or store.caller.scope not in {None, known[0].terms.scope}:
         raise SourceUnavailable(
             f"this hub does not know import {name}: it was started since",
-            hint="send the same records again: what is stored is known",
+            hint="send the same records again: the hub recognizes stored records",
         )
     return await store.await_import(name)
 
@@ -195,8 +195,8 @@ def _checked(place: str) -> str:
     scope, _, subject = place.partition("/")
     if place != "fleet" and not (scope in {"host", "project"} and codec.is_id(subject)):
         raise RequestRefused(
-            f"{place} is no scope of a policy",
-            hint="fleet, host/ID or project/ID; networks and instances have theirs in their records",
+            f"{place} is not a scope of policies",
+            hint="use fleet, host/ID or project/ID; policies of networks and instances are in their records",
         )
     return place
 

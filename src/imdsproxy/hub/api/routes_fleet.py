@@ -66,7 +66,7 @@ class ResealBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    after: str = Field(default="", description="Of the answer before.")
+    after: str = Field(default="", description="`after` of the previous answer.")
 
 
 class AskBody(BaseModel):

@@ -24,7 +24,7 @@ from imdsproxy.model.entities import InstanceId, NetworkId
 guests = APIRouter()
 
 _Query = Annotated[str | None, Query(description="As of a host's admin API.")]
-_Host = Annotated[str | None, Query(description="Which host, where it is on several.")]
+_Host = Annotated[str | None, Query(description="The host, if the instance is on several.")]
 
 
 @guests.get("/instances/{instance}/explain")
@@ -85,7 +85,7 @@ async def watch(
     if instance is None:
         if host is None:
             raise RequestRefused(
-                "the guests of a whole fleet are too many to watch",
+                "a whole fleet has too many guests to watch",
                 hint="name an instance or a host: --instance ID or --host HOST",
             )
         store.caller.require(*Role, all_projects=True)
@@ -129,8 +129,8 @@ def _holder(caller: Caller, claim: KeyValue) -> InstanceId | None:
         if caller.scope is not None:
             return None
         raise SourceCorrupt(
-            f"who has {claim.key} is not readable in etcd: {error}",
-            hint=f"write the instance that has it again; etcdctl del {claim.key}, if none has it",
+            f"the owner of {claim.key} is not readable in etcd: {error}",
+            hint=f"write the instance with this address again; if there is none: etcdctl del {claim.key}",
         ) from error
 
 
