@@ -226,7 +226,6 @@ async def _count(parts: Parts) -> None:
 
 
 async def _settle(parts: Parts) -> None:
-    """Write the state that the next controller starts from."""
     parts.records.settle()
     # Without the timeout, a hanging worker would block the shutdown.
     with contextlib.suppress(TimeoutError):
@@ -294,7 +293,6 @@ async def _prepare(parts: Parts, *, adopted: bool) -> None:
 
 
 async def _write_records(parts: Parts) -> None:
-    """Write the records that HAProxy reads when it starts."""
     applier = parts.records.applier
     if await parts.records.reuse_maps():
         return

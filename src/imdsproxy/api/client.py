@@ -46,7 +46,6 @@ def path_to(*steps: str) -> str:
 
 
 def read_problem(shape: Mapping[str, Any]) -> errors.Problem:
-    """Read a problem from the daemon's JSON."""
     return errors.Problem(*(shape[key] for key in ("field", "reason", "hint", "file", "line")))
 
 
@@ -77,7 +76,6 @@ class Client(ABC):
     )
 
     def get(self, path: str, query: Mapping[str, str] | None = None) -> Any:
-        """Send a GET and return the decoded answer."""
         return self.request("GET", path, query=query)
 
     def request(
@@ -108,7 +106,6 @@ class Client(ABC):
 
         Args:
             lines: Lines for the route `/v1/records`.
-            query: Query of the request.
             on_wait: Called now and then with `/v1/progress`, and with the progress of a daemon that is still starting.
 
         Raises:

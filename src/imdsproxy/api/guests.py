@@ -142,7 +142,6 @@ class _Owner:
     Attributes:
         at: The address by which the records know the instance; behind a router, an address in another network.
         why: The explanation of a source that was queried, in place of the records.
-        denial: The answer, if the queried source decides it.
     """
 
     known: identity.Identity
@@ -209,7 +208,6 @@ async def explain(
     """Explain which instance owns an address in a network, or behind a router; never raises for an unknown address.
 
     Args:
-        key: The address.
         path: Also show the policy's decision on a GET of this path.
         probe: Also send a GET of `path`, or of a document that every instance has.
     """

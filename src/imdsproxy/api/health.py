@@ -38,7 +38,6 @@ class HealthServer:
     Args:
         listener: A listening TCP socket; closed at the end.
         alive: Returns whether the process's loop makes progress; called in the thread.
-        who: Name of the process in answers.
 
     Attributes:
         reports: Metrics and readiness, read in the process's loop; unset while the process starts.

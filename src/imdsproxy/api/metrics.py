@@ -71,7 +71,6 @@ class Metrics(Exposed, prefix=PREFIX):
         return found if few else {NETWORK_SUM: sum(counts.values())}
 
     def _disks(self) -> Mapping[str, tuple[int, int]]:
-        """Return free bytes and size by directory, without removed directories."""
         layout = self.parts.layout
         places = {"runtime": layout.runtime, "state": layout.state}
         found = {name: disk_usage(path) for name, path in places.items() if path.exists()}

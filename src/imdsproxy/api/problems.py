@@ -105,7 +105,6 @@ def answer_for(error: ImdsproxyError) -> JSONResponse:
 def _answer(
     status: int, code: str, message: str, hint: str = "", problems: Sequence[Problem] = ()
 ) -> JSONResponse:
-    """Render an error; 503 has a Retry-After."""
     fields = [ProblemField.model_validate(problem) for problem in problems]
     body = ProblemBody(status=status, code=code, message=message, hint=hint, problems=fields)
     headers = {"retry-after": str(RETRY_AFTER_S)} if status == _UNAVAILABLE else None

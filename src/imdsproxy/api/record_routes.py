@@ -42,7 +42,6 @@ class RecordStore(Protocol):
     `NotFound` if no record has the id.
 
     Attributes:
-        tables: Tables of the records in bodies.
         clearable: Keys that a patch of an instance can clear although they are not in the record.
     """
 
@@ -126,12 +125,8 @@ class RecordApi:
     Attributes:
         list_instances: Handler that lists instances, with the filters of the API.
         instance: Body with an instance.
-        written: Answer to a change of records.
-        many: Answer to a change of many records.
         override: Answer to a change of an instance's tokens or boot.
         reads: Dependencies of routes that read records, if the router has none. One sets `request.state.store`.
-        secrets: Dependencies of routes that read secrets.
-        writes: Dependencies of routes that change records.
     """
 
     list_instances: Callable[..., Any]

@@ -27,7 +27,6 @@ class StartingServer:
 
     Args:
         listener: The listening socket. It stays open: a client that connects between two servers waits for the next.
-        steps: Returns the work in progress.
     """
 
     def __init__(
@@ -80,7 +79,6 @@ class StartingServer:
 
 
 def _render(steps: Sequence[Step]) -> bytes:
-    """Render the answer, as `api.problems.ProblemBody`, with the steps in progress."""
     error = Starting.at([asdict(step) for step in steps])
     body = {
         "status": error.http_status,

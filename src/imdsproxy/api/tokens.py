@@ -138,7 +138,6 @@ def _was_in_force(records: RecordLoop, instance: InstanceId, keys: frozenset[Add
 
 
 async def _pending(parts: Parts, confirmation: Awaitable[object]) -> tuple[str, ...]:
-    """Return why the change is not in force yet."""
     try:
         async with asyncio.timeout(_APPLY_DEADLINE_S):
             await confirmation

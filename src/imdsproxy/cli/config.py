@@ -161,7 +161,6 @@ def _write(files: Mapping[Path, tuple[bytes, int]], *, force: bool) -> None:
 
 
 def _is_other(path: Path, data: bytes) -> bool:
-    """Return whether the path exists with different content."""
     try:
         return path.is_symlink() or path.read_bytes() != data
     except FileNotFoundError:

@@ -171,7 +171,6 @@ def reload(
 
 
 def _show_reload(output: Output, done: Shape) -> None:
-    """Print the changed settings, and which of them need a restart."""
     how = {"reload": "[green]by a reload[/]", "restart": "[yellow]at the next restart[/]"}
     waiting = dict.fromkeys(done["restart_needed"], "restart")
     rows = (

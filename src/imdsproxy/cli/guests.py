@@ -204,7 +204,6 @@ def _value(value: Any) -> str:
 
 
 def _decided(decided: Shape, origins: Mapping[str, str]) -> str:
-    """Return the decision with its rule and the rule's scope."""
     if decided["status"] is None:
         return "[green]allowed[/]"
     by = decided["rule"] + origins.get(decided["rule"], "")
@@ -324,7 +323,6 @@ def report(
 
 
 def _show_report(output: Output, report: Shape) -> None:
-    """Print the verdict, a line for each client of each guest, then the trees that stay open."""
     verdict = report["verdicts"][0]
     answer = verdict["ready"]
     colour = {"yes": "green", "no": "red"}.get(answer, "yellow")

@@ -264,7 +264,6 @@ def _example(path: str) -> str:
 
 
 def build_program() -> Any:
-    """Build the root command."""
     app = typer.Typer(
         name="imdsproxy",
         cls=_Program,
@@ -289,7 +288,6 @@ def iterate_commands(command: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _show_as_written(argument: Any) -> None:
-    """Show an argument as its metavar, as `[INSTANCE]`, without typer's brackets and type."""
     argument.get_usage_pieces = lambda *_, **_ignored: [argument.metavar]
     argument.display_type_rich = lambda *_, **_ignored: None
     if hasattr(argument, "type"):
@@ -299,7 +297,6 @@ def _show_as_written(argument: Any) -> None:
 
 
 def _prepare_help(command: Any) -> None:
-    """Show a command's help with rich, and its help option without a type."""
     _show_help_with_rich(command)
     make_help_option = command.get_help_option
 

@@ -66,7 +66,6 @@ class Output:
         sys.stdout.flush()
 
     def raw(self, body: bytes) -> None:
-        """Print bytes unchanged."""
         sys.stdout.flush()
         sys.stdout.buffer.write(body)
         sys.stdout.buffer.flush()
@@ -172,8 +171,6 @@ class Output:
 
         Args:
             rows: Cells by heading; all rows have the same headings.
-            empty: Text for a table without rows.
-            keep: Columns whose cells are not wrapped.
             spare: Columns to drop, the last first, while the terminal is too narrow.
         """
         filled = list(rows)
@@ -281,7 +278,6 @@ class BottomLine:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write text above the status line."""
         erase = "\r\x1b[K" if self._line else ""
         after = self._line if text.endswith("\n") else ""
         return self._stream.write(f"{erase}{text}{after}")

@@ -33,7 +33,6 @@ def show_rows(output: Output, kind: str, shapes: Iterable[Shape]) -> None:
 
 
 def _network_row(shape: Shape) -> dict[str, str]:
-    """Return a network's row: listener, and the reason if the network is not served."""
     record, not_served = shape["record"], shape["not_served"]
     kind, value = next(iter(record["listener"].items()))
     return {
@@ -69,7 +68,6 @@ def _instance_row(shape: Shape) -> dict[str, str]:
 
 
 def _where(shape: Shape) -> dict[str, str]:
-    """Return a record's source, or in a fleet the hosts that serve the record."""
     if "hosts" not in shape:
         return {"SOURCE": clean(shape["source"])}
     return {"HOSTS": clean(" ".join(shape["hosts"]))}
@@ -130,7 +128,6 @@ def _network_notes(shape: Shape) -> Iterator[tuple[str, object]]:
 
 
 def _instance_notes(shape: Shape) -> Iterator[tuple[str, object]]:
-    """Yield names and values of an instance's state: ids, conflicts, pending changes."""
     yield "source", shape["source"]
     yield "uuid", shape["uuid"]
     yield "ec2 id", shape["ec2_id"]

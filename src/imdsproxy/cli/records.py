@@ -64,7 +64,6 @@ _FROM_LIBVIRT: Final = {
 
 
 def _change(run: Invocation, kind: str, values: _Values, *, create: bool) -> None:
-    """Add a record, change or clear its given keys, or send the records of a file."""
     name, file = values.pop("record"), values.pop("file")
     if file is not None:
         if name is not None or any(value not in (None, []) for value in values.values()):
@@ -186,7 +185,6 @@ def _if_revision(revision: int | None) -> dict[str, str] | None:
 
 
 def _remove(run: Invocation, kind: str, names: Sequence[str], query: dict[str, str] | None) -> None:
-    """Remove records one after the other; stop at the first error."""
     daemon, answers = run.api(), []
     for name in names:
         answers.append(daemon.request("DELETE", path_to(f"{kind}s", name), query=query))

@@ -61,7 +61,6 @@ def status(
 
 
 def _wait(output: Output, daemon: AdminClient) -> Shape:
-    """Wait until the daemon is ready; return its report."""
     deadline = time.monotonic() + _APPEARS_WITHIN_S
     with output.starting() as show:
         daemon = replace(daemon, waiting=lambda: nullcontext(show))
@@ -132,7 +131,6 @@ def _show_status(output: Output, answer: Shape) -> None:
 
 
 def _facts(report: Shape) -> Iterator[tuple[str, list[str]]]:
-    """Yield names and lines of facts; facts without lines are not shown."""
     up = spell_duration(report["uptime_s"])
     yield "imdsproxy", [f"{report['version']}, up {up}, pid {report['controller']}"]
     yield "state", list(_state(report["readiness"]))

@@ -119,7 +119,6 @@ def _policies(before: Loaded, after: Loaded) -> Iterator[Problem]:
 
 
 def _rules(value: object, place: str = "policy") -> dict[str, object]:
-    """Return each policy rule that is set, by its path."""
     if not isinstance(value, Mapping):
         return {place: value}
     parts = (_rules(part, f"{place}.{name}") for name, part in value.items())

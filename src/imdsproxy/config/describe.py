@@ -104,7 +104,6 @@ def _describe_on_one_line(schema: dict[str, Any]) -> dict[str, Any]:
 
 @cache
 def all_settings() -> Setting:
-    """Return the root, with all settings below it."""
     return _read_schema(root_schema())
 
 
@@ -305,7 +304,6 @@ def render_nodes(nodes: Iterable[Node]) -> Iterator[tuple[Node, str]]:
 
 
 def _words(setting: Setting, indent: str) -> Iterator[str]:
-    """Describe a setting in comment lines."""
     comment = f"{indent}# "
     for words in (setting.description, f"Takes {setting.takes}. {_CHANGE[setting.change]}"):
         yield from textwrap.wrap(

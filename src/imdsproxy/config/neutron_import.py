@@ -196,7 +196,6 @@ class _Reading:
         self._read = {option: self._read_option(option) for option in NEUTRON_OPTIONS}
 
     def files_of(self, option: NeutronOption) -> _Files:
-        """Return the files that the option's service reads."""
         return self._novas if option.whose == NOVA else self._neutrons
 
     def __getitem__(self, name: str | tuple[str, str]) -> _Read:
@@ -320,7 +319,6 @@ class _Reading:
                 yield finding
 
     def fates(self) -> Iterator[dict[str, Any]]:
-        """Yield the translation of each option in the files."""
         for read in self._read.values():
             option, written = read.option, read.written
             if written is None:
@@ -358,7 +356,6 @@ class _Reading:
 
 
 def _put_settings(reading: _Reading, url: str, secret_file: Path, server_name: str | None) -> None:
-    """Put the settings from the files, in the order of the settings file."""
     host, port, scheme = (reading[f"nova_metadata_{one}"] for one in ("host", "port", "protocol"))
     wait, insecure = (
         reading["metadata_haproxy", "timeout_server"],

@@ -41,7 +41,6 @@ _Paths = Annotated[
 
 
 def _field(rule: Rule) -> tuple[Any, Any]:
-    """Return the type and the field of a rule, for pydantic's `create_model`."""
     if rule.kind is tuple:
         return _Paths | None, setting({}, Change.LIVE, description=rule.help)
     least, most = rule.bounds or (None, None)
@@ -125,7 +124,6 @@ class TokensSettings(Section):
 
 
 def _number(rule: str, default: int) -> Any:
-    """Build a limit with the bounds of a policy's rule."""
     least, most = RULES[rule].bounds or (None, None)
     return setting(default, Change.RELOAD, ge=least, le=most)
 

@@ -60,20 +60,16 @@ class Access:
         return True
 
     def see(self) -> None:
-        """Restart the idle timeout."""
         self._seen_at = self.now()
 
     def is_over(self) -> bool:
-        """Return whether the link or the session has expired."""
         return self.now() - self._seen_at > (IDLE_S if self.opened else LINK_S)
 
     def has_session(self, cookie: str | None) -> bool:
-        """Return whether the cookie belongs to the open session."""
         known = cookie is not None and compare_digest(cookie.encode(), self.cookie.encode())
         return known and self.opened and not self.is_over()
 
     def has_token(self, token: str) -> bool:
-        """Return whether a form's token belongs to this session."""
         return compare_digest(token.encode(), self.token.encode())
 
 
@@ -81,7 +77,6 @@ def refuse_foreign(method: str, headers: Mapping[str, str], *, opens: bool) -> s
     """Return why a request comes neither from the console's pages nor from the operator; `None` if acceptable.
 
     Args:
-        method: Method of the request.
         headers: Headers by lower-case name.
         opens: The request is for the link, which any page may contain.
     """

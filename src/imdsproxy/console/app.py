@@ -52,7 +52,6 @@ _CHANGES: Final[dict[str, _Change]] = {
 
 
 def console_app(daemon: AdminClient, access: Access) -> Secured:
-    """Build the application for one run of the command."""
     console = Console(daemon, access)
     routes = [
         Route("/open", partial(_open, console), methods=["GET"]),

@@ -27,7 +27,6 @@ class PlainField:
     default: str = ""
 
     def show(self, value: object) -> str:
-        """Return the input's text for a value."""
         if isinstance(value, bool):
             return "true" if value else "false"
         return self.default if value is None else str(value)
@@ -46,7 +45,6 @@ class TableField:
     """Key with a list or mapping as its value, shown as rows.
 
     Attributes:
-        columns: Inputs of a row.
         split: Function that splits the value into rows of texts.
         join: Function that joins rows, without blank cells, to the value.
     """

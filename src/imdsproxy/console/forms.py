@@ -62,8 +62,6 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """Inputs under a heading."""
-
     title: str
     parts: tuple[Input | Rows, ...]
 
@@ -96,7 +94,6 @@ def make_form(kind: str, sent: Sent, problems: Sequence[Problem]) -> Form:
     Args:
         kind: `instance` or `network`.
         sent: Texts of the inputs, from `show_record` or the browser.
-        problems: Problems from the daemon.
     """
     left = list(problems)
 
@@ -133,7 +130,6 @@ def make_form(kind: str, sent: Sent, problems: Sequence[Problem]) -> Form:
 
 
 def _help(kind: str, name: str) -> str:
-    """Return the help of a record's key or of a policy rule."""
     group, _, rule = name.partition(".")
     if group == "policy":
         return RULES[rule].help
@@ -141,7 +137,6 @@ def _help(kind: str, name: str) -> str:
 
 
 def show_record(kind: str, record: Mapping[str, Any]) -> dict[str, str]:
-    """Return the initial texts of a record's inputs."""
     shown: dict[str, str] = {}
     for one in (part for _, parts in SECTIONS[kind] for part in parts):
         group, _, inner = one.name.partition(".")
@@ -206,6 +201,5 @@ def plan_patch(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str,
 
 
 def edited_keys(kind: str) -> frozenset[str]:
-    """Return the record's keys that the form contains."""
     parts = (part for _, every in SECTIONS[kind] for part in every)
     return frozenset(one.name.partition(".")[0] for one in parts)

@@ -65,13 +65,11 @@ class Console:
 
     @property
     def root(self) -> str:
-        """Prefix of all paths."""
         return f"/{self.access.place}"
 
     def page(
         self, request: Request, template: str, values: Mapping[str, object], status: int = 200
     ) -> HTMLResponse:
-        """Render a template as a response."""
         shared = {
             "root": self.root,
             "here": request.url.path.removeprefix(self.root),
@@ -84,6 +82,5 @@ class Console:
         return HTMLResponse(html, status)
 
     def _take_notice(self) -> str:
-        """Return the notice and clear it."""
         notice, self.notice = self.notice, ""
         return notice

@@ -22,8 +22,6 @@ def run_console(
     """Serve until the link or the session expires, or until a signal.
 
     Args:
-        daemon: Client of the daemon.
-        listener: Listening socket on 127.0.0.1.
         announce: Function that receives the link.
 
     Returns:

@@ -163,7 +163,6 @@ class Audit(Part):
     """Writer of the audit log.
 
     Args:
-        settings: Getter of the settings in force.
         keep: Function that stores a connection with the service manager, and returns whether that worked.
 
     Attributes:
@@ -232,7 +231,6 @@ class Audit(Part):
         """Write the lines that workers send, until cancelled; then also write those sent so far.
 
         Args:
-            listener: Non-blocking listening socket.
             kept: Non-blocking connections that the service manager has kept.
         """
         loop = asyncio.get_running_loop()

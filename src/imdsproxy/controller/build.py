@@ -82,7 +82,6 @@ def build_host(
     our_pids: Callable[[], Collection[int]] = tuple,
     ovn: OvnSource | None = None,
 ) -> SystemHost:
-    """Return the host; see `SystemHost`."""
     naming = Naming(settings.host.name_prefix)
     owners = SocketOwners(config=layout.config)
     links, journal = layout.namespace_links, layout.managed_journal
@@ -101,10 +100,6 @@ def build_filters(
     """Return the MAC filters and hop limits of this host.
 
     Args:
-        layout: Places of the journals.
-        host: The host.
-        inventory: Records of all sources.
-        clock: Clock for lingering pairs.
         touch: Requests a round of the listeners; gets the reason and the networks.
     """
     mac_filters = MacFilters(

@@ -37,10 +37,7 @@ class Companion(Part):
     """Supervisor of the document server's parent process: starts, watches and stops it.
 
     Args:
-        pid_file: File that lists the server's processes.
         log: Output file of a server that the controller starts as a process.
-        arguments: Command line of the process.
-        environment: Complete environment of the process.
         unit: The systemd unit to start instead of a process.
         needed: False if no instance has documents of ours, as in front of Nova alone.
 
@@ -65,7 +62,6 @@ class Companion(Part):
         return self._starts.failure
 
     def read(self) -> DocumentProcesses:
-        """Return the server's running processes."""
         return read_pids(self.pid_file)
 
     def documents_processes(self) -> Gauge:
@@ -144,7 +140,6 @@ class Companion(Part):
             raise HostRefused(words, hint=f"journalctl -u {unit}")
 
     async def run(self) -> None:
-        """Keep the server running until cancelled; if it is not needed, stop it and return."""
         ended = 0
         while (pid := await self._starts.attempt(self.ensure)) is not None:
             self.restarts += ended
@@ -206,9 +201,6 @@ class DocumentProbe(Part):
     No real record may have the probe's id, and HAProxy serves it only on a root-only socket: no guest can read it. Its
     revision is not on disk, so the server reads the file each time.
 
-    Args:
-        account: Getter of the document server's account.
-
     Attributes:
         problem: Result of the last probes.
     """
@@ -237,7 +229,6 @@ class DocumentProbe(Part):
         return {"documents": DocumentsReport(companion.read().pids, reason, companion.needed)}
 
     async def run(self) -> None:
-        """Probe until cancelled."""
         while self.companion.needed:
             await asyncio.sleep(_EVERY_S)
             await self.ask()

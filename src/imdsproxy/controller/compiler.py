@@ -62,7 +62,6 @@ class CompiledIndex:
     _unsaved: dict[InstanceId, Row | None] = field(default_factory=dict)
 
     def find(self, instances: Iterable[InstanceId]) -> Mapping[InstanceId, Row]:
-        """Return these instances' rows."""
         wanted = list(instances)
         query = "SELECT compiled.* FROM json_each(?) JOIN compiled ON instance = value"
         named = [json.dumps(wanted)]
@@ -141,14 +140,11 @@ class RecordCompiler(Part):
     """Compiler that writes and removes records on disk.
 
     Args:
-        files: Directory from which the document server reads records.
-        region: Getter of the region in the current settings.
         serves: Whether a document server answers guests from these records.
 
     Attributes:
         revisions: Revisions of the records on disk that guests may read.
         failures: Reasons why records could not be written or removed. The previous record stays on disk and in force.
-        warnings: Differences between instances' documents and records.
     """
 
     impact: ClassVar = Impact.HARMS
@@ -180,7 +176,6 @@ class RecordCompiler(Part):
 
         Args:
             instances: Subset of `compiling.left`.
-            compiling: Receives the results.
             starting: Whether some of the sources' instances have never been compiled by this process.
         """
         compiled_of: dict[InstanceId, bytes] = {}
@@ -213,7 +208,6 @@ class RecordCompiler(Part):
                 compiling.keys |= self.inventory.addresses_of(instance)
 
     def remove(self, instance: InstanceId) -> None:
-        """Remove the instance's record and password."""
         try:
             self.files.remove(instance)
         except ImdsproxyError as error:

@@ -67,7 +67,6 @@ class FleetHost:
         """Wait until the source's changes are in force; return the items that are not, with reasons.
 
         Args:
-            items: Changed items that are on this host.
             gone: Items that the fleet has removed; reports of other sources about them are no failure.
         """
         changed = map(_parts, (*items, *gone))

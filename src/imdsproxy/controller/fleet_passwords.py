@@ -73,7 +73,6 @@ class FleetPasswords:
                 _log.error("password not kept", instance=instance, error=error.message)
 
     async def run(self, send: SendPassword) -> None:
-        """Check for posted passwords periodically, until cancelled."""
         rounds = Reconciler(
             "passwords", "passwords not sent", _LOOK_EVERY_S, 30.0, retried=ImdsproxyError
         )

@@ -20,13 +20,7 @@ _COMING: Final = frozenset({NotServedCode.PENDING, NotServedCode.ADDRESS_TENTATI
 
 
 async def wait_confirmed(records: RecordLoop, listeners: ListenerLoop, *, changed: bool) -> bool:
-    """Wait until every HAProxy worker has the published records; return false if the work fails or makes no progress.
-
-    Args:
-        records: Loop of the records.
-        listeners: Loop of the listeners.
-        changed: Whether networks have changed, too.
-    """
+    """Wait until every HAProxy worker has the published records; false if the work fails or stalls."""
     waits = [records.tickets.wait(records.tickets.given)]
     if changed:
         waits.append(listeners.tickets.wait(listeners.tickets.given))

@@ -125,7 +125,6 @@ class Lookup:
         return None
 
     async def _identify(self, key: AddressKey) -> tuple[Identity, MacAddress | None]:
-        """Return the address's owner, and the MAC that was read to find it."""
         identity = self._whose(key)
         checked = checks_macs(self.inventory, key[0])
         if not (checked or (isinstance(identity, Unknown) and key[1].is_link_local)):
@@ -152,7 +151,6 @@ class Lookup:
         """Decide the resolver's answer to a request from this address.
 
         Args:
-            key: Network and address.
             scope: Kind of the id in the request, if the request has it.
             port: The guest's port, if the kernel has not seen the address together with its MAC.
         """

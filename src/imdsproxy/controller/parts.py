@@ -153,17 +153,14 @@ class Parts:
 
     @property
     def inventory(self) -> Inventory:
-        """Records of all sources."""
         return self.sources.inventory
 
     @property
     def touch(self) -> Callable[..., int]:
-        """See `ListenerRequests`."""
         return self.listeners.touch
 
     @property
     def watch(self) -> HostWatch:
-        """Watcher of the host."""
         return self.listeners.watch
 
     @cached_property
@@ -227,7 +224,6 @@ class Parts:
         return (passwords.run(fleet.send_password),)
 
     def _learned_key(self, change: NeighbourChange) -> AddressKey | None:
-        """Return the address of the change if it is a learned one."""
         namespace = None if change.nsid is None else self.watch.namespace_of_id(change.nsid)
         if change.nsid is not None and namespace is None:
             return None
@@ -236,7 +232,6 @@ class Parts:
         return key if key in self.records.learned else None
 
     async def _follow_neighbours(self) -> None:
-        """Follow learned addresses through the neighbour table."""
         with watch_neighbours(lambda change: self._learned_key(change) is not None) as changes:
             async for change in changes:
                 if change is None:
@@ -264,7 +259,6 @@ class Parts:
         return {*self.mac_filters.tables(), self.hop_limits.kernel.table, *of_routers}
 
     async def _expire(self) -> None:
-        """Withdraw MAC pairs of addresses without an owner."""
         while True:
             await asyncio.sleep(_EXPIRE_EVERY_S)
             try:
@@ -299,15 +293,7 @@ def build_parts(
     """Make all parts; each is made of earlier ones.
 
     Args:
-        holder: Settings.
-        clock: Clock of all parts.
-        notifier: Service manager.
         nova: Nova's endpoint sets, with the secrets that the settings name.
-        thread: Thread that enters namespaces.
-        program: HAProxy's program.
-        config: Settings file from the command line.
-        environment: Environment variables of the process.
-        progress: Progress of long work.
 
     Raises:
         SecretUnreadable: The token keys cannot be used.

@@ -113,7 +113,6 @@ class PolicyStore(Part):
         """Revoke the instance's tokens.
 
         Args:
-            instance: Instance.
             here: All instances that sources report; `None` if a source has not sent a full report.
 
         Raises:
@@ -127,8 +126,6 @@ class PolicyStore(Part):
         """Restart the instance's boot grace.
 
         Args:
-            instance: Instance.
-            now: Start of the new boot grace (Unix time).
             here: All instances that sources report, as for `revoke`.
 
         Raises:

@@ -81,21 +81,15 @@ class RecordLoop(Part):
     """Reconcile loop that keeps compiled records and HAProxy's maps equal to the inventory.
 
     Args:
-        on_networks: Callback for networks that were added, changed or removed.
-        on_applied: Callback for addresses whose records are in force now; `None` stands for all addresses.
-        on_gone: Callback for instances that no source reports now.
         on_here: Callback for new or changed instances of sources that may give their ids to other instances later.
         save: Callback before a round plans records, to store the notes of `on_gone` and `on_here`; may raise
             `HostRefused`.
         routing: Current Nova routing of requests; call `resync` after a change.
         policies: Current policies of settings and operators; call `resync` after a change.
-        sets: Publisher of path rules to HAProxy.
-        keys: Publisher of token keys to HAProxy.
 
     Attributes:
         withheld: Addresses that the last round kept from HAProxy because their MACs are not checked yet.
         rounds: Durations of rounds with observations, from the first observation to the acknowledgement.
-        progress: Progress of long rounds.
         looked: Number of instances and addresses processed; it grows as long as a round makes progress.
     """
 
@@ -213,7 +207,6 @@ class RecordLoop(Part):
         return self.inventory.addresses_of(instance) | learned
 
     def touch_networks(self, networks: Collection[NetworkId]) -> None:
-        """Plan every address in these networks again."""
         of_instances = (
             key
             for network in networks

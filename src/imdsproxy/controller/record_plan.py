@@ -48,12 +48,9 @@ class RecordPlanner:
     """Planner of the data plane's records.
 
     Attributes:
-        inventory: All records.
         revisions: Revision of the compiled record of each instance that our document server serves. An instance without
             a revision cannot be served yet.
         learned: Addresses that were assigned to an instance without a record of the address.
-        routing: Endpoint sets for instances that Nova serves.
-        policies: Rules of settings and operators for guests.
     """
 
     inventory: Inventory
@@ -68,7 +65,6 @@ class RecordPlanner:
         return self._plan(key[0], *guest) if isinstance(guest, tuple) else guest
 
     def plan_records(self, keys: Iterable[AddressKey]) -> PlannedRecords:
-        """Plan the records of many addresses."""
         values: dict[str, str | None] = {}
         sets: dict[str, PathRules] = {}
         # If all of an instance's ports in a network have one project, their addresses have the same record.
@@ -124,14 +120,6 @@ class RecordPlanner:
 def policy_place(
     inventory: Inventory, network: NetworkId, project: str | None, instance: Instance
 ) -> PolicyPlace:
-    """Return the scopes whose policies apply to an instance.
-
-    Args:
-        inventory: All records.
-        network: Network or router of the listener.
-        project: Project of the port.
-        instance: Owner of the address.
-    """
     known = inventory.networks.get(network)
     of_network = NO_RULES if known is None else known.policy
     return PolicyPlace(network, project, instance.id, of_network, instance.policy)

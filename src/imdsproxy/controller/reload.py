@@ -23,10 +23,6 @@ async def reload_settings(parts: Parts, *, allow_dropped: bool) -> SettingsReloa
 
     Return once guests get answers by the new settings: an operator who gives a Nova its next secret must know when. If
     that takes long, `pending` has the reasons.
-
-    Args:
-        parts: Parts.
-        allow_dropped: Whether settings may disappear.
     """
     result, taken_over = _begin(parts, allow_dropped=allow_dropped)
     if taken_over is None or (await asyncio.wait([taken_over], timeout=_TAKE_OVER_S))[0]:

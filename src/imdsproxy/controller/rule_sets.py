@@ -25,12 +25,6 @@ _Entries: TypeAlias = Mapping[str, str]
 
 @dataclass(slots=True)
 class RuleSets:
-    """Path rule sets in HAProxy.
-
-    Args:
-        applier: Connection to the workers.
-    """
-
     applier: RecordApplier
     clock: Clock
     _sets: dict[str, _Entries] = field(default_factory=dict)

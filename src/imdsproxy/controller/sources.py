@@ -52,9 +52,7 @@ class Sources(Part):
     """Enabled sources, and the inventory of their records.
 
     Attributes:
-        writable: Source that the admin API writes to.
         look_up: Source to query for addresses that were not reported.
-        ovn: Source whose networks are provisioned.
         fleet: Source whose hub learns which records are in force.
     """
 
@@ -76,7 +74,6 @@ class Sources(Part):
         }
 
     def _report(self, name: str, report: Report) -> SourceReport:
-        """Report a source with its refused records, and its ports in networks that no source has."""
         source = next(each for each in self.all if each.name == name)
         ports = [port for port in self.inventory.stranded() if port.source == name]
         problems = (*report.problems, *map(source.explain_stranded, ports))
@@ -126,12 +123,8 @@ def build_sources(
     """Return the sources that the settings enable, without a fleet (see `add_fleet`).
 
     Args:
-        settings: Settings of all sources.
-        clock: Clock for expiry times and ages.
         begin: Wait until sources may start work that is not urgent.
-        progress: Progress of sources' long work.
         drop_others: Keep requests from leaving these routers, before they are reported.
-        ovn: Source of OVN's ports, if it is enabled.
     """
     state, wanted = settings.paths.state_dir, settings.sources
     sqlite: SqliteSource | None = None

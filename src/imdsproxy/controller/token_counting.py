@@ -65,13 +65,10 @@ class TokenCounting(Part):
     so the next controller misses nothing while the worker lives.
 
     Args:
-        haproxy: HAProxy whose workers are read, draining ones too.
-        clock: Clock of this host.
         one_in: Getter of the sampling rate: HAProxy counts one in this many accepted reads; 0 counts none.
         path: File of the sums, which may be deleted.
 
     Attributes:
-        ledger: Sums.
         recalled: Whether the sums include those of earlier controllers.
     """
 
@@ -123,7 +120,6 @@ class TokenCounting(Part):
                 await self._save()
 
     async def save(self) -> None:
-        """Write the present sums to disk."""
         async with self._lock:
             # If the file was not read yet, its larger sums must not be overwritten.
             if self.recalled:
@@ -163,8 +159,6 @@ class TokenCounting(Part):
         """Report which guests read without session tokens, which trees stay open, and whether to require tokens.
 
         Args:
-            inventory: Inventory.
-            policies: Getter of the policies in force.
             days: Days without a read without a token that the verdict yes requires.
             scope: `network` or `project`, and its id, for a verdict on that scope only.
 

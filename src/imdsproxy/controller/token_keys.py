@@ -119,11 +119,7 @@ class TokenKeys(Part):
             self._confirmed.set()
 
     def needed(self, is_of_fleet: Callable[[InstanceId], bool]) -> tokens.InstanceKeys:
-        """Return the keys that records in force may need: current ones, and those of departing instances.
-
-        Args:
-            is_of_fleet: Predicate for instances that the fleet's source has.
-        """
+        """Return the keys that records in force may need: current ones, and those of departing instances."""
         going = {
             instance: keys
             for instance, keys in self._held.items()
@@ -145,7 +141,6 @@ class TokenKeys(Part):
         """Wait until no worker knows a key of an instance that is not in `of_instances`; raises as `ensure`.
 
         Args:
-            applier: Connection to the workers.
             needed: Result of `needed` from before the records in force were planned. These keys stay as well.
         """
         await self._hold(applier, _join(self.of_instances, needed))
@@ -173,7 +168,6 @@ class TokenKeys(Part):
 
     @property
     def path(self) -> Path:
-        """Path of the key file."""
         return self._path or self.layout.token_keys
 
     def rotate(self) -> tokens.TokenKey:

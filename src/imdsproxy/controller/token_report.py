@@ -290,13 +290,7 @@ class TokenLedger:
 def open_trees(
     inventory: Inventory, book: PolicyBook, only: InstanceId | None = None
 ) -> list[OpenTree]:
-    """List the trees that serve user-data without a token though another tree protects it (`open_user_data`).
-
-    Args:
-        inventory: All records.
-        book: Policies in force.
-        only: Single instance to check; `None` for all.
-    """
+    """List the trees that serve user-data without a token though another tree protects it (`open_user_data`)."""
     found: list[OpenTree] = []
     for one in sorted(inventory.instances) if only is None else (only,):
         instance = inventory.instances.get(one)
@@ -340,10 +334,6 @@ def open_user_data(policy: Policy, served: frozenset[str] = frozenset(USER_DATA)
 
     A rule that denies a whole tree turns the tree off, which does not count as protection. Sealed user-data does not
     count either: after the boot it is not served, and before that the other trees require no token.
-
-    Args:
-        policy: Effective policy.
-        served: Trees that the instance has.
     """
     if not policy.endpoint or policy.seal_user_data:
         return OpenUserData(denied=(), trees=())

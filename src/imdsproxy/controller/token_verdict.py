@@ -45,12 +45,7 @@ def judge_tokens(
     they could still read.
 
     Args:
-        guests: Guests that read without tokens.
-        inventory: All records.
-        book: Policies in force.
-        counted: Mode of counting.
         projects: Projects of all instances (`projects_of`).
-        now: Unix time.
         days: Days for which no guest may have read without a token.
     """
     late = [one for one in guests if one.last_at >= now - days * _DAY_S]

@@ -44,9 +44,6 @@ def count_traffic(rows: Iterable[Mapping[str, str]]) -> Counter[_TrafficKey]:
 class Traffic(Part):
     """Sums of the workers' counters.
 
-    Args:
-        settings: Getter of the limits in force.
-
     Attributes:
         limited: Instances over their limits at the last refresh.
     """
@@ -101,12 +98,10 @@ class Traffic(Part):
         return tuple(limits.busiest(table, own, requests=most, connections=connections, now=now))
 
     def _guests(self, column: str) -> Mapping[str, int]:
-        """Return one column of the guests' traffic, by network."""
         counts = self.totals.totals.items()
         return {key[1]: count for key, count in counts if key[::2] == (_GUESTS[0], column)}
 
     def _agents(self, column: str) -> int:
-        """Return one column of the traffic of Neutron's proxies, summed."""
         return self.totals.totals[AGENTS, AGENTS, column]
 
     def network_connections(self) -> Annotated[By, "counter", "network"]:

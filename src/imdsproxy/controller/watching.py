@@ -24,7 +24,6 @@ class Watching:
     """Recorder of requests, which HAProxy reports only while a watcher reads them.
 
     Args:
-        haproxy: HAProxy whose workers are asked.
         apply: Function that applies the configuration for `wanted`; returns when it is in force, or given up for now.
         owner_of: Look-up of the instance with an address in a network, for requests that HAProxy's maps did not know.
     """
@@ -89,7 +88,6 @@ class Watching:
             return WatchReport(self._last, found, missed=missed)
 
     async def _look(self) -> None:
-        """Read new requests from each worker's ring."""
         try:
             asked = self.haproxy.master.ask_workers(f"show events {WATCH_RING}")
             answers = {worker: events async for worker, events in asked}

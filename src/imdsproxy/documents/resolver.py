@@ -130,7 +130,6 @@ class Resolver(Part):
         return outcome
 
     def _left(self, key: AddressKey, hold_s: float) -> float:
-        """Return the seconds left of an address's wait; the whole wait if it has not begun."""
         ends, now = self.waiting.ends.get(key, -math.inf), self.now()
         return hold_s if now - ends >= _QUIET_S else max(0.0, min(hold_s, ends - now))
 
@@ -145,7 +144,6 @@ class Resolver(Part):
     async def _hold(
         self, key: AddressKey, look: Callable[[], Awaitable[Outcome]], outcome: Outcome
     ) -> Outcome:
-        """Hold the request within the limits; return its final outcome."""
         limits, in_sync = self.limits(), outcome is Denial.UNKNOWN
         hold_s = self._left(key, limits.hold_s) if in_sync else limits.hold_s
         if hold_s <= 0:

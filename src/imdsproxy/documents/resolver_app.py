@@ -37,7 +37,6 @@ class GuestRequest:
     """Complete request of a guest, with its origin.
 
     Attributes:
-        key: Network or router, and the guest's address.
         target: Path and query as the guest sent them.
         headers: The guest's headers that HAProxy passed on, and HAProxy's own.
         port: The guest's port, if the kernel has not yet checked the address together with its MAC.

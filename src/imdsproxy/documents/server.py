@@ -130,10 +130,8 @@ class DocumentServer:
     """Parent process of the document server.
 
     Args:
-        sockets: One path for each worker; their directory must exist.
         passwords: Directory of guests' passwords; the server creates it and gives it to the workers' account.
         pid_file: File that lists the parent and the workers; locked while the server runs.
-        notifier: Service manager, notified once all workers answer.
         log: File of this process's standard error, if it is ours; the server limits its size.
         account: Account of the workers, and group of the sockets; `None` keeps the present one.
     """
@@ -201,7 +199,6 @@ class DocumentServer:
         return Worker(path, at, listener, at.stat())
 
     def _start(self) -> None:
-        """Start all workers and wait until they answer; then put their sockets in place and end the predecessors."""
         deadline = time.monotonic() + _START_WITHIN_S
         while not (self._ending is signal.SIGTERM or all(one.answers for one in self._workers)):
             failed = max(worker.failures for worker in self._workers) >= _ATTEMPTS
@@ -257,7 +254,6 @@ class DocumentServer:
 
     @property
     def _pids(self) -> tuple[int, ...]:
-        """Every worker process, with running predecessors."""
         workers = (worker.pid for worker in self._workers if worker.pid is not None)
         return (*workers, *(one.pid for one in self._predecessors))
 
@@ -288,7 +284,6 @@ class DocumentServer:
         self._wait(min([longest_s, *due]))
 
     def _wait(self, timeout_s: float) -> None:
-        """Wait for a signal and handle it."""
         caught = _wait_for_signal(timeout_s)
         if caught == signal.SIGHUP:
             self._ending = self._ending or signal.SIGHUP
@@ -371,7 +366,6 @@ class DocumentServer:
             os._exit(status)
 
     def _collect(self) -> list[tuple[Worker, int, int]]:
-        """Reap ended processes; return their workers, with pid and wait status."""
         statuses: dict[int, int] = {}
         with suppress(ChildProcessError):
             while (found := os.waitpid(-1, os.WNOHANG))[0]:

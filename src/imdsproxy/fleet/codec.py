@@ -124,8 +124,6 @@ def nullable(kind: Kind) -> Kind:
 
 
 def list_of(kind: Kind) -> Kind:
-    """Return the kind of a list, as a tuple."""
-
     def read(value: object) -> tuple[Any, ...]:
         return tuple(map(kind.read, LIST.read(value)))
 
@@ -272,5 +270,4 @@ class Codec(Generic[_T]):
 
     @property
     def kind(self) -> Kind:
-        """Kind of a field that holds such an object."""
         return Kind(lambda value: self.read(OBJECT.read(value)), self.write)

@@ -214,7 +214,6 @@ async def control_unit(verb: Literal["start", "stop"], unit: str) -> tuple[int, 
 
 
 async def _run(*arguments: str, deadline_s: float = _ASK_S) -> tuple[int, str]:
-    """Run a systemd command; return its exit status and output."""
     try:
         return await process.run_program(*arguments, deadline_s=deadline_s)
     except OSError as error:

@@ -11,8 +11,6 @@ from imdsproxy.haproxy.rules.model import Paths
 
 @dataclass(frozen=True, slots=True)
 class _Below:
-    """Path below the runtime directory, or below the state directory."""
-
     name: str
     state: bool = False
 

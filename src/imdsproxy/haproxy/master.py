@@ -43,7 +43,6 @@ class MasterClient:
         self.commands: Counter[str] = Counter(ok=0, failed=0)
 
     async def read_processes(self) -> runtime.Processes:
-        """Return the running processes."""
         answer = await self._send("show proc", self._deadline_s)
         processes = runtime.parse_processes(answer)
         if processes is None:

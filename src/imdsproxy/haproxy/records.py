@@ -83,7 +83,6 @@ class RecordApplier:
         self.state = maps.MapState(generation, packed, {})
 
     def _copies(self) -> dict[Path, Path]:
-        """Return the copy of each map that HAProxy reads, as of the last stop."""
         layout = self.layout
         paths = (layout.base_map, layout.overlay_map, layout.path_rules_map)
         return {path: layout.kept_maps / path.name for path in paths}

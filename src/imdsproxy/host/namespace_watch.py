@@ -87,7 +87,6 @@ class NamespaceWatch:
                 yield change
 
     async def scans(self) -> AsyncIterator[list[tuple[NamespaceRef, bool]]]:
-        """Yield the changes of each scan, removals first."""
         time, earliest = asyncio.get_running_loop().time, 0.0
         while True:
             await self._changed.wait()
@@ -99,7 +98,6 @@ class NamespaceWatch:
             yield changes
 
     def _scan(self) -> list[tuple[NamespaceRef, bool]]:
-        """Scan the whole directory; return removed, then new namespaces."""
         self._follow()
         self._drain()
         before, self.current = self.current, self.directory.namespaces()

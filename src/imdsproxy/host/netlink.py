@@ -330,7 +330,6 @@ def create_veth(
         master: Index of the bridge that gets `link` as a port; `None` for none.
         mtu: MTU of both ends, in bytes; `None` for the kernel's default.
         peer: Name of the other end, which is down at first and must be set up inside its namespace.
-        peer_namespace: Open descriptor of the peer's namespace.
     """
     far: dict[int, nl.Value] = {_IFLA_IFNAME: peer, _IFLA_MTU: mtu, _IFLA_NET_NS_FD: peer_namespace}
     other = nl.attribute(_VETH_PEER | nl.NESTED, bytes(_IFINFO.size) + nl.pack_attributes(far))

@@ -230,8 +230,6 @@ class Batch:
             length: Length of the key in bytes, each part padded to four.
             size: Maximum number of elements; 0 for no limit. Required if packets add elements.
             timeout_ms: Time after which an element expires; 0 for never.
-            dynamic: Whether packets change the set.
-            value: Type and length of a map's values.
         """
         packed = 0
         for one in types:
@@ -250,7 +248,6 @@ class Batch:
         self._add(_NEWOBJECT, nl.CREATE, {2: name, 3: _COUNTER, 4: {1: zero, 2: zero}})
 
     def make_chain(self, name: str) -> None:
-        """Create a chain that other chains jump to."""
         self._add(_NEWCHAIN, nl.CREATE, {3: name})
 
     def make_base_chain(

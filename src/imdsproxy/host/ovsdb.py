@@ -224,7 +224,6 @@ class Ovsdb(Generic[View]):
             self._abandon(running)
 
     def _step(self, idl: _Idl, *, connected: bool) -> str | None:
-        """Run python-ovs once; return the reason for a failure."""
         try:
             if self.tls is not None and not connected:
                 # python-ovs would exit, and leak a socket, at a file that it cannot read.
@@ -286,7 +285,6 @@ class Ovsdb(Generic[View]):
         return found
 
     def _forget(self, _event: str, row: Row, _updates: Row | None = None) -> None:
-        """Drop the parsed row of a row that was added, changed or removed."""
         self._parsed.pop(row.uuid, None)
 
     def _open(self) -> _Idl:
@@ -306,7 +304,6 @@ class Ovsdb(Generic[View]):
         return idl
 
     def _commit(self, idl: _Idl, running: list[_Waiting]) -> list[_Waiting]:
-        """Send new transactions and settle answered ones; return those still unanswered."""
         with self._lock:
             new, self._changes = self._changes, []
         for change, done in new:
@@ -341,6 +338,5 @@ class Ovsdb(Generic[View]):
 
 
 def _is_settled(idl: _Idl) -> bool:
-    """Return whether the rows of the last conditions have arrived."""
     states = (table.condition_state for table in idl.tables.values())
     return not any(state.latest is not state.acked for state in states)

@@ -45,8 +45,6 @@ FileIdentity: TypeAlias = tuple[int, int, int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class _Listening:
-    """Listening socket: its own inode, its bound name, and its file's inode and device."""
-
     inode: int
     name: bytes
     file: int

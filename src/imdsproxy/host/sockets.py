@@ -79,7 +79,6 @@ class TcpSocket:
 def _dump(
     channel: NetlinkSocket, ports: Collection[int], states: Iterable[int]
 ) -> Iterator[tuple[int, _Fields, bytes]]:
-    """Yield the local port, fields and message of each socket."""
     wanted_ports = {socket.htons(port): port for port in ports}
     # 0 selects every port.
     sport, nothing = next(iter(wanted_ports)) if len(ports) == 1 else 0, bytes(16)

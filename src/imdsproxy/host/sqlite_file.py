@@ -50,7 +50,6 @@ def store_failures(path: Path, *, refill: str = _REFILL) -> Iterator[None]:
     """Convert failures of the store at `path` into a `SourceError`.
 
     Args:
-        path: Path of the file.
         refill: Hint on how to restore the content after moving a damaged file aside; `{name}` is the file's name.
 
     Raises:
@@ -104,7 +103,6 @@ def open_store(path: Path, migrations: Sequence[str]) -> sqlite3.Connection:
     A file of a newer version, or of another program, is never changed.
 
     Args:
-        path: Path of the file.
         migrations: Migrations from each version (`user_version`) to the next: SQL statements separated by semicolons.
 
     Raises:

@@ -62,7 +62,6 @@ class Places:
 
     @property
     def config(self) -> Path:
-        """HAProxy's configuration."""
         return self.shared / "haproxy.cfg"
 
     @property
@@ -72,7 +71,6 @@ class Places:
 
     @property
     def authority(self) -> Path:
-        """Copy of the CA certificates."""
         return self.shared / "ca.crt"
 
     @property
@@ -82,12 +80,10 @@ class Places:
 
     @property
     def stream_socket(self) -> Path:
-        """Socket of hosts' streams."""
         return self.directory / "stream.sock"
 
     @property
     def api_socket(self) -> Path:
-        """Socket of all other requests."""
         return self.directory / "api.sock"
 
 

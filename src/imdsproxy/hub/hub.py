@@ -193,7 +193,6 @@ async def _remembering(hub: Hub) -> AsyncIterator[Journal]:
 
 
 async def _first_read(hub: Hub, ended: asyncio.Event) -> None:
-    """Wait until the hub has read all of etcd."""
     waits = {asyncio.ensure_future(one.wait()) for one in (hub.replica.complete, ended)}
     done: set[asyncio.Future[Any]] = set()
     try:
@@ -222,7 +221,6 @@ async def _watch_front(front: Front, ended: asyncio.Event) -> None:
 
 
 async def _report_readiness(hub: Hub, notifier: ServiceNotifier, status: str) -> None:
-    """Report to the log and the service manager when the hub stops or resumes serving hosts."""
     before: str | None = None
     while True:
         if (why := hub.unready()) != before:
@@ -252,7 +250,6 @@ async def renew_certificate(
 
 
 async def _renew(hub: Hub, front: Front) -> None:
-    """Renew this hub's certificate in time, until cancelled."""
     while True:
         try:
             if await renew_certificate(hub.files, hub.authority, front, hub.clock.now()):

@@ -449,7 +449,6 @@ class Replica:
 
 
 def _meta_of(change: Change, known: Meta) -> Meta:
-    """Return the fleet in a value of `META`; `known` if the value is unreadable."""
     return known if change.value is None else attempt(layout.parse_meta, change.value) or known
 
 

@@ -167,7 +167,6 @@ def find_shared(
     """Return the networks whose listener another network has, each with that other network.
 
     Args:
-        networks: All networks.
         first: Networks as HAProxy is configured for them. An unchanged network keeps its listener; among the others,
             the first by id gets the listener.
         inode_of: Returns the inode of a namespace: two names may lead to one namespace (`ip netns attach`).

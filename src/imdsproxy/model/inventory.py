@@ -294,7 +294,6 @@ class Inventory:
             change.networks.add(network_id)
 
     def _set_instance(self, instance: InstanceId, change: Affected) -> None:
-        """Put the instance's versions that count in force."""
         ports_before = self._ports(instance)
         if not self._put_versions(instance):
             return
@@ -391,7 +390,6 @@ def _without_vaguer(versions: tuple[Instance, ...]) -> tuple[Instance, ...]:
 
 
 def _agreed(versions: tuple[Network, ...]) -> Network | None:
-    """Return the part of a network that all versions agree on, or `None` if it is not enough for a listener."""
     if len(versions) == 1:
         return versions[0]
     if len({version.listener for version in versions}) == 1:

@@ -178,7 +178,6 @@ def render_set(rules: PathRules) -> dict[str, str]:
 
 
 def group_sets(entries: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """Group map entries by their rule set."""
     sets: dict[str, dict[str, str]] = {}
     for key, value in entries.items():
         sets.setdefault(key.partition("|")[0], {})[key] = value

@@ -73,7 +73,6 @@ class Rule:
 
 
 def _rule(default: object, text: str, **more: Any) -> Any:
-    """Return a field of `_Rules`, with the attributes of its `Rule`."""
     return field(default=default, metadata={"help": text, **more})
 
 

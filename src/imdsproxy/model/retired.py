@@ -71,9 +71,6 @@ class Overrides(Mapping[str, OperatorOverride]):
         """Return the overrides without instances that no longer exist, once there are many such instances.
 
         The epochs of existing instances do not change.
-
-        Args:
-            here: All instances that a source reports.
         """
         present = frozenset(here)
         gone = {name: one for name, one in self.listed.items() if name not in present}

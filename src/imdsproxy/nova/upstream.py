@@ -332,7 +332,6 @@ class NovaWatch(Part):
 def _endpoint(
     name: str, row: Mapping[str, str], before: NovaEndpointReport | None
 ) -> NovaEndpointReport:
-    """Return an endpoint's report, with the counts of earlier backends added."""
     requests = parse_count(row, "stot")
     failures = parse_count(row, "econ") + parse_count(row, "eresp")
     if before is not None:

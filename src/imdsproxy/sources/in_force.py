@@ -98,7 +98,6 @@ class InForce(Generic[Record]):
 
     @property
     def records(self) -> dict[Any, Record]:
-        """All records in force, by id."""
         return {key: held.record for key, held in self._held.items() if held.record is not None}
 
     def prime(self, entry: Entry[Record]) -> None:
@@ -107,11 +106,9 @@ class InForce(Generic[Record]):
             self._hold(entry)
 
     def has(self, file: str) -> bool:
-        """Return whether records of this file are in force."""
         return file in self._held_by_file
 
     def entry_of(self, key: str) -> Entry[Record] | None:
-        """Return the entry in force for an id."""
         return self._held.get(key)
 
     def replace_file(

@@ -39,7 +39,6 @@ _LONGEST: Final = 64 * 1024
 
 
 def show_documents(console: Console, request: Request) -> Response:
-    """Show a guest's document with secrets hidden."""
     query = request.query_params
     asked = {name: query.get(name, "") for name in ("network", "address", "path")}
     return _show(console, request, asked, revealed=False)

@@ -28,22 +28,18 @@ _REFUSALS: Final = (AdminError, SourceError)
 
 
 def edit_guest(console: Console, request: Request) -> Response:
-    """Show the form of an instance."""
     return _edit(console, request, "instance", request.path_params["guest"])
 
 
 def edit_network(console: Console, request: Request) -> Response:
-    """Show the form of a network."""
     return _edit(console, request, "network", request.path_params["network"])
 
 
 def change_guest(console: Console, request: Request, sent: Sent) -> Response:
-    """Store the form of an instance."""
     return _change(console, request, sent, "instance", request.path_params["guest"])
 
 
 def change_network(console: Console, request: Request, sent: Sent) -> Response:
-    """Store the form of a network."""
     return _change(console, request, sent, "network", request.path_params["network"])
 
 
@@ -76,7 +72,6 @@ def _form(  # noqa: PLR0917 - what a form is made of
 
 
 def _digest(record: Mapping[str, Any]) -> str:
-    """Return the digest of a record, which detects concurrent changes."""
     text = json.dumps(record, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 

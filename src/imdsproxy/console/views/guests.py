@@ -24,7 +24,6 @@ def list_guests(console: Console, request: Request) -> Response:
 
 
 def show_guest(console: Console, request: Request) -> Response:
-    """Show the details of one guest."""
     name = request.path_params["guest"]
     guest = console.daemon.get(path_to("instances", name))
     record = guest["record"]

@@ -17,7 +17,6 @@ _STATUSES: Final = (("", "any status"), ("2", "2xx"), ("4", "4xx"), ("5", "5xx")
 
 
 def show_live(console: Console, request: Request) -> Response:
-    """Show the page, whose script reads the stream."""
     asked = {name: request.query_params.get(name, "") for name in _FILTERS}
     return console.page(request, "live.html", {**asked, "statuses": _STATUSES})
 

@@ -12,7 +12,6 @@ _SHOWN: Final = 200
 
 
 def show_networks(console: Console, request: Request) -> Response:
-    """List all or matching networks, below the daemon's status."""
     text = request.query_params.get("text", "")
     every, status = console.daemon.get("/v1/networks"), console.daemon.get("/v1/status")
     words = text.lower().split()

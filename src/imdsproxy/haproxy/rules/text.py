@@ -104,7 +104,6 @@ def split_sections(text: str) -> Mapping[str, str]:
 
 
 def blocks_of(*texts: str) -> dict[str, Block]:
-    """Return the blocks of texts, by their names."""
     return {
         header.removesuffix(":"): Block(template)
         for text in texts

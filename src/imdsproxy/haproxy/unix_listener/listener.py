@@ -232,7 +232,6 @@ class UnixListener(Part):
 
 
 def _prepare(settings: UnixListenerSettings) -> UnixBind:
-    """Return the bind for HAProxy, and create a missing directory."""
     directory = settings.path.parent
     user = None if settings.user is None else user_id(settings.user)
     group = None if settings.group is None else group_id(settings.group)

@@ -36,7 +36,6 @@ ROUTERS: Final = (
 
 
 def build_api(hub: Hub) -> FastAPI:
-    """Build the application of a hub."""
     replica = hub.replica
     restores = replica.restores
     keep, largest = restores.journal.keep, hub.settings.user_data_kib
@@ -63,7 +62,6 @@ def build_api(hub: Hub) -> FastAPI:
 
 
 def peers_of(hub: Hub) -> Peers:
-    """Return a client for the other hubs."""
     files = hub.files.hub, hub.files.ca_certificate
     return Peers(hub.state, hub.replica.name, hub.clock, files)
 

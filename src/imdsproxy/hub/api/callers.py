@@ -21,8 +21,6 @@ _COMPLETE_S: Final = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Caller of the API."""
-
     identity: Identity
 
     @property

@@ -48,7 +48,6 @@ class HubMetrics(Exposed, prefix="imdsproxy_hub_"):
     _revision: int = 0
 
     async def run(self) -> None:
-        """Refresh periodically until cancelled."""
         while True:
             await self.refresh()
             await asyncio.sleep(_LOOK_EVERY_S)
@@ -66,7 +65,6 @@ class HubMetrics(Exposed, prefix="imdsproxy_hub_"):
         self.behind = sum(why is not None for why in lacking)
 
     def _read_ends(self) -> Mapping[str, float]:
-        """Return the expiry of each certificate on this machine, by kind."""
         files, found = self.hub.files, {}
         places = {"authority": files.ca_certificate, "hub": files.hub, "operator": files.operator}
         for name, path in places.items():

@@ -150,18 +150,7 @@ class Operations:
     """Parts of a hub that its API uses.
 
     Args:
-        etcd: The store.
-        state: This hub's copy of etcd.
-        streams: Streams to this hub's hosts.
-        writes: Writes to etcd.
-        peers: Other hubs.
-        restores: Handling of a restored etcd.
-        clock: Monotonic and Unix time.
-        complete: Set once the copy is complete.
         token_keys: Session token keys, if this hub has certificates and so an envelope.
-        authority: CA of the fleet, if this hub has certificates.
-        loop_failures: See `Hub.loop_failures`.
-        unready: See `Hub.unready`.
     """
 
     etcd: Etcd
@@ -202,7 +191,6 @@ class Operations:
 
     @property
     def passwords(self) -> Passwords:
-        """Passwords that guests posted."""
         return Passwords(self.writes)
 
     @property
@@ -231,7 +219,6 @@ class Operations:
         """Wait until a change is in force on its hosts; return the result with the pending hosts.
 
         Args:
-            done: The change.
             items: Changed items; failures of other items do not count.
             counts: Counts for `Written`.
         """
@@ -256,7 +243,6 @@ class Operations:
         )
 
     async def report_hosts(self) -> list[FleetHost]:
-        """Return all hosts, sorted by name."""
         return self._hosts(await self.in_force.report_all())
 
     def _hosts(self, reported: Reported) -> list[FleetHost]:
@@ -346,7 +332,6 @@ class Operations:
         return found
 
     async def _imports(self) -> tuple[list[Journal], dict[str, str]]:
-        """Return unfinished imports, and the reasons for unreadable journals by key."""
         found, damaged = list[Journal](), dict[str, str]()
         try:
             journals = await self.etcd.read(layout.IMPORTS, prefix_end(layout.IMPORTS))

@@ -55,7 +55,6 @@ async def reseal(operations: Operations, after: str) -> Resealed:
     """Make all hubs seal with this hub's newest key, then reseal values of other keys for some seconds.
 
     Args:
-        operations: Parts of this hub.
         after: Position from the last answer; empty at first.
 
     Raises:

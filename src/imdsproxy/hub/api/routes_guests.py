@@ -103,7 +103,6 @@ async def watch(
 async def _host_of(
     store: FleetRecords, network: NetworkId, address: str, host: str | None
 ) -> tuple[HostId, InstanceId | None]:
-    """Return the host to ask, and the instance that has the address, if any."""
     ip = bodies.read_address(address)
     claims = (await store.operations.etcd.read(layout.address_claim(network, ip))).kvs
     instance = _holder(store.caller, claims[0]) if claims else None

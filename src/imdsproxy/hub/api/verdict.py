@@ -18,8 +18,6 @@ def judge_fleet(
     """Judge whether changes can be made and come into force.
 
     Args:
-        status: Status of the fleet.
-        members: Members of etcd.
         hub: Reasons why the reporting hub serves no host, or does not follow etcd.
     """
     reasons = (*hub, *_stopped(status, members))

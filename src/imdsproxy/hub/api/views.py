@@ -41,7 +41,6 @@ class Views:
     """Records that an operator may read.
 
     Args:
-        state: This hub's copy of etcd.
         scope: Project that the operator is limited to; `None` for all.
     """
 

@@ -49,7 +49,6 @@ class Peers:
     _rests_until: dict[str, float] = field(default_factory=dict)
 
     def urls(self) -> dict[str, str]:
-        """Return the URLs of the other hubs, by name."""
         found: dict[str, str] = {}
         for key in self.state.keys(layout.HUBS):
             name, value = key.removeprefix(layout.HUBS), self.state.value(key)

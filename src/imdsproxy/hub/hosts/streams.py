@@ -315,7 +315,6 @@ class Streams:
                     wait.over.set()
 
     async def ask(self, host: HostId, path: str, timeout_s: float, method: str = "GET") -> Answer:
-        """Send a request to the host's admin API and return the answer; raise `SourceUnavailable` without an answer."""
         stream = self.hosts.get(host)
         if stream is None:
             raise SourceUnavailable(f"host {host} is not connected", hint="imdsproxy fleet hosts")
@@ -566,7 +565,6 @@ class HostStream(asyncio.Protocol):
     # Changes
 
     def touch(self, items: Collection[ItemKey]) -> None:
-        """Mark items as changed and schedule sending them."""
         if self.greeted:
             self._dirty.update(items)
             self._schedule()
@@ -577,7 +575,6 @@ class HostStream(asyncio.Protocol):
             self._streams.send_soon(self)
 
     def flush(self) -> None:
-        """Send the changed items, if the host reads."""
         self._scheduled = False
         if self._transport is None or self._paused_at is not None or not self._dirty:
             return
@@ -602,7 +599,6 @@ class HostStream(asyncio.Protocol):
         return "; ".join(f"{item}: {why}" for item, why in failed) or None
 
     async def ask(self, path: str, method: str) -> Answer:
-        """See `Streams.ask`."""
         number = max(self._asked, default=0) + 1
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._asked[number] = future
@@ -651,7 +647,6 @@ class HostStream(asyncio.Protocol):
 
 
 def _evidence_of(host: HostId, hello: Hello, code: ByeCode) -> Evidence | None:
-    """Return the evidence of a restored etcd in a refused hello."""
     match code:
         case ByeCode.BEHIND:
             why = f"{host} has revision {hello.revision}, which etcd lacks"

@@ -316,7 +316,6 @@ class Etcd:
             return parse(answer)
 
     async def _choose(self, deadline: float) -> str:
-        """Return the member to ask, after its pause."""
         url, pause_s = self._members.choose()
         if self._clock.monotonic() + pause_s >= deadline:
             raise self._outage(self._members.failures)

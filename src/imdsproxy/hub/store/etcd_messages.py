@@ -73,7 +73,6 @@ def absent(key: str) -> Compare:
 
 
 def none_below(prefix: str) -> Compare:
-    """Require that no key has this prefix."""
     return Compare(prefix, "CREATE", 0, prefix_end(prefix))
 
 

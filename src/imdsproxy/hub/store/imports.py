@@ -85,7 +85,6 @@ class Import:
         return digest.hexdigest()[:32]
 
     async def _check(self, terms: Terms) -> None:
-        """Refuse the whole import if one record is not acceptable."""
         writes = self.writes
         writes.refuse_large(
             (("instances", number), one) for number, one in enumerate(self.instances)
@@ -136,7 +135,6 @@ class Import:
 
 
 def _parts(instances: Sequence[PlacedInstance]) -> Iterator[Sequence[PlacedInstance]]:
-    """Yield parts of the instances that fit into one transaction of etcd."""
     begin, operations, size = 0, 0, 0
     for number, one in enumerate(instances):
         # The record, and the override of a removed instance with the same id.

@@ -298,7 +298,6 @@ def _put_instance(
 
 
 def _end_tokens(draft: Draft, instance: InstanceId) -> None:
-    """Revoke the tokens of the removed instance that had this id."""
     key = layout.override_key(instance)
     override = read_override(draft.view, key)
     epoch = next_epoch(override.epoch, incarnation_in(draft.view))
@@ -369,7 +368,6 @@ def _port_problems(
 def _freed(
     writing: Sequence[InstancePut], known: Mapping[InstanceId, tuple[StoredInstance, int] | None]
 ) -> dict[str, InstanceId]:
-    """Return the claims that this write releases, with their owners."""
     freed: dict[str, InstanceId] = {}
     for one in writing:
         before = known[one.record.id]
@@ -385,7 +383,6 @@ def _claim(
     put: InstancePut,
     known: tuple[StoredInstance, int] | None,
 ) -> list[Problem]:
-    """Claim the record's new addresses; return a problem for each address that is taken."""
     instance = put.record
     before = {} if known is None else claims_of(record_of(known[0]))
     problems: list[Problem] = []

@@ -290,7 +290,6 @@ class FleetState:
     def _join(
         self, change: Change, value: bytes, before: _Entry, touched: dict[HostId, set[ItemKey]]
     ) -> None:
-        """Join etcd's value of a lasting key with the known value."""
         key, joined = change.key, join_values(change.key, before.value, value)
         # Hosts refuse an override of a lower revision than their own.
         revision = max(change.mod_revision, before.mod_revision)
@@ -328,7 +327,6 @@ class FleetState:
         return raised
 
     def _kin(self, key: str) -> dict[str, _Entry]:
-        """Return the entries of a key's kind."""
         kind = key[: key.find("/", len(layout.PREFIX)) + 1]
         return self._entries.setdefault(kind, {})
 
@@ -437,7 +435,6 @@ class FleetState:
         return entry.mod_revision, value
 
     def _password(self, key: str, entry: _Entry) -> Item | None:
-        """Return a password as an item; `None` if it cannot be decrypted."""
         sealed = parse_password(entry.value).sealed
         opened = None if sealed is None else self.open_password(key, sealed)
         if sealed is not None and opened is None:
@@ -555,7 +552,6 @@ class FleetState:
         return None if found is None else found.why
 
     def unread_instances(self, items: Iterable[ItemKey]) -> frozenset[ItemKey]:
-        """Return the unreadable instances among the items."""
         return frozenset(
             one for one in items if one.startswith("instance/") and self.unread(one) is not None
         )
@@ -668,7 +664,6 @@ class FleetState:
         return None if unread is None else read_host(unread.value, unread.mod_revision)
 
     def enrolled(self) -> list[HostId]:
-        """Return all enrolled hosts, sorted."""
         found = (
             key.removeprefix(layout.HOSTS)
             for key, entry in self._kin(layout.HOSTS).items()

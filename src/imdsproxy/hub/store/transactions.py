@@ -152,7 +152,6 @@ def record_of(stored: StoredInstance) -> Instance:
 
 
 def is_unread(view: View, key: str) -> bool:
-    """Return whether a key has an unreadable value."""
     found = view(key)
     return found is not None and attempt(partial(layout.parse_value, key), found[0]) is None
 
@@ -167,7 +166,6 @@ def last_record(view: View, key: str) -> Mapping[str, object] | None:
 
 
 def no_such(kind: str, subject: str) -> NotFound:
-    """Return the error for an unknown network or instance."""
     return NotFound(f"the fleet has no {kind} {subject}", hint=f"imdsproxy --fleet URL {kind} list")
 
 

@@ -114,7 +114,6 @@ class Sweep:
     _unused: dict[str, float] = field(default_factory=dict)
 
     async def run(self) -> None:
-        """Sweep regularly until cancelled."""
         while True:
             await asyncio.sleep(_EVERY_S)
             if self.state.value(layout.SUSPECT) is not None:

@@ -92,7 +92,6 @@ def refuse_older(needed: Mapping[HostId, Needed], levels: Mapping[HostId, int]) 
 def _reached(
     state: FleetState, item: ItemKey, value: Json
 ) -> tuple[Iterable[HostId], Iterable[ItemKey]]:
-    """Return the hosts that get an item, and the shared items that they need with it."""
     kind, _, rest = item.partition("/")
     if kind == "instance":
         return layout.parse_instance(codec.encode(value)).hosts, needs_of(value["record"])
@@ -142,8 +141,6 @@ def _refuse_names(state: FleetState, written: Collection[NetworkId]) -> None:
 
 @dataclass(slots=True)
 class _After:
-    """Fleet after a planned write."""
-
     state: FleetState
     planned: Transaction
     written: set[NetworkId] = field(default_factory=set)
@@ -187,7 +184,6 @@ class _After:
             yield self._explain(host, network, others[holder])
 
     def _new(self) -> set[tuple[HostId, NetworkId]]:
-        """Return networks with hosts, for networks that the write brings to a host or gives a new listener."""
         new = {
             (host, network)
             for (host, network), number in self.added.items()
@@ -201,7 +197,6 @@ class _After:
         return new
 
     def _others(self, host: HostId, record: Network) -> dict[NetworkId, Network]:
-        """Return other networks with a claim to the place of a network's listener on a host."""
         where, found = listener_place(record)[0], dict[NetworkId, Network]()
         beside = self.written_at.get(where, set())
         for one in {*self.state.networks_at(where), *beside} - {record.id}:
@@ -259,6 +254,5 @@ class _After:
 
 
 def _read(value: bytes) -> Network | None:
-    """Return a network; `None` if it was removed, or if another program wrote it."""
     read = parse_network(layout.parse_network(value).record)
     return read if isinstance(read, Network) else None

@@ -94,7 +94,6 @@ def _reference(table: Table[Any]) -> dict[str, Json]:
 
 
 def _or_null(schema: dict[str, Json]) -> dict[str, Json]:
-    """Return the schema extended by null, which is the same as no key."""
     match schema:
         case {"enum": [*words]}:
             others = {name: value for name, value in schema.items() if name != "type"}

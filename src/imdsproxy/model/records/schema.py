@@ -291,7 +291,6 @@ class Table(Generic[_T]):
         """Describe a mapping.
 
         Args:
-            name: Name in the OpenAPI document.
             of: Makes the value from the parsed values of the present keys: most often a dataclass. Its defaults are the
                 defaults of the keys.
             keys: Keys, in the order in which problems are reported and records are shown.
@@ -318,12 +317,7 @@ class Table(Generic[_T]):
         findings: Findings | None = None,
         faults: Iterable[Fault] = (),
     ) -> _T | Refused:
-        """Return the value of a record, or all of its problems.
-
-        Args:
-            path: Place of the record in its document.
-            faults: Problems that the decoder found inside this record.
-        """
+        """Return the value of a record, or all of its problems."""
         findings = findings or Findings()
         for fault in faults:
             findings.add(fault)

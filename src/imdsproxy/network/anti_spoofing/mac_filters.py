@@ -194,7 +194,6 @@ class MacFilters:
             self.journal.store(places | {name: [*places[name], _RELEASED] for name in going})
 
     def _released(self) -> dict[NetworkId, list[str | None]]:
-        """Return the released filters in our journal: they redirect no new connections."""
         return {n: place for n, place in self.journal.load().items() if _RELEASED in place[2:]}
 
     def _unneeded(self, plan: MacFilterPlan, *, sweep: bool) -> set[NetworkId]:

@@ -203,9 +203,6 @@ class SystemHost:
     ) -> ListenerPlan:
         """Observe and act until the host needs no further operation.
 
-        Args:
-            in_force: Networks that HAProxy is configured for.
-
         Raises:
             HostRefused: The host's own namespace cannot be observed, or our journal cannot be read.
         """
@@ -291,7 +288,6 @@ class SystemHost:
 
         Args:
             networks: Networks of interest; for a partial observation, also networks that were just removed.
-            others: Other places, where something was just removed.
             everything: Also observe the host's own devices and namespaces in which earlier processes may have left
                 objects. A host may have thousands of namespaces without a name of our form; only those in our journal
                 are observed.

@@ -75,7 +75,6 @@ class ListenerRequests:
         """Observe the host again. Return a ticket that closes once the result is in force.
 
         Args:
-            reason: Reason for the log and `status`.
             networks: Networks whose listeners to observe; `None` for the whole host.
         """
         self.host.touch(networks)
@@ -90,7 +89,6 @@ class ListenerLoop(Part):
 
     Attributes:
         settings: Returns HAProxy's configuration from the settings, without binds; `maxconn` 0 to compute it.
-        last_plan: Result of the last round.
         on_trust: Called with networks whose rule for trusting guests may have changed.
         audits_per_s: Returns the number of networks to compare with the kernel each second without an event.
         serves_routers: Whether a source reports routers, so that their tables of an earlier process may stay.
@@ -127,7 +125,6 @@ class ListenerLoop(Part):
 
     @property
     def touch(self) -> Callable[..., int]:
-        """See `ListenerRequests`."""
         return self.requests.touch
 
     @property
@@ -328,7 +325,6 @@ class ListenerLoop(Part):
         return await self.host.settle(networks, self.kept.load(), sweep=self.inventory.in_sync)
 
     def _networks(self) -> dict[NetworkId, Network]:
-        """Return the networks to listen in; until all sources are in sync, also those of the earlier process."""
         before = {} if self.inventory.in_sync else self.kept.load()
         known = {**before, **self.inventory.networks}
         return {name: one for name, one in known.items() if name not in self._released}
@@ -395,7 +391,6 @@ class ListenerLoop(Part):
 
 
 def _list_idle(foreign: Iterable[Foreign]) -> tuple[str, ...]:
-    """Return a line for each program that listens beside HAProxy and gets no request."""
     found = dict.fromkeys(
         f"network {one.network}: {owners_of([one.socket])} listens on {one.socket.address} port {one.socket.port}"
         for one in foreign

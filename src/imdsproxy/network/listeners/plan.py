@@ -353,7 +353,6 @@ def _lacks(
     root: ObservedNamespace,
     naming: Naming,
 ) -> Iterator[AttachBridge | AddAddress | MakeTable]:
-    """Yield the ops that a listener needs if nothing refuses it."""
     drop = RouterTable.DROP
     if place.redirected and seen.ref is not None and drop.name_in(naming) not in seen.tables:
         yield MakeTable(seen.ref, drop, naming)

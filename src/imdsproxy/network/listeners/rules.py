@@ -224,7 +224,6 @@ def fill_router_table(table: RouterTable, batch: Batch) -> None:
 
 
 def _fill_drop(batch: Batch) -> None:
-    """Keep packets for the metadata addresses from another router."""
     batch.make_base_chain("arriving", nft.PREROUTING, _AFTER_NAT)
     batch.make_base_chain("input", nft.INPUT, _FILTER)
     for layout in LAYOUTS:
@@ -235,7 +234,6 @@ def _fill_drop(batch: Batch) -> None:
 
 
 def _fill_redirect(batch: Batch) -> None:
-    """Redirect guests' requests to HAProxy."""
     batch.make_base_chain("redirect", nft.PREROUTING, _BEFORE_IPTABLES, kind="nat")
     inward = nft.meta(nft.INPUT_DEVICE) + nft.compare(_ROUTER_DEVICES)
     for layout in LAYOUTS:

@@ -108,7 +108,6 @@ class HostWatch:
         self._closing.close()
 
     async def run(self) -> None:
-        """Wait until watching fails, and raise what failed."""
         await asyncio.gather(*self._tasks)
 
     def _publish(self, kind: str, networks: Collection[NetworkId]) -> None:
@@ -279,7 +278,6 @@ class HostWatch:
         return inode, frozenset(one.inode for one in observed.sockets)
 
     async def _look(self, networks: Sequence[Network]) -> bool:
-        """Observe networks fully and report those whose plan changed. Return false if the host cannot be observed."""
         try:
             part = await self.host.observe(networks)
         except DataplaneError:

@@ -112,7 +112,6 @@ class FileSource:
         self.last_good = SideCache(kept, _SCHEMA, _read, _write, "last-good", lost)
 
     def everything(self) -> Observation:
-        """Return all records in force."""
         return Observation.of_changes(*(one.records for one in self._kinds.values()))
 
     def explain_stranded(self, port: StrandedPort) -> Problem:
@@ -294,7 +293,6 @@ class FileSource:
         return Observation.of_changes(**changes, moves=self._kinds["instances"].moved)
 
     def _find_places(self, payloads: Iterable[Path]) -> None:
-        """Set the directories to watch, and the relevant paths outside the record directory."""
         files = [self.directory / name for name in self._files]
         named = {*payloads, *(path.resolve() for path in files if path.is_symlink())}
         # The parent has events for the directory itself: created, removed or replaced.

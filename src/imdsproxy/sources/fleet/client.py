@@ -157,7 +157,6 @@ class HubStream:
             raise SourceUnavailable(f"the hub sent an invalid line: {error}") from error
 
     def close(self) -> None:
-        """Abort the connection."""
         self._writer.transport.abort()
 
     async def send(self, *messages: FromHost) -> None:

@@ -57,7 +57,6 @@ class Applied:
     """Result of applying a set of changes.
 
     Attributes:
-        records: Changes of the records in force.
         stored: Items to write to the copy on disk; `None` deletes an item.
         policies: Whether `FleetKnown.policies` changed.
         renumbered: Items that stay unchanged but get revision 0: their revision is from before the fleet's restore.

@@ -74,7 +74,6 @@ class LibvirtKnown:
 
     @property
     def records(self) -> Observation:
-        """All records in force."""
         return Observation.of_changes(self.networks, self._instances.records)
 
     @property
@@ -90,7 +89,6 @@ class LibvirtKnown:
 
     @property
     def problems(self) -> tuple[Problem, ...]:
-        """Problems of all records refused now."""
         return (*self._network_problems, *self._instances.problems())
 
     def place_of(self, instance: InstanceId) -> str | None:

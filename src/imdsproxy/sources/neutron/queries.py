@@ -84,7 +84,6 @@ class Queries:
 
     @property
     def may_ask(self) -> bool:
-        """Whether a query would be made now, not refused."""
         return self.outage is None or not (self._probing or self.backoff_s)
 
     @property

@@ -324,7 +324,6 @@ class Store:
         return Observation(instances_removed=(instance,) if found else ())
 
     def _put_row(self, statement: str, *values: object) -> bool:
-        """Execute a statement. Return whether it changed the row."""
         return self._connection.execute(statement, values).rowcount > 0
 
     def _with_creation(self, instance: Instance) -> Instance:
@@ -343,7 +342,6 @@ class Store:
     # Claims
 
     def _release(self, instance: InstanceId) -> list[tuple[str, str]]:
-        """Release an instance's claims. Return its addresses as network and address."""
         self._connection.execute("DELETE FROM ports WHERE instance = ?", (instance,))
         released = "DELETE FROM addresses WHERE instance = ? RETURNING network, address"
         return self._connection.execute(released, (instance,)).fetchall()

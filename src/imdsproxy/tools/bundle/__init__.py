@@ -153,7 +153,6 @@ def _places(settings: Settings, layout: Layout) -> Places:
 
 
 def _write(path: Path, name: str, files: dict[str, str], now: int) -> None:
-    """Write the archive, created with mode 0600."""
     raw = io.BytesIO()
     with tarfile.open(fileobj=raw, mode="w") as archive:
         for one, text in files.items():

@@ -76,7 +76,6 @@ class Places:
 
 
 def plan_parts(places: Places) -> Iterator[Part]:
-    """Yield all parts, in the order of collection."""
     for kind in ("status", "networks", "instances", "token-report"):
         yield Admin(f"daemon/{kind}.json", f"/v1/{kind}")
     for name, host, port in places.metrics:
@@ -271,7 +270,6 @@ def _pieces(data: bytes) -> Iterator[bytes]:
 
 
 def _forms(piece: bytes) -> Iterator[str]:
-    """Yield the encodings of a piece that may occur in text."""
     yield piece.hex()
     yield piece.hex().upper()
     for encoded in (base64.b64encode(piece), base64.urlsafe_b64encode(piece)):

@@ -97,7 +97,6 @@ class Finding:
 
     @property
     def ok(self) -> bool:
-        """Return whether `run` would start."""
         return self.exit_status == 0
 
 

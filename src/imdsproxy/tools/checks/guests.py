@@ -47,13 +47,11 @@ def check_records(on: Subject) -> list[Finding]:
 
 
 def check_networks(on: Subject) -> list[Finding]:
-    """Report networks that the running daemon does not serve."""
     status = on.status if isinstance(on.status, Mapping) else {}
     return [found("not-served", **one) for one in status.get("not_served", ())]
 
 
 def check_daemon(on: Subject) -> list[Finding]:
-    """Check that the running daemon answers and is ready."""
     if on.status is None:
         return []
     if isinstance(on.status, ImdsproxyError):
@@ -211,7 +209,6 @@ def check_instances(on: Subject) -> list[Finding]:
 
 
 def _read_inventory(on: Subject) -> Inventory:
-    """Return an inventory of the record files and the store."""
     source, given = SourceName("records"), [*on.in_files[0]]
     if isinstance(on.stored, Records):
         given.append(on.stored)

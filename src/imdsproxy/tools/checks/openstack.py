@@ -130,7 +130,6 @@ def _secret_keys(data: object) -> Iterator[str]:
 
 
 def check_endpoints(on: Subject) -> list[Finding]:
-    """Check that each endpoint accepts a connection, including TLS."""
     timeout_s = on.settings.nova.connect_timeout_s
     tried: list[Future[Finding | None]] = []
     with ThreadPoolExecutor(_AT_ONCE) as pool:

@@ -48,7 +48,6 @@ _Objects: TypeAlias = list[_Object]
 
 
 def examine(crawl: Crawl, around: Surroundings) -> tuple[Finding, ...]:
-    """Return all findings, the worst first."""
     if {answer.status for answer in crawl.asked.values()} - {0} == {HTTPStatus.FORBIDDEN}:
         why = "; ".join(around.why)
         if around.verdict == "mismatch":

@@ -169,8 +169,6 @@ _ARGUMENTS: Final = {
 
 
 class _Parser(argparse.ArgumentParser):
-    """Argument parser that raises our own errors."""
-
     def error(self, message: str) -> NoReturn:
         raise RequestRefused(message, hint=f"see `{self.prog} --help`")
 

@@ -174,11 +174,9 @@ class NetworkMetadataProxyHandler:
 
     @property
     def config_file(self) -> Path:
-        """Path of this proxy's configuration file."""
         return self.get_config_path(self.state_path) / f"{self.uuid}.conf"
 
     def spec(self) -> namespace_proxy.NamespaceProxySpec:
-        """Return the specification of the configuration."""
         log = os.access(_SYSLOG, os.F_OK) if self.use_syslog is None else self.use_syslog
         return namespace_proxy.NamespaceProxySpec(
             header=self.header,
@@ -503,7 +501,6 @@ def claim_file(path: Path, data: bytes) -> int:
 
 
 def _lock(path: Path, flags: int) -> int:
-    """Open and lock the file with this name."""
     while True:
         descriptor = open_locked(path, flags | os.O_NOFOLLOW)
         if descriptor is None:

@@ -33,7 +33,6 @@ _MODE: Final = 0o777
 
 
 def pids() -> list[int]:
-    """Return the ids of all processes, sorted."""
     return sorted(int(entry.name) for entry in PROC.iterdir() if entry.name.isdecimal())
 
 
@@ -257,7 +256,6 @@ def edit_file(path: str, reach: Reach, edit: Callable[[str], str]) -> None:
 
 
 def _inside(path: str, reach: Reach) -> Path:
-    """Return a host path as a path inside the agent's container."""
     return Path("/") / Path(path).relative_to(reach.root)
 
 

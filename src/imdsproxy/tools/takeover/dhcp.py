@@ -198,7 +198,6 @@ def _handback(seen: Seen) -> Iterator[Step]:
 
 
 def _is_on(seen: Seen) -> bool:
-    """Return whether the agent serves metadata in isolated networks."""
     return ISOLATED.is_set(seen) or option_of(seen, "DEFAULT", _FORCED).lower() == "true"
 
 

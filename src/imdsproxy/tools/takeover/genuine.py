@@ -82,13 +82,11 @@ def container_in(group: str) -> tuple[str, str]:
 
 
 def is_unit_of(program: str, unit: str) -> bool:
-    """Return whether a unit name belongs to this agent."""
     name = unit.removesuffix(_SERVICE).replace("_", "-")
     return bool(_pattern(_UNITS, program).fullmatch(name))
 
 
 def is_container_of(program: str, name: str) -> bool:
-    """Return whether a container name belongs to this agent."""
     return bool(_pattern(_CONTAINERS, program).fullmatch(name.lstrip("/").replace("_", "-")))
 
 

@@ -74,7 +74,6 @@ def _look_up(root: Path, directories: Sequence[str]) -> tuple[str, str]:
 
 
 def _text_of(path: str, limit: int = _PAGE) -> str | None:
-    """Return the beginning of a file as text; `None` if the file is unreadable."""
     try:
         with open(path, "rb") as file:  # noqa: PTH123 - an empty path is no directory
             return file.read(limit).decode(errors="replace")
@@ -83,7 +82,6 @@ def _text_of(path: str, limit: int = _PAGE) -> str | None:
 
 
 def find_stand_ins(prefix: str) -> tuple[Proxy, ...]:
-    """Return the stand-ins in namespaces with this prefix."""
     return tuple(
         Proxy(pid, name)
         for pid, name in _processes_in(prefix)
@@ -120,7 +118,6 @@ def is_idle_router(namespace: str) -> bool:
 
 
 def find_proxies(prefix: str) -> tuple[Proxy, ...]:
-    """Return the HAProxies in namespaces with this prefix."""
     return tuple(
         Proxy(pid, name) for pid, name in _processes_in(prefix) if command_name(pid) == _HAPROXY
     )

@@ -124,7 +124,6 @@ class Kind:
 
     @property
     def mark(self) -> str:
-        """Prefix of this kind's comments in an agent's settings file."""
         return mark_of(self.name)
 
 
@@ -178,12 +177,10 @@ class AgentOption:
 
     @property
     def line(self) -> str:
-        """Line of the option in a settings file."""
         return f"{self.name} = {self.value}"
 
     @property
     def mark(self) -> str:
-        """Prefix of this kind's comments in a settings file."""
         return mark_of(self.kind)
 
     @property
@@ -191,7 +188,6 @@ class AgentOption:
         return f"{self.mark}{self.reason}\n{self.line}\n"
 
     def is_set(self, seen: Seen) -> bool:
-        """Return whether the option already has the takeover's value."""
         word = option_of(seen, "DEFAULT", self.name).lower()
         found = self.default if word not in _TRUE | _FALSE else word in _TRUE
         return found == self.value
@@ -239,7 +235,6 @@ def is_stand_in(text: str) -> bool:
 
 
 def render_stand_in(haproxy: str) -> str:
-    """Return the stand-in as a bash script."""
     return f"""\
 #!/bin/bash
 {_MARK}

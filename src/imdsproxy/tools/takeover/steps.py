@@ -107,7 +107,6 @@ class EditSettings(Step):
 
     @classmethod
     def to_restore(cls, seen: Seen, option: AgentOption) -> Self:
-        """Restore the option in the agent's last settings file."""
         path = seen.files[-1]
         return cls(
             f"restore {option.name} in {path}",
