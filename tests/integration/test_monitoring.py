@@ -26,7 +26,7 @@ from support.monitored import Monitored, open_monitored
 from support.pages import code_blocks
 from support.prometheus import RULES, alerts, promtool
 
-pytestmark = [pytest.mark.root, pytest.mark.slow]
+pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(600)]
 
 _WITHIN_S: Final = 60.0
 """The controller reads Nova's state every ten seconds, other counters when Prometheus asks."""
@@ -53,6 +53,8 @@ def host() -> Iterator[Monitored]:
         yield one
 
 
+# The daemon reads its counters for each of five scrapes a second; beside other tests, scrapes would take too long.
+@pytest.mark.alone
 def test_each_alert_fires_when_its_fault_is_there(host: Monitored) -> None:
     missing: list[str] = []
     for faults in TOGETHER:

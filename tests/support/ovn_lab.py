@@ -123,7 +123,7 @@ class OvnLab:
         self._start("ovs-vswitchd", self.open_vswitch, "--disable-system", in_host=True)
         self.add_bridge(self.bridge)
         self.start_controller()
-        self._sb("--may-exist", "chassis-add", OTHER, "geneve", "127.0.0.2")
+        self._add_other()
 
     def add_bridge(self, name: str) -> None:
         """Make a bridge as an integration bridge is."""
@@ -405,7 +405,12 @@ class OvnLab:
     def claim(self, name: str) -> None:
         """Bind a port to the other chassis."""
         self._nb("--wait=sb", "sync")
+        self._add_other()
         self._sb("lsp-bind", self.ports[name].id, OTHER)
+
+    def _add_other(self) -> None:
+        # A renamed ovn-controller removes the chassis.
+        self._sb("--may-exist", "chassis-add", OTHER, "geneve", "127.0.0.2")
 
     def is_claimed(self, name: str) -> bool:
         """Whether a port is bound to the other chassis."""
