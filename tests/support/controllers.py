@@ -143,7 +143,7 @@ def _use(one: Parts) -> None:
         NovaEndpointReport("default", "192.0.2.1:8775", up=True, failures=4),
         NovaEndpointReport("default", "192.0.2.2:8775", up=False),
     )
-    one.nova_watch.refused.totals["default"] = 6
+    one.nova_watch.refused.add(102, {"default": 6})
     one.haproxy.last_reload = ReloadReport(8, 6.0, "networks changed", False, "no file", 0.5)
     one.haproxy.reload_counts.update(ok=7, failed=1)
     one.haproxy.reload_durations.add(0.05)

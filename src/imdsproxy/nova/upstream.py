@@ -256,7 +256,7 @@ class NovaWatch(Part):
     refused: WorkerTotals[str] = field(default_factory=WorkerTotals)
     _good: WorkerTotals[str] = field(default_factory=WorkerTotals)
     _refusing: set[str] = field(default_factory=set)
-    _looked: bool = False
+    _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def problems(self) -> tuple[Problem, ...]:
         """Return endpoint sets whose Nova refuses our signature now, and sets without an answering endpoint."""
@@ -278,28 +278,34 @@ class NovaWatch(Part):
 
     def nova_refused(self) -> Annotated[By, "counter", "endpoint_set"]:
         """Answers 403 from Nova, by endpoint set: Nova refuses the signature, most likely for another secret."""
+        if self.refused.worker is None:
+            return None
         return {**dict.fromkeys(self.sets(), 0), **self.refused.totals}
 
     async def refresh(self) -> None:
         """Read the counters once; if HAProxy does not answer, the last report stays."""
-        names = sorted(self.sets())
-        if not names or (worker := self.haproxy.worker) is None:
-            self.endpoints = ()
-            return
-        master = self.haproxy.master
-        try:
-            rows = await master.read_stat(worker, _COLUMNS)
-            refused = {
-                name: await master.read_number(worker, refused_counter(name)) for name in names
-            }
-        except (DataplaneError, WorkerEnded):
-            return
-        self.take(worker, rows, refused)
+        # A late answer of another call has lower counts, which would be subtracted from the sums.
+        async with self._lock:
+            names = sorted(self.sets())
+            if not names or (worker := self.haproxy.worker) is None:
+                self.endpoints = ()
+                return
+            master = self.haproxy.master
+            try:
+                rows = await master.read_stat(worker, _COLUMNS)
+                refused = {
+                    name: await master.read_number(worker, refused_counter(name)) for name in names
+                }
+            except (DataplaneError, WorkerEnded):
+                return
+            self.take(worker, rows, refused)
 
     def take(
         self, worker: int, rows: Iterable[Mapping[str, str]], refused: Mapping[str, int | None]
     ) -> None:
         """Evaluate one worker's rows of `show stat`, and its number of answers 403 by endpoint set."""
+        # Errors that a worker counted before the controller started may be over.
+        earlier = self.refused.worker is None
         counted = {one: count for one, count in refused.items() if count is not None}
         more = self.refused.add(worker, counted)
         found: dict[tuple[str, str], NovaEndpointReport] = {}
@@ -315,8 +321,6 @@ class NovaWatch(Part):
         self.endpoints = tuple(found.values())
         well = self._good.add(worker, good)
         log = structlog.get_logger()
-        # Errors that a worker counted before the controller started may be over.
-        earlier, self._looked = not self._looked, True
         for name in refused:
             if earlier and well[name] > 0:
                 continue

@@ -1,9 +1,11 @@
 """Nova as settings name it, and as HAProxy's counters show it."""
 
+import asyncio
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
@@ -259,6 +261,34 @@ def test_what_nova_refused_before_a_start_is_a_problem_only_if_it_has_answered_n
     assert watch.problems() == ()
     assert watch.refused.totals == {"default": 3}
     assert _look(watch, [_row("nova.default", good=4)], refused=4) == ["nova refuses our signature"]
+
+
+async def test_only_one_read_of_haproxys_counters_is_under_way() -> None:
+    asked: list[int] = []
+    answering = asyncio.Event()
+
+    async def read_stat(worker: int, _columns: object) -> list[dict[str, str]]:
+        asked.append(worker)
+        await answering.wait()
+        return []
+
+    async def read_number(_worker: int, _variable: str) -> int:
+        return 4
+
+    master = SimpleNamespace(read_stat=read_stat, read_number=read_number)
+    watch = NovaWatch(
+        cast("Haproxy", SimpleNamespace(worker=7, master=master)), lambda: ["default"]
+    )
+    assert watch.nova_refused() is None
+    async with asyncio.TaskGroup() as reads:
+        for _ in range(2):
+            reads.create_task(watch.refresh())
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert asked == [7]
+        answering.set()
+    assert asked == [7, 7]
+    assert watch.nova_refused() == {"default": 4}
 
 
 @pytest.mark.parametrize(

@@ -50,17 +50,21 @@ class Load:
 
 @dataclass(slots=True)
 class WorkerTotals(Generic[_Key]):
-    """Sums of counters that begin at 0 with each worker of HAProxy."""
+    """Sums of counters that begin at 0 with each worker of HAProxy.
+
+    Attributes:
+        worker: The last worker whose counters were added; `None` before the first.
+    """
 
     totals: Counter[_Key] = field(default_factory=Counter)
-    _worker: int | None = None
+    worker: int | None = None
     _before: dict[_Key, int] = field(default_factory=dict)
 
     def add(self, worker: int, now: Mapping[_Key, int]) -> Counter[_Key]:
         """Add one worker's counters; return the increase of each."""
-        before = self._before if worker == self._worker else {}
+        before = self._before if worker == self.worker else {}
         grown = Counter({key: count - before.get(key, 0) for key, count in now.items()})
-        self._worker, self._before = worker, {**before, **now}
+        self.worker, self._before = worker, {**before, **now}
         self.totals.update(grown)
         return grown
 
