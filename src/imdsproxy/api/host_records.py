@@ -14,8 +14,7 @@ from imdsproxy.api import bodies, tokens
 from imdsproxy.api.answers import Written
 from imdsproxy.api.record_routes import Change, RecordStore
 from imdsproxy.api.records import HostReports, no_such, refuse_unknown
-from imdsproxy.controller.in_force import find_unserved, wait_confirmed
-from imdsproxy.controller.parts import UNCONFIRMED
+from imdsproxy.controller.in_force import UNCONFIRMED, find_unserved, wait_confirmed
 from imdsproxy.documents.dialects.ec2 import list_warnings, warn_of_names
 from imdsproxy.errors import AlreadyExists, NotFound, Problem, RecordConflict, SourceRefused
 from imdsproxy.model.claims import find_shared

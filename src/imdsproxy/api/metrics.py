@@ -27,7 +27,7 @@ NETWORK_SUM: Final = "*"
 
 PREFIX: Final = "imdsproxy_"
 
-_PREPARE_S: Final = 2.0
+_READ_S: Final = 2.0
 """Deadline for all counters, in seconds: Prometheus gives up after ten."""
 
 
@@ -36,6 +36,7 @@ class Metrics(Exposed, prefix=PREFIX):
     """Reads every metric when Prometheus asks for it."""
 
     parts: Parts
+    _reading: asyncio.Task[None] | None = None
 
     @cached_property
     def _readers(self) -> tuple[tuple[Any, Metric], ...]:
@@ -43,9 +44,16 @@ class Metrics(Exposed, prefix=PREFIX):
         return tuple((part, one) for part in everything for one in metrics_of(type(part), PREFIX))
 
     async def prepare(self) -> None:
-        """Read the figures that the parts do not have at hand; if HAProxy hangs, the last ones stay."""
+        """Read the figures that the parts do not have at hand, once for all scrapes that come together."""
+        if self._reading is None or self._reading.done():
+            self._reading = asyncio.create_task(self._read())
+        # A scrape that is cancelled must not end the read of the others.
+        await asyncio.shield(self._reading)
+
+    async def _read(self) -> None:
+        # If HAProxy hangs, the last figures stay.
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_PREPARE_S):
+            async with asyncio.timeout(_READ_S):
                 for part in self.parts.all():
                     await part.refresh()
 

@@ -23,8 +23,6 @@ from imdsproxy.reconcile.part import Impact, list_problems
 from imdsproxy.reconcile.progress import Step
 
 _SHOWN: Final = 20
-_WORTH_A_LOOK: Final = 10
-"""An instance that uses less than this fraction (1/10) of its limit is not listed: most of 10,000 guests use less."""
 
 
 @dataclass(frozen=True, slots=True)

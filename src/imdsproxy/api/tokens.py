@@ -7,7 +7,8 @@ from functools import partial
 from typing import Final
 
 from imdsproxy.api.records import no_such
-from imdsproxy.controller.parts import UNCONFIRMED, Parts
+from imdsproxy.controller.in_force import UNCONFIRMED
+from imdsproxy.controller.parts import Parts
 from imdsproxy.controller.record_loop import RecordLoop
 from imdsproxy.controller.record_plan import record_key
 from imdsproxy.errors import SourceRefused

@@ -12,7 +12,7 @@ from typing import Any, Final
 import httpcore
 
 from imdsproxy.controller.companion import DocumentProbe
-from imdsproxy.controller.in_force import find_unserved, wait_confirmed
+from imdsproxy.controller.in_force import UNCONFIRMED, find_unserved, wait_confirmed
 from imdsproxy.controller.policy_store import PolicyStore
 from imdsproxy.controller.record_loop import RecordLoop
 from imdsproxy.controller.watchdog import HaproxyWatchdog
@@ -29,7 +29,6 @@ _MAY_ASK: Final = re.compile(
 )
 _MOST_OF_ANSWER: Final = 1024 * 1024
 _TIMES: Final = dict.fromkeys(("connect", "read", "write", "pool"), 30.0)
-_UNCONFIRMED: Final = "the data plane has not confirmed it yet"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +74,7 @@ class FleetHost:
         failures = (self.records.failure, self.watchdog.failure)
         reasons = [one.reason for one in failures if one is not None]
         if not confirmed:
-            reasons.append(_UNCONFIRMED)
+            reasons.append(UNCONFIRMED)
         unserved = {}
         if networks and not reasons:
             not_served = await find_unserved(self.listeners, frozenset(networks))

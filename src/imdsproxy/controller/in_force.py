@@ -11,6 +11,9 @@ from imdsproxy.network import planned
 from imdsproxy.network.listeners.loop import ListenerLoop
 from imdsproxy.network.planned import NotServedCode
 
+UNCONFIRMED: Final = "the data plane has not confirmed it yet"
+"""Why a change is not in force yet; the reasons that block it follow."""
+
 _APPLY_DEADLINE_S: Final = 10.0
 """Time without progress after which a change is reported as not in force yet, in seconds."""
 

@@ -68,9 +68,6 @@ if TYPE_CHECKING:
     from imdsproxy.controller.fleet_passwords import FleetPasswords
     from imdsproxy.documents.resolver_app import Forward
 
-UNCONFIRMED: Final = "the data plane has not confirmed it yet"
-"""Why a change is not in force yet; the reasons that block it follow."""
-
 _log: Final = structlog.get_logger()
 _REVIEW_EVERY_S: Final = 1.0
 _WATCH_S: Final = 10.0

@@ -8,7 +8,8 @@ import structlog
 
 from imdsproxy.config.changes import SettingsReload
 from imdsproxy.config.schema import Settings
-from imdsproxy.controller.parts import UNCONFIRMED, Parts
+from imdsproxy.controller.in_force import UNCONFIRMED
+from imdsproxy.controller.parts import Parts
 from imdsproxy.errors import ImdsproxyError
 from imdsproxy.haproxy.process import link_jail_to_itself
 from imdsproxy.nova.routing import changed_secrets

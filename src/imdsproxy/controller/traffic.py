@@ -42,23 +42,29 @@ def count_traffic(rows: Iterable[Mapping[str, str]]) -> Counter[_TrafficKey]:
 
 @dataclass(slots=True)
 class Traffic(Part):
-    """Sums of the workers' counters.
+    """Sums of the workers' counters; a metric has no value until HAProxy has answered for the first time.
 
     Attributes:
-        limited: Instances over their limits at the last refresh.
+        limited: Number of instances over their limits, when HAProxy answered last.
     """
 
     haproxy: Haproxy
     clock: Clock
     settings: Callable[[], LimitsSettings]
     totals: WorkerTotals[_TrafficKey] = field(default_factory=WorkerTotals)
-    limited: int = 0
+    limited: int | None = None
     _lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     def __post_init__(self) -> None:
-        self.haproxy.before_reload.append(self.refresh)
+        self.haproxy.before_reload.append(self.count)
 
     async def refresh(self) -> None:
+        await self.count()
+        if (busiest := await self._read_busiest()) is not None:
+            self.limited = sum(one.limited for one in busiest)
+
+    async def count(self) -> None:
+        """Add the worker's counters; also before a reload, which ends the worker."""
         # A late answer of another call has lower counts, which Prometheus takes for a restart.
         async with self._lock:
             if (worker := self.haproxy.worker) is None:
@@ -69,16 +75,17 @@ class Traffic(Part):
                 # The watchdog restarts HAProxy; the next refresh reads its counters again.
                 return
             self.totals.add(worker, count_traffic(rows))
-        self.limited = sum(one.limited for one in await self.find_busiest())
 
     async def report(self) -> Mapping[str, object]:
-        return {"busiest": await self.find_busiest()}
+        return {"busiest": await self._read_busiest() or ()}
 
-    async def find_busiest(self) -> tuple[limits.Asker, ...]:
-        """Return the instances that are limited or busy now; none while HAProxy cannot answer."""
+    async def _read_busiest(self) -> tuple[limits.Asker, ...] | None:
+        """Return the instances that are limited or busy now; `None` if HAProxy cannot answer."""
         allowed, haproxy = self.settings(), self.haproxy
-        if not allowed.enabled or (worker := haproxy.worker) is None:
+        if not allowed.enabled:
             return ()
+        if (worker := haproxy.worker) is None:
+            return None
         now = self.clock.now().timestamp()
         most = limits.most_in_window(allowed.requests_per_s, allowed.burst)
         try:
@@ -93,16 +100,19 @@ class Traffic(Part):
             usual = [await haproxy.master.send(worker, command) for command in commands]
         except (DataplaneError, WorkerEnded):
             # The watchdog handles the failure, and the same report shows HAProxy's state.
-            return ()
+            return None
         table, connections = "\n".join(usual), allowed.connections
         return tuple(limits.busiest(table, own, requests=most, connections=connections, now=now))
 
-    def _guests(self, column: str) -> Mapping[str, int]:
+    def _guests(self, column: str) -> Mapping[str, int] | None:
+        if self.totals.worker is None:
+            return None
         counts = self.totals.totals.items()
         return {key[1]: count for key, count in counts if key[::2] == (_GUESTS[0], column)}
 
-    def _agents(self, column: str) -> int:
-        return self.totals.totals[AGENTS, AGENTS, column]
+    def _agents(self, column: str) -> int | None:
+        totals = self.totals
+        return None if totals.worker is None else totals.totals[AGENTS, AGENTS, column]
 
     def network_connections(self) -> Annotated[By, "counter", "network"]:
         """Guests' connections by network; one series "*" if there are more networks than metrics.network_series."""

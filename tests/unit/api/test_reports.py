@@ -22,10 +22,12 @@ from imdsproxy import __version__
 from imdsproxy.api.answers import Readiness
 from imdsproxy.api.exposition import Exposed
 from imdsproxy.api.health import HealthServer
+from imdsproxy.api.metrics import Metrics
 from imdsproxy.api.status import report_readiness, report_status
 from imdsproxy.controller.parts import Parts
 from imdsproxy.controller.traffic import count_traffic
-from imdsproxy.errors import Problem
+from imdsproxy.errors import Problem, RuntimeUnavailable
+from imdsproxy.haproxy.master import MasterClient
 from imdsproxy.haproxy.rules.runtime import WorkerTotals
 from imdsproxy.model.entities import Instance, InstanceId, NetworkId, Port
 from imdsproxy.model.observation import Observation
@@ -35,6 +37,7 @@ from imdsproxy.nova.upstream import NovaEndpointReport
 from imdsproxy.reconcile.part import Gauge
 from imdsproxy.reconcile.progress import Durations
 from support.controllers import BROKEN, BUSY, busy_controller, expose, idle_controller, row
+from support.tasks import until
 
 _RELOAD = ("number", "at", "reason", "ok", "result", "took_s")
 
@@ -46,6 +49,12 @@ async def _report(controller: Any) -> dict[str, Any]:
 @pytest.fixture
 def busy(tmp_path: Path) -> Iterator[Parts]:
     with busy_controller(tmp_path) as controller:
+        yield controller
+
+
+@pytest.fixture
+def idle(tmp_path: Path) -> Iterator[Parts]:
+    with idle_controller(tmp_path) as controller:
         yield controller
 
 
@@ -477,6 +486,53 @@ def test_with_more_networks_than_wanted_there_is_one_sum(tmp_path: Path) -> None
             one for one in expose(controller).split("\n") if "network_connections_total{" in one
         ]
     assert lines == ['imdsproxy_network_connections_total{network="*"} 1000.0']
+
+
+async def test_scrapes_that_come_together_read_haproxy_once_and_a_cancelled_one_ends_no_other(
+    idle: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    answering = asyncio.Event()
+
+    async def send(_client: MasterClient, _worker: int, command: str) -> str:
+        asked.append(command)
+        await answering.wait()
+        return "# pxname,svname,type,stot,\nguests,blue,3,5,\n"
+
+    monkeypatch.setattr(MasterClient, "send", send)
+    metrics = Metrics(idle)
+    first, *others = [asyncio.create_task(metrics.prepare()) for _ in range(3)]
+    await until(lambda: asked)
+    first.cancel()
+    answering.set()
+    await asyncio.gather(*others)
+    assert first.cancelled()
+    assert asked == ["show stat"]
+    assert 'imdsproxy_network_connections_total{network="blue"} 5.0' in expose(idle)
+    await metrics.prepare()
+    assert asked == ["show stat"] * 2
+
+
+async def test_haproxys_figures_have_no_value_until_haproxy_has_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = r"^imdsproxy_(?:network_|unix_listener_)(?:connections|denied|malformed)|^imdsproxy_limited_guests"
+
+    async def send(_client: MasterClient, _worker: int, _command: str) -> str:
+        if not answers:
+            raise RuntimeUnavailable("HAProxy does not answer")
+        return ""
+
+    monkeypatch.setattr(MasterClient, "send", send)
+    with idle_controller(tmp_path, limits={"enabled": True}) as controller:
+        for answers in (False, True):
+            await controller.traffic.refresh()
+            found = re.findall(figures, expose(controller), re.MULTILINE)
+            assert bool(found) == answers
+
+
+def test_connections_are_counted_before_a_reload(idle: Parts) -> None:
+    assert idle.traffic.count in idle.haproxy.before_reload
 
 
 def test_a_duration_is_counted_in_the_first_bucket_that_holds_it() -> None:
