@@ -314,7 +314,7 @@ def test_who_reads_without_a_token_is_named_and_trees_that_stay_open_too(world: 
 
 def test_counts_outlive_the_controller_and_the_verdict_goes_by_them(world: World) -> None:
     guest = world.guests["blue"]
-    # Counts of workers that have ended are on disk after an orderly end, and otherwise only within a minute.
+    # Counts of workers that have ended are on disk after an orderly end, and else within two minutes.
     world.daemon.kill_controller(signal.SIGTERM)
     world.daemon.start()
     for _ in range(3):

@@ -19,7 +19,7 @@ _BUDGETS: Final = {
     "tests/integration/": 200.0,
     "tests/": 60.0,
 }
-"""Seconds that the tests of one file may take together, on two processors that run six tests at once."""
+"""Seconds that the tests of one file may take together, on two processors that run four tests at once."""
 _LONG: Final = ("tests/e2e/", "tests/integration/")
 _LONG_WEIGHT: Final = 20
 

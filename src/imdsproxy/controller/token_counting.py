@@ -59,10 +59,10 @@ def _write(connection: sqlite3.Connection, key: _Key, numbers: Kept | None) -> N
 
 @dataclass(slots=True)
 class TokenCounting(Part):
-    """Sums of workers' counts, updated for a report, and before a reload ends a worker.
+    """Sums of workers' counts, updated every minute, for a report, and before a reload ends a worker.
 
-    The sums are on disk within a minute, with the last count of each worker. A worker's table outlives the controller,
-    so the next controller misses nothing while the worker lives.
+    The sums are on disk within two minutes, with the last count of each worker. A worker's table outlives the
+    controller, so the next controller misses nothing while the worker lives.
 
     Args:
         one_in: Getter of the sampling rate: HAProxy counts one in this many accepted reads; 0 counts none.

@@ -1,1 +1,1 @@
-"""Tools of every loop: the reconciler, progress, backoff and tickets of pending changes."""
+"""Reports of parts, and tools of every loop: the reconciler, progress, backoff and tickets of pending changes."""

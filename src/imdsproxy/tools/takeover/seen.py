@@ -235,6 +235,12 @@ def is_stand_in(text: str) -> bool:
 
 
 def render_stand_in(haproxy: str) -> str:
+    """Render the program that the DHCP agent finds before HAProxy in its PATH.
+
+    Neutron's `ProcessManager` (neutron/agent/linux/external_process.py) runs the command and waits until it ends: a
+    proxy must daemonize. It then reads the pid file, and restarts the proxy unless that process's command line contains
+    the network's id, which is part of the configuration's path. It ends the proxy by a signal to that pid.
+    """
     return f"""\
 #!/bin/bash
 {_MARK}
