@@ -25,10 +25,8 @@ from imdsproxy.cli import options
 from imdsproxy.cli.output import Output, Shape, clean, decode_bytes
 from imdsproxy.errors import RequestRefused, spell_count
 from imdsproxy.model.entities import METADATA_IPV4, METADATA_IPV6, Dialect, IpAddress
-from imdsproxy.model.records import parse_instance, parse_network
 from imdsproxy.tools import snippets
 from imdsproxy.tools.doctor import Answer, Ask, Nic, Severity, Surroundings, crawl
-from imdsproxy.tools.doctor.checks_documents import examine
 
 _PATHS_SHOWN: Final = 3
 _COLOURS: Final = {"error": "bold red", "warning": "yellow", "note": "cyan"}
@@ -79,6 +77,8 @@ def doctor(
             hint="use `imdsproxy doctor http://169.254.169.254` inside a guest, or "
             "`imdsproxy doctor --network NET --from ADDRESS` on the host",
         )
+    from imdsproxy.tools.doctor.checks_documents import examine
+
     with run.output.waiting("sending the requests of known clients"):
         crawled = crawl(fetch, direct=url is not None)
     findings = examine(crawled, around)
@@ -328,6 +328,8 @@ def snippet(
     ] = None,
 ) -> None:
     """Print the SMBIOS, NIC and route settings that make a stock image request this instance's metadata."""
+    from imdsproxy.model.records import parse_instance, parse_network
+
     daemon = run.daemon()
     shape = daemon.get(path_to("instances", instance))
     record = read_record("instance", parse_instance, shape["record"])

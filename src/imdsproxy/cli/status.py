@@ -19,7 +19,6 @@ from imdsproxy.errors import (
     optional_library,
     spell_count,
 )
-from imdsproxy.host.servers import open_tcp_socket
 
 _STATUS: Final = "/v1/status"
 _APPEARS_WITHIN_S: Final = 10.0
@@ -292,6 +291,8 @@ def console(
     """
     if not 0 <= port <= _HIGHEST:
         raise RequestRefused(f"there is no port {port}", hint=f"use 0 to {_HIGHEST}")
+    from imdsproxy.host.servers import open_tcp_socket
+
     daemon = run.daemon()
     with optional_library("jinja2", _HINT):
         from imdsproxy.console.server import run_console

@@ -11,7 +11,12 @@ from typing import Annotated, Final, Literal, TypeAlias
 from pydantic import AfterValidator
 
 from imdsproxy.config.hub import HubSettings, OperatorSettings
-from imdsproxy.config.neutron_ini import DEFAULT_PORT, DEFAULT_STATE_PATH, MAX_PORT, parse_facility
+from imdsproxy.config.neutron_agents import (
+    DEFAULT_PORT,
+    DEFAULT_STATE_PATH,
+    MAX_PORT,
+    parse_facility,
+)
 from imdsproxy.config.nova import NovaSettings
 from imdsproxy.config.policy import AuditSettings, LimitsSettings, PolicySettings, TokensSettings
 from imdsproxy.config.section import (

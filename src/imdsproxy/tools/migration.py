@@ -61,8 +61,11 @@ def _step(operation: str, suboperation: str, reason: str) -> _Step | None:
 def follow(settings: Settings, domain: str, operation: str, suboperation: str, extra: str) -> None:
     """Handle one call of the hook, with the domain's XML on standard input.
 
-    Raises `AdminError`: a hub refuses the move; `SourceUnavailable`: no hub answers, or this host does not serve the
-    instance yet.
+    Raises:
+        AdminError: A hub refuses the move.
+        RequestRefused: Standard input is not a domain's XML, or the guest has migrated but its instance is placed on
+            this host only.
+        SourceUnavailable: No hub answers, or this host does not serve the instance yet.
     """
     step, wanted = _step(operation, suboperation, extra), settings.sources.fleet
     if step is None or not wanted.enabled:

@@ -271,6 +271,12 @@ def test_the_socket_is_the_one_of_the_settings(tmp_path: Path, run: Callable[...
             "import imdsproxy.documents.server",
             "imdsproxy.model.records pydantic fastapi yaml pyroute2 sqlite3 prometheus_client",
         ),
+        (
+            "import imdsproxy.tools.namespace_proxy",
+            "imdsproxy.config.neutron_ini imdsproxy.config.schema pydantic yaml asyncio",
+        ),
+        ("import imdsproxy.cli.doctor", "imdsproxy.documents.dialects imdsproxy.model.records"),
+        ("import imdsproxy.cli.status", "imdsproxy.host.servers"),
     ],
 )
 def test_help_and_a_daemon_before_it_serves_load_no_more_than_they_need(

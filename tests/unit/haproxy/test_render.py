@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imdsproxy.config.neutron_ini import FACILITIES, parse_facility, parse_port
+from imdsproxy.config.neutron_agents import FACILITIES, parse_facility, parse_port
 from imdsproxy.errors import RequestRefused
 from imdsproxy.haproxy import rules
 from imdsproxy.haproxy.layout import Layout

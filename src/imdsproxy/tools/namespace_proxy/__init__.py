@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from imdsproxy.config.neutron_ini import DEFAULT_PORT, DEFAULT_STATE_PATH, parse_facility
+from imdsproxy.config.neutron_agents import DEFAULT_PORT, DEFAULT_STATE_PATH, parse_facility
 from imdsproxy.errors import (
     ConfigInvalid,
     ConfigUnreadable,
@@ -305,7 +305,9 @@ def read_ini_files(
         state_path: State path from the command line, to which values may refer.
         otherwise: State path if neither the command line nor a file has one.
 
-    Raises `ConfigInvalid`: a file is not an ini file, or a value is invalid or refers to a missing option.
+    Raises:
+        ConfigInvalid: A file is not an ini file, or a value is invalid or refers to a missing option.
+        ConfigUnreadable: A file or directory is missing, or a file is not UTF-8.
     """
     if not files and not directories:
         return {}

@@ -19,7 +19,7 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Final, NoReturn
 
-from imdsproxy.config.neutron_ini import DEFAULT_PORT, DEFAULT_STATE_PATH, parse_port
+from imdsproxy.config.neutron_agents import DEFAULT_PORT, DEFAULT_STATE_PATH, parse_port
 from imdsproxy.errors import (
     ConfigRejected,
     HaproxyMissing,

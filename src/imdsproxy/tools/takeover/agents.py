@@ -245,8 +245,10 @@ def read_file(path: str, reach: Reach) -> bytes:
 def edit_file(path: str, reach: Reach, edit: Callable[[str], str]) -> None:
     """Change a settings file of the agent; keep mode and owner.
 
-    Raises `ConfigUnreadable`: the file does not exist; `FileUntrusted`: a user other than root and the agent's may
-    change the file.
+    Raises:
+        ConfigUnreadable: The file does not exist.
+        FileUntrusted: A user other than root and the agent's may change the file.
+        HostRefused: The file cannot be written.
     """
     with open_owned(_inside(path, reach), (reach.user, reach.group), Path(reach.root)) as file:
         data = edit(file.read().decode()).encode()

@@ -6,7 +6,7 @@ Both can serve at once: imdsproxy's rules redirect each new connection before th
 from collections.abc import Iterator
 from typing import Final
 
-from imdsproxy.config.neutron_ini import DEFAULT_PORT
+from imdsproxy.config.neutron_agents import DEFAULT_PORT
 from imdsproxy.errors import Problem
 from imdsproxy.tools.takeover.seen import AgentOption, Seen, option_of, refuse_restart
 from imdsproxy.tools.takeover.steps import (

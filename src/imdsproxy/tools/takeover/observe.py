@@ -9,7 +9,8 @@ from typing import Any, Final
 
 from imdsproxy.api.client import AdminClient
 from imdsproxy.config.load import Loaded
-from imdsproxy.config.neutron_ini import DEFAULT_STATE_PATH, decode_ini, parse_ini
+from imdsproxy.config.neutron_agents import DEFAULT_STATE_PATH
+from imdsproxy.config.neutron_ini import decode_ini, parse_ini
 from imdsproxy.errors import ConfigUnreadable, LibraryMissing, optional_library
 from imdsproxy.host.files import write_atomic
 from imdsproxy.host.namespaces import NamespaceDirectory, NamespaceThread
@@ -148,8 +149,15 @@ def observe(
 ) -> Seen:
     """Collect the state that a plan is based on.
 
-    `directory`: settings directory, which contains `conf.d/`. Raises `ConfigUnreadable`: a settings file of the agent
-    is unreadable; `FileUntrusted`: a user other than root and the agent's may change a settings file of the agent.
+    Args:
+        directory: Settings directory, which contains `conf.d/`.
+
+    Raises:
+        ConfigUnreadable: A settings file of the agent is unreadable.
+        ConfigInvalid: A settings file of the agent is not an ini file.
+        FileUntrusted: A user other than root and the agent's may change a settings file of the agent, or a directory
+            in the agent's PATH.
+        AdminError: The daemon does not answer, or refuses.
     """
     status = daemon.get("/v1/status")
     agents, suspects = find_agents(kind.programs, named)
