@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, Final, cast
+from unittest.mock import Mock
 
 from imdsproxy.errors import SourceUnavailable
-from imdsproxy.network.ovn.host import OvnHeartbeat, agent_id, plan_registration
+from imdsproxy.network.ovn.host import OvnHeartbeat, OvnHost, agent_id, plan_registration
 from imdsproxy.sources.ovn.ports import LocalChassis, SouthboundView
 from imdsproxy.sources.ovn.source import OvnSource
 from support.patience import patience
@@ -25,12 +26,14 @@ class Southbound:
         row: Its `external_ids`; none without the row.
         refuses: Each write fails.
         written: When each number was written.
+        changed: Set after each change.
     """
 
     row: dict[str, str] | None = field(default_factory=dict)
     nb_cfg: int = 7
     refuses: bool = False
     written: list[tuple[str, float]] = field(default_factory=list)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
     local: LocalChassis = field(default_factory=lambda: LocalChassis("c1", "h", "", "br-int", ""))
 
     @property
@@ -98,6 +101,25 @@ async def test_a_row_made_anew_is_registered_at_once_while_a_number_waits_for_it
         assert southbound.row[ID] == agent_id("c1")
 
     await follow(southbound, 1.0, steps)
+
+
+async def test_a_number_that_changes_shortly_after_another_change_is_written() -> None:
+    southbound = Southbound()
+    host = OvnHost(cast("OvnSource", southbound), Mock(ovn_needs=lambda: None), Mock())
+    host.heartbeat.random = lambda: 0.0
+    tasks = [asyncio.create_task(one) for one in host.work()]
+    try:
+        await until(lambda: southbound.row and southbound.row.get(NUMBER) == "7")
+        southbound.changed.set()
+        for _ in range(10):
+            # Less than the time for which changes are collected.
+            await asyncio.sleep(0)
+        southbound.nb_cfg = 8
+        southbound.changed.set()
+        await until(lambda: southbound.row and southbound.row[NUMBER] == "8")
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 async def test_a_refused_heartbeat_is_a_problem_until_it_is_written() -> None:

@@ -143,9 +143,10 @@ class OvnHost(Part):
         changed = self.source.changed
         while True:
             await changed.wait()
-            self.heartbeat.beats.wake()
             await asyncio.sleep(_TOGETHER_S)
             changed.clear()
+            # After `clear`: otherwise the heartbeat misses a change during the sleep.
+            self.heartbeat.beats.wake()
             needs = self.host.ovn_needs()
             if needs is not None and needs.is_new(self.host.planned_needs):
                 self.touch("OVN's networks changed", ())
