@@ -206,7 +206,10 @@ def test_a_port_that_moves_here_finds_its_network_before_it_has_come(world: OvnW
     world.ovn.request("m1", CHASSIS)
     world.wait_own("m1")
     world.ovn.request("m1", OTHER)
+    device = network.devices[0]
     until(lambda: network.namespace not in world.ovn.left_over(), what="the namespace's end")
+    until(lambda: device not in world.ovn.plugged(), what="the port's end")
+    until(lambda: device not in world.ovn.lab.host_links(), what="the device's end")
 
 
 def test_a_port_that_open_vswitch_does_not_see_is_served_by_its_groups_chassis(
