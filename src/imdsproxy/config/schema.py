@@ -343,9 +343,9 @@ class HostSettings(Section):
     need different prefixes. Prefixes are short, because Linux allows a link name 15 characters.
     """
 
-    audit_per_second: int = setting(20, Change.LIVE, ge=0, le=1000)
+    audit_per_second: int = setting(10, Change.LIVE, ge=0, le=1000)
     """Listeners a second that the controller compares with the kernel although no event asked for it; 0 for none. At
-    20, a thousand listeners are checked within a minute.
+    10, a thousand listeners are checked within two minutes. Listeners that do not serve are checked each half second.
     """
 
 
