@@ -249,9 +249,9 @@ class RouterTable(StrEnum):
 class MakeTable:
     """Create a table in a router's namespace, or replace the table of another version."""
 
-    action: ClassVar[str] = "make table {0.name} in namespace {0.router.name}"
+    action: ClassVar[str] = "make table {0.name} in namespace {0.namespace.name}"
     network: ClassVar[None] = None
-    router: NamespaceRef
+    namespace: NamespaceRef
     table: RouterTable
     naming: Naming
 
@@ -262,9 +262,8 @@ class MakeTable:
 
 @dataclass(frozen=True, slots=True)
 class RemoveTable:
-    action: ClassVar[str] = "remove table {0.name} in namespace {0.router}"
     network: ClassVar[None] = None
-    router: str
+    namespace: NamespaceRef
     table: RouterTable
     naming: Naming
 

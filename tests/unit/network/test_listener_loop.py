@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Iterable, Itera
 from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest.mock import AsyncMock, Mock, call, patch
+from uuid import uuid4
 
 import pytest
 from structlog.testing import capture_logs
@@ -52,6 +53,8 @@ from imdsproxy.network.planned import (
     HostOp,
     NotServedCode,
     RemoveAddress,
+    RemoveTable,
+    RouterTable,
 )
 from support.fake_haproxy import FakeHaproxy, control_fake
 from support.fake_mac_filters import no_hop_limits, no_mac_filters
@@ -95,7 +98,7 @@ class FakeHost(SystemHost):
             one.listener.namespace for one in given if isinstance(one.listener, NamespaceListener)
         }
         names |= {one.namespace for one in others if one.namespace is not None}
-        names |= self.namespaces.keys() if everything else set()
+        names |= {one for one in self.namespaces if everything and self.naming.is_namespace(one)}
         seen = {name: self.namespaces[name] for name in sorted(names) if name in self.namespaces}
         return ObservedHost(namespaces=seen, asked=None if everything else frozenset(names))
 
@@ -271,6 +274,19 @@ async def test_what_is_ours_and_no_network_s_is_removed_once_and_known_to_be_gon
     assert rig.host.seen.namespaces.keys() == {"red"}
 
 
+async def test_a_redirection_is_removed_although_its_network_goes_as_the_whole_host_is_observed(
+    rig: Rig,
+) -> None:
+    await rig.serve("red")
+    seen = replace(rig.host.namespaces["red"], tables=frozenset({"imds-drop", "imds-redirect"}))
+    rig.host.namespaces["red"] = seen
+    rig.host.seen = ObservedHost(namespaces={"red": seen})
+    rig.say()
+    await rig.settle("overflow", None)
+    ref = NamespaceRef("red", 7)
+    assert rig.host.done == [RemoveTable(ref, RouterTable.REDIRECT, rig.host.naming)]
+
+
 async def test_a_network_that_was_let_go_is_listened_in_no_more_and_its_records_stay(
     rig: Rig,
 ) -> None:
@@ -421,6 +437,25 @@ async def test_a_place_is_struck_out_once_all_that_was_to_be_removed_there_is(
     applied.return_value = {}
     await _host(tmp_path).apply([_REMOVE])
     assert _host(tmp_path).managed() == {(None, "virbr0")}
+
+
+async def test_routers_tables_that_redirect_are_gone_before_those_that_drop_are_removed(
+    tmp_path: Path, applied: AsyncMock
+) -> None:
+    host, refs = _host(tmp_path), [NamespaceRef(f"qrouter-{uuid4()}", n) for n in (7, 8)]
+    names = ["imds-1", *(one.name for one in refs)]
+    host.thread.directory = Mock(names=lambda: names, identity={r.name: r for r in refs}.get)
+    await host.remove_tables()
+    assert [one.args[1] for one in applied.call_args_list] == [
+        tuple(RemoveTable(ref, table, host.naming) for ref in refs)
+        for table in (RouterTable.REDIRECT, RouterTable.DROP)
+    ]
+    # A table that stays redirects requests, and needs the other one.
+    applied.reset_mock()
+    applied.side_effect = lambda _thread, ops, _ovn: {ops[0]: Problem("host", "no")}
+    with pytest.raises(HostRefused, match="no"):
+        await host.remove_tables()
+    applied.assert_called_once()
 
 
 # Tables that are replaced as a whole

@@ -404,11 +404,14 @@ def test_a_router_drops_requests_at_once_and_redirects_them_while_haproxy_listen
     assert plan_redirects(plan.endpoints, host, NAMING) == ([], [redirect])
     host = note_tables(host, [redirect])
     assert plan_redirects(plan.endpoints, host, NAMING) == ([], [])
-    gone = RemoveTable(REF.name, RouterTable.REDIRECT, NAMING)
+    gone = RemoveTable(REF, RouterTable.REDIRECT, NAMING)
     assert plan_redirects((), host, NAMING) == ([gone], [])
     assert note_tables(host, [gone]).namespaces[REF.name].tables == {"imds-drop"}
-    # A namespace made again under the name has none of them.
-    assert note_tables(_ns(ref=replace(REF, inode=78)), [drop]) == _ns(ref=replace(REF, inode=78))
+    # A namespace made again under the name has none of them, and keeps its own.
+    other = replace(REF, inode=78)
+    assert note_tables(_ns(ref=other), [drop]) == _ns(ref=other)
+    made = note_tables(_ns(ref=other), [replace(redirect, namespace=other)])
+    assert note_tables(made, [gone]) == made
 
 
 _TWO_TAPS = _root(TAP, replace(TAP, name="tap1", index=3))

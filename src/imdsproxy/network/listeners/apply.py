@@ -73,12 +73,10 @@ async def apply_ops(
     failures: dict[planned.HostOp, Problem] = {}
     for _, group in groupby(ops, _kind):
         some = tuple(group)
-        failures |= await thread.run(
-            partial(_try_each, thread, [op for op in some if isinstance(op, planned.ThreadOp)])
-        )
-        failures |= await _remove_tables(
-            thread, [op for op in some if isinstance(op, planned.RemoveTable)]
-        )
+        if in_thread := [op for op in some if isinstance(op, planned.ThreadOp)]:
+            failures |= await thread.run(partial(_try_each, thread, in_thread))
+        if tables := [op for op in some if isinstance(op, planned.RemoveTable)]:
+            failures |= await _remove_tables(thread, tables)
         for op in some:
             if isinstance(op, planned.ChangePorts) and ovn is not None:
                 problem = await _change_ports(ovn, op)
@@ -94,7 +92,7 @@ async def _remove_tables(
     thread: NamespaceThread, ops: Collection[planned.RemoveTable]
 ) -> dict[planned.HostOp, Problem]:
     try:
-        await close_tables(thread.directory, INET, [(op.router, op.name) for op in ops])
+        await close_tables(thread.directory, INET, [(op.namespace.name, op.name) for op in ops])
     except DataplaneError as error:
         return dict.fromkeys(ops, Problem("host", error.message, error.hint))
     return {}
@@ -147,9 +145,9 @@ def _do(thread: NamespaceThread, op: planned.ThreadOp) -> None:
 
 def _make_table(thread: NamespaceThread, op: planned.MakeTable) -> None:
     fill = partial(fill_router_table, op.table)
-    with contextlib.suppress(NamespaceMissing), thread.inside(op.router.name) as ref:
+    with contextlib.suppress(NamespaceMissing), thread.inside(op.namespace.name) as ref:
         # The name may belong to another namespace by now.
-        if ref == op.router:
+        if ref == op.namespace:
             with NetfilterSocket() as channel:
                 ensure_table(channel, Batch(op.name, INET), ROUTER_COMMENT, fill)
 

@@ -260,7 +260,13 @@ class SystemHost:
             cleared, self._cleared = self._cleared, set()
             try:
                 if everything:
-                    self.seen = await self.observe(networks.values(), everything=True)
+                    # A redirecting table of a router without a network is still to be removed.
+                    others = [
+                        Place(name, None, redirected=True)
+                        for name, seen in self.seen.namespaces.items()
+                        if seen.tables
+                    ]
+                    self.seen = await self.observe(networks.values(), others, everything=True)
                 elif dirty or cleared:
                     given = (networks, self._networks)
                     some = [known[one] for known in given for one in dirty if one in known]
@@ -471,12 +477,15 @@ class SystemHost:
 
     async def remove_tables(self) -> None:
         """Remove all our tables from routers, also those of an earlier process."""
-        names = [name for name in self.thread.directory.names() if router_of(name) is not None]
-        # Remove the redirecting table first.
-        order = (RouterTable.REDIRECT, RouterTable.DROP)
-        ops = [RemoveTable(name, one, self.naming) for one in order for name in names]
-        for problem in (await self.carry_out(ops)).values():
-            raise HostRefused(problem.reason, hint=problem.hint)
+        directory = self.thread.directory
+        found = (directory.identity(name) for name in directory.names() if router_of(name))
+        routers = [ref for ref in found if ref is not None]
+        # Two calls, because one removes its tables in any order: while a redirecting table is there, the dropping table
+        # must keep other packets from the port to which requests are redirected.
+        for table in (RouterTable.REDIRECT, RouterTable.DROP):
+            ops = [RemoveTable(ref, table, self.naming) for ref in routers]
+            for problem in (await self.carry_out(ops)).values():
+                raise HostRefused(problem.reason, hint=problem.hint)
 
     async def apply(self, ops: Iterable[HostOp]) -> Mapping[HostOp, Problem]:
         given = tuple(ops)
@@ -560,10 +569,8 @@ def _place_of(op: HostOp) -> Place | None:
         return ovn_place(op.network)
     if isinstance(op, DetachOvn):
         return ovn_place(op.owner)
-    if isinstance(op, MakeTable):
-        return Place(op.router.name, None, redirected=True)
-    if isinstance(op, RemoveTable):
-        return Place(op.router, None, redirected=True)
+    if isinstance(op, MakeTable | RemoveTable):
+        return Place(op.namespace.name, None, redirected=True)
     return Place(op.namespace, op.device) if isinstance(op, Removal) else None
 
 

@@ -397,7 +397,7 @@ def plan_redirects(
     present = {
         seen.ref for seen in observed.namespaces.values() if redirect.name_in(naming) in seen.tables
     }
-    gone = [RemoveTable(ref.name, redirect, naming) for ref in present - wanted if ref is not None]
+    gone = [RemoveTable(ref, redirect, naming) for ref in present - wanted if ref is not None]
     come = [MakeTable(ref, redirect, naming) for ref in wanted - present if ref is not None]
     return gone, come
 
@@ -406,15 +406,14 @@ def note_tables(observed: ObservedHost, ops: Iterable[HostOp]) -> ObservedHost:
     """Return the host with the tables as they are after these operations."""
     namespaces = dict(observed.namespaces)
     for op in ops:
-        name = op.router.name if isinstance(op, MakeTable) else ""
-        name = op.router if isinstance(op, RemoveTable) else name
-        seen = namespaces.get(name)
-        if seen is None:
+        if not isinstance(op, MakeTable | RemoveTable):
             continue
-        if isinstance(op, MakeTable) and op.router == seen.ref:
-            namespaces[name] = replace(seen, tables=seen.tables | {op.name})
-        elif isinstance(op, RemoveTable):
-            namespaces[name] = replace(seen, tables=seen.tables - {op.name})
+        seen = namespaces.get(op.namespace.name)
+        # The name may belong to another namespace by now.
+        if seen is not None and seen.ref == op.namespace:
+            made = isinstance(op, MakeTable)
+            tables = seen.tables | {op.name} if made else seen.tables - {op.name}
+            namespaces[op.namespace.name] = replace(seen, tables=tables)
     return replace(observed, namespaces=namespaces)
 
 
