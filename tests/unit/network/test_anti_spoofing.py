@@ -357,8 +357,7 @@ class _Case:
         """The listener loop makes HAProxy listen in red, and in grey on the host."""
         at = ip_address("169.254.169.254")
         endpoints = [Endpoint(_RED, at, 80, None, place), Endpoint(_GREY, at, 80, None, None)]
-        needed = self.hops.needed
-        unsafe, changed = await self.hops.open(one for one in endpoints if one.network in needed)
+        unsafe, changed = await self.hops.open(endpoints)
         self.changed += [changed] if changed else []
         return unsafe
 

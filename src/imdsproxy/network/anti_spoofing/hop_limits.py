@@ -43,11 +43,6 @@ class HopLimits:
     def in_use(self) -> bool:
         return bool(self._limited)
 
-    @property
-    def needed(self) -> frozenset[NetworkId]:
-        """Networks with records that rely on the rule, or may do so."""
-        return frozenset(self._limited) | self._promised
-
     async def preload(self) -> None:
         """Restore the rules of an earlier process, as far as possible, and rely on them.
 
@@ -113,13 +108,16 @@ class HopLimits:
         Raises:
             HostRefused: Our journal cannot be read or written.
         """
-        if not self.needed:
+        # Networks with records that rely on the rule, or may do so.
+        needed = self._limited.keys() | self._promised
+        if not needed:
             self._armed, self._open, self.refused = _NONE, frozenset(), {}
             return _NONE, _NONE
         # Namespaces that send answers to guests of these networks; networks without an endpoint have none.
         places: dict[NetworkId, set[HopPlace]] = {}
         for one in endpoints:
-            places.setdefault(one.network, set()).add(one.namespace)
+            if one.network in needed:
+                places.setdefault(one.network, set()).add(one.namespace)
         wanted = frozenset(place for some in places.values() for place in some)
         # The next round handles a removal during this call.
         before, self._suspect = frozenset() if self._suspect else self._open, False

@@ -89,7 +89,7 @@ class ListenerLoop(Part):
 
     Attributes:
         settings: Returns HAProxy's configuration from the settings, without binds; `maxconn` 0 to compute it.
-        on_trust: Called with networks whose rule for trusting guests may have changed.
+        on_trust: Called with networks whose rule for trusting guests has changed.
         audits_per_s: Returns the number of networks to compare with the kernel each second without an event.
         serves_routers: Whether a source reports routers, so that their tables of an earlier process may stay.
     """
@@ -123,9 +123,8 @@ class ListenerLoop(Part):
         self.host, self.tickets = self.requests.host, self.requests.tickets
         self.watch = HostWatch(self.host, self.touch, self.audits_per_s)
 
-    @property
-    def touch(self) -> Callable[..., int]:
-        return self.requests.touch
+    def touch(self, reason: str, networks: Iterable[NetworkId] | None = None) -> int:
+        return self.requests.touch(reason, networks)
 
     @property
     def failure(self) -> Problem | None:
@@ -333,11 +332,9 @@ class ListenerLoop(Part):
         self, endpoints: tuple[Endpoint, ...], reasons: tuple[str, ...]
     ) -> tuple[Endpoint, ...]:
         """Make HAProxy listen on the endpoints. Return those on which it listens now."""
-        limited = self.hop_limits.needed
-        unsafe, changed = await self.hop_limits.open(
-            one for one in endpoints if one.network in limited
-        )
-        self.on_trust(changed)
+        unsafe, changed = await self.hop_limits.open(endpoints)
+        if changed:
+            self.on_trust(changed)
         endpoints = tuple(one for one in endpoints if one.network not in unsafe)
         self._listening = await self.mac_filters.open(
             self._networks(), endpoints, self.host.seen, running=self.haproxy.processes is not None
@@ -355,7 +352,9 @@ class ListenerLoop(Part):
             await self.haproxy.apply(replace(spec, unix=None), ", ".join(reasons))
         done = await self.haproxy.apply(spec, ", ".join(reasons))
         self._undirected = tuple((await self.host.carry_out(come)).values())
-        self.on_trust(await self.mac_filters.settle(self._listening, sweep=self.inventory.in_sync))
+        changed = await self.mac_filters.settle(self._listening, sweep=self.inventory.in_sync)
+        if changed:
+            self.on_trust(changed)
         await self.hop_limits.sweep()
         await self.unix.settle(before)
         if done is not None and (last := self.haproxy.last_reload) is not None:
