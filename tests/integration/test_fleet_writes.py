@@ -6,9 +6,10 @@ import base64
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 import pytest
 
@@ -27,6 +28,9 @@ from imdsproxy.errors import (
 )
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.layout import Claim, HostId, Suspicion, render_suspicion
+from imdsproxy.hub.api import callers, fleet_records, operations
+from imdsproxy.hub.api.callers import Caller
+from imdsproxy.hub.api.operations import Operations
 from imdsproxy.hub.hosts import in_force
 from imdsproxy.hub.store.etcd_messages import prefix_end
 from imdsproxy.hub.store.upkeep import REMOVED_S, UNUSED_S, Sweep
@@ -118,6 +122,85 @@ def test_a_host_that_is_away_is_named_and_gets_the_change_when_it_is_back(hub: H
     assert waited["applied"]
     assert host.has["instance/away"]["record"]["name"] == "away"
     hub.disconnect("c")
+
+
+_DEEP: Final[dict[str, object]] = {}
+_inner = _DEEP
+for _ in range(1500):
+    _inner["name"] = _inner = {}
+
+_HUGE = "?if_revision=" + "9" * 5000
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        *(
+            (method, f"{path}{query}", body)
+            for query in ("?if_revision=0", "?if_revision=soon", _HUGE)
+            for method, path, body in (
+                ("PUT", "/v1/instances/odd", instance("odd", "10.0.5.1", "a")),
+                ("PATCH", "/v1/instances/odd", {}),
+                ("DELETE", "/v1/instances/odd", None),
+                ("POST", "/v1/instances/odd/move", {"to": "a"}),
+                ("POST", "/v1/instances/odd/revoke-tokens", None),
+                ("POST", "/v1/instances/odd/reopen", None),
+                ("PATCH", "/v1/policies/fleet", {}),
+                ("PUT", "/v1/grants/shop", {}),
+            )
+        ),
+        *(
+            (method, path, body)
+            for project in ("a/b", "two words", "x" * 65)
+            for method, path, body in (
+                ("POST", "/v1/instances", instance("odd", "10.0.5.1", "a", project=project)),
+                ("PUT", "/v1/networks/odd", {"listener": {"bridge": "b"}, "project": project}),
+                ("PATCH", "/v1/networks/blue", {"project": project}),
+            )
+        ),
+        ("PATCH", "/v1/networks/blue", _DEEP),
+        ("PATCH", "/v1/policies/fleet", _DEEP),
+        ("POST", "/v1/instances/odd/move", {"to": "\ud800"}),
+        ("POST", "/fleet/wait", {"revision": 1, "hosts": ["\ud800"]}),
+    ],
+)
+def test_a_write_with_a_value_that_nothing_can_use_is_refused_and_is_no_fault(
+    hub: Hub, method: str, path: str, body: object
+) -> None:
+    with pytest.raises(RequestRefused):
+        hub.client.request(method, path, body=body)
+
+
+def test_a_number_that_is_too_long_to_be_read_is_refused_as_no_json(hub: Hub) -> None:
+    raw = b'{"revision": ' + b"9" * 5000 + b"}"
+    with pytest.raises(RequestRefused, match="not JSON"):
+        hub.client._ask("POST", "/fleet/wait", raw, {"content-type": "application/json"})
+
+
+def test_a_caller_is_admitted_once_and_refused_before_the_body_is_read(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    admit, admitted = callers.admit, list[str]()
+
+    async def count(operations: Operations, headers: Mapping[str, str]) -> Caller:
+        admitted.append(headers["x-imdsproxy-name"])
+        return await admit(operations, headers)
+
+    monkeypatch.setattr(callers, "admit", count)
+    reader = replace(hub.client, role="reader")
+    for method, path in (
+        ("PATCH", "/v1/policies/fleet"),
+        ("PUT", "/v1/grants/shop"),
+        ("PUT", "/v1/networks/blue"),
+        ("PATCH", "/v1/instances/web"),
+        ("POST", "/v1/records"),
+    ):
+        admitted.clear()
+        with pytest.raises(AccessDenied):
+            reader._ask(method, path, b"this is no JSON", {})
+        with pytest.raises(RequestRefused):
+            hub.client._ask(method, path, b"this is no JSON", {})
+        assert admitted == ["reader-1", "operator-1"], path
 
 
 def test_a_host_on_which_a_record_fails_is_named_with_the_reason(hub: Hub) -> None:
@@ -256,6 +339,18 @@ def test_roles_and_projects_limit_what_an_operator_may_do(hub: Hub) -> None:
     assert [one["record"]["id"] for one in shop.get("/v1/instances")] == ["mine"]
     chosen = hub.client.get("/v1/instances", {"host": "a", "project": "shop", "text": "MINE"})
     assert [one["record"]["id"] for one in chosen] == ["mine"]
+    # What a host says of a failure may name records of others.
+    host = hub.connect("b")
+    hub.client.request("PATCH", "/v1/instances/mine", body={"hosts": ["b"]})
+    host.failed = {"override/mine": "as instance theirs has it"}
+    for step in ("revoke-tokens", "reopen"):
+        seen, withheld = (
+            one.request("POST", f"/v1/instances/mine/{step}")["pending"]
+            for one in (hub.client, shop)
+        )
+        assert seen == ["host b: override/mine: as instance theirs has it"]
+        assert withheld == [f"host b: {operations.WITHHELD}"]
+    hub.disconnect("b")
 
 
 def test_policies_and_revocations_reach_the_hosts_that_they_are_for(hub: Hub) -> None:
@@ -353,12 +448,27 @@ def test_an_import_is_checked_as_a_whole_and_goes_on_where_it_broke_off(
         send(hub, many)
 
 
-def send(hub: Hub, instances: list[dict[str, object]]) -> dict[str, Any]:
-    body = {"instances": instances}
-    answer = hub.client.request("POST", "/v1/records", query={"create": "true"}, body=body)
+def send(hub: Hub, instances: list[dict[str, object]], *, create: bool = True) -> dict[str, Any]:
+    query, body = {"create": str(create).lower()}, {"instances": instances}
+    answer = hub.client.request("POST", "/v1/records", query=query, body=body)
     while "importing" in answer:
         answer = hub.client.get(f"/v1/imports/{answer['importing']}")
     return dict(answer)
+
+
+def test_two_clients_that_send_the_same_import_both_get_its_answer_and_it_is_forgotten(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = [instance(f"two{one}", f"10.1.1.{one}", "a") for one in range(1, 121)]
+    with ThreadPoolExecutor(2) as clients:
+        answers = list(clients.map(lambda _: send(hub, many, create=False), range(2)))
+    assert [(one["instances"], one["applied"]) for one in answers] == [(120, True)] * 2
+    assert hub.operations.imports == {}
+    # A client that has gone asks for no answer.
+    monkeypatch.setattr(fleet_records, "_IMPORT_S", 0.0)
+    monkeypatch.setattr(operations, "_ANSWER_S", 0.0)
+    hub.client.request("POST", "/v1/records", body={"instances": many})
+    until(lambda: hub.operations.imports == {})
 
 
 def test_user_data_that_no_instance_has_is_removed_after_an_hour(hub: Hub) -> None:

@@ -384,7 +384,18 @@ def name_networks(body: object, find: Callable[[str], NetworkId]) -> object:
 
 
 def merge_patch(target: object, patch: object) -> object:
-    """Apply a merge patch (RFC 7396): mappings are merged, null removes a key, everything else replaces."""
+    """Apply a merge patch (RFC 7396): mappings are merged, null removes a key, everything else replaces.
+
+    Raises:
+        RequestRefused: The patch is nested too deeply.
+    """
+    try:
+        return _merge(target, patch)
+    except RecursionError as error:
+        raise _refused("is nested too deeply", "a record has few levels") from error
+
+
+def _merge(target: object, patch: object) -> object:
     if not isinstance(patch, dict):
         return patch
     merged = dict(target) if isinstance(target, dict) else {}
@@ -392,7 +403,7 @@ def merge_patch(target: object, patch: object) -> object:
         if value is None:
             merged.pop(key, None)
         else:
-            merged[key] = merge_patch(merged.get(key), value)
+            merged[key] = _merge(merged.get(key), value)
     return merged
 
 

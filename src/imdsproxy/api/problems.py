@@ -87,6 +87,8 @@ async def _explain(request: Request, error: Exception) -> JSONResponse:
             each = ((list(map(str, one["loc"])), one["msg"]) for one in error.errors())
             found = [Problem(".".join(steps[1:] or steps), reason) for steps, reason in each]
             return _answer(422, "request-refused", "the request is not acceptable", problems=found)
+        case HTTPException(status_code=400):
+            return _answer(422, "request-refused", "the body is not JSON that this API can read")
         case HTTPException(status_code=status):
             message = f"{request.method} {request.url.path} is not part of this API"
             code = _CODES.get(status, "request-refused")

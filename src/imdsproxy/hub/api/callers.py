@@ -109,15 +109,21 @@ async def _operations(request: Request) -> Operations:
 Uses: TypeAlias = Annotated[Operations, Depends(_operations)]
 
 
+async def _caller(request: Request, operations: Uses) -> Caller:
+    return await admit(operations, request.headers)
+
+
+_Admitted: TypeAlias = Annotated[Caller, Depends(_caller)]
+
+
 class Admits:
     """Dependency of a route: the caller, if its role is admitted; with `all_projects` no caller of one project."""
 
     def __init__(self, *roles: Role, all_projects: bool = False) -> None:
         self.roles, self.all_projects = roles, all_projects
 
-    async def __call__(self, request: Request, operations: Uses) -> Caller:
-        """Admit the caller; called by FastAPI."""
-        caller = await admit(operations, request.headers)
+    async def __call__(self, caller: _Admitted) -> Caller:
+        """Check the caller's role; called by FastAPI."""
         caller.require(*self.roles, all_projects=self.all_projects)
         return caller
 
@@ -134,7 +140,7 @@ OfHub: TypeAlias = Annotated[Caller, Depends(Admits(Role.HUB))]
 
 async def _terms(
     operations: Uses,
-    caller: Reader,
+    caller: _Admitted,
     if_revision: Annotated[
         int | None, Query(ge=1, description="Refuse unless the record has this revision.")
     ] = None,

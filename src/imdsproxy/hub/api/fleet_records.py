@@ -120,7 +120,7 @@ class FleetRecords(RecordStore):
         task = self.operations.imports[name][1]
         if not (await asyncio.wait([task], timeout=_IMPORT_S))[0]:
             return Importing(name, self.operations.progress(self.caller.scope))
-        del self.operations.imports[name]
+        self.operations.forget(name, task)
         return await task
 
     async def patch_network(self, network: NetworkId, patch: Mapping[str, object]) -> FleetWritten:
@@ -186,7 +186,7 @@ class FleetRecords(RecordStore):
         # If the record is unreadable, the copy may still know the instance's hosts.
         hosts = done.hosts | set(state.hosts_of(instance))
         item = f"override/{instance}"
-        written = await self.operations.confirm(Done(done.revision, hosts), {item})
+        written = await self.operations.confirm(replace(done, hosts=frozenset(hosts)), {item})
         pending = written.pending
         if not hosts and (why := state.unread(f"instance/{instance}")) is not None:
             pending = (
@@ -239,13 +239,6 @@ class FleetRecords(RecordStore):
         return Written(instances=1)
 
 
-async def open_moving(
-    request: Request, operations: Uses, caller: Mover, terms: TermsOf
-) -> FleetRecords:
-    """Open the records for a caller who may move instances."""
-    return _open(request, operations, caller, terms)
-
-
 async def open_reading(request: Request, operations: Uses, caller: Reader) -> FleetRecords:
     """Open the records for a caller who may read them."""
     return _open(request, operations, caller)
@@ -256,11 +249,26 @@ async def open_secrets(request: Request, operations: Uses, caller: Operator) -> 
     return _open(request, operations, caller)
 
 
-async def open_writing(
-    request: Request, operations: Uses, caller: Operator, terms: TermsOf
+ReadingSecrets: TypeAlias = Annotated[FleetRecords, Depends(open_secrets)]
+
+
+async def open_writing(request: Request, store: ReadingSecrets, terms: TermsOf) -> FleetRecords:
+    """Open the records for a caller who may change them.
+
+    FastAPI reads a body even if the terms are refused, so the records are open before.
+    """
+    return _open(request, store.operations, store.caller, terms)
+
+
+async def _open_movable(request: Request, operations: Uses, caller: Mover) -> FleetRecords:
+    return _open(request, operations, caller)
+
+
+async def open_moving(
+    request: Request, store: Annotated[FleetRecords, Depends(_open_movable)], terms: TermsOf
 ) -> FleetRecords:
-    """Open the records for a caller who may change them."""
-    return _open(request, operations, caller, terms)
+    """Open the records for a caller who may move instances."""
+    return _open(request, store.operations, store.caller, terms)
 
 
 def _open(
@@ -273,6 +281,4 @@ def _open(
 
 
 Reading: TypeAlias = Annotated[FleetRecords, Depends(open_reading)]
-ReadingSecrets: TypeAlias = Annotated[FleetRecords, Depends(open_secrets)]
-Writing: TypeAlias = Annotated[FleetRecords, Depends(open_writing)]
 Moving: TypeAlias = Annotated[FleetRecords, Depends(open_moving)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -41,8 +41,10 @@ from imdsproxy.reconcile.progress import Step
 if TYPE_CHECKING:
     from imdsproxy.hub.hosts.sealed import TokenKeyRing
 
-_COMPLETE_S: Final = 5.0
 _NEARLY_FULL: Final = 0.7
+_ANSWER_S: Final = 600.0
+"""Seconds for which a finished import waits for its client; the client asks every second."""
+
 WITHHELD: Final = "it is not in force there: an operator of all projects sees why"
 
 
@@ -175,9 +177,19 @@ class Operations:
             counts = {"networks": len(one.networks), "instances": len(one.instances)}
             return await self.confirm(done, None, **counts)
 
-        if one.name not in self.imports:
-            self.imports[one.name] = one, asyncio.get_running_loop().create_task(run())
+        known, loop = self.imports.get(one.name), asyncio.get_running_loop()
+        if known is None or known[1].done():
+            task = loop.create_task(run())
+            self.imports[one.name] = one, task
+            task.add_done_callback(
+                lambda done: loop.call_later(_ANSWER_S, self.forget, one.name, done)
+            )
         return one.name
+
+    def forget(self, name: str, task: asyncio.Task[FleetWritten]) -> None:
+        """Drop a finished import, unless the same records are imported again."""
+        if name in self.imports and self.imports[name][1] is task:
+            del self.imports[name]
 
     def progress(self, scope: str | None) -> list[Step]:
         """Return the progress of imports; with a scope, of the imports that operators of this project started."""
@@ -198,11 +210,9 @@ class Operations:
         """Waits for acknowledgements of hosts."""
         return InForce(self.streams, self.peers)
 
-    def refuse_unknown(self, hosts: Iterable[HostId]) -> None:
-        """Raise `NotFound` if the fleet lacks any host of the list."""
-        for host in hosts:
-            if self.state.stored(host_key(host)) is None:
-                raise no_such_host(host)
+    def refuse_unknown(self, host: HostId) -> None:
+        if self.state.stored(host_key(host)) is None:
+            raise no_such_host(host)
 
     def holder_of(self, name: str) -> str | None:
         """Return a description of the hub or operator that has a name; `None` if hosts may use the name."""

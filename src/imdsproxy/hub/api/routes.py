@@ -30,6 +30,7 @@ from imdsproxy.hub.api.views import Wanted
 from imdsproxy.hub.store import plan_changes
 from imdsproxy.hub.store.plan_changes import choose_move
 from imdsproxy.hub.store.transactions import Terms
+from imdsproxy.model.entities import ID_PATTERN
 from imdsproxy.model.records import Refused
 from imdsproxy.model.records.network import POLICY
 
@@ -42,7 +43,9 @@ class MoveBody(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     to: str | None = Field(
-        default=None, description="The new host; may be omitted at the end of a move."
+        default=None,
+        pattern=ID_PATTERN,
+        description="The new host; may be omitted at the end of a move.",
     )
     finish: bool = Field(default=False, description="The guest is there: no other host serves it.")
     cancel: bool = Field(default=False, description="The guest stays where it was.")
@@ -155,14 +158,14 @@ async def show_policy(place: str, operations: Uses, caller: Reader) -> FleetPoli
 
 @records.patch("/policies/{place:path}", openapi_extra=bodies.takes(bodies.PolicyRecord))
 async def patch_policy(
-    place: str, body: bodies.JsonBody, operations: Uses, terms: TermsOf, _: Operator
+    _: Operator, place: str, body: bodies.JsonBody, operations: Uses, terms: TermsOf
 ) -> FleetWritten:
     """Change some rules of a scope (RFC 7396: null leaves a rule to less specific scopes)."""
     return await _put_policy(operations, place, body, terms)
 
 
 @records.delete("/policies/{place:path}")
-async def clear_policy(place: str, operations: Uses, terms: TermsOf, _: Operator) -> FleetWritten:
+async def clear_policy(_: Operator, place: str, operations: Uses, terms: TermsOf) -> FleetWritten:
     """Clear all rules of a scope; less specific scopes apply."""
     return await _put_policy(operations, place, None, terms)
 

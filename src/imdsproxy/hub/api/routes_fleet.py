@@ -32,11 +32,12 @@ from imdsproxy.hub.api.reseal import Resealed, reseal
 from imdsproxy.hub.store.plan_changes import choose_departure, plan_hosts
 from imdsproxy.hub.store.transactions import no_such
 from imdsproxy.hub.store.writes import Done
-from imdsproxy.model.entities import InstanceId
+from imdsproxy.model.entities import ID_PATTERN, InstanceId
 
 fleet = APIRouter()
 
 _SETTLE_S: Final = 5.0
+_Id = Annotated[str, Field(pattern=ID_PATTERN)]
 
 
 class WaitBody(BaseModel):
@@ -45,7 +46,7 @@ class WaitBody(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     revision: int = Field(ge=0)
-    hosts: list[str] | None = Field(default=None, description="Null for every enrolled host.")
+    hosts: list[_Id] | None = Field(default=None, description="Null for every enrolled host.")
     timeout_s: float = Field(default=60.0, ge=0, le=3600)
 
 
@@ -54,7 +55,7 @@ class AppliedBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    hosts: list[str]
+    hosts: list[_Id]
     revision: int = Field(default=0, ge=0)
     items: list[str] | None = None
     within_s: float = Field(default=0.0, ge=0, le=60)
@@ -74,7 +75,7 @@ class AskBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    host: str
+    host: _Id
     path: str
     method: str
 
@@ -84,7 +85,7 @@ class LeaveBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    instance: str = Field(max_length=255, description="Its id.")
+    instance: _Id = Field(description="Its id.")
     cancel: bool = Field(default=False, description="Its guest was to come here, and has not.")
 
 
@@ -93,7 +94,7 @@ class PasswordPost(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    instance: str = Field(max_length=255, description="Its id.")
+    instance: _Id = Field(description="Its id.")
     password: str = Field(max_length=2 * PASSWORD_LIMIT, description="In base64.")
 
 
@@ -132,7 +133,7 @@ async def wait(body: WaitBody, operations: Uses, caller: Reader) -> FleetWritten
         for host in sorted(hosts - known):
             if caller.scope is not None:
                 raise no_such_host(host)
-            operations.refuse_unknown([host])
+            operations.refuse_unknown(host)
     pending = await operations.in_force.wait(
         hosts, body.revision, views.items_on(hosts), body.timeout_s
     )

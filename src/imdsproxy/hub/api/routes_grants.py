@@ -54,7 +54,7 @@ async def show_grant(project: _Project, operations: Uses, caller: Reader) -> Pro
 
 @grants.put("/grants/{project}", openapi_extra=bodies.takes(bodies.GrantRecord))
 async def put_grant(
-    project: _Project, body: bodies.JsonBody, operations: Uses, terms: TermsOf, _: FleetOperator
+    _: FleetOperator, project: _Project, body: bodies.JsonBody, operations: Uses, terms: TermsOf
 ) -> FleetWritten:
     """Replace the grant of a project. Existing records that needed a larger grant stay as they are."""
     read = bodies.read_record("grant", GRANT.read, body)
@@ -63,7 +63,7 @@ async def put_grant(
 
 @grants.delete("/grants/{project}")
 async def clear_grant(
-    project: _Project, operations: Uses, terms: TermsOf, _: FleetOperator
+    _: FleetOperator, project: _Project, operations: Uses, terms: TermsOf
 ) -> FleetWritten:
     """Remove the grant of a project; existing records stay as they are."""
     return await _put(operations, project, NO_GRANT, terms)

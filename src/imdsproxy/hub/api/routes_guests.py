@@ -90,7 +90,7 @@ async def watch(
             )
         store.caller.require(*Role, all_projects=True)
         asked = HostId(host)
-        store.operations.refuse_unknown([asked])
+        store.operations.refuse_unknown(asked)
     else:
         identity = store.find_instance(instance)
         hosts = store.views.stored(identity)[0].hosts

@@ -15,7 +15,9 @@ from imdsproxy.errors import (
     AlreadyExists,
     Problem,
     RecordConflict,
+    RequestRefused,
     SourceRefused,
+    quoted,
 )
 from imdsproxy.fleet import codec, layout
 from imdsproxy.fleet.codec import attempt
@@ -68,6 +70,7 @@ from imdsproxy.model.records import (
     render_record,
 )
 from imdsproxy.model.records.schema import Path, render_path
+from imdsproxy.model.records.values import ID_WANTED
 
 _SHOWN: Final = 5
 
@@ -101,12 +104,14 @@ def plan_put(
     Raises:
         AccessDenied: A record belongs to another project, or the project may not use a listener.
         AlreadyExists: An id exists although `terms.create` is set, or belongs to another project.
+        RequestRefused: A project is no id.
         RestoreSuspected: etcd may be restored from a backup.
         RevisionOutdated: The stored record does not have `terms.revision`.
         RecordConflict: An address is taken, or an id occurs twice (`problems` has the fields).
         SourceRefused: A network is unknown, or a host is not enrolled.
     """
     draft, scope = Draft(view, terms), read_scope(view, terms.scope)
+    _refuse_projects(networks, instances)
     for one in instances:
         refuse_other_project("instance", one.record.id, render_record(one.record), terms)
     for network in networks:
@@ -220,6 +225,21 @@ def claims_of(instance: Instance) -> dict[str, AddressKey | None]:
 def _refuse(problems: Sequence[Problem]) -> None:
     if problems:
         raise SourceRefused("the fleet refuses the records", problems=problems)
+
+
+def _refuse_projects(networks: Sequence[Network], instances: Sequence[InstancePut]) -> None:
+    """Raise `RequestRefused` for projects that are no ids: a fleet has keys of projects, a single host has none."""
+    records: list[tuple[Path, str, str | None]] = [((), one.id, one.project) for one in networks]
+    records += [(one.path, one.record.id, one.record.project) for one in instances]
+    problems = [
+        Problem(
+            render_path((*path, "project")), f"{quoted(project)} of {identity} is no id", ID_WANTED
+        )
+        for path, identity, project in records
+        if project is not None and not codec.is_id(project)
+    ]
+    if problems:
+        raise RequestRefused("a fleet cannot have the projects", problems=problems)
 
 
 def _put_network(draft: Draft, network: Network, scope: Scope | None) -> None:

@@ -26,7 +26,7 @@ from imdsproxy.model.records.schema import (
     Table,
 )
 
-_ID_WANTED: Final = "1 to 64 of A-Z a-z 0-9 . _ - that begin with a letter or digit"
+ID_WANTED: Final = "1 to 64 of A-Z a-z 0-9 . _ - that begin with a letter or digit"
 NAMESPACE_PATTERN: Final = "^[A-Za-z0-9_][A-Za-z0-9._@:+-]{0,127}$"
 DEVICE_PATTERN: Final = "^[A-Za-z0-9_][A-Za-z0-9._@+=-]{0,14}$"
 _OCTET: Final = "[0-9A-Fa-f]{2}"
@@ -85,8 +85,8 @@ def entries(names: str, value: Json) -> dict[str, Json]:
 
 
 TEXT: Final = Kind(Field.text, one_line(MAX_TEXT))
-INSTANCE_ID: Final = _matching(entities.ID_PATTERN, _ID_WANTED)
-NETWORK_ID: Final = _matching(entities.ID_PATTERN, _ID_WANTED, shared=True)
+INSTANCE_ID: Final = _matching(entities.ID_PATTERN, ID_WANTED)
+NETWORK_ID: Final = _matching(entities.ID_PATTERN, ID_WANTED, shared=True)
 HOST_ID: Final = NETWORK_ID
 PROJECT_ID: Final = NETWORK_ID
 """Project id in Keystone's form: a header's value and a part of a map's value."""
