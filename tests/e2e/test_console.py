@@ -199,7 +199,7 @@ def test_a_guests_page_shows_what_it_asks_for_and_whether_it_can_be_made_to_use_
 ) -> None:
     page = looker.open("/guests/vm-70123")
     expect(page.get_by_text("not known yet")).to_be_visible()
-    expect(page.get_by_role("img", name="Requests lately")).to_be_visible()
+    expect(page.get_by_role("img", name="Recent requests")).to_be_visible()
     page = looker.open("/guests/red-5")
     # One connection each: a worker of before a reload ends those that are kept.
     for _ in range(300):
@@ -222,13 +222,13 @@ def test_documents_are_shown_in_each_dialect_and_their_secrets_once_asked_for(
     page.get_by_role("link", name="OpenStack").click()
     expect(page.locator("pre")).to_contain_text('"random_seed": "(hidden)"')
     assert "AAAAC3Nza" not in page.content()
-    page.get_by_role("button", name="Show them").click()
+    page.get_by_role("button", name="Show keys and passwords").click()
     expect(page.locator("pre")).to_contain_text("AAAAC3Nza")
     page.get_by_role("link", name="NoCloud").click()
     page.get_by_role("link", name="/nocloud/user-data").click()
     expect(page.get_by_text("This document is a secret.")).to_be_visible()
     assert _SECRET not in page.content()
-    page.get_by_role("button", name="Show it").click()
+    page.get_by_role("button", name="Show document").click()
     expect(page.locator("pre")).to_contain_text(_SECRET)
 
 
@@ -259,7 +259,7 @@ def test_what_the_daemon_does_not_accept_is_shown_at_its_field_and_nothing_is_st
     ports = page.get_by_role("table", name="Ports")
     ports.get_by_label("MAC").first.fill("52:54:00")
     page.get_by_label("Host name").fill("no host name")
-    page.get_by_text("Rules of its policy").click()
+    page.get_by_text("Policy rules").click()
     page.get_by_label("hop limit").fill("many")
     page.get_by_role("button", name="Store").click()
     expect(page.get_by_role("alert")).to_be_focused()
@@ -311,7 +311,7 @@ def test_requests_appear_as_they_are_answered_and_only_those_that_are_asked_for(
     world.red.ask("/latest/none-red")
     expect(page.locator("#seen")).to_have_text("2 requests")
     expect(page.get_by_role("row")).to_have_count(2)
-    page.get_by_role("button", name="Go on").click()
+    page.get_by_role("button", name="Resume").click()
     expect(page.get_by_role("row")).to_have_count(3)
     page.get_by_role("link", name="red-5").first.click()
     expect(page.get_by_role("heading", level=1)).to_contain_text("web-1")
@@ -346,7 +346,7 @@ def test_texts_of_guests_and_records_are_shown_as_texts(looker: Looker, world: W
     page = looker.open("/guests/hostile")
     expect(page.get_by_role("heading", level=1)).to_contain_text(_XSS)
     page = looker.open("/guests/hostile/documents?path=/latest/user-data")
-    page.get_by_role("button", name="Show it").click()
+    page.get_by_role("button", name="Show document").click()
     expect(page.locator("pre")).to_have_text(_XSS)
 
 

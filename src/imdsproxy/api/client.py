@@ -178,7 +178,7 @@ class AdminClient(Client):
         except TimeoutError as error:
             raise errors.AdminUnavailable(
                 f"the daemon did not answer on {self.socket} within {self.timeout_s:.0f} s",
-                hint="its log shows what it is busy with",
+                hint="read the daemon's log",
             ) from error
         except (OSError, http.client.HTTPException) as error:
             raise errors.AdminUnavailable(

@@ -281,10 +281,12 @@ async def _owner(lookup: Lookup, key: AddressKey) -> _Owner:
                 at = (network, key[1])
                 return _Owner(identity.identify(lookup.inventory, *at), at)
             case PortAmbiguous(count=count):
-                ports = f"{count} ports of {source.name} have it there"
-                return _Owner(found, key, f"{ports}; whose guest asks is not guessed")
+                ports = f"{count} ports of {source.name} have the address there"
+                return _Owner(
+                    found, key, f"{ports}; imdsproxy does not guess which guest sends the request"
+                )
             case LookUpUnavailable(reason=reason):
-                why = f"nothing is known of it, and {source.name} cannot be asked: {reason}"
+                why = f"no record has the address, and {source.name} does not answer: {reason}"
                 return _Owner(found, key, why, identity.Denial.UNAVAILABLE)
             case PortMissing() | None:
                 pass

@@ -156,9 +156,9 @@ def _list_reasons(
     found = [one.reason for one in failures if one is not None]
     embedded = instance.upstream is Upstream.EMBEDDED
     if embedded and not parts.companion.needed:
-        found.append("documents.enabled is off, and it has documents of ours")
+        found.append("documents.enabled is off, so imdsproxy serves no documents of this instance")
     elif embedded and not found and instance.id not in records.compiler.revisions:
-        found.append("it is not compiled yet")
+        found.append("the documents are not compiled yet")
     for network in dict.fromkeys(port.network for port in instance.ports):
         if not parts.inventory.knows(network):
             found.append(f"there is no network {network}")

@@ -108,7 +108,7 @@ async def _override(
     overridden = instance in parts.policy_store.overrides
     if not (overridden or inventory.sources_of_instance(instance)):
         missing = ", ".join(name for name, one in inventory.reports.items() if not one.in_sync)
-        late = f"source {missing} is not in sync yet and may tell of it: try again"
+        late = f"source {missing} is not in sync yet and may report the instance: try again"
         raise no_such("instance", instance, late if missing else "")
     if parts.policy_store.is_of_fleet(instance):
         raise SourceRefused(
@@ -124,7 +124,7 @@ async def _override(
         records.touch(key)
     pending = await _pending(parts, records.tickets.wait(records.tickets.given))
     if not inventory.in_sync and _was_in_force(records, instance, keys):
-        kept = "no source that is in sync reports it: HAProxy keeps the record that it has"
+        kept = "no source in sync reports the instance: HAProxy keeps its present record"
         pending = (*pending, kept)
     reopened_at = override.reopened_at or None
     return OverrideChange(instance, override.epoch, reopened_at, not pending, pending)

@@ -58,7 +58,7 @@ def _daemon(status: Mapping[str, Any]) -> Iterator[Trouble]:
             yield Trouble("bad", f"Nova {one['endpoint']}", f"is down {one['reason']}".rstrip())
     plan = status["last_plan"]
     for failed in () if plan is None else plan["failed"]:
-        yield Trouble("bad", "last plan", failed, "it is tried again by itself")
+        yield Trouble("bad", "last plan", failed, "the controller retries it")
 
 
 def _networks(status: Mapping[str, Any]) -> Iterator[Trouble]:
@@ -73,8 +73,10 @@ def _networks(status: Mapping[str, Any]) -> Iterator[Trouble]:
         yield Trouble("warn", network, what, _FORGED_HINT, "network")
     for one in status["busiest"]:
         if one["limited"]:
-            what = f"asks for more than its limits: {one['requests']} requests, {one['connections']} connections"
-            hint = "look at what asks so much; raise its limits where that is right"
+            what = (
+                f"exceeds its limits: {one['requests']} requests, {one['connections']} connections"
+            )
+            hint = "find the program that sends the requests; raise the limits if they are too low"
             yield Trouble("warn", one["instance"], what, hint, "instance")
 
 

@@ -193,7 +193,7 @@ class Audit(Part):
         if waited < _HANGS_S:
             return self._failure
         reason = f"{settings.destination}: a write has not come back for {waited:.0f} s"
-        return Problem(_FIELD, reason, "look at what it is stored on")
+        return Problem(_FIELD, reason, "check the disk or the file system of the log")
 
     def problems(self) -> tuple[Problem | None]:
         return (self.problem,)

@@ -39,7 +39,7 @@ class Companion(Part):
     Args:
         log: Output file of a server that the controller starts as a process.
         unit: The systemd unit to start instead of a process.
-        needed: False if no instance has documents of ours, as in front of Nova alone.
+        needed: False if imdsproxy serves no documents of its own, as in front of Nova alone.
 
     Attributes:
         restarts: Number of restarts of the server or one of its workers.
@@ -178,7 +178,9 @@ _FAILURES: Final = 2
 
 _INSTANCE: Final = Instance(PROBE_INSTANCE, "probe", "probe")
 _probe_record: Final = cache(partial(compile_instance, _INSTANCE, {}))
-_UNASKED: Final = Problem("documents", "no document has been asked for yet", "a moment")
+_UNASKED: Final = Problem(
+    "documents", "the controller has not requested a document yet", "a moment"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,11 +271,11 @@ class DocumentProbe(Part):
             return Problem(
                 "paths.state_dir",
                 f"the document server's account cannot enter {closed}: guests get 503",
-                "have it enter (chmod o+x, setfacl), or move paths.state_dir",
+                "let the account enter (chmod o+x, setfacl), or move paths.state_dir",
             )
         answer = "no answer" if status is None else f"status {status}"
         return Problem(
             "documents",
-            f"a document asked of HAProxy has {answer}: guests get 503",
+            f"a document requested from HAProxy has {answer}: guests get 503",
             "imdsproxy check; journalctl -u imdsproxy-documents -u imdsproxy-haproxy",
         )

@@ -162,7 +162,7 @@ class RecordCompiler(Part):
         if self.revisions and not self.serves:
             yield Problem(
                 "documents.enabled",
-                f"it is off, and {len(self.revisions)} instances have documents of ours: their guests get 503",
+                f"is off, but imdsproxy has documents for {len(self.revisions)} instances: their guests get 503",
                 "switch it on, or give the records `upstream: nova`",
             )
 

@@ -222,10 +222,13 @@ def _pending(server: AdminServer, name: str = "web-1") -> list[str]:
             lambda server: server.records._rounds.fail(HostRefused("HAProxy is silent")),
             "HAProxy is silent",
         ),
-        (lambda server: server.records.compiler.revisions.pop(WEB), "it is not compiled yet"),
+        (
+            lambda server: server.records.compiler.revisions.pop(WEB),
+            "the documents are not compiled yet",
+        ),
         (
             lambda server: setattr(server.parts.companion, "needed", False),
-            "documents.enabled is off, and it has documents of ours",
+            "documents.enabled is off, so imdsproxy serves no documents of this instance",
         ),
         (_leave_out_both_families, "network blue is not served: there is no device br0"),
         (
@@ -335,7 +338,10 @@ def test_an_unknown_instance_is_refused_with_a_hint(server: AdminServer, what: s
     server._observe(Observation("file", in_sync=False))
     with pytest.raises(NotFound) as refused:
         _act(server, what, "nobody")
-    assert refused.value.hint == "source file is not in sync yet and may tell of it: try again"
+    assert (
+        refused.value.hint
+        == "source file is not in sync yet and may report the instance: try again"
+    )
     assert not server.policy_store.overrides
 
 
@@ -375,7 +381,7 @@ def test_what_haproxy_has_of_a_source_that_is_silent_is_reported(server: AdminSe
     overlay["blue/10.0.0.5"] = "+1tooo--:1:0:64|web-1|0f3a9c"
     changed = _act(server)
     assert (changed["epoch"], changed["applied"]) == (2, False)
-    assert "no source that is in sync reports it" in changed["pending"][0]
+    assert "no source in sync reports the instance" in changed["pending"][0]
     overlay["blue/10.0.0.5"] = "mail|0f3a9c"
     assert _act(server)["applied"]
 

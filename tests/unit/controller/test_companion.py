@@ -154,7 +154,7 @@ async def test_one_failure_is_forgiven_after_good_answers_and_the_second_is_a_pr
     tmp_path: Path, bad: tuple[int | None, bytes]
 ) -> None:
     probe = _probe(tmp_path, _GOOD, bad, _GOOD, bad, bad, bad, _GOOD)
-    assert "no document has been asked for" in str(probe.problem)
+    assert "has not requested a document yet" in str(probe.problem)
     problems = []
     with capture_logs() as logs:
         for _ in range(7):

@@ -531,9 +531,9 @@ _UUID: Final = "8f6a1e0c-3b52-4c1d-9a57-0d2f4b6c8e10"
             "net",
             api.PortAmbiguous(2),
             404,
-            "2 ports of neutron have it there; whose guest asks is not",
+            "2 ports of neutron have the address there; imdsproxy does not guess",
         ),
-        ("net", api.LookUpUnavailable("refused"), 503, "neutron cannot be asked: refused"),
+        ("net", api.LookUpUnavailable("refused"), 503, "neutron does not answer: refused"),
     ],
 )
 async def test_who_is_not_found_is_explained(

@@ -45,7 +45,7 @@ function watchRequests(table) {
   pause.addEventListener("click", () => {
     paused = !paused;
     pause.setAttribute("aria-pressed", String(paused));
-    pause.textContent = paused ? "Go on" : "Pause";
+    pause.textContent = paused ? "Resume" : "Pause";
     if (!paused) show();
   });
   const source = new EventSource(table.dataset.stream);
@@ -61,10 +61,10 @@ function watchRequests(table) {
     seen += answer.requests.length;
     if (!paused) show();
     count.textContent = seen + (seen === 1 ? " request" : " requests");
-    const text = answer.missed ? "Watching, some were too many to show:" : "Watching:";
+    const text = answer.missed ? "Watching (some requests are not shown):" : "Watching:";
     if (state.textContent !== text) state.textContent = text;
   };
-  source.onerror = () => { state.textContent = "The stream broke off; trying again"; };
+  source.onerror = () => { state.textContent = "The stream broke off; reconnecting"; };
   window.addEventListener("pagehide", () => source.close());
 }
 
