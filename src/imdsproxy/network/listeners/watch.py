@@ -38,7 +38,8 @@ _AT_ONCE: Final = 64
 class HostWatch:
     """Asynchronous context manager that watches the host while it is entered.
 
-    It reports nothing before the first call of `expect`. An audit reports only differences from the host as last seen.
+    Before the first call of `expect` it reports only changes of OVN's namespaces, and lost events. An audit reports
+    only differences from the host as last seen.
 
     Attributes:
         touch: Called with the kind of an event and the networks whose listeners the event concerns. Kinds are
@@ -97,6 +98,8 @@ class HostWatch:
         directory = self.host.thread.directory
         self._namespace_watch = self._closing.enter_context(NamespaceWatch(directory))
         self._link_watch = self._closing.enter_context(watch_links())
+        # OVN's namespaces need ids although no network may ever be expected.
+        self._wanted_ids.set()
         works = (self._follow_namespaces, self._follow_links, self._give_ids, self._audit)
         self._tasks = [asyncio.create_task(work()) for work in works]
         return self
@@ -112,7 +115,7 @@ class HostWatch:
 
     def _publish(self, kind: str, networks: Collection[NetworkId]) -> None:
         if networks:
-            self.touch(kind, None if kind == "overflow" else frozenset(networks))
+            self.touch(kind, frozenset(networks))
 
     async def _follow_namespaces(self) -> None:
         async for ref, came in self._namespace_watch:
@@ -136,7 +139,7 @@ class HostWatch:
     async def _follow_links(self) -> None:
         async for change in self._link_watch:
             if change is None:
-                self._publish("overflow", self._networks)
+                self.touch("overflow", None)
             elif change.nsid is None:
                 # Wait for an observation that is under way, so that `seen` includes it.
                 async with self.host.looking:
@@ -199,7 +202,7 @@ class HostWatch:
         given: dict[int, NamespaceRef] = {}
         with NetlinkSocket() as channel:
             for ref in refs:
-                # A namespace without an id has no events; each audit observes it fully.
+                # A namespace without an id has no events: the audit observes each network there in its turn.
                 with contextlib.suppress(NamespaceMissing, NetlinkRefused):
                     opened = self.host.thread.directory.open(ref.name)
                     with contextlib.closing(opened):
@@ -251,23 +254,20 @@ class HostWatch:
 
         HAProxy binds after that look: without this, each place would be observed again after a start.
         """
-        changed, added = list[str | None](), dict[str | None, frozenset[int]]()
-        for place in places:
-            known, peek = self._last_look(place), seen[place]
-            if place not in heard or known is None or peek is None:
-                changed.append(place)
-            elif known[0] == peek[0] and known[1] <= peek[1]:
-                added[place] = peek[1] - known[1]
-            else:
-                changed.append(place)
+        added = {
+            place: peek[1] - known[1]
+            for place in places
+            if place in heard
+            and (known := self._last_look(place)) is not None
+            and (peek := seen[place]) is not None
+            and known[0] == peek[0]
+            and known[1] <= peek[1]
+        }
         sockets = frozenset[int]().union(*added.values())
         ours = await self.host.find_ours(sockets) if sockets else sockets
-        for place, inodes in added.items():
-            if inodes <= ours:
-                self._peeked[place] = seen[place]
-            else:
-                changed.append(place)
-        return changed
+        same = {place for place, inodes in added.items() if inodes <= ours}
+        self._peeked.update({place: seen[place] for place in same})
+        return [place for place in places if place not in same]
 
     def _last_look(self, place: str | None) -> Peek | None:
         host = self.host.seen
@@ -282,7 +282,7 @@ class HostWatch:
             part = await self.host.observe(networks)
         except DataplaneError:
             # The listener loop acts on the event: it observes the host too, reports the error and retries.
-            self._publish("overflow", self._networks)
+            self.touch("overflow", None)
             return False
         before = self.host.seen
         now = merge_observed(before, part)
