@@ -19,8 +19,7 @@ from imdsproxy.host.state import NamespaceRef
 from imdsproxy.model.entities import METADATA_IPV4, IpAddress, MacAddress, NetworkId
 from imdsproxy.model.wire import ANSWER_DSCP, NEXT_TO_MARK, VERIFIED_PORT
 from imdsproxy.network.anti_spoofing.kernel import KernelHopLimits, KernelMacFilters, TableGone
-from imdsproxy.network.anti_spoofing.plan import ANY_MAC
-from imdsproxy.network.endpoints import MacFilter
+from imdsproxy.network.anti_spoofing.plan import ANY_MAC, MacFilter
 from support.guest import inside
 from support.hostlab import HostLab
 from support.impostor import open_wire, syn_frame

@@ -38,7 +38,7 @@ from imdsproxy.model.entities import (
 from imdsproxy.model.identity import Denial, Learned
 from imdsproxy.model.observation import Observation
 from imdsproxy.network.anti_spoofing.kernel import Claims
-from imdsproxy.network.endpoints import MacFilter, MacFilterPlan
+from imdsproxy.network.anti_spoofing.plan import MacFilter, MacFilterPlan
 from imdsproxy.network.listeners.plan import ListenerPlan
 from imdsproxy.network.planned import Endpoint, Foreign, NotServed, NotServedCode
 from imdsproxy.nova.upstream import NovaEndpointReport, NovaUpstream

@@ -20,8 +20,7 @@ from imdsproxy.network.anti_spoofing.kernel import (
     TableJournal,
 )
 from imdsproxy.network.anti_spoofing.mac_filters import MacFilters
-from imdsproxy.network.anti_spoofing.plan import PairMap
-from imdsproxy.network.endpoints import MacFilter
+from imdsproxy.network.anti_spoofing.plan import MacFilter, PairMap
 
 
 @dataclass

@@ -1,37 +1,24 @@
-"""Endpoints that HAProxy can bind in an observed namespace, and its binds. Pure.
-
-HAProxy cannot see a client's MAC, so nf_tables sorts packets on each device that guests of a network use. It redirects
-packets from an address with its own MAC (a pair) to a separate port, where HAProxy answers from its maps. All other
-packets stay on their port, where HAProxy asks the resolver. Without a filter every request goes to the resolver: no
-guest is trusted by accident.
-
-    guest ─► port 80 ─► MAC filter ─┬─ a pair        ─► port 254 ─► maps
-                                    └─ anything else ─► port 80  ─► resolver
-"""
+"""Endpoints that HAProxy can bind in an observed namespace, and its binds. Pure."""
 
 import errno
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from ipaddress import IPv4Address
 from typing import Final
 
 from imdsproxy.errors import HostRefused
 from imdsproxy.haproxy.rules.model import Bind, count_namespaces
-from imdsproxy.host.names import Naming
 from imdsproxy.host.state import (
     REDIRECTED,
     AddressState,
     Effect,
     Family,
     ListeningSocket,
-    NamespaceRef,
-    ObservedHost,
     ObservedNamespace,
 )
 from imdsproxy.model.entities import METADATA_PORT, IpAddress, Network, NetworkId
-from imdsproxy.model.wire import REDIRECTED_PORT, VERIFIED_PORT
+from imdsproxy.model.wire import REDIRECTED_PORT
 from imdsproxy.network.planned import (
-    ENSLAVING,
     LOOPBACK,
     Endpoint,
     Foreign,
@@ -250,106 +237,6 @@ def _shared(foreign: Foreign) -> NotServed:
         f"{owners_of([socket])} also listens on {socket.address} port {socket.port}: guests may get its answers",
         "end that program",
         (socket,),
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class MacFilter:
-    """Filter of one network, on all devices that its guests use.
-
-    Attributes:
-        devices: Names and indexes of the devices; the index detects a new device with an old name.
-    """
-
-    network: NetworkId
-    namespace: NamespaceRef | None
-    devices: tuple[tuple[str, int], ...]
-    table: str
-
-
-@dataclass(frozen=True, slots=True)
-class MacFilterPlan:
-    """Endpoints that HAProxy binds, by the component that answers, and their filters.
-
-    Attributes:
-        plain: Endpoints answered from the maps, in networks without MAC checks.
-        verified: Endpoints behind a filter, answered from the maps.
-        unverified: Endpoints answered by the resolver.
-    """
-
-    plain: tuple[Endpoint, ...] = ()
-    verified: tuple[Endpoint, ...] = ()
-    unverified: tuple[Endpoint, ...] = ()
-    filters: Mapping[NetworkId, MacFilter] = field(default_factory=dict)
-
-    @property
-    def plain_networks(self) -> frozenset[NetworkId]:
-        return frozenset(one.network for one in self.plain)
-
-    @property
-    def binds(self) -> tuple[Endpoint, ...]:
-        return (*self.plain, *self.verified, *self.unverified)
-
-    def without(self, refused: Collection[NetworkId]) -> "MacFilterPlan":
-        """Return the plan without filters for some networks, in which then no request is verified."""
-        return replace(
-            self,
-            verified=tuple(one for one in self.verified if one.network not in refused),
-            filters={name: one for name, one in self.filters.items() if name not in refused},
-        )
-
-
-def plan_mac_filters(
-    networks: Mapping[NetworkId, Network],
-    endpoints: Iterable[Endpoint],
-    observed: ObservedHost,
-    naming: Naming,
-    carries_macs: Callable[[NetworkId], bool],
-) -> MacFilterPlan:
-    """Plan the filters that networks need, and the endpoints.
-
-    Args:
-        carries_macs: Returns whether a network's ports have MACs; without MACs nothing can be checked.
-    """
-    given = tuple(endpoints)
-    checked = {
-        name
-        for name in {one.network for one in given} & networks.keys()
-        if networks[name].checks_macs and carries_macs(name)
-    }
-    devices = {one: _devices(one, observed) for one in given if one.network in checked}
-    filters: dict[NetworkId, MacFilter] = {}
-    for one, some in devices.items():
-        name = one.network
-        before = filters[name].devices if name in filters else ()
-        if both := tuple(dict.fromkeys((*before, *some))):
-            filters[name] = MacFilter(name, one.namespace, both, naming.link(name))
-    return MacFilterPlan(
-        plain=tuple(one for one in given if one.network not in checked),
-        verified=tuple(
-            replace(one, port=VERIFIED_PORT, device=device, device_index=index)
-            for one, some in devices.items()
-            for device, index in some
-        ),
-        unverified=tuple(devices),
-        filters=filters,
-    )
-
-
-def _devices(endpoint: Endpoint, observed: ObservedHost) -> tuple[tuple[str, int], ...]:
-    if endpoint.device is not None:
-        return ((endpoint.device, endpoint.device_index),)
-    if endpoint.namespace is None:
-        return ()
-    seen = observed.namespaces.get(endpoint.namespace.name)
-    if seen is None:
-        return ()
-    kinds = {one.index: one.kind for one in seen.devices.values()}
-    # IPv4 is answered on every device, wherever the address is. Only devices with a MAC can be checked.
-    return tuple(
-        (one.name, one.index)
-        for one in sorted(seen.devices.values(), key=lambda one: one.index)
-        if one.name != LOOPBACK and one.mac and one.up and kinds.get(one.master) not in ENSLAVING
     )
 
 

@@ -41,11 +41,13 @@ from imdsproxy.network.anti_spoofing.mac_filters import MacFilters
 from imdsproxy.network.anti_spoofing.plan import (
     ANY_MAC,
     LEARNED_PER_MAC,
+    MacFilter,
+    MacFilterPlan,
     excess_learned,
+    plan_mac_filters,
     plan_pair,
     plan_pairs,
 )
-from imdsproxy.network.endpoints import MacFilter, MacFilterPlan, plan_mac_filters
 from imdsproxy.network.planned import Endpoint
 from support.fake_mac_filters import FakeHopLimits, FakeMacFilters
 from support.hand_clock import HandClock

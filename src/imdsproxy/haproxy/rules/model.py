@@ -179,7 +179,7 @@ class DataplaneSpec:
     Attributes:
         binds: Binds whose guests are identified by their address: MACs are not checked there, or a MAC filter checks
             them.
-        unverified: Binds whose requests all go to the resolver (`network.endpoints`).
+        unverified: Binds whose requests all go to the resolver (`network.anti_spoofing.plan`).
         count_reads: Sampling rate of reads without a token where none is required: one in so many is counted; 0 for
             none.
         audit: Sampling rate of the audit log: one in so many requests has a line; 0 for none.

@@ -29,8 +29,7 @@ from imdsproxy.host.state import Family, NamespaceRef
 from imdsproxy.model.entities import METADATA_PORT, IpAddress, MacAddress, NetworkId
 from imdsproxy.model.wire import VERIFIED_PORT
 from imdsproxy.network.anti_spoofing import rules
-from imdsproxy.network.anti_spoofing.plan import ANY_MAC, PairMap
-from imdsproxy.network.endpoints import MacFilter
+from imdsproxy.network.anti_spoofing.plan import ANY_MAC, MacFilter, PairMap
 
 K = TypeVar("K")
 T = TypeVar("T")

@@ -28,8 +28,14 @@ from imdsproxy.network.anti_spoofing.kernel import (
     TableJournal,
     name_of,
 )
-from imdsproxy.network.anti_spoofing.plan import ANY_MAC, PairMap, Pairs
-from imdsproxy.network.endpoints import MacFilter, MacFilterPlan, plan_mac_filters
+from imdsproxy.network.anti_spoofing.plan import (
+    ANY_MAC,
+    MacFilter,
+    MacFilterPlan,
+    PairMap,
+    Pairs,
+    plan_mac_filters,
+)
 from imdsproxy.network.planned import Endpoint
 
 T = TypeVar("T")

@@ -25,8 +25,8 @@ from imdsproxy.model.entities import Network, NetworkId
 from imdsproxy.model.inventory import Inventory
 from imdsproxy.network.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.network.anti_spoofing.mac_filters import MacFilters
+from imdsproxy.network.anti_spoofing.plan import MacFilterPlan
 from imdsproxy.network.endpoints import (
-    MacFilterPlan,
     compute_maxconn,
     find_degraded,
     networks_of,

@@ -150,7 +150,7 @@ def _drops(
                 device=device,
                 chain=chain.name,
                 address=METADATA_IPV4,
-                # The MAC filter redirects accepted packets to a port of its own (`network.endpoints`).
+                # The MAC filter redirects accepted packets to a port of its own (`network.anti_spoofing.plan`).
                 verified=VERIFIED_PORT,
             )
 
