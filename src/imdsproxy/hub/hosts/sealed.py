@@ -37,6 +37,7 @@ from imdsproxy.hub.store.envelope import Envelope, name_of
 from imdsproxy.hub.store.etcd_messages import unchanged
 from imdsproxy.hub.store.state import FleetState, Item
 from imdsproxy.hub.store.transactions import (
+    Draft,
     Terms,
     Transaction,
     no_such,
@@ -216,37 +217,35 @@ def plan_password(
         AlreadyExists: The instance has another password, which stays until an operator clears it.
         NotFound: The host has no such instance.
     """
-    unsuspected, stored = refuse_suspect(view), read_instance(view, instance)
+    draft, stored = Draft(view, terms), read_instance(view, instance)
     if stored is None or host not in stored[0].hosts:
         raise no_such("instance", instance)
-    key, owner = layout.password_key(instance), layout.instance_key(instance)
+    key = layout.password_key(instance)
     found = view(key)
     known = _sealed_in(found)
     if found is not None and known is not None:
         if is_same(known):
             return Transaction(revision=found[1])
         raise AlreadyExists(f"instance {instance} has another password already")
-    compares = (
-        unsuspected,
-        unchanged(owner, stored[1]),
-        unchanged(key, 0 if found is None else found[1]),
-    )
-    value = render_password(StoredPassword(sealed, terms.request))
-    return Transaction(compares, {key: value}, hosts=frozenset(stored[0].hosts))
+    draft.hold(layout.instance_key(instance))
+    draft.hold(key)
+    draft.puts[key] = render_password(StoredPassword(sealed, terms.request))
+    draft.hosts.update(stored[0].hosts)
+    return draft.finish()
 
 
 def plan_clearing(view: View, instance: InstanceId, terms: Terms) -> Transaction:
     """Clear a password, so that the guest can post another; do nothing if there is none."""
-    unsuspected, stored = refuse_suspect(view), read_instance(view, instance)
+    draft, stored = Draft(view, terms), read_instance(view, instance)
     key = layout.password_key(instance)
     found = view(key)
-    if found is None:
-        return Transaction()
-    if is_cleared(found[0]):
-        return Transaction(revision=found[1])
-    value = render_password(StoredPassword(None, terms.request, terms.now))
-    hosts = frozenset(() if stored is None else stored[0].hosts)
-    return Transaction((unsuspected, unchanged(key, found[1])), {key: value}, hosts=hosts)
+    if found is not None and is_cleared(found[0]):
+        draft.revision = found[1]
+    elif found is not None:
+        draft.hold(key)
+        draft.puts[key] = render_password(StoredPassword(None, terms.request, terms.now))
+        draft.hosts.update(() if stored is None else stored[0].hosts)
+    return draft.finish()
 
 
 def _sealed_in(found: tuple[bytes, int] | None) -> bytes | None:
