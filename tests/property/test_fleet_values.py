@@ -55,7 +55,7 @@ from imdsproxy.host.clock import Clock
 from imdsproxy.hub.api.metrics import HubMetrics
 from imdsproxy.hub.api.operations import Operations
 from imdsproxy.hub.api.views import Views, Wanted
-from imdsproxy.hub.hosts.in_force import Peers
+from imdsproxy.hub.hosts.in_force import InForce, Peers
 from imdsproxy.hub.hosts.sealed import TokenKeyRing
 from imdsproxy.hub.hosts.streams import Streams
 from imdsproxy.hub.store import plan_changes, plan_records, transactions
@@ -171,9 +171,9 @@ class _Looks:
 
     def _of_hubs(self) -> None:
         state = self.state
-        ring = TokenKeyRing(state, _ENVELOPE)
-        state.keys_of, state.keys_problem = ring.item_of, lambda: ring.problem
-        assert ring.item_of(WEB) is None
+        ring = TokenKeyRing(_ENVELOPE)
+        state.keys_of, state.keys_problem = ring.item_of, ring.problem
+        assert state.item(f"keys/{WEB}") is None
         Peers(state, "hub-1", Clock()).urls()
         state.count_placed()
         state.blobs()
@@ -185,12 +185,17 @@ class _Looks:
         streams, peers = Streams(state, clock, lambda *_: True), Peers(state, "hub-1", clock)
         unused = cast("Any", None)
         operations = Operations(
-            unused, state, streams, unused, peers, restores_of(unused, state, clock), clock
+            unused,
+            state,
+            streams,
+            unused,
+            InForce(streams, peers),
+            restores_of(unused, state, clock),
+            clock,
         )
         assert all(one.host for one in operations._hosts({}))
         assert operations._renewing() == []
-        ring = TokenKeyRing(state, _ENVELOPE)
-        parts = {"state": state, "streams": streams, "token_keys": ring, "background": None}
+        parts = {"state": state, "streams": streams, "background": None}
         metrics = HubMetrics(cast("Any", SimpleNamespace(**parts)), peers, 0.0)
         for read in (
             metrics.hosts, metrics.placed_instances, metrics.restore_suspected, metrics.writes_stopped,

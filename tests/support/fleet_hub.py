@@ -32,6 +32,7 @@ from imdsproxy.fleet.layout import (
     StoredInstance,
     StoredNetwork,
     UserData,
+    View,
     render_sealed_keys,
 )
 from imdsproxy.fleet.members import AUTHORITY_PATH, RENEW_PATH, Identity, Role
@@ -40,7 +41,7 @@ from imdsproxy.host.clock import Clock
 from imdsproxy.hub.api.callers import Caller
 from imdsproxy.hub.api.operations import Operations
 from imdsproxy.hub.api.routes_fleet import show_blob
-from imdsproxy.hub.hosts.in_force import Peers
+from imdsproxy.hub.hosts.in_force import InForce, Peers
 from imdsproxy.hub.hosts.sealed import password_item
 from imdsproxy.hub.hosts.streams import Streams
 from imdsproxy.hub.pki.enrolment import Certified
@@ -87,7 +88,7 @@ class FleetStore:
     def __post_init__(self) -> None:
         self.entries[layout.META] = self.revision, layout.render_meta(Meta(FLEET))
 
-    def keys_of(self, instance: InstanceId) -> Item | None:
+    def keys_of(self, _: View, instance: InstanceId) -> Item | None:
         """An instance's item of keys."""
         own = [token_key_of(key, instance) for key in self.token_keys]
         if not own:
@@ -150,8 +151,9 @@ class FleetHub:
         ),
     ) -> None:
         self.store = store or FleetStore()
-        self.state, self.age_s, self.skew_s = FleetState(self.store.keys_of), 0.0, 0.0
-        self.state.open_password = partial(password_item, ENVELOPE)
+        opened = partial(password_item, ENVELOPE)
+        self.state = FleetState(self.store.keys_of, open_password=opened)
+        self.age_s, self.skew_s = 0.0, 0.0
         self.certify: Callable[[str], Certified] = lambda _: Certified("", "")
         self.blob_requests: list[str] = []
         self.refuses = False
@@ -182,12 +184,11 @@ class FleetHub:
             def now(self) -> datetime:
                 return super().now() + timedelta(seconds=hub.skew_s)
 
-        streams = Streams(
-            self.state,
-            SkewedClock(),
-            lambda _host, _serial: not self.refuses,
-            age_s=lambda: self.age_s,
-        )
+        class AgedStreams(Streams):
+            def age_s(self) -> float:
+                return hub.age_s
+
+        streams = AgedStreams(self.state, SkewedClock(), lambda _host, _serial: not self.refuses)
         inner = socket.socket(socket.AF_UNIX)
         inner.bind(self._inner)
         inner.listen()
@@ -339,9 +340,9 @@ class FleetHub:
         """What `show_blob` uses; nothing else is asked of it."""
         etcd, clock = cast("Etcd", self.store), Clock()
         writes = Writes(etcd, self.state, ENVELOPE, clock)
-        peers = Peers(self.state, "hub", clock)
+        in_force = InForce(self.streams, Peers(self.state, "hub", clock))
         restores = restores_of(etcd, self.state, clock)
-        return Operations(etcd, self.state, self.streams, writes, peers, restores, clock)
+        return Operations(etcd, self.state, self.streams, writes, in_force, restores, clock)
 
 
 def _give(writer: asyncio.StreamWriter, status: str, body: bytes) -> None:

@@ -32,7 +32,7 @@ from imdsproxy.host.clock import Clock
 from imdsproxy.host.servers import open_unix_socket
 from imdsproxy.hub.api.app import operators_app
 from imdsproxy.hub.api.operations import Operations
-from imdsproxy.hub.hosts.in_force import Peers
+from imdsproxy.hub.hosts.in_force import InForce, Peers
 from imdsproxy.hub.hosts.sealed import password_item
 from imdsproxy.hub.hosts.streams import Streams
 from imdsproxy.hub.replica import Replica
@@ -195,21 +195,25 @@ def open_hub(lab: EtcdLab, name: str = "hub-1") -> Iterator[Hub]:
     up, end = threading.Event(), threading.Event()
 
     async def serve_hub() -> None:
-        etcd, state, clock = lab.client(), FleetState(), Clock()
-        state.open_password = partial(password_item, ENVELOPE)
-        streams = Streams(state, clock, lambda host, serial: admits(state, host, serial))
+        state = FleetState(open_password=partial(password_item, ENVELOPE))
+        etcd, clock = lab.client(), Clock()
         journal = Journal(directory / FILE)
         state.remember(await journal.open())
         restores = Restores(etcd, state, name, journal, clock)
+        streams = Streams(
+            state,
+            clock,
+            lambda host, serial: admits(state, host, serial),
+            restores.suspect,
+            restores.raise_overrides,
+        )
         random = Random(7)  # noqa: S311
         replica = Replica(etcd, state, streams, name, "https://hub", clock, random, restores)
-        streams.suspect, streams.raise_overrides = restores.suspect, restores.raise_overrides
-        writes = Writes(etcd, state, ENVELOPE, clock, keep=journal.keep)
-        peers = Peers(state, name, clock)
+        in_force = InForce(streams, Peers(state, name, clock))
+        writes = Writes(etcd, state, ENVELOPE, clock, levels=in_force.levels, keep=journal.keep)
         operations = Operations(
-            etcd, state, streams, writes, peers, restores, clock, replica.complete
+            etcd, state, streams, writes, in_force, restores, clock, replica.complete
         )
-        writes.levels = operations.in_force.levels
         hub = Hub(name, directory, etcd, state, streams, operations, asyncio.get_running_loop())
         sockets = [
             open_unix_socket(directory / f"{one}.sock", mode=0o600) for one in ("api", "stream")
@@ -218,7 +222,7 @@ def open_hub(lab: EtcdLab, name: str = "hub-1") -> Iterator[Hub]:
             asyncio.ensure_future(one)
             for one in (
                 replica.run(),
-                restores.run(),
+                replica.repair(),
                 journal.run(),
                 streams.run(sockets[1]),
                 serve(operators_app(operations), sockets[0]),

@@ -148,7 +148,7 @@ async def run_hub(prepared: Prepared, environment: Mapping[str, str], clock: Clo
                 "comparison": replica.compare,
                 "watch": replica.prove_watch,
                 "sweep": Sweep(hub.etcd, hub.state, clock).run,
-                "suspicions": replica.restores.run,
+                "suspicions": replica.repair,
                 "journal": journal.run,
                 "first token key": partial(make_first_key, writes),
             }

@@ -91,15 +91,19 @@ class Hub:
         return failures
 
     def unready(self) -> str | None:
-        """Return the reason why this hub may not serve hosts, though it has read etcd; `None` if it may.
+        return explain_unready(self.state, self.envelope)
 
-        A hub could neither send unreadable values nor distinguish them from absent values.
-        """
-        if not self.state.meta.fleet:
-            why = self.state.problems.get(layout.META, "it is not there")
-            return f"{layout.META} names no fleet: {why}; put back an older revision of this key"
-        missing = self.envelope.missing()
-        return None if missing is None else f"{missing}: {COPY_KEY}"
+
+def explain_unready(state: FleetState, envelope: Envelope) -> str | None:
+    """Return the reason why a hub may not serve hosts, though it has read etcd; `None` if it may.
+
+    A hub could neither send unreadable values nor distinguish them from absent values.
+    """
+    if not state.meta.fleet:
+        why = state.problems.get(layout.META, "it is not there")
+        return f"{layout.META} names no fleet: {why}; put back an older revision of this key"
+    missing = envelope.missing()
+    return None if missing is None else f"{missing}: {COPY_KEY}"
 
 
 def open_etcd(settings: EtcdSettings, clock: Clock) -> Etcd:
@@ -129,32 +133,34 @@ def open_etcd(settings: EtcdSettings, clock: Clock) -> Etcd:
 def build_hub(settings: HubSettings, clock: Clock) -> Hub:
     """Read the fleet's files, and create the parts of the hub; raise `ConfigError`, and the errors of `open_etcd`."""
     files = FleetFiles(settings.directory)
-    authority, envelope = files.load_authority(), files.load_envelope()
+    authority, opening = files.load_authority(), files.load_envelope()
     names = read_hub_names(files.load_hub())
     if settings.etcd.ca_file is not None:
         refuse_shared_authority(authority, settings.etcd.ca_file)
     port = settings.listen[0].rpartition(":")[2]
     address = names.addresses[0]
     url = settings.url or f"https://{f'[{address}]' if ':' in address else address}:{port}"
-    state = FleetState()
-    envelope = replace(envelope, chosen=state.sealing)
-    token_keys = TokenKeyRing(state, envelope)
-    state.open_password = partial(password_item, envelope)
-    state.keys_of, state.keys_problem = token_keys.item_of, lambda: token_keys.problem
+    token_keys = TokenKeyRing(opening)
+    state = FleetState(token_keys.item_of, token_keys.problem, partial(password_item, opening))
+    envelope = replace(opening, chosen=state.sealing)
 
     def is_admitted(host: HostId, serial: str) -> bool:
         return admits_host(state.host(host), serial)
 
-    streams = Streams(state, clock, is_admitted)
     etcd = open_etcd(settings.etcd, clock)
     name = settings.name or names.name
     journal = Journal(settings.state_dir / FILE)
     restores = Restores(etcd, state, name, journal, clock)
+    streams = Streams(
+        state,
+        clock,
+        is_admitted,
+        restores.suspect,
+        restores.raise_overrides,
+        partial(explain_unready, state, envelope),
+    )
     replica = Replica(etcd, state, streams, name, url, clock, SystemRandom(), restores)
-    streams.suspect, streams.age_s = restores.suspect, replica.age_s
-    streams.raise_overrides = restores.raise_overrides
-    streams.expect = replica.expect
-    hub = Hub(
+    return Hub(
         settings=settings,
         files=files,
         names=names,
@@ -169,5 +175,3 @@ def build_hub(settings: HubSettings, clock: Clock) -> Hub:
         clock=clock,
         random=SystemRandom(),
     )
-    streams.unready = hub.unready
-    return hub

@@ -83,7 +83,7 @@ _log = structlog.get_logger()
 class Replica:
     """Replication of etcd into the copy, and delivery of changes to hosts.
 
-    `complete` is set once the copy is complete. `heard` is the time of the last change, by the monotonic clock.
+    `complete` is set once the copy is complete.
     """
 
     etcd: Etcd
@@ -95,7 +95,6 @@ class Replica:
     random: Random
     restores: Restores
     complete: asyncio.Event = field(default_factory=asyncio.Event)
-    heard: float = 0.0
     _at: int = 0
     _last: frozenset[KeyValue | Deleted] = frozenset()
     _incarnation: int = 0
@@ -106,17 +105,12 @@ class Replica:
     _following: Reconciler = field(init=False)
 
     def __post_init__(self) -> None:
-        self.restores.fold = partial(self._fold, 0)
         jitter = partial(self.random.uniform, 0.5, 1.0)
         self._following = Reconciler("hub.etcd", "etcd not followed", 0.1, 5.0, jitter=jitter)
 
     @property
     def failure(self) -> Problem | None:
         return self._following.failure
-
-    def age_s(self) -> float:
-        """Return the seconds since the last change received from etcd."""
-        return self.clock.monotonic() - self.heard
 
     async def run(self) -> None:
         """Follow etcd until cancelled; the copy stays during an outage.
@@ -310,6 +304,10 @@ class Replica:
         keys += [*draft.unreadable, *draft.lost, *draft.ahead]
         self._take(touched, keys, accepted=accepted)
 
+    async def repair(self) -> None:
+        """Write claims of a restore, and put back values that etcd has lost, until cancelled."""
+        await self.restores.run(partial(self._fold, 0))
+
     def _fold(self, revision: int, changes: Sequence[Change]) -> None:
         touched = self.state.apply(revision, changes)
         self._take(touched, [one.key for one in changes])
@@ -322,11 +320,11 @@ class Replica:
         accepted: bool = False,
     ) -> None:
         """Process changed keys, and the result of `FleetState.apply`; for `accepted` see `Restores.review`."""
-        self.heard, self._following.failure = self.clock.monotonic(), None
+        self.streams.heard, self._following.failure = self.clock.monotonic(), None
         self.restores.review(keys, accepted=accepted)
         for key in keys:
             if key == layout.BEAT:
-                self._beat_seen = self.heard
+                self._beat_seen = self.streams.heard
             if (unread := self.state.unreadable.get(key)) is not None:
                 _log.warning(
                     "value not taken",

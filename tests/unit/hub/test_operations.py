@@ -9,7 +9,7 @@ from imdsproxy.fleet import layout
 from imdsproxy.fleet.layout import HostState, StoredHost, render_host
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub.api.operations import Operations, _lost_quorum, _member
-from imdsproxy.hub.hosts.in_force import Peers
+from imdsproxy.hub.hosts.in_force import InForce, Peers
 from imdsproxy.hub.hosts.streams import Streams
 from imdsproxy.hub.pki.authority import make_authority
 from imdsproxy.hub.store.etcd_messages import Header, MemberSilent, MemberStatus
@@ -65,7 +65,7 @@ async def test_a_hub_reports_the_fleet_while_no_member_answers() -> None:
             state,
             streams,
             unused,
-            Peers(state, "hub-1", clock),
+            InForce(streams, Peers(state, "hub-1", clock)),
             restores_of(etcd, state, clock),
             clock,
         ).report()
@@ -106,7 +106,13 @@ async def test_a_hub_asks_each_other_one_once_for_the_state_of_the_fleet() -> No
         streams, peers = Streams(state, clock, lambda *_: True), _Asked(state, "hub-1", clock)
         unused = cast("Writes", None)
         report = await Operations(
-            etcd, state, streams, unused, peers, restores_of(etcd, state, clock), clock
+            etcd,
+            state,
+            streams,
+            unused,
+            InForce(streams, peers),
+            restores_of(etcd, state, clock),
+            clock,
         ).report()
     assert peers.asked == ["https://hub2/fleet/applied", "https://hub3/fleet/applied"]
     assert [one["answers"] for one in report.hubs] == [True, True, False]
@@ -133,7 +139,7 @@ async def test_hosts_that_have_no_certificate_since_the_cas_were_changed_are_nam
             state,
             streams,
             cast("Writes", None),
-            peers,
+            InForce(streams, peers),
             restores_of(etcd, state, clock),
             clock,
         )

@@ -23,6 +23,7 @@ from imdsproxy.fleet.layout import (
 from imdsproxy.fleet.restores import Evidence
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub import replica as module
+from imdsproxy.hub.hosts.in_force import InForce, Peers
 from imdsproxy.hub.hosts.streams import Streams
 from imdsproxy.hub.replica import Replica
 from imdsproxy.hub.store.state import Change, FleetState
@@ -198,7 +199,7 @@ async def test_a_suspicion_that_etcd_refuses_is_dropped_and_those_after_it_are_w
     refused: list[Json] = []
     async with _replica_of(store, "abc", handle) as replica:
         replica.restores.suspect(Evidence("it has what etcd lacks", HostId("c")))
-        async with background(replica.restores.run()):
+        async with background(replica.repair()):
             await until(lambda: refused)
             replica.restores.suspect(Evidence("x" * 2_000_000, HostId("a")))
             await until(lambda: store.suspicion)
@@ -387,13 +388,13 @@ async def test_a_member_whose_watch_does_not_show_what_is_waited_for_is_left_for
     async with client_of(hang, go_on, silence_s=3600.0) as (etcd, _):
         random, restores = Random(1), restores_of(etcd, state, clock)  # noqa: S311
         replica = Replica(etcd, state, streams, "hub-1", "https://hub", clock, random, restores)
-        streams.expect = replica.expect
+        in_force = InForce(streams, Peers(state, "hub-1", clock), replica.expect)
         async with background(replica.run()), background(replica.prove_watch()):
             await replica.complete.wait()
             await until(lambda: watches)
             # Nobody waits for what this hub does not have.
-            await streams.wait([], state.revision, 0)
+            await in_force.here([], state.revision, None, 0)
             assert layout.BEAT not in store.values
-            await streams.wait([], state.revision + 1, 0)
+            await in_force.here([], state.revision + 1, None, 0)
             await until(lambda: state.value(layout.BEAT) is not None)
     assert watches == ["hung", "sound"]

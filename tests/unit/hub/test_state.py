@@ -256,7 +256,7 @@ def test_a_beat_that_is_read_again_shows_nothing() -> None:
 
 def test_token_keys_are_sent_to_the_hosts_of_their_instances_when_the_fleet_has_others() -> None:
     state = fleet(instance("web", 2, A), instance("db", 3, B))
-    state.keys_of = lambda one: (4, {"current": one})
+    state.keys_of = lambda _, one: (4, {"current": one})
     touched = state.apply(4, [Change(layout.TOKEN_KEYS, codec.encode({"sealed": "AAAA"}), 4)])
     assert touched == {A: {"keys/web"}, B: {"keys/db"}}
     assert state.item("keys/db") == (4, {"current": "db"})
@@ -324,7 +324,7 @@ def test_a_digest_is_that_of_what_a_host_gets_and_of_nothing_else() -> None:
     state = fleet(
         network("blue", 2), network("red", 3), instance("web", 4, A), instance("db", 5, A, B)
     )
-    state.keys_of = lambda instance: (6, {"current": "k", "keys": {"k": instance}})
+    state.keys_of = lambda _, instance: (6, {"current": "k", "keys": {"k": instance}})
     state.apply(6, [Change(layout.TOKEN_KEYS, codec.encode({"sealed": "AAAA"}), 6)])
     for host in HOSTS:
         items = {item: revision for item, (revision, _) in everything_of(state, host).items()}
@@ -405,7 +405,7 @@ def test_what_an_instance_needs_and_cannot_be_read_stays_where_it_is(key: str, i
 
 def test_keys_that_a_hub_cannot_open_are_not_keys_that_etcd_lacks() -> None:
     state = fleet(instance("web", 3, A))
-    state.keys_problem = lambda: "sealed with a key that this hub does not have"
+    state.keys_problem = lambda _: "sealed with a key that this hub does not have"
     found = state.compare(A, Hello("a-fleet", 1, 3, {"instance/web": 3, "keys/web": 9}))
     assert isinstance(found, Difference)
     assert found.suspicious is None

@@ -90,8 +90,12 @@ class World:
     streams: Streams = field(init=False)
 
     def __post_init__(self) -> None:
-        self.streams = Streams(self.state, self.clock, lambda _, serial: serial not in self.revoked)
-        self.streams.suspect = self.evidence.append
+        self.streams = Streams(
+            self.state,
+            self.clock,
+            lambda _, serial: serial not in self.revoked,
+            self.evidence.append,
+        )
         self.state.apply(1, [Change(layout.META, layout.render_meta(Meta("f")), 1)])
 
     def commit(self, *changes: Change) -> int:

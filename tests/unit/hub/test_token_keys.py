@@ -64,26 +64,30 @@ def test_a_host_takes_an_instances_keys_with_the_one_that_signs_first() -> None:
 def test_keys_that_a_hub_cannot_read_leave_those_of_before_in_force() -> None:
     envelope, revisions = _envelope(), itertools.count(1)
     state = FleetState()
-    ring = TokenKeyRing(state, envelope)
+    ring = TokenKeyRing(envelope)
+    state.keys_of, state.keys_problem = ring.item_of, ring.problem
 
     def write(value: bytes) -> None:
         revision = next(revisions)
         state.apply(revision, [Change(PLACE, value, revision)])
 
-    assert ring.item_of(_WEB) is None
+    assert state.item("keys/web") is None
     write(seal_keys(_ALL, envelope))
-    assert (ring.item_of(_WEB), ring.problem) == ((1, _ALL.item_of(_WEB)), None)
+    assert (state.item("keys/web"), state.unread_keys()) == ((1, _ALL.item_of(_WEB)), None)
     write(seal_keys(FleetKeys(_KEYS[5]), _envelope()))
     # With the revision that they are of: another hub may have read the newer ones.
-    assert ring.item_of(_WEB) == (1, _ALL.item_of(_WEB))
-    assert "a key that this hub does not have" in str(ring.problem) or "does not open" in str(
-        ring.problem
-    )
+    assert state.item("keys/web") == (1, _ALL.item_of(_WEB))
+    assert "a key that this hub does not have" in str(
+        state.unread_keys()
+    ) or "does not open" in str(ring.problem)
     write(codec.encode({"sealed": "x"}))
-    assert ring.item_of(_WEB) == (1, _ALL.item_of(_WEB))
-    assert "written by another program" in str(ring.problem)
+    assert state.item("keys/web") == (1, _ALL.item_of(_WEB))
+    assert "written by another program" in str(state.unread_keys())
     write(seal_keys(FleetKeys(_KEYS[5]), envelope))
-    assert (ring.item_of(_WEB), ring.problem) == ((4, FleetKeys(_KEYS[5]).item_of(_WEB)), None)
+    assert (state.item("keys/web"), state.unread_keys()) == (
+        (4, FleetKeys(_KEYS[5]).item_of(_WEB)),
+        None,
+    )
 
 
 def test_a_pending_key_signs_only_if_it_is_the_one_that_hosts_confirmed() -> None:

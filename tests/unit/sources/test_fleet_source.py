@@ -625,7 +625,7 @@ async def test_overrides_never_go_back_whatever_a_store_says(
         {"current": "k", "keys": {"k": base64.b64encode(bytes(32)).decode()}},
     )
     hub.write({key: b'{"epoch": 2, "reopened_at": 7}', **_put(hub, A)})
-    hub.state.keys_of = lambda _: (1, keys)
+    hub.state.keys_of = lambda *_: (1, keys)
     source = fleet_source(kept, hub)
     source.take_policies = taken.append
     hub.write({layout.POLICIES + "fleet": b'{"tokens": "required"}'})

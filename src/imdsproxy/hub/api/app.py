@@ -17,7 +17,7 @@ from imdsproxy.hub.api.routes_enrolment import enrolment
 from imdsproxy.hub.api.routes_fleet import fleet
 from imdsproxy.hub.api.routes_grants import grants
 from imdsproxy.hub.api.routes_guests import guests
-from imdsproxy.hub.hosts.in_force import Peers
+from imdsproxy.hub.hosts.in_force import InForce, Peers
 from imdsproxy.hub.pki.enrolment import Enrolment
 from imdsproxy.hub.store.writes import Writes
 
@@ -39,20 +39,24 @@ def build_api(hub: Hub) -> FastAPI:
     replica = hub.replica
     restores = replica.restores
     keep, largest = restores.journal.keep, hub.settings.user_data_kib
-    writes = Writes(hub.etcd, hub.state, hub.envelope, hub.clock, largest, keep=keep)
+    in_force = InForce(hub.streams, peers_of(hub), replica.expect)
+    writes = Writes(
+        hub.etcd, hub.state, hub.envelope, hub.clock, largest, levels=in_force.levels, keep=keep
+    )
     operations = Operations(
         hub.etcd,
         hub.state,
         hub.streams,
         writes,
-        peers_of(hub),
+        in_force,
         restores,
         hub.clock,
         replica.complete,
+        token_keys=hub.token_keys,
+        authority=hub.authority,
+        loop_failures=hub.loop_failures,
+        unready=hub.unready,
     )
-    writes.levels = operations.in_force.levels
-    operations.token_keys, operations.unready = hub.token_keys, hub.unready
-    operations.authority, operations.loop_failures = hub.authority, hub.loop_failures
     app = operators_app(operations)
     app.state.hub = hub
     app.state.enrolment = Enrolment(

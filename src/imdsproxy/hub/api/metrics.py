@@ -86,8 +86,8 @@ class HubMetrics(Exposed, prefix="imdsproxy_hub_"):
         if replica.failure is not None:
             reason = f"etcd is not followed: {replica.failure.reason}"
             return Readiness(ready=False, reasons=(reason,))
-        if replica.age_s() > SILENT_S:
-            return Readiness(ready=False, reasons=(f"etcd is silent for {replica.age_s():.0f} s",))
+        if (age_s := self.hub.streams.age_s()) > SILENT_S:
+            return Readiness(ready=False, reasons=(f"etcd is silent for {age_s:.0f} s",))
         return Readiness(ready=True)
 
     def _suspicion(self) -> Suspicion | None:
@@ -110,7 +110,7 @@ class HubMetrics(Exposed, prefix="imdsproxy_hub_"):
 
     def etcd_age_seconds(self) -> Gauge:
         """Seconds since the last change received from etcd; five or less while etcd answers."""
-        return self.hub.replica.age_s()
+        return self.hub.streams.age_s()
 
     def etcd_revision(self) -> Gauge:
         """Revision of etcd that the hub has reached."""
@@ -194,7 +194,7 @@ class HubMetrics(Exposed, prefix="imdsproxy_hub_"):
 
     def token_keys_unreadable(self) -> Gauge:
         """1 while the newest session token keys in etcd cannot be read; the earlier keys stay in force."""
-        return self.hub.token_keys.problem is not None
+        return self.hub.state.unread_keys() is not None
 
     def certificate_end_seconds(self) -> Annotated[By, "gauge", "certificate"]:
         """Unix time at which a certificate in the hub's directory expires: authority, hub, and operator if present."""

@@ -159,7 +159,7 @@ class Operations:
     state: FleetState
     streams: Streams
     writes: Writes
-    peers: Peers
+    in_force: InForce
     restores: Restores
     clock: Clock
     complete: asyncio.Event = field(default_factory=asyncio.Event)
@@ -206,9 +206,8 @@ class Operations:
         return Passwords(self.writes)
 
     @property
-    def in_force(self) -> InForce:
-        """Waits for acknowledgements of hosts."""
-        return InForce(self.streams, self.peers)
+    def peers(self) -> Peers:
+        return self.in_force.peers
 
     def refuse_unknown(self, host: HostId) -> None:
         if self.state.stored(host_key(host)) is None:
@@ -310,7 +309,7 @@ class Operations:
                 **({} if unready is None else {f"hub {self.peers.name}": unready}),
                 **({} if (lost := _lost_quorum(members)) is None else {"etcd": lost}),
             },
-            token_keys=None if self.token_keys is None else self.token_keys.problem,
+            token_keys=self.state.unread_keys(),
             imports=[{"done": one.done, "of": one.of, "at": one.at} for one in imports],
             etcd=[_member(one) for one in members],
         )

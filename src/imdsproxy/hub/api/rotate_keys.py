@@ -68,7 +68,7 @@ async def _change(
     """Change the keys; return the new keys, and the hosts that lack them, with reasons."""
     writes, first = operations.writes, FleetKeys(fresh_key())
     ring = operations.token_keys
-    last = None if ring is None else ring.keys()
+    last = None if ring is None else ring.keys(operations.state.value)
     after = first
 
     def plan(view: View) -> Transaction:

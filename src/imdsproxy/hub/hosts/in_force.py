@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -135,10 +135,15 @@ Reported: TypeAlias = Mapping[HostId, Mapping[str, Any]]
 
 @dataclass(slots=True)
 class InForce:
-    """Acknowledgements of all hosts of the fleet, connected to this hub or to others."""
+    """Acknowledgements of all hosts of the fleet, connected to this hub or to others.
+
+    Args:
+        expect: Called with a revision that a client waits for and that this hub has not received.
+    """
 
     streams: Streams
     peers: Peers
+    expect: Callable[[int], object] = lambda _: None
 
     async def wait(
         self,
@@ -208,6 +213,8 @@ class InForce:
         Hosts that are not connected to this hub are missing. If this hub lags behind `incarnation`, all of its hosts
         are pending: revisions of an older incarnation prove nothing.
         """
+        if self.streams.state.revision < revision:
+            self.expect(revision)
         mine = [one for one in hosts if one in self.streams.hosts]
         if self.streams.state.meta.incarnation < incarnation:
             return dict.fromkeys(mine, "not received")

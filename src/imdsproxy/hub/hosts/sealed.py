@@ -35,7 +35,7 @@ from imdsproxy.fleet.layout import (
 )
 from imdsproxy.hub.store.envelope import Envelope, name_of
 from imdsproxy.hub.store.etcd_messages import unchanged
-from imdsproxy.hub.store.state import FleetState, Item
+from imdsproxy.hub.store.state import Item
 from imdsproxy.hub.store.transactions import (
     Draft,
     Terms,
@@ -140,15 +140,14 @@ def _key(text: object) -> TokenKey:
 class TokenKeyRing:
     """Token keys from this hub's copy of etcd; the earlier keys while the newest are unreadable."""
 
-    state: FleetState
     envelope: Envelope
     _problem: str | None = None
     _looked_at: tuple[bytes, int] | None = None
     _revision: int = 0
     _keys: FleetKeys | None = field(default=None, repr=False)
 
-    def keys(self) -> FleetKeys | None:
-        found = self.state.value(PLACE)
+    def keys(self, view: View) -> FleetKeys | None:
+        found = view(PLACE)
         if found is not None and found != self._looked_at:
             self._looked_at = found
             try:
@@ -159,20 +158,14 @@ class TokenKeyRing:
                 _log.error("token keys not read", code=error.code, error=error.message)
         return self._keys
 
-    @property
-    def problem(self) -> str | None:
-        """Reason why the newest keys are unreadable, while the earlier keys are in force."""
-        self.keys()
-        unread = self.state.unreadable.get(PLACE)
-        return (
-            self._problem
-            if unread is None
-            else f"{PLACE} was written by another program: {unread.why}"
-        )
+    def problem(self, view: View) -> str | None:
+        """Return the reason why the envelope does not open the newest keys; the earlier keys are in force then."""
+        self.keys(view)
+        return self._problem
 
-    def item_of(self, instance: InstanceId) -> Item | None:
+    def item_of(self, view: View, instance: InstanceId) -> Item | None:
         """Return `FleetKeys.item_of` with the revision of the keys; `None` while there are no keys."""
-        keys = self.keys()
+        keys = self.keys(view)
         return None if keys is None else (self._revision, keys.item_of(instance))
 
 

@@ -100,11 +100,10 @@ class Streams:
         admits: Returns whether a host's certificate with this serial number is valid now.
         suspect: Called with evidence that etcd was restored from a backup: a host has items that etcd lacks.
         raise_overrides: Called with a host and the overrides that the host has in force.
-        age_s: Returns the seconds since the last answer of etcd.
-        expect: Called with a revision that a client waits for and that this hub has not received.
         unready: Returns the reason why this hub may not serve hosts.
 
     Attributes:
+        heard: Time of the last change from etcd, by the monotonic clock.
         hosts: Streams of connected hosts, which have sent their hello.
         differed: Number of times that a host's digest differed.
     """
@@ -116,10 +115,9 @@ class Streams:
     raise_overrides: Callable[[HostId, Mapping[InstanceId, OperatorOverride]], object] = (
         lambda _host, _overrides: None
     )
-    age_s: Callable[[], float] = lambda: 0.0
-    expect: Callable[[int], object] = lambda _revision: None
     unready: Callable[[], str | None] = lambda: None
     schema: Schema = SCHEMA
+    heard: float = 0.0
     hosts: dict[HostId, HostStream] = field(default_factory=dict)
     differed: int = 0
     _differing: dict[HostId, tuple[float, str]] = field(default_factory=dict)
@@ -178,6 +176,10 @@ class Streams:
         del self.hosts[stream.host]
         self.progressed(stream.host)
         return True
+
+    def age_s(self) -> float:
+        """Return the seconds since the last change received from etcd."""
+        return self.clock.monotonic() - self.heard
 
     def ping(self) -> Ping:
         """Return a ping with this hub's revision and the age of its copy."""
@@ -281,8 +283,6 @@ class Streams:
         items: Collection[ItemKey] | None = None,
     ) -> dict[HostId, str]:
         """Wait until a revision is in force on these hosts; return the others, with reasons (`lacks`)."""
-        if self.state.revision < revision:
-            self.expect(revision)
         wait = _Wait(revision, set(self._pending(hosts, revision, items)), items)
         for host in wait.hosts:
             self._waits.setdefault(host, []).append(wait)

@@ -57,7 +57,6 @@ class Restores:
     name: str
     journal: Journal
     clock: Clock
-    fold: Fold = lambda _: None
     incarnation: int = 0
     _evidence: dict[HostId | None, tuple[Evidence, int]] = field(default_factory=dict)
     _noticed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -136,7 +135,7 @@ class Restores:
             why = f"{host} has a newer value of {next(iter(regained))} than etcd"
             self.suspect(Evidence(why, host, regained=regained))
 
-    async def run(self) -> None:
+    async def run(self, fold: Fold) -> None:
         """Write claims, and put back values that etcd has lost, until cancelled."""
         while True:
             while not (self._evidence or self.state.ahead):
@@ -148,7 +147,7 @@ class Restores:
                 host = next(iter(self._evidence))
                 await self._note_at_last(*self._evidence.pop(host))
             else:
-                await self._put_back()
+                await self._put_back(fold)
                 # Wait for the watch to show the write; this also limits the pace of a captured host.
                 await asyncio.sleep(_AGAIN_S)
 
@@ -207,7 +206,7 @@ class Restores:
     def _member(self, host: HostId) -> StoredHost | None:
         return member_in(self.state.value, host)
 
-    async def _put_back(self) -> None:
+    async def _put_back(self, fold: Fold) -> None:
         """Write lasting values that etcd lacks or has in an older version, so that a restore undoes none."""
         try:
             meta = await self.etcd.read(layout.META)
@@ -217,11 +216,11 @@ class Restores:
             same = unchanged(layout.META, meta.kvs[0].mod_revision if meta.kvs else 0)
             keys = sorted(self.state.ahead)
             for begin in range(0, len(keys), _PUT_BACK):
-                await self._put_back_some(keys[begin : begin + _PUT_BACK], same)
+                await self._put_back_some(keys[begin : begin + _PUT_BACK], same, fold)
         except (EtcdUnavailable, Compacted) as error:
             _log.warning("not put back yet", keys=len(self.state.ahead), reason=str(error))
 
-    async def _put_back_some(self, keys: Sequence[str], same: Compare) -> None:
+    async def _put_back_some(self, keys: Sequence[str], same: Compare, fold: Fold) -> None:
         state = self.state
         found = ((key, state.value(key)) for key in keys if key in state.ahead)
         puts = {key: value[0] for key, value in found if value is not None}
@@ -234,7 +233,7 @@ class Restores:
             return
         # Another hub was first, or etcd's value differs from this hub's copy.
         there = {one.key: change_of(one) for one in done.kvs}
-        self.fold([there.get(key, Change(key, None, done.revision)) for key in puts])
+        fold([there.get(key, Change(key, None, done.revision)) for key in puts])
 
     async def settle(self, within_s: float) -> None:
         """Wait until all claims are written and all lost values are put back, for at most `within_s`."""

@@ -52,7 +52,7 @@ from imdsproxy.model.records import parse_network
 Item: TypeAlias = tuple[int, Json]
 """Revision and value of an item."""
 
-InstanceKeys: TypeAlias = "Callable[[InstanceId], Item | None]"
+InstanceKeys: TypeAlias = "Callable[[layout.View, InstanceId], Item | None]"
 """Function that returns an instance's token keys as an item; `None` while the hub can read no token keys."""
 
 _FLEET_POLICY: Final = "policy/fleet"
@@ -139,7 +139,7 @@ class FleetState:
 
     Args:
         keys_of: See `InstanceKeys`.
-        keys_problem: Returns the reason why the newest token keys cannot be read.
+        keys_problem: Returns the reason why this hub cannot open the newest token keys.
         open_password: Decrypts a password, given its key and the sealed bytes; returns `None` on failure.
 
     Attributes:
@@ -149,8 +149,8 @@ class FleetState:
         removed: Keys of removed records. They stay in etcd for a while, so that hosts learn about the removal.
     """
 
-    keys_of: InstanceKeys = lambda _: None
-    keys_problem: Callable[[], str | None] = lambda: None
+    keys_of: InstanceKeys = lambda _view, _instance: None
+    keys_problem: Callable[[layout.View], str | None] = lambda _: None
     open_password: Callable[[str, bytes], str | None] = lambda _key, _sealed: None
     revision: int = 0
     meta: Meta = field(default_factory=lambda: Meta(""))
@@ -421,7 +421,7 @@ class FleetState:
         """Return an item's revision and value; `None` if there is no value for hosts."""
         kind, _, rest = item.partition("/")
         if kind == "keys":
-            return self.keys_of(InstanceId(rest))
+            return self.keys_of(self.value, InstanceId(rest))
         entry = self._entry(item)
         if entry is None:
             return None
@@ -545,11 +545,18 @@ class FleetState:
         """Return the reason why an item's value in etcd is unreadable; `None` if it is readable or absent."""
         kind, _, rest = item.partition("/")
         if kind == "keys":
-            return self.keys_problem()
+            return self.unread_keys()
         found = self.unreadable.get(_KINDS[kind] + rest)
         if found is None and kind == "password" and self._entry(item) and not self.item(item):
             return "no key of this hub opens it"
         return None if found is None else found.why
+
+    def unread_keys(self) -> str | None:
+        """Return the reason why the newest token keys are unreadable, while the earlier keys are in force."""
+        unread = self.unreadable.get(layout.TOKEN_KEYS)
+        if unread is None:
+            return self.keys_problem(self.value)
+        return f"{layout.TOKEN_KEYS} was written by another program: {unread.why}"
 
     def unread_instances(self, items: Iterable[ItemKey]) -> frozenset[ItemKey]:
         return frozenset(
