@@ -14,6 +14,7 @@ pytest_plugins = ("support.flaky", "support.progress")
 
 # How long an example takes is the machine's business, which may have other work.
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("brief", settings.get_profile("busy"), max_examples=25)
 settings.load_profile("busy")
 
 

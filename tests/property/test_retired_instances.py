@@ -43,10 +43,10 @@ def test_no_token_of_an_epoch_before_the_last_revocation_is_ever_good_again(
                     revoked[name] = epoch(name)
                     now = replace(own.get(name, UNTOUCHED), epoch=epoch(name) + 1)
                     own = own.replace(name, now).retire(here | {name})
+                    assert len(own) <= 2 + len(here | {name})
             for one, had in before.items():
                 assert epoch(one) == had or (step, one) == ("revoke", name)
             for one in _NAMES:
                 assert epoch(one) >= highest[one]
                 assert epoch(one) > revoked[one]
                 highest[one] = epoch(one)
-            assert len(own) <= 2 + len(here) + 1
