@@ -237,10 +237,7 @@ class PolicyStore(Part):
         self.keys.preload()
 
     async def report(self) -> Mapping[str, object]:
-        return {"unmatched_policies": self.find_unmatched()}
-
-    def find_unmatched(self) -> tuple[str, ...]:
-        """Return settings sections for a network, project or instance that no source reports.
+        """Report settings sections for a network, project or instance that no source reports.
 
         A section with a mistyped name has no effect, so the instance it should protect stays open.
         """
@@ -255,7 +252,8 @@ class PolicyStore(Part):
             "instances": lambda one: inventory.sources_of_instance(InstanceId(one)),
         }
         named = ((kind, one) for kind in known for one in getattr(book, kind))
-        return tuple(f"policy.{kind}.{one}" for kind, one in named if not known[kind](one))
+        unmatched = (f"policy.{kind}.{one}" for kind, one in named if not known[kind](one))
+        return {"unmatched_policies": tuple(unmatched)}
 
     def book(self) -> PolicyBook:
         """Return all policy rules except those in records."""

@@ -60,6 +60,14 @@ async def test_a_list_has_what_is_wanted_and_may_be_seen_and_can_be_read(
     assert [one["record"]["id"] for one in shown] == found
 
 
+def test_a_page_has_no_record_that_is_gone_since_the_search_or_that_another_program_wrote() -> None:
+    searched = map(InstanceId, ("db", "gone", "none", "spoilt", "mail"))
+    shown = Views(_FLEET, None).page(searched, {})
+    assert [one["record"]["id"] for one in shown] == ["db", "mail"]
+    own = Views(_FLEET, "office").page(map(InstanceId, ("db", "mail")), {})
+    assert [one["record"]["id"] for one in own] == ["mail"]
+
+
 async def test_a_list_of_a_large_fleet_takes_turns_with_other_work_and_with_changes() -> None:
     state = _state(*(_instance(f"i{number:04}", "a") for number in range(4 * AT_ONCE)))
     turn, turns = 0, list[int]()

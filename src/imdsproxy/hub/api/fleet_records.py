@@ -77,8 +77,7 @@ class FleetRecords(RecordStore):
         return self.operations.progress(self.caller.scope)
 
     async def report_networks(self) -> Iterable[Report]:
-        views, reported = self.views, await self.caller.reported(self.operations)
-        return (views.network(one, reported) for one in views.networks())
+        return self.views.networks(await self.caller.reported(self.operations))
 
     async def report_network(self, network: NetworkId) -> Report:
         return self.views.network(network, await self.caller.reported(self.operations))
@@ -87,8 +86,7 @@ class FleetRecords(RecordStore):
         return [one async for one, _, _ in self.views.instances(Wanted(text, network))]
 
     async def report_page(self, instances: Sequence[InstanceId]) -> Sequence[Report]:
-        views, reported = self.views, await self.caller.reported(self.operations)
-        return [views.summary(*views.stored(one), reported) for one in instances]
+        return self.views.page(instances, await self.caller.reported(self.operations))
 
     async def report_instance(self, instance: InstanceId) -> Report:
         views, reported = self.views, await self.caller.reported(self.operations)

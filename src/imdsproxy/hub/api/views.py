@@ -49,14 +49,14 @@ class Views:
 
     # Lists and names
 
-    def networks(self) -> Iterator[NetworkId]:
-        """Iterate over the networks that the operator may know, sorted by id."""
+    def networks(self, reported: Reported) -> Iterator[Json]:
+        """Iterate over the views of the networks that the operator may know, sorted by id."""
         scope = read_scope(self.state.value, self.scope)
         for key in sorted(self.state.keys(layout.NETWORKS)):
             network = NetworkId(key.removeprefix(layout.NETWORKS))
             known = read_network(self.state.value, network)
             if known is not None and (scope is None or scope.knows_network(known[0].record)):
-                yield network
+                yield self._describe_network(network, *known, reported)
 
     async def instances(
         self, wanted: Wanted
@@ -193,20 +193,25 @@ class Views:
         if known is None:
             self._refuse_unread("network", layout.network_key(network))
             raise no_such("network", network)
+        return self._describe_network(network, *known, reported)
+
+    def _describe_network(
+        self, network: NetworkId, stored: StoredNetwork, revision: int, reported: Reported
+    ) -> Json:
         item = f"network/{network}"
-        use = self._use(item, known[0].record)
+        use = self._use(item, stored.record)
         hosts = sorted(use)
         failed = [
             f"host {host}: {why}" for host in hosts if (why := _failure(reported, host, {item}))
         ]
         return {
-            "record": known[0].record,
+            "record": stored.record,
             "source": _SOURCE,
             "instances": use.total(),
             "serving": not failed,
             "not_served": NotServed(network, "not-in-force", failed[0]) if failed else None,
             "hosts": hosts,
-            "revision": known[1],
+            "revision": revision,
         }
 
     def _use(self, item: ItemKey, record: Json) -> Counter[HostId]:
@@ -223,9 +228,18 @@ class Views:
         record = replace(record_of(stored), user_data=user_data)
         return _describe(record, stored, revision, reported)
 
-    def summary(self, stored: StoredInstance, revision: int, reported: Reported) -> Json:
-        """Return an instance without payloads, but with their sizes."""
-        record = record_of(stored)
+    def page(self, instances: Iterable[InstanceId], reported: Reported) -> list[Json]:
+        """Return the summaries of instances; skip instances that were removed since the search."""
+        known = (self.known(one) for one in instances)
+        shown = (self._summary(*one, reported) for one in known if one is not None)
+        return [one for one in shown if one is not None]
+
+    def _summary(self, stored: StoredInstance, revision: int, reported: Reported) -> Json | None:
+        """Return an instance without payloads, but with their sizes; `None` for a record of another program."""
+        try:
+            record = record_of(stored)
+        except SourceCorrupt:
+            return None  # its hosts refuse the record, and report that
         sizes = {
             "user_data_bytes": 0 if stored.user_data is None else stored.user_data.size,
             "vendor_data_bytes": len(record.vendor_data or b""),
@@ -235,11 +249,8 @@ class Views:
     async def summaries(self, wanted: Wanted, reported: Reported) -> AsyncIterator[Json]:
         """Iterate over the summaries of matching instances, sorted by id."""
         async for _, stored, revision in self.instances(wanted):
-            try:
-                shown = self.summary(stored, revision, reported)
-            except SourceCorrupt:
-                continue  # as above
-            yield shown
+            if (shown := self._summary(stored, revision, reported)) is not None:
+                yield shown
 
 
 def _policy_of(project: str) -> ItemKey:
