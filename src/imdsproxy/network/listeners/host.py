@@ -7,56 +7,36 @@ last one.
 
 import asyncio
 import contextlib
-import errno
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, TypeAlias
 
 import structlog
 
-from imdsproxy.errors import DataplaneError, HostRefused, Ignoring, Problem, refusing
+from imdsproxy.errors import DataplaneError, HostRefused, Problem, refusing
 from imdsproxy.host import netlink
 from imdsproxy.host.files import Journal, write_atomic
 from imdsproxy.host.names import Naming
 from imdsproxy.host.namespaces import MISSING, NamespaceMissing, NamespaceThread
-from imdsproxy.host.nftables import ARP, BRIDGE, INET, NetfilterSocket
+from imdsproxy.host.nftables import ARP, BRIDGE
 from imdsproxy.host.nlmessages import NetlinkSocket
-from imdsproxy.host.sockets import (
-    L3_PROXY_PORT,
-    SOCK_DIAG,
-    SocketOwners,
-    listening_inodes,
-    listening_sockets,
-    try_bind,
-)
+from imdsproxy.host.sockets import SOCK_DIAG, SocketOwners, listening_inodes
 from imdsproxy.host.state import (
     REDIRECTED,
-    AddressState,
-    Family,
     ListeningSocket,
     NamespaceRef,
-    ObservedAddress,
-    ObservedDevice,
-    ObservedEnd,
     ObservedHost,
     ObservedNamespace,
     merge_observed,
 )
-from imdsproxy.model.entities import (
-    METADATA_IPV4,
-    METADATA_PORT,
-    IpAddress,
-    MacAddress,
-    Network,
-    NetworkId,
-)
+from imdsproxy.model.entities import METADATA_PORT, IpAddress, MacAddress, Network, NetworkId
 from imdsproxy.model.records import Refused, parse_network, render_record
-from imdsproxy.model.wire import REDIRECTED_PORT
 from imdsproxy.network.listeners.apply import HostTable, apply_ops
+from imdsproxy.network.listeners.look import REDIRECTED_PORTS, look
 from imdsproxy.network.listeners.plan import (
     ListenerPlan,
     ManagedPlace,
@@ -69,10 +49,9 @@ from imdsproxy.network.listeners.plan import (
     place_of,
     plan_listeners,
 )
-from imdsproxy.network.listeners.rules import ROUTER_COMMENT, plan_arp_filter, plan_diversions
+from imdsproxy.network.listeners.rules import plan_arp_filter, plan_diversions
 from imdsproxy.network.ovn.plan import OvnWanted, network_of
 from imdsproxy.network.planned import (
-    LOOPBACK,
     AddAddress,
     AttachOvn,
     DetachOvn,
@@ -84,31 +63,10 @@ from imdsproxy.network.planned import (
     RouterTable,
 )
 from imdsproxy.sources.neutron_namespaces.records import router_of
-from imdsproxy.sources.ovn.ports import devices_of
 from imdsproxy.sources.ovn.source import OvnSource
 
 Peek: TypeAlias = tuple[int, frozenset[int]]
 """Inode of a namespace, and inodes of the sockets that listen there."""
-
-_DMI: Final = Path("/sys/class/dmi/id")
-
-# The same strings as in cloud-init's ds-identify.
-_SIGNS: Final[Mapping[str, tuple[str, ...]]] = {
-    "sys_vendor": (
-        *("Akamai", "Alibaba Cloud", "Amazon EC2", "DigitalOcean", "Google", "Hetzner"),
-        *("OpenStack Foundation", "Vultr", "e24cloud"),
-    ),
-    "product_name": ("Exoscale", "Google Compute Engine", "OpenStack Compute", "OpenStack Nova"),
-    "chassis_asset_tag": (
-        "7783-7084-3265-9085-8269-3286-77",  # Microsoft Azure's
-        *("HUAWEICLOUD", "OpenTelekomCloud", "OracleCloud.com"),
-    ),
-}
-_HOST_ROUTE: Final = 32
-
-_REDIRECTED_PORTS: Final = (REDIRECTED_PORT, L3_PROXY_PORT)
-
-_TRIES: Final = 3
 
 _HALF_MADE_S: Final = 10.0
 """Seconds after which a file without a namespace counts as abandoned by the program that created it."""
@@ -312,7 +270,7 @@ class SystemHost:
         near = {name for place in places for name in place.observed_devices}
         pids = self.our_pids()
 
-        def look() -> ObservedHost:
+        def observe() -> ObservedHost:
             left = self._left_over(managed) - asked if everything else frozenset()
             names = (*asked, *left)
             seen = {name: self._namespace(name, wanted.get(name, set())) for name in names}
@@ -321,7 +279,7 @@ class SystemHost:
             if everything or near:
                 with refusing("look at the host's devices"):
                     some = () if everything else near
-                    root = self._look(None, wanted.get(None, set()), some)
+                    root = look(self.naming, None, wanted.get(None, set()), some)
             sockets = (one for place in (root, *namespaces.values()) for one in place.sockets)
             owned = self._owners.resolve(sockets, pids)
             return ObservedHost(
@@ -331,7 +289,7 @@ class SystemHost:
                 devices=frozenset(near),
             )
 
-        return await self.thread.run(look)
+        return await self.thread.run(observe)
 
     async def peek(self, places: Collection[str | None]) -> dict[str | None, Peek | None]:
         """Return only the sockets that listen in these namespaces (`None`: the host's own).
@@ -339,16 +297,16 @@ class SystemHost:
         This costs a fifth of a full observation. The value is `None` if a namespace is missing or cannot be entered.
         """
 
-        def look(place: str | None) -> Peek | None:
+        def ask(place: str | None) -> Peek | None:
             # A failure counts as a difference, so a full observation follows and reports the reason.
             with contextlib.suppress(DataplaneError, OSError), self.thread.inside(place) as ref:
                 with NetlinkSocket(SOCK_DIAG) as channel:
-                    inodes = listening_inodes(channel, (METADATA_PORT, *_REDIRECTED_PORTS))
+                    inodes = listening_inodes(channel, (METADATA_PORT, *REDIRECTED_PORTS))
                 return 0 if ref is None else ref.inode, inodes
             return None
 
         given = tuple(places)
-        return await self.thread.run(lambda: {name: look(name) for name in given})
+        return await self.thread.run(lambda: {name: ask(name) for name in given})
 
     async def find_ours(self, inodes: Collection[int]) -> frozenset[int]:
         pids = self.our_pids()
@@ -386,7 +344,7 @@ class SystemHost:
                 contextlib.suppress(NamespaceMissing),
                 self.thread.inside(name) as ref,
             ):
-                return self._look(ref, wanted)
+                return look(self.naming, ref, wanted)
         except DataplaneError as error:
             return ObservedNamespace(None, problem=error.message)
         file = self.thread.directory.path / name
@@ -398,40 +356,6 @@ class SystemHost:
             # An agent may be creating a namespace of OVN's network.
             self._unfinished.add(network)
         return None
-
-    def _look(
-        self, ref: NamespaceRef | None, wanted: set[str | None], near: Collection[str] = ()
-    ) -> ObservedNamespace:
-        """Observe the thread's current namespace.
-
-        Args:
-            ref: The namespace; `None` for the host's own.
-            wanted: Devices of interest; if empty, only objects that may be ours are observed.
-            near: Observe only these devices and those related to them; if empty, all devices.
-        """
-        with NetlinkSocket() as channel:
-            devices, addresses = _devices_and_addresses(channel, near)
-            own = ref is not None and self.naming.is_namespace(ref.name)
-            routes = netlink.default_routes(channel, devices.values()) if own else frozenset()
-            metadata = _own_metadata(channel) if ref is None else ""
-            end = None if ref is None else _look_at_end(channel, ref.name, devices)
-        sockets: list[ListeningSocket] = []
-        of_router = REDIRECTED in wanted or (ref is not None and router_of(ref.name) is not None)
-        if wanted or near or not (own or ref is None):
-            with NetlinkSocket(SOCK_DIAG) as channel:
-                ports = _REDIRECTED_PORTS if REDIRECTED in wanted else (METADATA_PORT,)
-                sockets = listening_sockets(channel, ports)
-        return ObservedNamespace(
-            ref=ref,
-            devices=devices,
-            addresses=addresses,
-            default_routes=routes,
-            sockets=tuple(sockets),
-            trials=dict(_trials(wanted, addresses, devices)),
-            own_metadata=metadata,
-            end=end,
-            tables=_find_tables(self.naming) if of_router else frozenset(),
-        )
 
     async def carry_out(self, ops: Collection[HostOp]) -> Mapping[HostOp, Problem]:
         """Carry out all ops, also after one failed; observe their places again. Return the refused ones."""
@@ -581,82 +505,7 @@ def _is_abandoned(file: Path) -> bool:
         return False
 
 
-def _look_at_end(
-    channel: NetlinkSocket, namespace: str, devices: Mapping[str, ObservedDevice]
-) -> ObservedEnd | None:
-    """Observe the device of OVN's network in the thread's current namespace; `None` in another namespace."""
-    network = network_of(namespace)
-    device = None if network is None else devices.get(devices_of(network)[1])
-    if device is None:
-        return None
-    with Ignoring(errno.ENODEV):  # another program is removing the device
-        return ObservedEnd(
-            frozenset(netlink.list_interfaces(channel, device.index)),
-            ipv6=netlink.has_ipv6(device.name),
-            has_checksums=not netlink.ask_ethtool(device.name, netlink.ETHTOOL_GTXCSUM),
-        )
-    return None
-
-
-def _find_tables(naming: Naming) -> frozenset[str]:
-    """Return our tables of the current form in the thread's current namespace, which is a router's."""
-    names = (one.name_in(naming) for one in RouterTable)
-    # If the kernel has no such tables, the operation that creates them reports the reason.
-    with contextlib.suppress(OSError), NetfilterSocket() as channel:
-        return frozenset(name for name in names if channel.comment(name, INET) == ROUTER_COMMENT)
-    return frozenset()
-
-
 def _with_owners(seen: ObservedNamespace, owned: dict[int, ListeningSocket]) -> ObservedNamespace:
     if not seen.sockets:
         return seen
     return replace(seen, sockets=tuple(owned[one.inode] for one in seen.sockets))
-
-
-def _devices_and_addresses(
-    channel: NetlinkSocket, near: Collection[str]
-) -> tuple[dict[str, ObservedDevice], tuple[ObservedAddress, ...]]:
-    """Return devices and addresses of nearly the same moment: every address is on one of the devices."""
-    for _ in range(_TRIES):
-        links = netlink.list_links_near(channel, near) if near else netlink.list_links(channel)
-        devices = {one.name: one for one in links}
-        addresses = tuple(netlink.metadata_addresses(channel, links, only=near))
-        known = tuple(one for one in addresses if one.device in devices)
-        if len(known) == len(addresses):
-            break
-        # A device was created between the two queries: query again.
-    return devices, known
-
-
-def _trials(
-    wanted: set[str | None],
-    addresses: tuple[ObservedAddress, ...],
-    devices: dict[str, ObservedDevice],
-) -> Iterator[tuple[tuple[Family, str | None], int]]:
-    for family in Family if REDIRECTED in wanted else ():
-        error = try_bind(family, None, port=REDIRECTED_PORT, address=family.any_address)
-        yield (family, REDIRECTED), error
-    usable = [one for one in addresses if one.state is AddressState.USABLE]
-    if any(one.address == Family.IPV4.metadata_address for one in usable):
-        for device in sorted(wanted, key=str):
-            if device is None or device in devices:
-                yield (Family.IPV4, device), try_bind(Family.IPV4, device)
-    for one in usable:
-        carries = one.address == Family.IPV6.metadata_address and one.device != LOOPBACK
-        if carries and (None in wanted or one.device in wanted):
-            index = devices[one.device].index
-            yield (Family.IPV6, one.device), try_bind(Family.IPV6, one.device, index)
-
-
-def _own_metadata(channel: NetlinkSocket) -> str:
-    """Describe the sign that the host itself uses a metadata service; empty without a sign."""
-    for name, known in _SIGNS.items():
-        try:
-            value = (_DMI / name).read_text(errors="replace").strip()
-        except OSError:
-            continue  # not every machine has SMBIOS, and not every field may be read
-        if value in known:
-            return f"its SMBIOS says {value}"
-    if netlink.route_length(channel, METADATA_IPV4) == _HOST_ROUTE:
-        return f"it has a route to {METADATA_IPV4}"
-    return ""
