@@ -47,3 +47,9 @@ class LoggedFiles(DiskFiles):
 
     def content(self, instance: InstanceId) -> bytes:
         return (self.directory / compiled_path(instance)).read_bytes()
+
+
+def last_written(path: Path) -> tuple[int, int]:
+    """Inode and time of change of a file: both stay while the file is only read."""
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns

@@ -58,6 +58,7 @@ from imdsproxy.network.planned import (
 )
 from support.fake_haproxy import FakeHaproxy, control_fake
 from support.fake_mac_filters import no_hop_limits, no_mac_filters
+from support.record_files import last_written
 from support.tasks import until
 
 
@@ -429,11 +430,11 @@ async def test_a_place_is_struck_out_once_all_that_was_to_be_removed_there_is(
     tmp_path: Path, applied: AsyncMock
 ) -> None:
     await _host(tmp_path).apply([_ADD, _ROOT])
-    before = (tmp_path / "managed.json").stat().st_ino
+    before = last_written(tmp_path / "managed.json")
     applied.return_value = {_REMOVE: Problem("host", "no")}
     for ops in ([DeleteLink("imds0")], [_REMOVE, replace(_REMOVE, address=METADATA_IPV6)]):
         await _host(tmp_path).apply(ops)
-        assert (tmp_path / "managed.json").stat().st_ino == before
+        assert last_written(tmp_path / "managed.json") == before
     applied.return_value = {}
     await _host(tmp_path).apply([_REMOVE])
     assert _host(tmp_path).managed() == {(None, "virbr0")}
