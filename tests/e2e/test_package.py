@@ -348,6 +348,12 @@ def test_the_package_depends_on_every_library_and_recommends_what_only_some_of_i
     wanted = ("haproxy (>= 3.0)", "nftables", "python3-typer (>= 0.15)", "python3-yaml (>= 6.0.2)")
     assert set(depends) >= set(wanted)
     assert recommends == sorted(
-        ["python3-cryptography", "python3-libvirt", "python3-openvswitch", *RECOMMENDED]
+        [
+            "python3-cryptography",
+            "python3-jwt",
+            "python3-libvirt",
+            "python3-openvswitch",
+            *RECOMMENDED,
+        ]
     )
     assert not [each for each in depends if "openstack" in each]

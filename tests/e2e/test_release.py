@@ -19,6 +19,7 @@ from support.demonstration import REPOSITORY
 from support.document_blocks import blocks_of, find_fault, script_of
 from support.lab import run
 from support.patience import patience
+from support.pinned_venv import pinned_venv
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -38,9 +39,7 @@ _INSTALL: Final = REPOSITORY / "docs/how-to/install.md"
 @pytest.fixture(scope="module")
 def tools() -> Path:
     """The programs of requirements/release.txt."""
-    shell = f". {REPOSITORY}/script/lib.sh; pinned_venv release"
-    words = ("bash", "-c", shell, f"{REPOSITORY}/script/test")
-    return Path(run(*words, timeout_s=200).strip()) / "bin"
+    return pinned_venv("release") / "bin"
 
 
 @pytest.fixture(scope="module")

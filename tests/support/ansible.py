@@ -1,21 +1,14 @@
 """Ansible's programs, and the playbooks that pages have."""
 
 import re
-from functools import cache
 from pathlib import Path
-from typing import Final
 
-from support.demonstration import REPOSITORY
-from support.lab import run
-
-_MAKE_S: Final = 300
+from support.pinned_venv import pinned_venv
 
 
-@cache
 def programs() -> Path:
     """The directory of those that `requirements/ansible.txt` pins."""
-    shell = f". {REPOSITORY}/script/lib.sh; pinned_venv ansible"
-    return Path(run("bash", "-c", shell, "script/test", timeout_s=_MAKE_S).strip()) / "bin"
+    return pinned_venv("ansible") / "bin"
 
 
 def playbook_of(page: Path) -> str:
