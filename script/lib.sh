@@ -51,6 +51,7 @@ test_packages=(
     radvd:radvd
     keepalived:keepalived
     arping:iputils-arping
+    /usr/lib/apache2/modules/mod_auth_openidc.so:libapache2-mod-auth-openidc
 )
 # what builds and checks packages
 package_packages=(

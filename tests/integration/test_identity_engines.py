@@ -1,26 +1,39 @@
 """Genuine verifiers of a guest's token, as they are for operators: they take a good one, and no other."""
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Final
 
 import pytest
 
+from support.identity.keystone import AUDIENCE, Keystone, open_keystone, run_openstack
 from support.identity.openbao import OpenBao, Refused, open_openbao
 from support.identity.signing import KeySet, SigningKey
-from support.lab import Lab
+from support.lab import Lab, batch, plug
+from support.recorder import Recorder, reply
 
 pytestmark = pytest.mark.root
 
 _PROJECT: Final = "11111111111111111111111111111111"
 _OTHER: Final = "22222222222222222222222222222222"
 _STRANGER: Final = "33333333333333333333333333333333"
+_GUEST: Final = "guest"
+_KEYSTONE: Final = "10.250.1.254"
+_METADATA: Final = "169.254.169.254"
 _INSTANCE: Final = "ac7e3c7e-1111-4222-8333-444455556666"
 
 
 @pytest.fixture(scope="module")
 def place() -> Iterator[Lab]:
+    """A host, and a guest that reaches an address of the host."""
     lab = Lab()
     try:
+        guest = lab.namespace(_GUEST)
+        plug(lab.host, "k0", guest)
+        batch(lab.host, [f"address add {_KEYSTONE}/24 dev k0"])
+        lines = ["link set eth0 up", "address add 10.250.1.5/24 dev eth0"]
+        batch(guest, [*lines, f"address add {_METADATA}/32 dev lo"])
         yield lab
     finally:
         lab.close()
@@ -43,7 +56,7 @@ def key_set(
 def claims(key_set: KeySet) -> dict[str, object]:
     """Those of a guest of `_PROJECT`, without an audience."""
     return {
-        "iss": key_set.issuer,
+        "iss": key_set.issuer.url,
         "sub": f"spiffe://cloud.example/project/{_PROJECT}/instance/{_INSTANCE}",
         "project_id": _PROJECT,
         "instance_id": _INSTANCE,
@@ -54,7 +67,7 @@ def claims(key_set: KeySet) -> dict[str, object]:
 def bao(place: Lab, key_set: KeySet, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenBao]:
     """An OpenBao with the role `vm` for two projects, and a secret of each."""
     with open_openbao(place.host, tmp_path_factory.mktemp("openbao")) as made:
-        made.trust(issuer=key_set.issuer, jwks_url=key_set.url, ca_file=key_set.ca_file)
+        made.trust(key_set.issuer)
         made.admit("vm", audience="vault", projects=[_PROJECT, _OTHER])
         for project in (_PROJECT, _OTHER):
             made.write(f"secret/data/{project}/db", data={"password": f"of {project}"})
@@ -106,3 +119,36 @@ def test_openbao_takes_a_key_once_the_issuer_publishes_it(
     forged = SigningKey(key.kid).sign(**claims, aud="vault")
     with pytest.raises(Refused, match="signature"):
         bao.login("vm", forged)
+
+
+@pytest.fixture(scope="module")
+def keystone(place: Lab, key_set: KeySet) -> Iterator[Keystone]:
+    with open_keystone(place.host, _KEYSTONE, key_set.issuer) as made:
+        yield made
+
+
+@pytest.mark.slow
+def test_a_stock_openstack_client_gets_a_token_of_its_own_project_without_a_secret(
+    keystone: Keystone, place: Lab, key: SigningKey, claims: dict[str, object], tmp_path: Path
+) -> None:
+    guest = place.name(_GUEST)
+    own, other = (keystone.add_project(name) for name in ("own", "other"))
+    clouds = tmp_path / "clouds.yaml"
+    token_url = f"http://{_METADATA}/openstack/latest/oauth2/token"
+    with Recorder(namespace=guest, address=_METADATA, port=80) as metadata:
+
+        def issue(project: str, **changed: object) -> str:
+            """Return the project of Keystone's token, or why there is none."""
+            token = key.sign(**{**claims, "aud": AUDIENCE, "project_id": own, **changed})
+            answer = json.dumps({"access_token": token, "token_type": "Bearer"}).encode()
+            metadata.default = lambda _: reply(answer, headers=("Content-Type: application/json",))
+            keystone.write_clouds(clouds, project=project, token_url=token_url)
+            done = run_openstack(guest, clouds, "token", "issue", "-f", "json")
+            return (
+                str(json.loads(done.stdout)["project_id"]) if not done.returncode else done.stderr
+            )
+
+        assert issue(own) == own
+        assert b"grant_type=client_credentials" in metadata.requests[0].body
+        assert "401" in issue(other)
+        assert "401" in issue(own, aud="vault")

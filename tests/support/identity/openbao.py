@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from support.identity.signing import Issuer
 from support.lab import within
 from support.openstack.neutron_rest import ask
 from support.openstack.servers import Server, ends_with_us
@@ -43,15 +44,15 @@ class OpenBao:
     namespace: str
     url: str = f"http://{_ADDRESS}:{_PORT}"
 
-    def trust(self, *, issuer: str, jwks_url: str, ca_file: Path) -> None:
+    def trust(self, issuer: Issuer) -> None:
         """Take tokens of one issuer, and of no other from now on."""
         if "jwt/" not in self.read("sys/auth")["data"]:
             self.write("sys/auth/jwt", type="jwt")
         self.write(
             "auth/jwt/config",
-            jwks_url=jwks_url,
-            jwks_ca_pem=ca_file.read_text(),
-            bound_issuer=issuer,
+            jwks_url=issuer.jwks_url,
+            jwks_ca_pem=issuer.ca_file.read_text(),
+            bound_issuer=issuer.url,
         )
 
     def admit(self, role: str, *, audience: str, projects: Sequence[str]) -> None:

@@ -42,9 +42,23 @@ class SigningKey:
         return jwt.encode({**registered, **claims}, self.private, "RS256", {"kid": self.kid})
 
 
+@dataclass(frozen=True, slots=True)
+class Issuer:
+    """Issuer as verifiers are configured for it.
+
+    Attributes:
+        url: The claim `iss` of its tokens.
+        ca_file: PEM file of the authority that has signed the certificate of the key set's server.
+    """
+
+    url: str
+    jwks_url: str
+    ca_file: Path
+
+
 @dataclass(slots=True)
 class KeySet:
-    """Server of a JWKS at an https URL, as a context manager.
+    """Server of an issuer's key set, as a context manager.
 
     Args:
         directory: For its certificates.
@@ -76,17 +90,9 @@ class KeySet:
         self._server.kill()
 
     @property
-    def issuer(self) -> str:
-        return f"https://{self._server.authority}"
-
-    @property
-    def url(self) -> str:
-        return f"{self.issuer}/jwks"
-
-    @property
-    def ca_file(self) -> Path:
-        """PEM file of the authority that has signed the server's certificate."""
-        return self._authority.ca_file
+    def issuer(self) -> Issuer:
+        url = f"https://{self._server.authority}"
+        return Issuer(url, f"{url}/jwks", self._authority.ca_file)
 
     def _answer(self, request: Received) -> Answer:
         if request.target != b"/jwks":
