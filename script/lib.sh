@@ -52,6 +52,8 @@ test_packages=(
     keepalived:keepalived
     arping:iputils-arping
     /usr/lib/apache2/modules/mod_auth_openidc.so:libapache2-mod-auth-openidc
+    kubectl:kubectl
+    softhsm2-util:softhsm2
 )
 # what builds and checks packages
 package_packages=(

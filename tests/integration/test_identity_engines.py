@@ -10,6 +10,7 @@ import pytest
 from support.identity.keystone import AUDIENCE, Keystone, open_keystone, run_openstack
 from support.identity.openbao import OpenBao, Refused, open_openbao
 from support.identity.signing import KeySet, SigningKey
+from support.identity.verifiers import verify
 from support.lab import Lab, batch, plug
 from support.recorder import Recorder, reply
 
@@ -152,3 +153,16 @@ def test_a_stock_openstack_client_gets_a_token_of_its_own_project_without_a_secr
         assert b"grant_type=client_credentials" in metadata.requests[0].body
         assert "401" in issue(other)
         assert "401" in issue(own, aud="vault")
+
+
+def test_libraries_take_a_token_for_its_audience_and_by_the_issuers_keys_only(
+    place: Lab, key_set: KeySet, key: SigningKey, claims: dict[str, object]
+) -> None:
+    def verdicts(audience: str, signer: SigningKey) -> set[str]:
+        token = signer.sign(**claims, aud="reports")
+        found = verify(token, audience=audience, issuer=key_set.issuer, namespace=place.host)
+        return set(found.values())
+
+    assert verdicts("reports", key) == {claims["sub"]}
+    assert all("aud" in one.lower() for one in verdicts("vault", key))
+    assert all("signature" in one.lower() for one in verdicts("reports", SigningKey(key.kid)))

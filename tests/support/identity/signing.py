@@ -48,11 +48,13 @@ class Issuer:
 
     Attributes:
         url: The claim `iss` of its tokens.
-        ca_file: PEM file of the authority that has signed the certificate of the key set's server.
+        bundle_url: Where its trust domain's keys are, as SPIFFE has them.
+        ca_file: PEM file of the authority that has signed the certificate of the keys' server.
     """
 
     url: str
     jwks_url: str
+    bundle_url: str
     ca_file: Path
 
 
@@ -92,9 +94,16 @@ class KeySet:
     @property
     def issuer(self) -> Issuer:
         url = f"https://{self._server.authority}"
-        return Issuer(url, f"{url}/jwks", self._authority.ca_file)
+        return Issuer(url, f"{url}/jwks", f"{url}/bundle", self._authority.ca_file)
 
     def _answer(self, request: Received) -> Answer:
-        if request.target != b"/jwks":
-            return reply(status=404)
-        return reply(json.dumps({"keys": [key.jwk for key in self.keys]}).encode(), headers=_JSON)
+        keys = [key.jwk for key in self.keys]
+        match request.target:
+            case b"/jwks":
+                body: dict[str, object] = {"keys": keys}
+            case b"/bundle":
+                own = [{**key, "use": "jwt-svid"} for key in keys]
+                body = {"keys": own, "spiffe_sequence": 1, "spiffe_refresh_hint": 300}
+            case _:
+                return reply(status=404)
+        return reply(json.dumps(body).encode(), headers=_JSON)
