@@ -35,7 +35,7 @@ from imdsproxy.config.neutron_options import NEUTRON_OPTIONS
 from imdsproxy.config.schema import Settings
 from imdsproxy.config.strict_yaml import render_value
 from imdsproxy.controller.audit import Audit
-from imdsproxy.controller.companion import Companion
+from imdsproxy.controller.companion import DocumentProbe
 from imdsproxy.controller.macs import Macs
 from imdsproxy.controller.record_loop import RecordLoop
 from imdsproxy.controller.sources import Sources
@@ -119,7 +119,7 @@ _PARTS: Final = (
     ListenerLoop,
     HaproxyWatchdog,
     Haproxy,
-    Companion,
+    DocumentProbe,
     Resolver,
     Traffic,
     Macs,

@@ -196,7 +196,8 @@ async def _live(
             # Stop supervisors before the processes they restart. The admin API may end later.
             await asyncio.wait(tasks)
             await parts.haproxy.launcher.stop()
-            await parts.companion.stop()
+            for one in parts.companions:
+                await one.stop()
         # The resolver ends after HAProxy, which may send requests over its open connections until then.
         resolving.cancel()
         if parts.ending.with_data_plane:
@@ -425,8 +426,13 @@ async def stop_data_plane(settings: Settings, environment: Mapping[str, str]) ->
     host = build.build_host(settings, layout, thread)
     companion = build.build_companion(settings, layout, None, environment)
     try:
-        await Launcher(settings.haproxy.binary, build.unit_of(settings.haproxy), layout).stop()
-        await companion.stop()
+        unit = build.unit_of(settings.haproxy.supervisor, settings.haproxy.unit)
+        await Launcher(settings.haproxy.binary, unit, layout).stop()
+        for one in (
+            companion,
+            *build.build_identity_companions(settings, layout, None, environment),
+        ):
+            await one.stop()
         filters = build.build_filters(layout, host, Inventory(), Clock())
         await sweep_host(settings, host, filters)
     finally:

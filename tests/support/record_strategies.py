@@ -79,6 +79,8 @@ _KINDS: dict[type[object], st.SearchStrategy[object]] = {
     bool: st.none() | st.booleans(),
     TokenMode: st.none() | st.sampled_from(TokenMode),
     tuple: path_rules.map(lambda rules: rules or None),
+    list: st.none()
+    | st.sets(st.sampled_from(["vault", "keystone", "s3"])).map(lambda names: tuple(sorted(names))),
 }
 policies = st.builds(
     PolicyRules,

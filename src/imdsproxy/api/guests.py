@@ -11,7 +11,7 @@ from imdsproxy.api.bodies import DocumentBody, DocumentView
 from imdsproxy.api.records import no_such, refuse_unknown
 from imdsproxy.controller.lookup import Lookup
 from imdsproxy.controller.parts import Parts
-from imdsproxy.controller.record_plan import policy_place, record_key
+from imdsproxy.controller.record_plan import record_key
 from imdsproxy.documents.resolver_app import CollectedAnswer, GuestRequest
 from imdsproxy.errors import NotFound, RuntimeUnavailable
 from imdsproxy.haproxy.master import WorkerEnded
@@ -340,9 +340,11 @@ def _explain_found(
     if lookup.source is not None and (seen := lookup.source.explain_freshness(*at)) is not None:
         found.add(seen)
     now, project = int(lookup.clock.now().timestamp()), known.port.project or instance.project
-    book, place = records.policies(), policy_place(lookup.inventory, key[0], project, instance)
-    folded = book.fold(place)
-    rules = report_policy(folded, book.override(instance.id), instance.created_at, now)
+    book = records.policies()
+    in_force = records.planner().find_policy(key[0], project, instance)
+    folded = in_force.folded
+    override = book.override(instance.id)
+    rules = report_policy(folded, override, instance.created_at, now, in_force.word)
     of_fleet = parts.policy_store.is_of_fleet(instance.id)
     found.rules = replace(rules, of_fleet=of_fleet)
     paths = folded.policy.paths

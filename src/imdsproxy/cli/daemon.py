@@ -85,6 +85,22 @@ def documents(run: options.Invocation) -> None:
     ).run()
 
 
+@options.config_command
+def identity_server(run: options.Invocation) -> None:
+    """Run the process that gives identity tokens to guests, in the foreground."""
+    from imdsproxy.controller.identity import plan_service
+
+    plan_service(run.settings).execute()
+
+
+@options.config_command
+def signer(run: options.Invocation) -> None:
+    """Run the signer of identity tokens in the foreground: the process that has the keys."""
+    from imdsproxy.controller.identity import plan_signer
+
+    plan_signer(run.settings).execute()
+
+
 @options.bare_command
 def namespace_proxy(
     run: options.Invocation,

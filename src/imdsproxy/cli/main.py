@@ -50,7 +50,8 @@ _GROUPS: Final = frozenset(path.split()[0] for path in EXAMPLES if " " in path)
 _MODULES: Final[Mapping[str, str]] = {
     **dict.fromkeys(
         (
-            *("run", "documents", "hub", "namespace-proxy", "libvirt-hook", "check", "bundle"),
+            *("run", "documents", "identity-server", "signer", "hub", "namespace-proxy"),
+            *("libvirt-hook", "check", "bundle"),
             *("render", "reload", "stop", "version"),
         ),
         "daemon",

@@ -251,5 +251,13 @@ _SPECIAL: Final[Mapping[str, tuple[Callable[..., Json], Mapping[str, object]]]] 
             "no_path_rule": _many("--no-path-rule PATH", "Remove the rule for a path"),
         },
     ),
+    "audiences": (
+        list,
+        {"audience": _many("--audience NAME", "An audience of identity tokens; * allows any")},
+    ),
+    "identity_tags": (
+        list,
+        {"identity_tag": _many("--identity-tag NAME", "A tag that identity tokens hold")},
+    ),
 }
 """Keys with special flags: parser of the flags' values, and annotations by parameter name."""

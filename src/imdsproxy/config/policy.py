@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, Field, create_model
 from pydantic_core import PydanticCustomError
@@ -11,14 +11,26 @@ from imdsproxy.config.section import (
     AbsolutePath,
     Change,
     Identifier,
+    Listed,
     OffIsFalse,
     Section,
     cross,
+    form,
     section,
     setting,
 )
 from imdsproxy.model.path_rules import MOST_PATH_RULES, PathWord, find_path_fault
-from imdsproxy.model.policy import NO_RULES, RULES, PolicyBook, PolicyRules, Rule, TokenMode
+from imdsproxy.model.policy import (
+    AUDIENCE_RULE,
+    MOST_NAMES,
+    NO_RULES,
+    RULES,
+    TAG_RULE,
+    PolicyBook,
+    PolicyRules,
+    Rule,
+    TokenMode,
+)
 from imdsproxy.model.wire import ONE_IN
 
 _Mode = Annotated[Literal["off", "optional", "required"], OffIsFalse]
@@ -32,6 +44,12 @@ def _writable(path: str) -> str:
     return path
 
 
+_NAMES: Final = {
+    AUDIENCE_RULE: "an audience: a name, as vault, a URL, or * for any",
+    TAG_RULE: "a tag's name",
+}
+"""Names of a rule in words, by their pattern."""
+
 _Paths = Annotated[
     dict[
         Annotated[str, AfterValidator(_writable)], Literal["deny", "allow", "required", "optional"]
@@ -43,6 +61,10 @@ _Paths = Annotated[
 def _field(rule: Rule) -> tuple[Any, Any]:
     if rule.kind is tuple:
         return _Paths | None, setting({}, Change.LIVE, description=rule.help)
+    if rule.names is not None:
+        text = f"{rule.help} Null leaves it to the less specific scope."
+        names = Listed[Annotated[str, form(rule.names, _NAMES[rule.names])]]
+        return names | None, setting(None, Change.LIVE, description=text, max_length=MOST_NAMES)
     least, most = rule.bounds or (None, None)
     text = f"{rule.help} Null leaves it to the less specific scope."
     kind: Any = _Mode if rule.kind is TokenMode else rule.kind
@@ -69,6 +91,8 @@ class PolicyRulesSettings(_Rules):
 def _of_core(rule: Rule, value: Any) -> Any:
     if rule.kind is tuple:
         return tuple(sorted((path, PathWord(word)) for path, word in value.items())) or None
+    if rule.names is not None:
+        return tuple(sorted(set(value)))
     return TokenMode(value) if rule.kind is TokenMode else value
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Final, Literal, TypeAlias
 from pydantic import AfterValidator
 
 from imdsproxy.config.hub import HubSettings, OperatorSettings
+from imdsproxy.config.identity import IdentitySettings
 from imdsproxy.config.neutron_agents import (
     DEFAULT_PORT,
     DEFAULT_STATE_PATH,
@@ -395,6 +396,9 @@ class Settings(Section):
     tokens: TokensSettings = section(TokensSettings)
     """Keys of session tokens."""
 
+    identity: IdentitySettings = section(IdentitySettings)
+    """Identity tokens of guests."""
+
     audit: AuditSettings = section(AuditSettings)
     """The audit log: a line for each request."""
 
@@ -423,6 +427,12 @@ class Settings(Section):
                 ("sources", "neutron", "enabled"),
                 "Neutron's ports are served by Nova, and `nova.endpoint_sets` is empty",
                 "name Nova's metadata API",
+            )
+        if self.identity.enabled and not (self.identity.issuer or self.sources.fleet.enabled):
+            raise cross(
+                ("identity", "issuer"),
+                "a host without a fleet signs identity tokens itself, and has no issuer",
+                "a URL as https://id.cloud.example",
             )
 
     @property

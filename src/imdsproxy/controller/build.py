@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 
-from imdsproxy.config.schema import DocumentsSettings, HaproxySettings, Settings
+from imdsproxy.config.schema import Settings, Supervisor
 from imdsproxy.controller.companion import Companion
 from imdsproxy.haproxy.layout import Layout
 from imdsproxy.haproxy.process import link_jail_to_itself
@@ -31,12 +31,12 @@ _SYSTEMD = Path("/run/systemd/system")
 _UNIT_DIRECTORIES = tuple(Path(root, "systemd/system") for root in ("/etc", "/usr/lib", "/lib"))
 
 
-def unit_of(process: HaproxySettings | DocumentsSettings) -> str | None:
-    """Return the systemd unit that supervises the process, if any. `auto` uses systemd if it runs and has the unit."""
-    taken = process.supervisor == "systemd"
-    if process.supervisor == "auto" and _SYSTEMD.is_dir():
-        taken = any((place / process.unit).exists() for place in _UNIT_DIRECTORIES)
-    return process.unit if taken else None
+def unit_of(supervisor: Supervisor, unit: str) -> str | None:
+    """Return the systemd unit that supervises a process, if any. `auto` uses systemd if it runs and has the unit."""
+    taken = supervisor == "systemd"
+    if supervisor == "auto" and _SYSTEMD.is_dir():
+        taken = any((place / unit).exists() for place in _UNIT_DIRECTORIES)
+    return unit if taken else None
 
 
 def prepare_directories(settings: Settings, layout: Layout) -> None:
@@ -53,7 +53,7 @@ def prepare_directories(settings: Settings, layout: Layout) -> None:
         ensure_directory(path, mode=0o755)
     if settings.limits.enabled:
         link_jail_to_itself(layout.jail)
-    if unit_of(settings.haproxy) is not None:
+    if unit_of(settings.haproxy.supervisor, settings.haproxy.unit) is not None:
         # The unit has its own mount namespace: later mounts appear there only if they are on a shared mount.
         NamespaceDirectory(settings.paths.netns_dir).prepare()
     for path in (layout.state, layout.records):
@@ -67,6 +67,8 @@ def prepare_directories(settings: Settings, layout: Layout) -> None:
     write_atomic(layout.unavailable, answer.encode(), mode=0o644)
     write_atomic(layout.empty_map, b"", mode=0o644)
     write_atomic(layout.short_map, b"", mode=0o600)
+    if settings.identity.enabled:
+        write_atomic(layout.identity_map, b"", mode=0o600)
     write_atomic(layout.silence, b"", mode=0o644)
 
 
@@ -142,6 +144,7 @@ def build_spec(settings: Settings, layout: Layout, nova: NovaUpstream) -> Datapl
         nova_times=nova.times,
         count_reads=settings.tokens.one_in,
         audit=settings.audit.one_in,
+        identity=settings.identity.enabled,
     )
 
 
@@ -150,18 +153,54 @@ def build_companion(
 ) -> Companion:
     """Return the part that starts and watches the document server."""
     documents = settings.documents
+    return Companion(
+        layout.documents_pid,
+        layout.documents_log,
+        _command("documents", config),
+        _environment(environment),
+        unit_of(documents.supervisor, documents.unit),
+        needed=documents.enabled,
+    )
+
+
+def build_identity_companions(
+    settings: Settings, layout: Layout, config: Path | None, environment: Mapping[str, str]
+) -> tuple[Companion, Companion]:
+    """Return the supervisors of the process that gives identity tokens, and of the signer."""
+    identity = settings.identity
+    service = Companion(
+        layout.identity_pid,
+        layout.identity_log,
+        _command("identity-server", config),
+        _environment(environment),
+        unit_of(identity.supervisor, identity.unit),
+        needed=identity.enabled,
+        title="identity server",
+        area="identity",
+    )
+    signer = Companion(
+        layout.signer_pid,
+        layout.signer_log,
+        _command("signer", config),
+        _environment(environment),
+        unit_of(identity.supervisor, identity.signer_unit),
+        needed=identity.enabled and not settings.sources.fleet.enabled,
+        title="signer of identity tokens",
+        area="identity",
+    )
+    return service, signer
+
+
+def _command(name: str, config: Path | None) -> tuple[str, ...]:
     option = () if config is None else ("--config", str(config.resolve()))
-    # Pass on the settings in our environment, and the paths of programs and modules.
+    return (sys.executable, "-m", "imdsproxy", *option, name)
+
+
+def _environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the settings in our environment, and the paths of programs and modules."""
     known = {
         name: value
         for name, value in environment.items()
         if name.startswith("IMDSPROXY_") or name == "PYTHONPATH"
     }
-    return Companion(
-        layout.documents_pid,
-        layout.documents_log,
-        (sys.executable, "-m", "imdsproxy", *option, "documents"),
-        known | {"PATH": os.defpath, "LANG": "C.UTF-8"},
-        unit_of(documents),
-        needed=documents.enabled,
-    )
+    return known | {"PATH": os.defpath, "LANG": "C.UTF-8"}

@@ -1,4 +1,4 @@
-"""Document server beside the controller: started or adopted, watched, and probed as a guest would.
+"""Servers beside the controller: started or adopted, and watched. The document server is also probed as a guest would.
 
 Readiness depends on the answers that guests get, not on running processes.
 """
@@ -33,13 +33,15 @@ _STOP_GRACE_S: Final = 10.0
 
 
 @dataclass(slots=True)
-class Companion(Part):
-    """Supervisor of the document server's parent process: starts, watches and stops it.
+class Companion:
+    """Supervisor of a server beside the controller, as the document server: starts, watches and stops it.
 
     Args:
         log: Output file of a server that the controller starts as a process.
         unit: The systemd unit to start instead of a process.
-        needed: False if imdsproxy serves no documents of its own, as in front of Nova alone.
+        needed: Whether the server must run; if false, the supervisor stops it.
+        title: Name of the server in messages.
+        area: Field of the server's problems.
 
     Attributes:
         restarts: Number of restarts of the server or one of its workers.
@@ -51,10 +53,13 @@ class Companion(Part):
     environment: Mapping[str, str]
     unit: str | None = None
     needed: bool = True
+    title: str = "document server"
+    area: str = "documents"
     restarts: int = 0
-    _starts: Reconciler = field(
-        default_factory=partial(Reconciler, "documents", "document server not started", 0.1, 5.0)
-    )
+    _starts: Reconciler = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._starts = Reconciler(self.area, f"{self.title} not started", 0.1, 5.0)
 
     @property
     def failure(self) -> Problem | None:
@@ -63,10 +68,6 @@ class Companion(Part):
 
     def read(self) -> DocumentProcesses:
         return read_pids(self.pid_file)
-
-    def documents_processes(self) -> Gauge:
-        """Running workers of the document server; no series if the settings disable the server."""
-        return len(self.read().workers) if self.needed else None
 
     async def ensure(self) -> int | None:
         """Start the server, wait until it answers, and return its pid. If it is not needed, stop it and return `None`.
@@ -86,6 +87,11 @@ class Companion(Part):
         child, offset = process.spawn_logged(self.arguments, self.log, self.environment)
         try:
             return await self._wait_for_workers(child, offset)
+        except asyncio.CancelledError:
+            if self.read().parent is None:
+                # `stop` would not find a server that has not written its pid file yet.
+                await child.kill_group()
+            raise
         finally:
             child.close()
 
@@ -99,15 +105,13 @@ class Companion(Part):
             if child is not None and not child.alive():
                 status = await child.wait()
                 words = self.log.read_bytes()[offset:].decode("utf-8", "replace").strip()[-1000:]
-                raise HostRefused(f"the document server ended with {status}: {words}")
+                raise HostRefused(f"the {self.title} ended with {status}: {words}")
             if loop.time() > deadline:
                 if child is not None and found.parent is None:
                     # Otherwise the next attempt would start a second server beside this one.
                     await child.kill_group()
-                    raise HostRefused("the document server wrote no pid file")
-                raise HostRefused(
-                    f"the document server did not answer within {_START_DEADLINE_S:g} s"
-                )
+                    raise HostRefused(f"the {self.title} wrote no pid file")
+                raise HostRefused(f"the {self.title} did not answer within {_START_DEADLINE_S:g} s")
             await asyncio.sleep(_POLL_S)
 
     async def stop(self) -> None:
@@ -126,7 +130,7 @@ class Companion(Part):
         while left := self.read().pids:
             if loop.time() >= deadline and number is signal.SIGKILL:
                 raise HostRefused(
-                    f"the document server's processes {', '.join(map(str, left))} do not end",
+                    f"the {self.title}'s processes {', '.join(map(str, left))} do not end",
                     hint="a disk or a file system that hangs keeps them: see dmesg",
                 )
             if loop.time() >= deadline:
@@ -145,7 +149,7 @@ class Companion(Part):
             self.restarts += ended
             ended = 1
             await self._watch(pid)
-            structlog.get_logger().error("document server ended", pid=pid)
+            structlog.get_logger().error(f"{self.title} ended", pid=pid)
 
     async def _watch(self, pid: int) -> None:
         """Wait until the server has ended, and count its workers' restarts; kill a server that makes no progress."""
@@ -164,7 +168,7 @@ class Companion(Part):
                     else process.Doubt()
                 )
                 if doubt.hung:
-                    structlog.get_logger().error("document server hangs: ending it", pid=pid)
+                    structlog.get_logger().error(f"{self.title} hangs: ending it", pid=pid)
                     kill_process(pid)
             await ended
         finally:
@@ -224,6 +228,10 @@ class DocumentProbe(Part):
 
     def problems(self) -> tuple[Problem | None]:
         return (self.failure,)
+
+    def documents_processes(self) -> Gauge:
+        """Running workers of the document server; no series if the settings disable the server."""
+        return len(self.companion.read().workers) if self.companion.needed else None
 
     async def report(self) -> Mapping[str, object]:
         reason = "" if self.failure is None else self.failure.reason

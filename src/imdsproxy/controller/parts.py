@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from imdsproxy.config.changes import SettingsHolder
+from imdsproxy.config.schema import Settings
 from imdsproxy.controller import build
 from imdsproxy.controller.audit import KEPT_WORKERS, Audit
 from imdsproxy.controller.companion import Companion, DocumentProbe
@@ -66,6 +67,7 @@ from imdsproxy.sources.ovn.source import OvnSource
 
 if TYPE_CHECKING:
     from imdsproxy.controller.fleet_passwords import FleetPasswords
+    from imdsproxy.controller.identity import IdentityHost
     from imdsproxy.documents.resolver_app import Forward
 
 _log: Final = structlog.get_logger()
@@ -138,6 +140,7 @@ class Parts:
     counting: TokenCounting
     ovn: OvnHost | None
     fleet_passwords: FleetPasswords | None
+    identity: IdentityHost | None
     served: asyncio.Event
     kept: tuple[socket.socket, ...]
     started_at: float
@@ -147,6 +150,15 @@ class Parts:
     claiming: asyncio.Lock = field(default_factory=asyncio.Lock)
     overriding: asyncio.Lock = field(default_factory=asyncio.Lock)
     background: set[asyncio.Task[None]] = field(default_factory=set)
+
+    @property
+    def companions(self) -> tuple[Companion, ...]:
+        """Supervisors of the servers beside the controller."""
+        of_identity = self.identity
+        return (
+            self.companion,
+            *(() if of_identity is None else (of_identity.service, of_identity.signer)),
+        )
 
     @property
     def inventory(self) -> Inventory:
@@ -170,7 +182,7 @@ class Parts:
 
     def all(self) -> tuple[Part, ...]:
         """Return the parts that report, in the order of their problems."""
-        optional = (self.ovn, self.sources.look_up, self.sources.fleet)
+        optional = (self.ovn, self.sources.look_up, self.sources.fleet, self.identity)
         return (
             self.sources,
             self.records,
@@ -187,7 +199,6 @@ class Parts:
             self.counting,
             self.holder,
             self.listeners.unix,
-            self.companion,
             self.resolver,
             self.macs,
             self.policy_store,
@@ -212,6 +223,7 @@ class Parts:
             self._review(),
             *(() if self.ovn is None else self.ovn.work()),
             *self._work_of_fleet(),
+            *(() if self.identity is None else (self.identity.run(),)),
         )
 
     def _work_of_fleet(self) -> tuple[Coroutine[object, object, None], ...]:
@@ -299,7 +311,8 @@ def build_parts(
     settings, layout = holder.settings, Layout.of(holder.settings)
     served = asyncio.Event()
     applier = RecordApplier(layout)
-    launcher = Launcher(program.path, build.unit_of(settings.haproxy), layout)
+    unit = build.unit_of(settings.haproxy.supervisor, settings.haproxy.unit)
+    launcher = Launcher(program.path, unit, layout)
     haproxy = Haproxy(program.path, launcher, applier, clock, version=program.version)
     ovn_source = OvnSource(settings.sources.ovn) if settings.sources.ovn.enabled else None
     host = build.build_host(settings, layout, thread, our_pids=lambda: haproxy.pids, ovn=ovn_source)
@@ -316,6 +329,7 @@ def build_parts(
     files = DiskFiles(layout.records, passwords, reader)
     sets = RuleSets(applier, clock)
     sets.load()
+    identity = _build_identity(settings, layout, config, environment, requests.touch)
     records = RecordLoop(
         inventory,
         applier,
@@ -338,13 +352,17 @@ def build_parts(
         policy_store.depart,
         policy_store.arrive,
         policy_store.save,
+        subjects=None if identity is None else identity.subjects,
         progress=progress,
     )
     watching = Watching(haproxy, partial(_apply_watching, requests), partial(_owner_of, inventory))
 
     def spec() -> DataplaneSpec:
         spec = build.build_spec(holder.settings, layout, nova)
-        return replace(spec, watched=watching.wanted, fleet=FLEET in inventory.reports)
+        issuer = None if identity is None else identity.frontend(holder.settings)
+        return replace(
+            spec, watched=watching.wanted, fleet=FLEET in inventory.reports, issuer=issuer
+        )
 
     def trust_changed(networks: frozenset[NetworkId]) -> None:
         # The rule by which the networks' guests are trusted has changed.
@@ -438,11 +456,29 @@ def build_parts(
         ),
         ovn=None if ovn_source is None else OvnHost(ovn_source, host, requests.touch),
         fleet_passwords=fleet_passwords,
+        identity=identity,
         served=served,
         kept=tuple(kept_sockets(environment, KEPT_WORKERS, os.getpid())),
         started_at=clock.now().timestamp(),
         started=clock.monotonic(),
     )
+
+
+def _build_identity(
+    settings: Settings,
+    layout: Layout,
+    config: Path | None,
+    environment: Mapping[str, str],
+    touch: Callable[..., object],
+) -> IdentityHost | None:
+    """Return the part for identity tokens; `None` if they are off, and no process of an earlier run is left."""
+    if not (settings.identity.enabled or layout.identity_pid.exists()):
+        return None
+    # Import late: most hosts give no identity tokens.
+    from imdsproxy.controller.identity import build_identity
+
+    companions = build.build_identity_companions(settings, layout, config, environment)
+    return build_identity(settings, layout, companions, touch)
 
 
 async def _apply_watching(requests: ListenerRequests) -> None:

@@ -16,6 +16,7 @@ import structlog
 from imdsproxy.controller.compiler import COMPILER, Compiling, RecordCompiler
 from imdsproxy.controller.record_plan import RecordPlanner, parse_record_key, record_key
 from imdsproxy.controller.rule_sets import RuleSets
+from imdsproxy.controller.subjects import Subjects
 from imdsproxy.controller.token_keys import TokenKeys
 from imdsproxy.errors import DataplaneError, Problem
 from imdsproxy.fleet.guests import FLEET
@@ -29,6 +30,7 @@ from imdsproxy.model.inventory import Inventory
 from imdsproxy.model.observation import AddressKey, Affected, Conflict, Expired, Observation
 from imdsproxy.model.path_rules import PathRules
 from imdsproxy.model.policy import PolicyBook
+from imdsproxy.model.subject import Subject
 from imdsproxy.model.wire import MAP_CONFLICT, MapRecord, parse_map_value
 from imdsproxy.network.anti_spoofing.hop_limits import HopLimits
 from imdsproxy.network.anti_spoofing.mac_filters import MacFilters
@@ -73,6 +75,7 @@ class _RoundPlan:
     pairs: dict[AddressKey, MacAddress | None] = field(default_factory=dict)
     withheld: frozenset[AddressKey] = frozenset()
     sets: dict[str, PathRules] = field(default_factory=dict)
+    subjects: dict[str, Subject] = field(default_factory=dict)
     armed: frozenset[NetworkId] = frozenset()
 
 
@@ -81,6 +84,7 @@ class RecordLoop(Part):
     """Reconcile loop that keeps compiled records and HAProxy's maps equal to the inventory.
 
     Args:
+        subjects: Subjects of identity tokens; `None` if this host gives no identity tokens.
         on_here: Callback for new or changed instances of sources that may give their ids to other instances later.
         save: Callback before a round plans records, to store the notes of `on_gone` and `on_here`; may raise
             `HostRefused`.
@@ -113,6 +117,7 @@ class RecordLoop(Part):
     withheld: frozenset[AddressKey] = frozenset()
     in_sync: asyncio.Event = field(default_factory=asyncio.Event)
     rounds: Durations = field(default_factory=Durations)
+    subjects: Subjects | None = None
     progress: Progress = field(default_factory=Progress)
     looked: int = 0
     _since: float | None = None
@@ -253,7 +258,7 @@ class RecordLoop(Part):
         records = None if self.routing().sets else self.inventory.digest()
         if records is None:
             return None
-        others = repr((self.compiler.region(), self.policies()))
+        others = repr((self.compiler.region(), self.policies(), self.subjects is not None))
         return b" ".join((COMPILER, records, others.encode()))
 
     async def compile_all(self) -> Mapping[str, str]:
@@ -264,11 +269,13 @@ class RecordLoop(Part):
             self._work = _Work()
         compiling = Compiling(self._everybody())
         sets: dict[str, PathRules] = {}
+        subjects: dict[str, Subject] = {}
         packed, values, last = PackedMap(), dict[str, str](), ""
         async for keys in self._every_part(compiling):
             self.mac_filters.preload(plan_pairs(self.inventory, keys, self.learned))
-            planned = self._planner().plan_records(keys)
+            planned = self.planner().plan_records(keys)
             sets.update(planned.sets)
+            subjects.update(planned.subjects)
             self.hop_limits.restrict(planned.values)
             values.update((key, value) for key, value in planned.values.items() if value)
             # Addresses are grouped by network, and networks are sorted by key.
@@ -278,6 +285,8 @@ class RecordLoop(Part):
                 packed.extend(sorted((key, values.pop(key)) for key in done))
         self.mac_filters.preload({})
         self.sets.preload(sets)
+        if self.subjects is not None:
+            self.subjects.ensure(subjects)
         self.keys.preload()
         packed.extend(sorted(values.items()))
         if whole:
@@ -380,6 +389,11 @@ class RecordLoop(Part):
         if full and self.inventory.has_expired:
             await self._plan_expired(plan)
         await self.sets.ensure(plan.sets, sweep=sweeping)
+        replaced: set[str] = set()
+        if self.subjects is not None:
+            self.subjects.ensure(plan.subjects)
+            before = map(self.applier.state.lookup, plan.wanted)
+            replaced = self.subjects.replaced(before, plan.subjects)
         await self.keys.ensure(self.applier)
         # The old owner of an address loses its MAC pair before the map names the new owner.
         await self.mac_filters.withdraw(plan.pairs, self._staying(plan))
@@ -387,6 +401,8 @@ class RecordLoop(Part):
         await self.mac_filters.grant(plan.pairs)
         if sweeping or self._swept:
             await self.keys.sweep(self.applier, token_keys)
+        if self.subjects is not None and (sweeping or self._swept):
+            self.subjects.sweep(self.applier.state, None if sweeping else replaced)
         self.withheld = plan.withheld
         if self.withheld:
             self.on_networks(frozenset(network for network, _ in self.withheld))
@@ -425,7 +441,7 @@ class RecordLoop(Part):
         """Plan the addresses' records and MAC pairs. A full round keeps only the differences: few, or all."""
         plan = _RoundPlan(armed=self.hop_limits.restrict({}))
         async for part in parts:
-            planned = self._planner().plan_records(part)
+            planned = self.planner().plan_records(part)
             wanted = planned.values
             pairs = plan_pairs(self.inventory, part, self.learned)
             withheld = self.mac_filters.withheld(pairs)
@@ -433,6 +449,7 @@ class RecordLoop(Part):
             # A hop-limit rule is needed if any batch relies on it.
             plan.armed |= self.hop_limits.restrict(wanted)
             plan.sets.update(planned.sets)
+            plan.subjects.update(planned.subjects)
             plan.withheld |= withheld
             plan.wanted.update(self.applier.state.differing(wanted) if full else wanted)
             plan.pairs.update(self.mac_filters.differing(pairs) if full else pairs)
@@ -480,14 +497,20 @@ class RecordLoop(Part):
 
     def planned(self, key: AddressKey) -> MapRecord | Conflict | Expired | None:
         """Return the record that HAProxy should have for an address now, or why there is none."""
-        record = self._planner().plan_record(key)
+        record = self.planner().plan_record(key)
         if not isinstance(record, MapRecord) or not record.policy:
             return record
         return replace(record, policy=self.hop_limits.effective(key[0], record.policy))
 
-    def _planner(self) -> RecordPlanner:
-        revisions, policies = self.compiler.revisions, self.policies()
-        return RecordPlanner(self.inventory, revisions, self.learned, self.routing(), policies)
+    def planner(self) -> RecordPlanner:
+        return RecordPlanner(
+            self.inventory,
+            self.compiler.revisions,
+            self.learned,
+            self.routing(),
+            self.policies(),
+            identity=self.subjects is not None,
+        )
 
     def _remove_all(self, compiling: Compiling) -> None:
         if not self._swept:

@@ -10,9 +10,31 @@ from imdsproxy.model.identity import Learned, holds, port_at
 from imdsproxy.model.inventory import Inventory
 from imdsproxy.model.observation import AddressKey, Conflict, Expired
 from imdsproxy.model.path_rules import PathRules, set_id
-from imdsproxy.model.policy import NO_RULES, PolicyBook, PolicyPlace
-from imdsproxy.model.wire import MAP_CONFLICT, EmbeddedRecord, MapRecord, render_map_value
+from imdsproxy.model.policy import (
+    NO_RULES,
+    Folded,
+    PolicyBook,
+    PolicyPlace,
+    render_policy_word,
+)
+from imdsproxy.model.subject import Subject, plan_subject
+from imdsproxy.model.wire import (
+    MAP_CONFLICT,
+    Beside,
+    EmbeddedRecord,
+    MapRecord,
+    render_map_value,
+)
 from imdsproxy.nova.routing import NovaRouting
+
+
+@dataclass(frozen=True, slots=True)
+class GuestPolicy:
+    """Policy in force for an instance in a network, and how HAProxy's maps refer to it."""
+
+    folded: Folded
+    word: str
+    beside: Beside
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,10 +44,12 @@ class PlannedRecords:
     Attributes:
         values: Records by map key; `None` for a key without a record.
         sets: Path rules to which the records refer, by id (`model.path_rules.set_id`).
+        subjects: Subjects of identity tokens to which the records refer, by id.
     """
 
     values: dict[str, str | None]
     sets: dict[str, PathRules]
+    subjects: dict[str, Subject]
 
 
 def record_key(key: AddressKey) -> str:
@@ -51,6 +75,7 @@ class RecordPlanner:
         revisions: Revision of the compiled record of each instance that our document server serves. An instance without
             a revision cannot be served yet.
         learned: Addresses that were assigned to an instance without a record of the address.
+        identity: Whether this host gives identity tokens.
     """
 
     inventory: Inventory
@@ -58,6 +83,7 @@ class RecordPlanner:
     learned: Mapping[AddressKey, Learned]
     routing: NovaRouting
     policies: PolicyBook = field(default_factory=PolicyBook)
+    identity: bool = False
 
     def plan_record(self, key: AddressKey) -> MapRecord | Conflict | Expired | None:
         """Return the record of one address, or `None` if the data plane must not know the address."""
@@ -67,6 +93,7 @@ class RecordPlanner:
     def plan_records(self, keys: Iterable[AddressKey]) -> PlannedRecords:
         values: dict[str, str | None] = {}
         sets: dict[str, PathRules] = {}
+        subjects: dict[str, Subject] = {}
         # If all of an instance's ports in a network have one project, their addresses have the same record.
         shared: dict[tuple[InstanceId, NetworkId, NetworkId], str | None] = {}
         for key in keys:
@@ -82,12 +109,14 @@ class RecordPlanner:
                 continue
             record = self._plan(key[0], owner, place)
             value = values[record_key(key)] = None if record is None else render_map_value(record)
-            if record is not None and record.paths:
-                sets[set_id(record.paths)] = record.paths
+            if record is not None and record.beside.paths:
+                sets[set_id(record.beside.paths)] = record.beside.paths
+            if record is not None and record.beside.subject is not None:
+                subjects[record.beside.subject.id] = record.beside.subject
             instance = self.inventory.instances.get(owner)
             if instance is not None and len(_projects_in(instance, place[0])) == 1:
                 shared[alike] = value
-        return PlannedRecords(values, sets)
+        return PlannedRecords(values, sets, subjects)
 
     def _guest(self, key: AddressKey) -> tuple[InstanceId, AddressKey] | Conflict | Expired | None:
         """Return the address's owner, and the address that identifies the owner's port."""
@@ -108,13 +137,26 @@ class RecordPlanner:
         if instance is None:
             return None
         project = _project_at(instance, place)
-        scopes = policy_place(self.inventory, network, project, instance)
-        word, paths = self.policies.word(scopes, instance.created_at)
+        in_force = self.find_policy(network, project, instance)
+        word, beside = in_force.word, in_force.beside
         if instance.upstream is not Upstream.NOVA:
             revision = self.revisions.get(owner)
-            return None if revision is None else EmbeddedRecord(owner, revision, word, paths)
+            return None if revision is None else EmbeddedRecord(owner, revision, word, beside)
         record = None if project is None else self.routing.record(network, owner, project)
-        return replace(record, policy=word, paths=paths) if record and word else record
+        return replace(record, policy=word, beside=beside) if record and word else record
+
+    def find_policy(
+        self, network: NetworkId, project: str | None, instance: Instance
+    ) -> GuestPolicy:
+        """Return the policy in force for an instance in a network, by the project of the instance's port there."""
+        folded = self.policies.fold(policy_place(self.inventory, network, project, instance))
+        policy, override = folded.policy, self.policies.override(instance.id)
+        subject = None
+        if self.identity:
+            subject = plan_subject(policy, override, instance, network, project)
+        id_ = "" if subject is None else subject.id
+        word = render_policy_word(policy, override, instance.created_at, id_)
+        return GuestPolicy(folded, word, Beside(policy.paths, subject))
 
 
 def policy_place(

@@ -25,6 +25,7 @@ from imdsproxy.model.observation import AddressKey
 from imdsproxy.model.wire import MISMATCH_TEXT, UNKNOWN_TEXT, MapRecord, render_map_value
 
 _OURS: Final = "x-imdsproxy-"
+_PASSED_ON: Final = frozenset({wire.HEADER_FORWARDED, wire.HEADER_AUDIENCE, wire.HEADER_NONCE})
 _REFUSED: Final = wire.HEADER_REFUSED.encode("ascii"), b"1"
 _UNAVAILABLE: Final = 503
 _CHANGES_NOTHING: Final = frozenset({"GET", "HEAD", "OPTIONS", "PUT"})
@@ -194,7 +195,7 @@ def found_forwarder(socket: str, timeout_s: float, *, per_network: int = 16) -> 
 def _headers(record: MapRecord, request: GuestRequest) -> Iterable[tuple[str | bytes, str | bytes]]:
     for name, value in request.headers:
         text = name.decode("latin-1")
-        if text == wire.HEADER_FORWARDED or not (
+        if text in _PASSED_ON or not (
             text.startswith(_OURS) or text in _HOP_BY_HOP or text == "content-length"
         ):
             yield name, value

@@ -141,6 +141,36 @@ class Layout:
     overrides = _Below("overrides.json", state=True)
     """Operators' overrides of instances."""
 
+    identity_socket = _Below("jail/identity.sock")
+    """Socket of the process that gives identity tokens."""
+
+    identity_pid = _Below("identity.pid")
+    """Pid file of the process that gives identity tokens."""
+
+    identity_log = _Below("identity.log")
+    """Output of a process for identity tokens that we started ourselves."""
+
+    identity_map = _Below("identity.map")
+    """Empty file: a new worker starts without the identity tokens that it keeps itself."""
+
+    signer_socket = _Below("signer.sock")
+    """Socket of the signer of identity tokens."""
+
+    signer_pid = _Below("signer.pid")
+    """Pid file of the signer."""
+
+    signer_log = _Below("signer.log")
+    """Output of a signer that we started ourselves."""
+
+    subjects = _Below("subjects")
+    """Subjects of identity tokens, one file for each."""
+
+    signing_keys = _Below("identity/keys", state=True)
+    """Keys of the signer; its account alone can read them."""
+
+    public_documents = _Below("identity/public", state=True)
+    """Documents of the issuer, unless settings name another directory."""
+
     passwords = _Below("passwords", state=True)
     """Passwords that guests posted."""
 

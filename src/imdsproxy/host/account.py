@@ -55,22 +55,25 @@ def find_closed(account: Account | None, path: Path) -> Path | None:
     return Path(os.fsdecode(tried.stdout)) if tried.stdout else None
 
 
-def find_account(user: str | None, group: str | None) -> Account | None:
+def find_account(
+    user: str | None, group: str | None, setting: str = "documents.user"
+) -> Account | None:
     """Return the account with these names; `None` if this process is not root and so cannot change to it.
 
     Without a group, use the user's own group; without both, keep the present account. Raises `HostRefused` if the user
-    or group does not exist.
+    or group does not exist; the error's hint names the setting.
     """
     if os.geteuid() != 0 or (user is None and group is None):
         return None
     uid, gid = os.geteuid(), os.getegid()
     # Look up names only, even if a name is a number: "0" is not root.
     if user is not None:
-        instead = "name another in documents.user (null keeps the present account)"
+        instead = f"name another in {setting} (null keeps the present account)"
         entry = _look_up("user", user, instead, pwd.getpwnam)
         uid, gid = entry.pw_uid, entry.pw_gid
     if group is not None:
-        instead = "name another in documents.group (null is the user's own)"
+        of_group = f"{setting.partition('.')[0]}.group"
+        instead = f"name another in {of_group} (null is the user's own)"
         gid = _look_up("group", group, instead, grp.getgrnam).gr_gid
     return Account(uid, gid)
 

@@ -7,15 +7,26 @@ word (`model.policy_word`) are derived from it. An instance whose policy is `DEF
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
-from typing import Any, Final, Generic, Never, TypeVar
+from typing import Any, Final, Generic, Never, TypeAlias, TypeVar
 
 from imdsproxy.model import path_rules, policy_word
 from imdsproxy.model.path_rules import PathRules, PathWord
 from imdsproxy.model.policy_word import Letter, Part, render_parts, word_of
 
 _Open = TypeVar("_Open")
+
+Names: TypeAlias = tuple[str, ...]
+
+AUDIENCE_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}$"
+"""Pattern of an audience: a name, as `vault`, or a URL."""
+
+ANY_AUDIENCE: Final = "*"
+AUDIENCE_RULE: Final = r"^([A-Za-z0-9][A-Za-z0-9._:/@-]{0,127}|\*)$"
+TAG_RULE: Final = r"^[A-Za-z0-9][A-Za-z0-9._:/@+=-]{0,126}$"
+MOST_NAMES: Final = 64
+"""Maximum number of names in one list of a rule."""
 
 LONGEST_BOOT_S: Final = 604_800
 """A week."""
@@ -57,7 +68,8 @@ class Rule:
 
     Attributes:
         name: Key in settings and records; the flag has hyphens instead of underscores.
-        kind: `bool`, `TokenMode`, `int` (within `bounds`), or `tuple` for path rules.
+        kind: `bool`, `TokenMode`, `int` (within `bounds`), `tuple` for path rules, or `list` for names.
+        names: Pattern of each name, if the rule is a list of names; the value is a sorted tuple.
         part: Part of the policy word that holds the rule; `None` if parts of the word are computed from the rule.
         since: As `model.records.schema.Key.since`.
         limits: As `Key.limits`: a host that ignored the rule would serve documents that it must refuse.
@@ -67,6 +79,7 @@ class Rule:
     kind: type[object]
     help: str
     bounds: tuple[int, int] | None = None
+    names: str | None = None
     part: Part | None = None
     since: int = 1
     limits: bool = True
@@ -154,6 +167,18 @@ class _Rules(Generic[_Open]):
         "the boot on). `optional`: served without one although the tree takes it. `allow`: served as the tree is. "
         "The most specific scope that has a rule for a path decides, in it the longest.",
     )
+    audiences: Names | _Open = _rule(
+        (),
+        "Audiences for which the instance may request identity tokens (`identity`); `*` for any audience. None unless "
+        "a scope sets the list; lists of several scopes are not merged.",
+        names=AUDIENCE_RULE,
+    )
+    identity_tags: Names | _Open = _rule(
+        (),
+        "Tags of the instance that its identity tokens hold as claims. Tenants choose tags in most clouds, so a "
+        "verifier may trust only tags that operators set. None unless a scope sets the list.",
+        names=TAG_RULE,
+    )
 
 
 class Policy(_Rules[Never]):
@@ -177,8 +202,14 @@ class PolicyRules(_Rules[None]):
         super().__init__(**dict.fromkeys(RULES) | rules)
 
 
+_KINDS: Final[Mapping[str, type[object]]] = {"bounds": int, "names": list}
+
 RULES: Final[Mapping[str, Rule]] = {
-    one.name: Rule(one.name, int if "bounds" in one.metadata else type(one.default), **one.metadata)
+    one.name: Rule(
+        one.name,
+        next((kind for key, kind in _KINDS.items() if key in one.metadata), type(one.default)),
+        **one.metadata,
+    )
     for one in fields(Policy)
 }
 """Every rule by its name, in the order of the reference pages."""
@@ -274,11 +305,6 @@ class PolicyBook:
     def override(self, instance: str) -> OperatorOverride:
         return self.overrides.get(instance, UNTOUCHED)
 
-    def word(self, place: PolicyPlace, created_at: int | None) -> tuple[str, PathRules]:
-        """Return the policy word (`render_policy_word`) and its path rules."""
-        policy = self.fold(place).policy
-        return render_policy_word(policy, self.override(place.instance), created_at), policy.paths
-
     def _scopes(self, place: PolicyPlace) -> Iterator[tuple[PolicyScope, PolicyRules]]:
         # Settings follow the record of the same scope, because the host's operator overrides it. The fleet's rules of
         # the scope follow both.
@@ -320,14 +346,23 @@ def boot_is_over(ends_at: int | None, now: int) -> bool:
     return ends_at is None or not 0 < ends_at - now <= LONGEST_BOOT_S
 
 
-def render_policy_word(policy: Policy, override: OperatorOverride, created_at: int | None) -> str:
-    """Render the word for HAProxy's rules (`model.policy_word`); empty for the default policy."""
-    if (policy is DEFAULT or policy == DEFAULT) and override.epoch == 0:
+def render_policy_word(
+    policy: Policy, override: OperatorOverride, created_at: int | None, subject: str = ""
+) -> str:
+    """Render the word for HAProxy's rules (`model.policy_word`); empty for the default policy.
+
+    `subject` is the id of the instance's `model.subject.Subject`; empty if the instance gets no identity tokens.
+    """
+    if not subject and (policy.audiences or policy.identity_tags):
+        # These two are only in the subject.
+        policy = replace(policy, audiences=(), identity_tags=())
+    if (policy is DEFAULT or policy == DEFAULT) and override.epoch == 0 and not subject:
         return ""
     modes = (policy.tokens, policy.openstack_tokens, policy.nocloud_tokens)
     # `optional` is the default of the other trees, so it does not bring the token route back if EC2's tree has `off`.
     needed = [path for path, word in policy.paths if word is PathWord.REQUIRED]
-    route = policy.tokens is not TokenMode.OFF or TokenMode.REQUIRED in modes or bool(needed)
+    required = TokenMode.REQUIRED in modes or bool(needed) or bool(subject)
+    route = policy.tokens is not TokenMode.OFF or required
     boot_counts = TokenMode.REQUIRED in modes[1:] or any(
         path_rules.covers(path, tree) or path_rules.covers(tree, path)
         for path in needed
@@ -342,6 +377,7 @@ def render_policy_word(policy: Policy, override: OperatorOverride, created_at: i
         policy_word.EPOCH: override.epoch or None,
         policy_word.BOOT_END: boot_ends_at(policy, override, created_at) or 0,
         policy_word.PATH_SET: path_rules.set_id(policy.paths) if policy.paths else None,
+        policy_word.SUBJECT: subject or None,
     }
     return render_parts({part: _part_text(part, value) for part, value in parts.items()})
 
@@ -350,6 +386,11 @@ def _part_text(part: Part, value: object) -> str:
     if isinstance(part, Letter):
         return part.on if value is True or value is TokenMode.REQUIRED else part.off
     return "" if value is None else str(value)
+
+
+def subject_of(value: str) -> str:
+    """Return the id of the subject in a policy word, or in a map value that begins with one; empty for none."""
+    return policy_word.SUBJECT.read(word_of(value))
 
 
 def rule_set_of(value: str) -> str | None:

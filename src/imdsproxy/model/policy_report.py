@@ -6,7 +6,7 @@ evaluates the same policy word; an integration test compares the two.
 
 import re
 from dataclasses import dataclass, fields
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from imdsproxy.model import path_rules, policy_word
 from imdsproxy.model.path_rules import PathRules, PathWord, path_rule_name
@@ -15,7 +15,6 @@ from imdsproxy.model.policy import (
     OperatorOverride,
     boot_ends_at,
     boot_is_over,
-    render_policy_word,
 )
 
 RuleValue: TypeAlias = bool | int | str | tuple[str, ...]
@@ -62,12 +61,15 @@ class PolicyInForce:
 
 
 def report_policy(
-    folded: Folded, override: OperatorOverride, created_at: int | None, now: int
+    folded: Folded, override: OperatorOverride, created_at: int | None, now: int, word: str
 ) -> PolicyInForce:
+    """Describe a policy; `word` is the policy word of the guest's record."""
     origins: dict[str, str] = dict(folded.origins)
-    values = {one.name: getattr(folded.policy, one.name) for one in fields(folded.policy)}
-    for path, word in values.pop("paths"):
-        values[path_rule_name(path)] = word.value
+    values: dict[str, Any] = {
+        one.name: getattr(folded.policy, one.name) for one in fields(folded.policy)
+    }
+    for path, effect in values.pop("paths"):
+        values[path_rule_name(path)] = effect.value
     rules = tuple(
         RuleInForce(name, value, origins.get(name, DEFAULT_ORIGIN))
         for name, value in values.items()
@@ -79,7 +81,7 @@ def report_policy(
         ends,
         boot_over=boot_is_over(ends, now),
         reopened_at=override.reopened_at or None,
-        word=render_policy_word(folded.policy, override, created_at),
+        word=word,
     )
 
 

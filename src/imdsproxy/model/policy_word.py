@@ -87,6 +87,9 @@ CONNECTIONS: Final = Field(7)
 PATH_SET: Final = Field(8)
 """Id of the set of path rules in their own map (`model.path_rules.render_set`)."""
 
+SUBJECT: Final = Field(9)
+"""Id of the instance's subject of identity tokens (`model.subject.Subject.id`); empty if it gets no tokens."""
+
 _LETTERS: Final = BOOT_COUNTS.index
 _FIELDS: Final = HOP_LIMIT.number
 

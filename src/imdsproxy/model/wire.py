@@ -11,6 +11,7 @@ from typing import Final, TypeAlias
 from imdsproxy.model.entities import InstanceId
 from imdsproxy.model.path_rules import PathRules
 from imdsproxy.model.policy_word import HOP_LIMIT, POLICY_WORD, word_of
+from imdsproxy.model.subject import Subject
 
 TEXT: Final = b"text/plain; charset=utf-8"
 
@@ -81,6 +82,24 @@ the header is `X-Forwarded-For` in a PUT.
 HEADER_OPERATOR: Final = "x-imdsproxy-operator"
 """From the controller to HAProxy: an operator asks for the guest's answer, so no read of the guest is counted."""
 
+IDENTITY_PATH: Final = "/latest/api/identity"
+"""Path where a guest requests an identity token."""
+
+HEADER_SUBJECT: Final = "x-imdsproxy-subject"
+"""To the process that gives identity tokens: id of the guest's subject (`model.subject`)."""
+
+HEADER_AUDIENCE: Final = "x-imdsproxy-audience"
+"""From the guest: audience of the identity token that it requests."""
+
+HEADER_NONCE: Final = "x-imdsproxy-nonce"
+"""From the guest: value for the claim `nonce` of its identity token."""
+
+HEADER_TOKEN_ID: Final = "x-imdsproxy-token-id"  # noqa: S105 - a header's name
+"""Back to HAProxy: the identity token's claim `jti`, for the audit log."""
+
+HEADER_FRESH: Final = "x-imdsproxy-fresh"
+"""Back to HAProxy: seconds for which it may give the same identity token again."""
+
 PROBE_INSTANCE: Final = InstanceId(".probe")
 """Instance whose documents the readiness check requests; no record may have this id."""
 
@@ -109,13 +128,24 @@ MAP_NOVA: Final = "@"
 
 
 @dataclass(frozen=True, slots=True)
+class Beside:
+    """Values to which a policy word refers: they are in other maps and files, not in the record's value."""
+
+    paths: PathRules = ()
+    subject: Subject | None = None
+
+
+_NOTHING_BESIDE: Final = Beside()
+
+
+@dataclass(frozen=True, slots=True)
 class EmbeddedRecord:
     """Record of one (network, address) that our document server serves: its instance and revision."""
 
     instance: InstanceId
     revision: str
     policy: str = ""
-    paths: PathRules = field(default=(), compare=False)
+    beside: Beside = field(default=_NOTHING_BESIDE, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +156,6 @@ class NovaRecord:
         endpoint_set: Set of Nova metadata APIs.
         signatures: Signature by the secret in force and, during a change of secrets, by the next one.
         policy: Policy word, empty for the default (`model.policy.render_policy_word`).
-        paths: Path rules of the set to which the word refers. They are in another map, not in the value.
     """
 
     endpoint_set: str
@@ -134,7 +163,7 @@ class NovaRecord:
     project: str
     signatures: tuple[str, ...]
     policy: str = ""
-    paths: PathRules = field(default=(), compare=False)
+    beside: Beside = field(default=_NOTHING_BESIDE, compare=False)
 
 
 MapRecord: TypeAlias = EmbeddedRecord | NovaRecord

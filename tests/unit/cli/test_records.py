@@ -88,7 +88,7 @@ def test_an_instance_is_added_with_flags(cli: Cli, tmp_path: Path) -> None:
 _EVERY: dict[str, Any] = {
     rule.name: rule.bounds[1] if rule.bounds else rule.kind is bool or TokenMode.REQUIRED
     for rule in RULES.values()
-    if rule.kind is not tuple
+    if rule.kind not in (tuple, list)
 }
 _EVERY_FLAG = " ".join(
     f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
@@ -119,6 +119,10 @@ def test_a_policy_is_changed_by_flags_rule_by_rule(filled: Cli, kind: str) -> No
             PolicyRules(paths=(("/", PathWord.REQUIRED), _DENIED)),
         ),
         ("--no-path-rule / --no-path-rule /latest/user-data", NO_RULES),
+        (
+            "--audience vault --audience * --audience vault --identity-tag role",
+            PolicyRules(audiences=("*", "vault"), identity_tags=("role",)),
+        ),
     ):
         assert filled(kind, "set", NAMES[kind], *flags.split()).status == 0
         record = filled.network() if kind == "network" else filled.instance()

@@ -163,7 +163,7 @@ def test_records_of_ours_and_of_nova_s_have_the_policy(instance: Instance) -> No
     planner = RecordPlanner(inventory, _REVISIONS, {}, _ROUTING, policies)
     record = planner.plan_record(_KEY)
     assert isinstance(record, wire.EmbeddedRecord | wire.NovaRecord)
-    assert (rule_set_of(record.policy), record.paths) == (set_id(paths), paths)
+    assert (rule_set_of(record.policy), record.beside.paths) == (set_id(paths), paths)
     planned = planner.plan_records([_KEY])
     assert planned.values == {"n1/10.0.0.5": wire.render_map_value(record)}
     assert planned.sets == {set_id(paths): paths}

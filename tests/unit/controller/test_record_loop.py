@@ -351,7 +351,8 @@ async def test_no_record_refers_to_path_rules_that_haproxy_does_not_have(rig: Ri
     await rig.loop.tickets.wait(ticket)
     maps = [line.split()[-1 if "commit" in line else 2] for _, line in rig.haproxy.commands]
     assert maps.index(str(rig.overlay)) > maps.index(str(rig.sets.path))
-    word, _ = rig.loop.policies().word(policy.PolicyPlace("red", None, "web"), None)
+    in_force = rig.loop.policies().fold(policy.PolicyPlace("red", None, "web")).policy
+    word = policy.render_policy_word(in_force, policy.OperatorOverride(), None)
     assert rig.told("10.0.0.5") == f"{word}|{before}"
 
 

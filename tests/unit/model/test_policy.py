@@ -139,7 +139,7 @@ def test_every_rule_and_path_is_reported_with_its_value_and_scope() -> None:
     folded = fold_policy(
         [(PolicyScope.HOST, host), (PolicyScope.PROJECT, project), (PolicyScope.INSTANCE, _OFF)]
     )
-    report = report_policy(folded, OperatorOverride(), None, _BORN)
+    report = report_policy(folded, OperatorOverride(), None, _BORN, "")
     names = [one.name for one in fields(Policy) if one.name != "paths"]
     assert [rule.name for rule in report.rules] == [*names, "paths./", "paths./latest"]
     by_name = {rule.name: (rule.value, rule.origin) for rule in report.rules}
@@ -219,7 +219,9 @@ def test_the_end_of_the_boot_is_the_one_that_haproxy_sees(
     created_at: int | None, reopened_at: int, now: int, ends: int | None, *, over: bool
 ) -> None:
     folded = Folded(Policy(boot_grace_s=60))
-    told = report_policy(folded, OperatorOverride(3, reopened_at), created_at, now)
+    override = OperatorOverride(3, reopened_at)
+    word = render_policy_word(folded.policy, override, created_at)
+    told = report_policy(folded, override, created_at, now, word)
     assert (told.boot_ends_at, told.boot_over) == (ends, over)
     assert (told.token_epoch, told.reopened_at) == (3, reopened_at or None)
 

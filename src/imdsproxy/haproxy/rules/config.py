@@ -13,7 +13,13 @@ from typing import Final
 
 from imdsproxy.haproxy.rules.counting import read_counter
 from imdsproxy.haproxy.rules.limits import names_of_limits
-from imdsproxy.haproxy.rules.model import Bind, DataplaneSpec, UnixBind, count_namespaces
+from imdsproxy.haproxy.rules.model import (
+    Bind,
+    DataplaneSpec,
+    IssuerFrontend,
+    UnixBind,
+    count_namespaces,
+)
 from imdsproxy.haproxy.rules.names import CONSTANTS
 from imdsproxy.haproxy.rules.nova import (
     AGAIN_SERVERS,
@@ -52,7 +58,7 @@ _MAPPED: Final = (
 _IPV4: Final = f"^(?:{_QUAD}|{_MAPPED})$"
 _IPV6: Final = f"^[0-9A-Fa-f:]+(?:{_QUAD})?$"
 
-_BLOCKS: Final = blocks_of(read_template("backends"))
+_BLOCKS: Final = blocks_of(read_template("backends"), read_template("identity"))
 
 _BEYOND_HOLD_S: Final = 3
 """Extra seconds for which HAProxy waits for the resolver, beyond the maximum hold of a request."""
@@ -67,7 +73,16 @@ def render_config(spec: DataplaneSpec) -> str:
 
 
 def _sections(spec: DataplaneSpec, values: dict[str, Value]) -> Iterator[str]:
-    for name in ("global", "limits", "cache", "request_log", "frontends", "backends", "probe"):
+    for name in (
+        "global",
+        "limits",
+        "cache",
+        "request_log",
+        "frontends",
+        "backends",
+        "identity",
+        "probe",
+    ):
         yield from fill_sections(read_template(name), values)
     yield from nova_backends(spec, values)
     for name in ("counting", "exporter"):
@@ -90,6 +105,8 @@ def _values(spec: DataplaneSpec) -> dict[str, Value]:
         | {
             "nova": bool(spec.nova),
             "fleet": spec.fleet,
+            "identity": spec.identity,
+            **_issuer(spec.issuer),
             # `find_whose_keys` sets the variable only for instances with keys of their own.
             "whose_keys": Text(",concat(,txn.whose_keys)" if spec.fleet else ""),
             "cache": sizes.cache_mb > 0,
@@ -191,6 +208,20 @@ def _backends(spec: DataplaneSpec) -> dict[str, Value]:
         "document_servers": _servers(workers, "check inter 1s fall 2 rise 1 backup"),
         "tracked_document_servers": _servers(workers, "track documents/{name} backup"),
         "document_servers_again": _servers(workers, "track documents/{name}"),
+    }
+
+
+def _issuer(issuer: IssuerFrontend | None) -> dict[str, Value]:
+    documents = () if issuer is None else issuer.documents
+    rows: list[dict[str, Value]] = [
+        {"path": path, "type": content_type, "file": file} for path, content_type, file in documents
+    ]
+    return {
+        "issuer": issuer is not None,
+        "issuer_listen": None if issuer is None else issuer.listen,
+        "issuer_certificate": None if issuer is None else issuer.certificate,
+        "issuer_contents": None if issuer is None else issuer.contents,
+        "issuer_documents": _each("issuer_document", rows),
     }
 
 

@@ -173,6 +173,22 @@ class UnixBind:
 
 
 @dataclass(frozen=True, slots=True)
+class IssuerFrontend:
+    """Frontend for the documents of an issuer of identity tokens.
+
+    Attributes:
+        listen: Address and port.
+        contents: Digest of all files: HAProxy reads them when it loads.
+        documents: Path, type and file of each.
+    """
+
+    listen: str
+    certificate: str
+    contents: str
+    documents: tuple[tuple[str, str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class DataplaneSpec:
     """Complete input of the configuration file.
 
@@ -183,6 +199,7 @@ class DataplaneSpec:
         count_reads: Sampling rate of reads without a token where none is required: one in so many is counted; 0 for
             none.
         audit: Sampling rate of the audit log: one in so many requests has a line; 0 for none.
+        identity: Whether guests may request identity tokens.
         fleet: Whether instances of a fleet, which have token keys of their own, may be on this host.
     """
 
@@ -199,4 +216,6 @@ class DataplaneSpec:
     watched: bool = False
     count_reads: int = 0
     audit: int = 0
+    identity: bool = False
+    issuer: IssuerFrontend | None = None
     fleet: bool = False

@@ -29,6 +29,14 @@ _GUEST_HEADERS: Final = (
 )
 """Guest's headers that HAProxy forwards, as a pattern of lower-case names; HAProxy deletes all others."""
 
+_IDENTITY_HEADERS: Final = f"{wire.HEADER_AUDIENCE}|{wire.HEADER_NONCE}"
+
+_IDENTITY_SLOTS: Final = 4096
+"""Identity tokens that HAProxy keeps: about 4 MB."""
+
+_ISSUER_CACHE_S: Final = 300
+"""Seconds for which verifiers may keep the issuer's documents."""
+
 _TOKEN_HEADERS: Final = f"{tokens.TOKEN_HEADER}|{tokens.TTL_HEADER}"
 """Headers that HAProxy also forwards to our own processes; Nova does not use tokens."""
 
@@ -52,6 +60,9 @@ _VALUES: Final[dict[str, Value]] = {
     # Patterns and expressions.
     "other_than_guest_headers": f"^(?!(?:{_GUEST_HEADERS})$)",
     "other_than_guest_and_token_headers": f"^(?!(?:{_GUEST_HEADERS}|{_TOKEN_HEADERS})$)",
+    "other_than_identity_headers": f"^(?!(?:{_GUEST_HEADERS}|{_TOKEN_HEADERS}|{_IDENTITY_HEADERS})$)",
+    "identity_slots": _IDENTITY_SLOTS,
+    "issuer_cache": f"public, max-age={_ISSUER_CACHE_S}",
     # The path without escapes, doubled slashes and dot segments that lead to the same place.
     "canonical_path": rf'{_SPELLED_OUT},regsub("^/ec2(?=/|$)","")',
     "spelled_out": _SPELLED_OUT,
@@ -101,6 +112,7 @@ _WITH_BLOCKS: Final = [
     "counting",
     "request_log",
     "nova",
+    "identity",
     "frontends",
     "backends",
 ]

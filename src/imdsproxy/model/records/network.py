@@ -1,13 +1,14 @@
 """Schema of a network's record, and of the policy in records of networks and instances."""
 
+import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, Final
 
 from imdsproxy.model import entities, path_rules
-from imdsproxy.model.policy import NO_RULES, RULES, PolicyRules, Rule, TokenMode
+from imdsproxy.model.policy import MOST_NAMES, NO_RULES, RULES, PolicyRules, Rule, TokenMode
 from imdsproxy.model.records import values
-from imdsproxy.model.records.schema import Field, Key, Kind, Table, list_of, refuse_repeated
+from imdsproxy.model.records.schema import Field, Json, Key, Kind, Table, list_of, refuse_repeated
 
 MTU_BOUNDS: Final = (68, 65535)
 _MODE: Final = values.choice_of(TokenMode)
@@ -53,8 +54,30 @@ _RULE_KINDS: Final[dict[type[object], Kind]] = {
 }
 
 
+def _names(pattern: str) -> Kind:
+    """Return the kind of a list of names; an empty list is a value: it undoes the list of a less specific scope."""
+    compiled = re.compile(pattern)
+
+    def parse(field: Field) -> tuple[str, ...]:
+        items = list(field.items())
+        if len(items) > MOST_NAMES:
+            raise field.error(f"has {len(items)} names", f"at most {MOST_NAMES}")
+        words = (item.read(lambda one: one.matched(compiled, pattern)) for item in items)
+        return tuple(sorted({word for word in words if word is not None}))
+
+    item: Json = {"type": "string", "pattern": pattern}
+    schema: dict[str, Json] = {"type": "array", "items": item, "maxItems": MOST_NAMES}
+    return Kind(parse, schema, list)
+
+
+def _kind(rule: Rule) -> Kind:
+    if rule.names is not None:
+        return _names(rule.names)
+    return _RULE_KINDS[rule.kind] if rule.bounds is None else values.number_between(*rule.bounds)
+
+
 def _key(rule: Rule) -> Key:
-    kind = _RULE_KINDS[rule.kind] if rule.bounds is None else values.number_between(*rule.bounds)
+    kind = _kind(rule)
     return Key(rule.name, kind, rule.help, since=rule.since, limits=rule.limits)
 
 

@@ -1,0 +1,148 @@
+"""Settings of identity tokens: the issuer, its audiences, its keys and its processes."""
+
+import re
+from typing import Annotated, Final, Literal
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator
+
+from imdsproxy.config.section import (
+    AbsolutePath,
+    AccountName,
+    Change,
+    HostEndpoint,
+    Section,
+    UnitName,
+    cross,
+    form,
+    setting,
+)
+from imdsproxy.model.policy import AUDIENCE_PATTERN
+
+_PLACES: Final = frozenset({"trust_domain", "instance", "project", "network"})
+_PLACE: Final = re.compile(r"\{([^{}]*)\}")
+_TEMPLATE: Final = r"^[A-Za-z0-9._:/@{}-]{1,255}$"
+
+
+def _issuer(text: str) -> str:
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError as error:
+        raise ValueError(f"is not a URL: {error}") from None
+    if parts.scheme != "https" or not parts.hostname or port == 0:
+        raise ValueError("must begin with https:// and a host")
+    if parts.username or parts.query or parts.fragment or "?" in text or "#" in text:
+        raise ValueError("must hold no user, query or fragment")
+    if text.endswith("/") or text != text.strip() or not text.isascii():
+        raise ValueError("must not end with a slash: verifiers compare it byte for byte")
+    return text
+
+
+def _subject(text: str) -> str:
+    unknown = set(_PLACE.findall(text)) - _PLACES
+    if unknown or re.search(r"[{}]", _PLACE.sub("", text)):
+        raise ValueError(f"may hold {', '.join(f'{{{name}}}' for name in sorted(_PLACES))} only")
+    if "{instance}" not in text and "{project}" not in text:
+        raise ValueError("must hold {instance} or {project}: else all guests would be one subject")
+    return text
+
+
+Audience = Annotated[str, form(AUDIENCE_PATTERN, "an audience: a name, as vault, or a URL")]
+
+
+class AudienceSettings(Section):
+    """Tokens for one audience."""
+
+    lifetime_s: int = setting(600, Change.RESTART, ge=60, le=3600)
+    """Seconds for which a token is valid. A stolen token is usable so long. Guests get the same token again for half of
+    this time.
+    """
+
+    subject: (
+        Annotated[
+            str, form(_TEMPLATE, "a text with {project} or {instance}"), AfterValidator(_subject)
+        ]
+        | None
+    ) = setting(None, Change.RESTART, examples=["spiffe://{trust_domain}/project/{project}"])
+    """Template of the claim `sub`, with `{trust_domain}`, `{project}`, `{instance}` and `{network}`. Null is a SPIFFE
+    ID: `spiffe://{trust_domain}/project/{project}/instance/{instance}`, without `/project/{project}` for an instance
+    that has no project. For verifiers that compare the whole subject and take few of them.
+    """
+
+    placement: Literal["any", "proven"] = setting("any", Change.RESTART)
+    """Whether a hub gives a token on a host's word alone. `proven` refuses the instances whose place neither the
+    fleet's records nor OVN nor Nova prove; their tokens hold `"placement": "host"` otherwise.
+    """
+
+
+class IdentitySettings(Section):
+    """Identity tokens, by which guests prove who they are to other services."""
+
+    enabled: bool = setting(False, Change.RESTART)
+    """Give identity tokens to guests whose policy has `audiences`. Off, because a service that trusts the issuer trusts
+    this host. On a host of a fleet the hubs sign.
+    """
+
+    issuer: Annotated[str, AfterValidator(_issuer)] | None = setting(
+        None, Change.RESTART, examples=["https://id.cloud.example"]
+    )
+    """URL of the issuer, the claim `iss`: verifiers find keys below it. Choose a name that can stay, and not a host's:
+    it is in the configuration of every verifier. Needed where tokens are signed: on a hub, and on a host without a
+    fleet.
+    """
+
+    trust_domain: (
+        Annotated[str, form(r"^[a-z0-9._-]{1,255}$", "a DNS name in lower case")] | None
+    ) = setting(None, Change.RESTART, examples=["cloud.example"])
+    """SPIFFE trust domain of subjects; null is the host of `issuer`."""
+
+    algorithm: Literal["RS256", "ES256"] = setting("RS256", Change.RESTART)
+    """Signature algorithm of new keys. Every verifier takes RS256. ES256 makes tokens half as long and needs a verifier
+    that takes it.
+    """
+
+    audiences: dict[Audience, AudienceSettings] = setting(
+        {},
+        Change.RESTART,
+        examples=[{"vault": {"subject": "spiffe://{trust_domain}/project/{project}"}}],
+    )
+    """Sections by audience. An audience that a policy allows and that has no section gets the defaults."""
+
+    listen: HostEndpoint | None = setting(None, Change.RELOAD)
+    """Address and port where HAProxy serves the issuer's documents with TLS; null serves them nowhere. Link-local and
+    wildcard addresses are refused.
+    """
+
+    certificate: AbsolutePath | None = setting(None, Change.RELOAD)
+    """File with the certificate chain and the private key for `listen`, in PEM."""
+
+    static_dir: AbsolutePath | None = setting(None, Change.RESTART)
+    """Directory for the issuer's documents, for another web server; null is `identity/public` in `paths.state_dir`."""
+
+    user: AccountName | None = setting("imdsproxy-identity", Change.RESTART)
+    """Account of the process that answers guests; null keeps the account of its parent (set by the systemd unit)."""
+
+    signer_user: AccountName | None = setting("imdsproxy-signer", Change.RESTART)
+    """Account of the process that has the keys; null as for `user`."""
+
+    supervisor: Literal["auto", "spawn", "systemd"] = setting("auto", Change.RESTART)
+    """Supervisor that starts and restarts both processes, as `documents.supervisor`."""
+
+    unit: UnitName = setting("imdsproxy-identity.service", Change.RESTART)
+    """The systemd unit of the process that answers guests."""
+
+    signer_unit: UnitName = setting("imdsproxy-signer.service", Change.RESTART)
+    """The systemd unit of the process that has the keys."""
+
+    def model_post_init(self, _: object) -> None:
+        """Refuse an address without a certificate, and a trust domain that would make subjects too long."""
+        if self.listen is not None and self.certificate is None:
+            raise cross(
+                "certificate", "listen needs a certificate", "a PEM file with chain and private key"
+            )
+
+    @property
+    def domain(self) -> str:
+        """Trust domain, with the default applied."""
+        return self.trust_domain or urlsplit(self.issuer or "").hostname or ""

@@ -1,0 +1,237 @@
+"""Identity tokens on a host: the two processes, and the issuer's documents as HAProxy serves them."""
+
+import asyncio
+import contextlib
+import json
+import ssl
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import structlog
+
+from imdsproxy.config.schema import Settings
+from imdsproxy.controller.companion import Companion
+from imdsproxy.controller.subjects import Subjects
+from imdsproxy.errors import DataplaneError, Problem, SourceUnavailable
+from imdsproxy.haproxy.layout import Layout
+from imdsproxy.haproxy.rules.model import IssuerFrontend
+from imdsproxy.host.account import Account, find_account
+from imdsproxy.host.files import ensure_directory, write_atomic
+from imdsproxy.issuer.documents import DOCUMENTS, render_documents
+from imdsproxy.issuer.serve import Plan
+from imdsproxy.reconcile.part import Part
+from imdsproxy.reconcile.reconciler import Reconciler
+
+_PATIENCE_S: Final = 5.0
+_EVERY_S: Final = 5.0
+
+
+def find_identity_account(settings: Settings) -> Account | None:
+    return find_account(settings.identity.user, None, "identity.user")
+
+
+def plan_service(settings: Settings) -> Plan:
+    """Plan the process that gives identity tokens to guests."""
+    layout, account = Layout.of(settings), find_identity_account(settings)
+    haproxy = find_account(None, settings.haproxy.group, "haproxy.group")
+    return Plan(
+        socket=str(layout.identity_socket),
+        pid_file=str(layout.identity_pid),
+        log_level=settings.log.level,
+        log_format=settings.log.format,
+        user=None if account is None else account.user,
+        group=None if account is None else account.group,
+        clients=-1 if haproxy is None else haproxy.group,
+        subjects=str(layout.subjects),
+        signer=str(layout.signer_socket),
+    )
+
+
+def plan_signer(settings: Settings) -> Plan:
+    """Plan the process that has the keys."""
+    layout, identity = Layout.of(settings), settings.identity
+    account = find_account(identity.signer_user, None, "identity.signer_user")
+    clients = find_identity_account(settings)
+    return Plan(
+        socket=str(layout.signer_socket),
+        pid_file=str(layout.signer_pid),
+        log_level=settings.log.level,
+        log_format=settings.log.format,
+        user=None if account is None else account.user,
+        group=None if account is None else account.group,
+        clients=-1 if clients is None else clients.group,
+        subjects=str(layout.subjects),
+        keys=str(layout.signing_keys),
+        issuer=identity.issuer or "",
+        trust_domain=identity.domain,
+        algorithm=identity.algorithm,
+        audiences={
+            name: {
+                "lifetime_s": one.lifetime_s,
+                "subject": one.subject,
+                "proven": one.placement == "proven",
+            }
+            for name, one in identity.audiences.items()
+        },
+    )
+
+
+@dataclass(slots=True)
+class IdentityHost(Part):
+    """Identity tokens on this host.
+
+    Args:
+        subjects: Subjects of this host's guests; `None` if identity tokens are off.
+        on_documents: Callback for new documents of the issuer: HAProxy needs them.
+
+    Attributes:
+        documents: Documents of the issuer by path, with their types; empty until the signer has answered.
+    """
+
+    layout: Layout
+    subjects: Subjects | None
+    issuer: str
+    public: Path
+    service: Companion
+    signer: Companion
+    on_documents: Callable[[], object]
+    documents: dict[str, tuple[str, str]] = field(default_factory=dict)
+    _certificate: Problem | None = None
+    _reads: Reconciler = field(
+        default_factory=partial(
+            Reconciler,
+            "identity",
+            "issuer's keys not read",
+            0.2,
+            5.0,
+            retried=(SourceUnavailable, DataplaneError),
+        )
+    )
+
+    def frontend(self, settings: Settings) -> IssuerFrontend | None:
+        """Return the frontend for the issuer's documents; `None` without documents, a certificate or an address."""
+        listen, certificate = settings.identity.listen, settings.identity.certificate
+        self._certificate = None
+        if listen is None or certificate is None or not self.documents:
+            return None
+        try:
+            # HAProxy would refuse the whole configuration, and guests' networks would not change any more.
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate)
+            digest = blake2b(certificate.read_bytes(), digest_size=8)
+        except OSError as error:
+            self._certificate = Problem(
+                "identity.certificate",
+                f"cannot use {certificate}: {error.strerror or error}",
+                "a PEM file with the certificate chain and the private key",
+            )
+            return None
+        below = urlsplit(self.issuer).path
+        digest.update(repr(self.documents).encode())
+        documents = (
+            (below + path, content_type, str(self._file(path)))
+            for path, (content_type, _) in self.documents.items()
+        )
+        return IssuerFrontend(str(listen), str(certificate), digest.hexdigest(), tuple(documents))
+
+    def _file(self, path: str) -> Path:
+        return self.public / path.lstrip("/")
+
+    def problems(self) -> tuple[Problem | None, ...]:
+        return self.service.failure, self.signer.failure, self._reads.failure, self._certificate
+
+    def load(self) -> None:
+        """Take the documents of the last run, so that an adopted HAProxy goes on serving them."""
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            self.documents = {
+                path: (kind, self._file(path).read_text()) for path, kind in DOCUMENTS.items()
+            }
+
+    async def run(self) -> None:
+        await asyncio.gather(self.service.run(), self.signer.run(), self._follow_keys())
+
+    async def _follow_keys(self) -> None:
+        while self.signer.needed:
+            await self._reads.attempt(self.read_keys)
+            await asyncio.sleep(_EVERY_S)
+
+    async def read_keys(self) -> None:
+        """Read the public keys from the signer; write and publish changed documents.
+
+        Raises:
+            SourceUnavailable: The signer does not answer.
+            HostRefused: A file cannot be written.
+        """
+        shape = await ask_signer(self.layout.signer_socket, {"keys": None})
+        documents = render_documents(self.issuer, shape["keys"], shape["ring"]["sequence"])
+        if documents == self.documents:
+            return
+        for path, (_, text) in documents.items():
+            place = self._file(path)
+            ensure_directory(place.parent)
+            write_atomic(place, text.encode(), mode=0o644)
+        self.documents = documents
+        structlog.get_logger().info("issuer's documents written", directory=str(self.public))
+        self.on_documents()
+
+
+async def ask_signer(socket: Path, question: Mapping[str, object]) -> dict[str, Any]:
+    """Send one request about keys to the signer and return its answer.
+
+    Raises:
+        SourceUnavailable: The signer does not answer, or refuses.
+    """
+    try:
+        async with asyncio.timeout(_PATIENCE_S):
+            reader, writer = await asyncio.open_unix_connection(str(socket))
+            try:
+                writer.write(json.dumps(question).encode() + b"\n")
+                line = await reader.readline()
+            finally:
+                writer.close()
+        shape = json.loads(line)
+    except (OSError, ValueError, TimeoutError) as error:
+        raise SourceUnavailable(
+            f"the signer of identity tokens does not answer: {error}",
+            hint="journalctl -u imdsproxy-signer",
+        ) from error
+    if "keys" not in shape:
+        raise SourceUnavailable("the signer of identity tokens refused", hint="see its log")
+    found: dict[str, Any] = shape
+    return found
+
+
+def build_identity(
+    settings: Settings,
+    layout: Layout,
+    companions: tuple[Companion, Companion],
+    touch: Callable[..., object],
+) -> IdentityHost:
+    """Return the part for identity tokens; raise `HostRefused` if the subjects' directory cannot be made.
+
+    Args:
+        companions: Supervisors of the process that answers guests, and of the signer.
+        touch: Requests a round of the listeners, which renders HAProxy's configuration; gets the reason and networks.
+    """
+    identity = settings.identity
+    public = identity.static_dir or layout.public_documents
+    subjects = None
+    if identity.enabled:
+        account = find_identity_account(settings)
+        subjects = Subjects(layout.subjects, -1 if account is None else account.group)
+        subjects.open()
+    host = IdentityHost(
+        layout,
+        subjects,
+        identity.issuer or "",
+        public,
+        *companions,
+        on_documents=partial(touch, "issuer's documents changed", ()),
+    )
+    if identity.enabled:
+        host.load()
+    return host

@@ -1,0 +1,93 @@
+"""Lines between the process that answers guests, the signer, and what manages the signer's keys.
+
+Each request is one line of JSON on a unix socket, and so is its answer.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from imdsproxy.issuer.claims import Placement, Refusal
+from imdsproxy.model.subject import Subject, parse_subject
+
+LONGEST_LINE: Final = 64 * 1024
+"""Bytes of the longest line: a subject may have many tags."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRequest:
+    """Request for a token.
+
+    Attributes:
+        subject: Id of a subject in the signer's directory. A hub sends the subject itself.
+        placement: Proof that the subject is on the host that asks; the signer of a host alone knows none but `local`.
+    """
+
+    subject: str | Subject
+    audience: str
+    nonce: str | None = None
+    placement: Placement = Placement.LOCAL
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """Signed token.
+
+    Times are seconds from now, so that the clocks of two hosts need not agree.
+
+    Attributes:
+        id: The claim `jti`, for logs: a log never holds the token.
+        expires_at: The claim `exp`, Unix time.
+        lifetime_s: Seconds from the signature to the end.
+    """
+
+    text: str
+    id: str
+    expires_at: int
+    lifetime_s: int
+
+
+def render_request(request: TokenRequest) -> bytes:
+    subject = request.subject
+    shape = {
+        "sign": subject if isinstance(subject, str) else subject.render().decode("ascii"),
+        "audience": request.audience,
+        "nonce": request.nonce,
+        "placement": request.placement.value,
+    }
+    return _line(shape)
+
+
+def parse_request(shape: Mapping[str, Any]) -> TokenRequest:
+    """Parse the result of `render_request`; raise `ValueError` if it is none."""
+    try:
+        name, audience, nonce = shape["sign"], shape["audience"], shape["nonce"]
+        placement = Placement(shape["placement"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"no request for a token: {error}") from error
+    if not all(isinstance(one, str) for one in (name, audience, nonce or "")):
+        raise ValueError("no request for a token: a value is no text")
+    subject = parse_subject(name.encode()) if name.startswith("{") else name
+    return TokenRequest(subject, audience, nonce, placement)
+
+
+def render_answer(answer: Token | Refusal) -> bytes:
+    if isinstance(answer, Refusal):
+        return _line({"refused": answer.value})
+    return _line({"token": asdict(answer)})
+
+
+def parse_answer(line: bytes) -> Token | Refusal:
+    """Parse the result of `render_answer`; raise `ValueError` if it is none."""
+    try:
+        shape = json.loads(line)
+        if "refused" in shape:
+            return Refusal(shape["refused"])
+        return Token(**shape["token"])
+    except (KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"no answer of a signer: {error}") from error
+
+
+def _line(shape: Mapping[str, object]) -> bytes:
+    return json.dumps(shape, separators=(",", ":")).encode("ascii") + b"\n"

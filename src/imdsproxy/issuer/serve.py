@@ -1,0 +1,155 @@
+"""Start of the two processes for identity tokens, with plain values instead of settings.
+
+The command reads the settings and executes this module: so neither process keeps the memory of the settings' schema.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import uuid
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+import structlog
+
+from imdsproxy.documents.pidfile import PidFile
+from imdsproxy.errors import HostRefused, ImdsproxyError
+from imdsproxy.host.account import Account
+from imdsproxy.host.clock import Clock
+from imdsproxy.host.files import ensure_directory
+from imdsproxy.host.logs import open_logging
+from imdsproxy.host.notify import ServiceNotifier, is_journal
+from imdsproxy.host.process import leave_no_dumps
+from imdsproxy.host.servers import open_unix_socket
+
+_LOOK_EVERY_S: Final = 1.0
+_PRIVATE: Final = 0o700
+_log: Final = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Values of one of the processes; paths as text.
+
+    Attributes:
+        socket: Socket of the process.
+        clients: Group that may connect.
+        signer: Socket of the signer, for the process that answers guests; empty for the signer itself.
+        keys: Directory of the keys, for the signer; empty for the other process.
+        subjects: Directory of subjects; empty on a hub.
+        audiences: Keyword arguments of `claims.AudienceRules`, by audience.
+    """
+
+    socket: str
+    pid_file: str
+    log_level: str
+    log_format: str
+    user: int | None
+    group: int | None
+    clients: int
+    subjects: str
+    signer: str = ""
+    keys: str = ""
+    issuer: str = ""
+    trust_domain: str = ""
+    algorithm: str = "RS256"
+    audiences: Mapping[str, Mapping[str, Any]] | None = None
+
+    def execute(self) -> NoReturn:
+        """Replace this process by the planned one."""
+        words = (sys.executable, "-m", "imdsproxy.issuer.serve", json.dumps(asdict(self)))
+        os.execv(sys.executable, words)  # noqa: S606 - our own program, no shell
+
+
+def main(text: str) -> int:
+    """Run the process until it is stopped; return its exit status."""
+    plan = Plan(**json.loads(text))
+    clock = Clock()
+    journal = is_journal(sys.stderr, os.environ)
+    open_logging(plan.log_level, plan.log_format, sys.stderr, clock=clock, journal=journal)  # type: ignore[arg-type] # of the settings
+    leave_no_dumps()
+    try:
+        return asyncio.run(_run(plan, clock))
+    except ImdsproxyError as error:
+        _log.error("the process ends", reason=str(error))
+        return error.exit_status
+
+
+async def _run(plan: Plan, clock: Clock) -> int:
+    notifier = ServiceNotifier(os.environ.get("NOTIFY_SOCKET", ""))
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ended.set)
+    pid_file = PidFile(Path(plan.pid_file))
+    if plan.keys:
+        owner = None if plan.user is None else (plan.user, plan.group or -1)
+        ensure_directory(Path(plan.keys), mode=_PRIVATE, owner=owner)
+        # The signer's account may not enter the directories above.
+        os.chdir(plan.keys)
+    listener = open_unix_socket(Path(plan.socket), mode=0o660, owner=(-1, plan.clients))
+    if plan.user is not None and plan.group is not None and os.geteuid() == 0:
+        # The signer may read the subjects too.
+        Account(plan.user, plan.group).assume((plan.clients,) if plan.keys else ())
+    serving = _serve_signer if plan.keys else _serve_guests
+    async with serving(plan, listener, clock):
+        pid_file.write((os.getpid(), os.getpid()))
+        notifier.ready("serving")
+        _log.info("ready", socket=plan.socket)
+        while not ended.is_set():
+            if not pid_file.is_ours():
+                raise HostRefused("the pid file was removed or belongs to another process")
+            # The controller counts these pauses: a process that hangs has none.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_LOOK_EVERY_S):
+                    await ended.wait()
+        notifier.send(STOPPING="1")
+    pid_file.release()
+    return 0
+
+
+@contextlib.asynccontextmanager
+async def _serve_guests(plan: Plan, listener: socket.socket, clock: Clock) -> AsyncIterator[None]:
+    from imdsproxy.documents.http import serving
+    from imdsproxy.issuer.service import IdentityService, LocalSigner
+
+    source = LocalSigner(Path(plan.signer))
+    service = IdentityService(Path(plan.subjects), source, clock)
+    async with serving(service, listener, grace_s=1.0):
+        yield
+
+
+@contextlib.asynccontextmanager
+async def _serve_signer(plan: Plan, listener: socket.socket, clock: Clock) -> AsyncIterator[None]:
+    from imdsproxy.issuer.claims import AudienceRules, IssuerRules
+    from imdsproxy.issuer.exchange import LONGEST_LINE
+    from imdsproxy.issuer.signer import KeyStore, Signer
+
+    audiences = {name: AudienceRules(**one) for name, one in (plan.audiences or {}).items()}
+    rules = IssuerRules(plan.issuer, plan.trust_domain, audiences)
+    store = KeyStore(Path())
+    algorithm: Any = plan.algorithm
+    store.open(algorithm, plan.issuer, clock)
+    new_id: Callable[[], str] = lambda: str(uuid.uuid4())  # noqa: E731 - shorter than a function
+    signer = Signer(
+        store,
+        rules,
+        algorithm,
+        clock,
+        Path(plan.subjects) if plan.subjects else None,
+        frozenset({0, os.geteuid()}),
+        new_id,
+    )
+    server = await asyncio.start_unix_server(signer.answer, sock=listener, limit=LONGEST_LINE)
+    async with server:
+        yield
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

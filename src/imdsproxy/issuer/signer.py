@@ -1,0 +1,200 @@
+"""Signer: the process that has the keys. It builds the claims itself, and signs nothing else."""
+
+import asyncio
+import json
+import re
+import socket
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import jwt
+import structlog
+
+from imdsproxy.errors import HostRefused, SecretUnreadable, refusing
+from imdsproxy.host.clock import Clock
+from imdsproxy.host.files import write_atomic
+from imdsproxy.issuer import exchange
+from imdsproxy.issuer.claims import IssuerRules, Placement, Refusal, plan_claims
+from imdsproxy.issuer.exchange import Token, TokenRequest
+from imdsproxy.issuer.keys import Algorithm, SigningKey, make_key, parse_key
+from imdsproxy.issuer.ring import KeyRing, parse_ring
+from imdsproxy.model.subject import ID_PATTERN, Subject, parse_subject
+
+_RING: Final = "ring.json"
+_SECRET: Final = 0o600
+_SUBJECT_ID: Final = re.compile(ID_PATTERN)
+_CREDENTIALS: Final = struct.Struct("3i")
+
+_log: Final = structlog.get_logger()
+
+
+@dataclass(slots=True)
+class KeyStore:
+    """Directory with a file for each key, and the ring that gives their states."""
+
+    directory: Path
+    ring: KeyRing = field(default_factory=KeyRing)
+    keys: dict[str, SigningKey] = field(default_factory=dict)
+
+    def open(self, algorithm: Algorithm, issuer: str, clock: Clock) -> None:
+        """Read all keys; make the first one if there is none.
+
+        Raises:
+            SecretUnreadable: A file is damaged, or a key of the ring has no file.
+            HostRefused: The directory cannot be read or written.
+        """
+        path = self.directory / _RING
+        with refusing(f"read the signing keys in {self.directory}"):
+            content = path.read_bytes() if path.exists() else None
+            if content is None:
+                self.add(algorithm, issuer, clock)
+                return
+            try:
+                self.ring = parse_ring(content)
+            except ValueError as error:
+                raise SecretUnreadable(
+                    f"{path} is damaged: {error}", hint="restore the directory from a backup"
+                ) from error
+            for entry in self.ring.entries:
+                place = self.directory / f"{entry.id}.pem"
+                if not place.exists():
+                    raise SecretUnreadable(
+                        f"{place} is missing", hint="restore the directory from a backup"
+                    )
+                self.keys[entry.id] = parse_key(place.read_bytes(), str(place))
+
+    def add(self, algorithm: Algorithm, issuer: str, clock: Clock) -> str:
+        """Make a key and return its id: it signs if it is the first, and is the next one otherwise."""
+        now = clock.now()
+        key = make_key(algorithm, issuer, now)
+        write_atomic(self.directory / f"{key.id}.pem", key.render(), mode=_SECRET, durable=True)
+        self.keys[key.id] = key
+        self.keep(self.ring.add(key.id, int(now.timestamp())))
+        return key.id
+
+    def keep(self, ring: KeyRing) -> None:
+        """Put a ring in force, and remove the files of keys that are not in it."""
+        write_atomic(self.directory / _RING, ring.render(), mode=_SECRET, durable=True)
+        self.ring = ring
+        for gone in self.keys.keys() - {one.id for one in ring.entries}:
+            (self.directory / f"{gone}.pem").unlink(missing_ok=True)
+            del self.keys[gone]
+
+    @property
+    def signing(self) -> SigningKey:
+        return self.keys[self.ring.signing or ""]
+
+
+@dataclass(slots=True)
+class Signer:
+    """Answers of the signer's socket.
+
+    Args:
+        subjects: Directory of subjects (`controller.subjects`). `None` on a hub, which sends the subject itself.
+        managers: Accounts that may manage the keys.
+        token_id: Returns a new value for the claim `jti`.
+    """
+
+    store: KeyStore
+    rules: IssuerRules
+    algorithm: Algorithm
+    clock: Clock
+    subjects: Path | None
+    managers: frozenset[int]
+    token_id: Callable[[], str]
+
+    def sign(self, request: TokenRequest) -> Token | Refusal:
+        """Return a token, or why there is none."""
+        subject, placement = request.subject, request.placement
+        if self.subjects is not None:
+            found = self._read_subject(subject)
+            placement = Placement.LOCAL
+        else:
+            found = subject if isinstance(subject, Subject) else None
+        if found is None:
+            return Refusal.SUBJECT
+        now = int(self.clock.now().timestamp())
+        claims = plan_claims(
+            found,
+            request.audience,
+            request.nonce,
+            self.rules,
+            placement,
+            now=now,
+            token_id=self.token_id(),
+        )
+        if isinstance(claims, Refusal):
+            return claims
+        key = self.store.signing
+        text = jwt.encode(claims, key.private, key.algorithm, headers={"kid": key.id})
+        return Token(text, claims["jti"], claims["exp"], claims["exp"] - now)
+
+    def _read_subject(self, name: str | Subject) -> Subject | None:
+        if self.subjects is None or not isinstance(name, str) or not _SUBJECT_ID.fullmatch(name):
+            return None
+        path = self.subjects / name
+        with refusing(f"read the subject {path}"):
+            if not path.exists():
+                return None
+            content = path.read_bytes()
+        try:
+            return parse_subject(content)
+        except ValueError as error:
+            raise HostRefused(f"{path} is damaged: {error}") from error
+
+    async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Answer the requests of one connection until it ends."""
+        try:
+            while line := await reader.readline():
+                writer.write(self._reply(line, _user_of(writer)))
+                await writer.drain()
+        except (ConnectionError, ValueError) as error:
+            # A line beyond the limit is a `ValueError` of `readline`.
+            _log.warning("a connection to the signer ended", reason=str(error))
+        finally:
+            writer.close()
+
+    def _reply(self, line: bytes, user: int) -> bytes:
+        try:
+            shape = json.loads(line)
+            if not isinstance(shape, dict):
+                raise TypeError("no object")  # noqa: TRY301 - reported below like any other wrong line
+            if "sign" in shape:
+                return exchange.render_answer(self.sign(exchange.parse_request(shape)))
+            return self._manage(shape, user)
+        except (ValueError, TypeError, RecursionError) as error:
+            _log.warning("a wrong request", reason=str(error))
+            return exchange.render_answer(Refusal.REQUEST)
+        except HostRefused as error:
+            _log.error("no token can be signed", reason=error.message, hint=error.hint)
+            return b"{}\n"
+
+    def _manage(self, shape: Mapping[str, Any], user: int) -> bytes:
+        """Change the keys, and return the ring with the public keys."""
+        now = int(self.clock.now().timestamp())
+        if (change := shape.get("change")) is not None:
+            if user not in self.managers:
+                raise ValueError(f"user {user} may not change the keys")
+            ring = self.store.ring
+            match change:
+                case "add":
+                    self.store.add(self.algorithm, self.rules.issuer, self.clock)
+                case {"promote": str(key)}:
+                    self.store.keep(ring.promote(key, now))
+                case {"drop": [*keys]}:
+                    self.store.keep(ring.drop(keys))
+                case _:
+                    raise ValueError("an unknown change of keys")
+        ring = self.store.ring
+        keys = [self.store.keys[entry.id].jwk() for entry in ring.entries]
+        return json.dumps({"ring": json.loads(ring.render()), "keys": keys}).encode() + b"\n"
+
+
+def _user_of(writer: asyncio.StreamWriter) -> int:
+    """Return the account of the client (SO_PEERCRED in unix(7))."""
+    peer = writer.get_extra_info("socket")
+    data = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    return int(_CREDENTIALS.unpack(data)[1])

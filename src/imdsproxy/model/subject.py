@@ -1,0 +1,98 @@
+"""Subject of identity tokens: the facts about an instance in one network that its tokens state.
+
+The controller writes each subject to a file that its id names. A record in HAProxy's maps refers to the subject by this
+id, which is a digest of all facts. So a changed fact is another subject, and no cached token of the earlier one fits.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from typing import Any, Final
+
+from imdsproxy.model.entities import Instance, InstanceId, NetworkId
+from imdsproxy.model.policy import ANY_AUDIENCE, Names, OperatorOverride, Policy
+
+ID_PATTERN: Final = "^[0-9a-f]{32}$"
+
+RESERVED: Final = "sts:"
+"""Prefix of audiences that no guest may request: with such a token imdsproxy itself gets role credentials."""
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """Facts about an instance in one network, for the claims of its identity tokens.
+
+    Attributes:
+        created_at: Time of the instance's creation, Unix time; `None` if unknown.
+        epoch: Number of revocations of the instance's tokens. An instance that is created again under the same id has
+            another epoch (`controller.policy_store`), so it is another subject.
+        audiences: Audiences that the policy allows, in order; `*` allows any.
+        tags: Tags that the policy names, in name order.
+    """
+
+    instance: InstanceId
+    network: NetworkId
+    project: str | None
+    availability_zone: str | None = None
+    created_at: int | None = None
+    epoch: int = 0
+    audiences: Names = ()
+    tags: tuple[tuple[str, str], ...] = ()
+
+    def render(self) -> bytes:
+        """Render the subject as one JSON object; equal subjects give equal bytes."""
+        return json.dumps(asdict(self), separators=(",", ":"), sort_keys=True).encode("ascii")
+
+    @property
+    def id(self) -> str:
+        """Digest of all facts: 32 hexadecimal digits."""
+        return blake2b(self.render(), digest_size=16).hexdigest()
+
+    def allows(self, audience: str) -> bool:
+        """Return whether the instance may request tokens for the audience."""
+        if audience.startswith(RESERVED):
+            return False
+        return audience in self.audiences or ANY_AUDIENCE in self.audiences
+
+    @property
+    def named_audiences(self) -> Names:
+        """Audiences that the policy names, whose tokens are fetched before a guest requests them."""
+        return tuple(one for one in self.audiences if one != ANY_AUDIENCE and self.allows(one))
+
+
+def plan_subject(
+    policy: Policy,
+    override: OperatorOverride,
+    instance: Instance,
+    network: NetworkId,
+    project: str | None,
+) -> Subject | None:
+    """Return the subject of an instance in a network; `None` if its policy allows no audience.
+
+    `project` is that of the instance's port in the network.
+    """
+    if not policy.audiences or not policy.endpoint:
+        return None
+    return Subject(
+        instance.id,
+        network,
+        project,
+        instance.availability_zone,
+        instance.created_at,
+        override.epoch,
+        policy.audiences,
+        tuple((name, value) for name, value in instance.tags if name in policy.identity_tags),
+    )
+
+
+def parse_subject(content: bytes) -> Subject:
+    """Parse the result of `Subject.render`; raise `ValueError` if it is damaged."""
+    try:
+        shape: dict[str, Any] = json.loads(content)
+        lists = {"audiences": tuple(shape["audiences"]), "tags": tuple(map(tuple, shape["tags"]))}
+        subject = Subject(**{**shape, **lists})
+    except (KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"no subject: {error}") from error
+    if subject.render() != content:
+        raise ValueError("no subject: it has another form")
+    return subject

@@ -1,0 +1,258 @@
+"""Identity tokens of guests on a host alone, and genuine verifiers that take them."""
+
+import json
+import os
+import signal
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import jwt
+import pytest
+
+from support.daemon import instance
+from support.guest import Guest, take_token
+from support.identity.openbao import OpenBao, Refused, open_openbao
+from support.identity.requests import (
+    claims_of,
+    identity_settings,
+    request_token,
+    wait_token,
+)
+from support.identity.signing import Issuer
+from support.identity.verifiers import verify
+from support.lab import until
+from support.world import World, open_world
+
+pytestmark = pytest.mark.root
+
+_PROJECT: Final = "11111111111111111111111111111111"
+_OTHER: Final = "22222222222222222222222222222222"
+_CREATED: Final = 1_790_000_000
+_FORWARDED: Final = "X-Forwarded-For: 10.0.0.9"
+_POLICY: Final = {
+    "projects": {
+        _PROJECT: {"audiences": ["keystone", "vault"], "identity_tags": ["role"]},
+        _OTHER: {"audiences": ["vault"]},
+    }
+}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[World, Issuer]]:
+    section, issuer = identity_settings(tmp_path_factory.mktemp("issuer"))
+    settings = {"resolver": {"hold_s": 1.0}, "identity": section, "policy": _POLICY}
+    with open_world(settings) as world:
+        yield world, issuer
+
+
+@pytest.fixture(scope="module")
+def shared_world(shared: tuple[World, Issuer]) -> World:
+    return shared[0]
+
+
+@pytest.fixture(scope="module")
+def issuer(shared: tuple[World, Issuer]) -> Issuer:
+    return shared[1]
+
+
+def _have(world: World, network: str, project: str, **fields: object) -> Guest:
+    """Return the guest of a network, as an instance of a project."""
+    record = instance(f"{network}-5", network, fields={"project": project, **fields})
+    assert world.daemon.put(instances=[record])["applied"]
+    return world.guests[network]
+
+
+@pytest.fixture
+def guest(world: World) -> Guest:
+    """The guest of red, of `_PROJECT`."""
+    return _have(world, "red", _PROJECT, created_at=_CREATED, tags={"role": "db", "name": "x"})
+
+
+@pytest.fixture(scope="module")
+def bao(
+    shared: tuple[World, Issuer], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[OpenBao]:
+    world, issuer = shared
+    with open_openbao(world.lab.host, tmp_path_factory.mktemp("openbao")) as made:
+        made.trust(issuer)
+        made.admit("vm", audience="vault", projects=[_PROJECT, _OTHER])
+        for project in (_PROJECT, _OTHER):
+            made.write(f"secret/data/{project}/db", data={"password": f"of {project}"})
+        yield made
+
+
+def test_guests_with_one_address_get_their_own_project_s_secret_from_openbao_and_no_other(
+    world: World, bao: OpenBao
+) -> None:
+    places = {_PROJECT: "red", _OTHER: "blue"}
+    for project, other in ((_PROJECT, _OTHER), (_OTHER, _PROJECT)):
+        guest = _have(world, places[project], project)
+        login = bao.login("vm", wait_token(guest))
+        assert login.metadata["instance_id"] == f"{places[project]}-5"
+        secret = bao.read(f"secret/data/{project}/db", token=login.token)
+        assert secret["data"]["data"] == {"password": f"of {project}"}
+        with pytest.raises(Refused, match="permission denied"):
+            bao.read(f"secret/data/{other}/db", token=login.token)
+    with pytest.raises(Refused, match="audience"):
+        bao.login("vm", wait_token(_have(world, "red", _PROJECT), "keystone"))
+
+
+def test_every_library_takes_a_token_and_none_takes_it_at_another_audience(
+    world: World, guest: Guest, issuer: Issuer
+) -> None:
+    token = wait_token(guest)
+    subject = f"spiffe://cloud.example/project/{_PROJECT}/instance/red-5"
+    place = world.lab.host
+    good = verify(token, audience="vault", issuer=issuer, namespace=place)
+    assert set(good.values()) == {subject}
+    bad = verify(token, audience="keystone", issuer=issuer, namespace=place)
+    assert subject not in bad.values()
+
+
+def test_a_token_states_the_record_and_the_tags_that_the_policy_names(guest: Guest) -> None:
+    begun = datetime.now(UTC).timestamp()
+    token = wait_token(guest)
+    claims = dict(claims_of(token))
+    assert claims.pop("iat") == claims.pop("nbf") <= begun
+    assert begun < claims.pop("exp") <= datetime.now(UTC).timestamp() + 600
+    assert claims.pop("jti")
+    assert claims == {
+        "iss": "https://127.0.0.1:8443",
+        "sub": f"spiffe://cloud.example/project/{_PROJECT}/instance/red-5",
+        "aud": "vault",
+        "instance_id": "red-5",
+        "project_id": _PROJECT,
+        "network_id": "red",
+        "instance_created": _CREATED,
+        "placement": "local",
+        "tags": {"role": "db"},
+    }
+    assert jwt.get_unverified_header(token).keys() == {"alg", "kid", "typ"}
+
+
+def test_a_guest_gets_the_same_token_again_and_another_one_for_a_nonce(guest: Guest) -> None:
+    first = wait_token(guest)
+    assert request_token(guest).text == first
+    # In another form the same token, though HAProxy keeps only the plain form.
+    assert json.loads(request_token(guest, query="?format=json").text)["token"] == first
+    with_nonce = request_token(guest, more=("X-imdsproxy-nonce: abc123",)).text
+    assert claims_of(with_nonce)["nonce"] == "abc123"
+    assert request_token(guest).text == first
+
+
+def test_each_form_holds_the_token_and_its_end(guest: Guest) -> None:
+    token = wait_token(guest)
+    ends = f"{datetime.fromtimestamp(claims_of(token)['exp'], UTC):%Y-%m-%dT%H:%M:%SZ}"
+    credential = json.loads(request_token(guest, query="?format=execcredential").text)
+    assert credential["apiVersion"] == "client.authentication.k8s.io/v1"
+    assert credential["kind"] == "ExecCredential"
+    assert credential["status"] == {"token": token, "expirationTimestamp": ends}
+    shell = request_token(guest, query="?format=env").text
+    assert f"export IMDSPROXY_TOKEN={token}\n" in shell
+    assert ends in shell
+
+
+def _refusals(guest: Guest) -> Mapping[str, int]:
+    session = take_token(guest)
+    ask = {
+        "no session token": request_token(guest, session=""),
+        "a wrong session token": request_token(guest, session=session[:-1] + "x"),
+        "an audience of others": request_token(guest, "kubernetes"),
+        "an audience for roles": request_token(guest, "sts:rgw"),
+        "no audience": request_token(guest, None),
+        "two audiences": request_token(guest, more=("X-imdsproxy-audience: keystone",)),
+        "a long audience": request_token(guest, "a" * 129),
+        "an audience with a quote": request_token(guest, 'va"ult'),
+        "a long nonce": request_token(guest, more=(f"X-imdsproxy-nonce: {'n' * 257}",)),
+        "two nonces": request_token(guest, more=("X-imdsproxy-nonce: a", "X-imdsproxy-nonce: b")),
+        "an unknown form": request_token(guest, query="?format=xml"),
+        "a read": request_token(guest, method="GET"),
+        "a proxy": request_token(guest, more=(_FORWARDED,)),
+        "a browser": request_token(guest, more=("Origin: http://evil.example",)),
+    }
+    return {name: reply.status for name, reply in ask.items()}
+
+
+def test_what_is_no_proper_request_of_the_guest_itself_gets_no_token(guest: Guest) -> None:
+    wait_token(guest)
+    assert _refusals(guest) == {
+        "no session token": 401,
+        "a wrong session token": 401,
+        "an audience of others": 403,
+        "an audience for roles": 403,
+        "no audience": 400,
+        "two audiences": 400,
+        "a long audience": 400,
+        "an audience with a quote": 400,
+        "a long nonce": 400,
+        "two nonces": 400,
+        "an unknown form": 400,
+        "a read": 405,
+        "a proxy": 403,
+        "a browser": 403,
+    }
+
+
+def test_an_instance_without_audiences_has_no_such_path(world: World) -> None:
+    assert request_token(world.guests["green"]).status == 404
+    assert "identity" not in world.guests["green"].ask("/latest/api/").text
+
+
+def test_no_earlier_token_is_given_once_the_policy_or_the_record_has_changed(
+    world: World, guest: Guest
+) -> None:
+    first = wait_token(guest)
+    _have(world, "red", _PROJECT, availability_zone="az2")
+    second = wait_token(guest)
+    assert (first != second, claims_of(second)["availability_zone"]) == (True, "az2")
+    world.have_policy({"projects": {_PROJECT: {"audiences": ["keystone"]}}})
+    until(lambda: request_token(guest).status == 403, what="the refusal")
+    world.have_policy({})
+    until(lambda: request_token(guest).status == 404, what="no identity")
+
+
+def test_an_instance_that_is_made_again_under_its_id_gets_another_token(
+    world: World, guest: Guest
+) -> None:
+    first = wait_token(guest)
+    session = take_token(guest)
+    world.daemon.remove_instance("red-5")
+    _have(world, "red", _PROJECT, created_at=_CREATED, tags={"role": "db", "name": "x"})
+    assert request_token(guest, session=session).status == 401
+    assert claims_of(wait_token(guest))["jti"] != claims_of(first)["jti"]
+
+
+def _has_changed(file: Path, before: str) -> bool:
+    return file.read_text() not in ("", before)
+
+
+def test_the_processes_of_tokens_are_started_again_and_the_key_stays(
+    world: World, guest: Guest
+) -> None:
+    key = jwt.get_unverified_header(wait_token(guest))["kid"]
+    for name in ("identity.pid", "signer.pid"):
+        file = world.daemon.runtime / name
+        before = file.read_text()
+        os.kill(int(before.split()[0]), signal.SIGKILL)
+        until(partial(_has_changed, file, before), what=f"another process of {name}")
+    nonce = ("X-imdsproxy-nonce: anew",)
+    until(lambda: request_token(guest, more=nonce).status == 200, what="a token signed anew")
+    assert jwt.get_unverified_header(request_token(guest, more=nonce).text)["kid"] == key
+
+
+def test_neither_token_nor_key_nor_nonce_is_in_a_log_or_a_readable_file(
+    world: World, guest: Guest
+) -> None:
+    token, nonce = wait_token(guest), "secret-nonce-of-the-guest"
+    request_token(guest, more=(f"X-imdsproxy-nonce: {nonce}",))
+    keys = world.daemon.state / "identity" / "keys"
+    assert keys.stat().st_mode & 0o777 == 0o700
+    for path in (*world.daemon.runtime.rglob("*"), *world.daemon.state.rglob("*")):
+        if not path.is_file() or {keys, world.daemon.runtime / "netns"} & {*path.parents}:
+            continue
+        content = path.read_bytes()
+        for secret in (token.encode(), nonce.encode(), b"PRIVATE KEY"):
+            assert secret not in content, path
