@@ -1,5 +1,6 @@
 """Identity tokens of guests on a host alone, and genuine verifiers that take them."""
 
+import itertools
 import json
 import os
 import signal
@@ -30,7 +31,8 @@ pytestmark = pytest.mark.root
 
 _PROJECT: Final = "11111111111111111111111111111111"
 _OTHER: Final = "22222222222222222222222222222222"
-_CREATED: Final = 1_790_000_000
+_TAGS: Final = {"role": "db", "name": "x"}
+_created: Final = itertools.count(1_790_000_000)
 _FORWARDED: Final = "X-Forwarded-For: 10.0.0.9"
 _POLICY: Final = {
     "projects": {
@@ -67,8 +69,8 @@ def _have(world: World, network: str, project: str, **fields: object) -> Guest:
 
 @pytest.fixture
 def guest(world: World) -> Guest:
-    """The guest of red, of `_PROJECT`."""
-    return _have(world, "red", _PROJECT, created_at=_CREATED, tags={"role": "db", "name": "x"})
+    """The guest of red, of `_PROJECT`; each test has another subject, of which no token is held."""
+    return _have(world, "red", _PROJECT, created_at=next(_created), tags=_TAGS)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +128,7 @@ def test_a_token_states_the_record_and_the_tags_that_the_policy_names(guest: Gue
         "instance_id": "red-5",
         "project_id": _PROJECT,
         "network_id": "red",
-        "instance_created": _CREATED,
+        "instance_created": next(_created) - 1,
         "placement": "local",
         "tags": {"role": "db"},
     }
@@ -218,9 +220,9 @@ def test_an_instance_that_is_made_again_under_its_id_gets_another_token(
     world: World, guest: Guest
 ) -> None:
     first = wait_token(guest)
-    session = take_token(guest)
+    session, created = take_token(guest), claims_of(first)["instance_created"]
     world.daemon.remove_instance("red-5")
-    _have(world, "red", _PROJECT, created_at=_CREATED, tags={"role": "db", "name": "x"})
+    _have(world, "red", _PROJECT, created_at=created, tags=_TAGS)
     assert request_token(guest, session=session).status == 401
     assert claims_of(wait_token(guest))["jti"] != claims_of(first)["jti"]
 

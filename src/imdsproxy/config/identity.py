@@ -70,9 +70,10 @@ class AudienceSettings(Section):
     that has no project. For verifiers that compare the whole subject and take few of them.
     """
 
-    placement: Literal["any", "proven"] = setting("any", Change.RESTART)
-    """Whether a hub gives a token on a host's word alone. `proven` refuses the instances whose place neither the
-    fleet's records nor OVN nor Nova prove; their tokens hold `"placement": "host"` otherwise.
+    placement: Literal["any", "proven"] = setting("proven", Change.RESTART)
+    """Whether a hub gives a token on a host's word alone. `proven` refuses the instances whose place the fleet's
+    records do not prove. With `any` their tokens hold `"placement": "host"`: a captured host can invent them, so each
+    verifier has to check this claim.
     """
 
 

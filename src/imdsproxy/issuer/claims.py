@@ -60,7 +60,7 @@ class AudienceRules:
 
     lifetime_s: int = 600
     subject: str | None = None
-    proven: bool = False
+    proven: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import sys
@@ -117,12 +118,19 @@ async def _run(plan: Plan, clock: Clock) -> int:
 @contextlib.asynccontextmanager
 async def _serve_guests(plan: Plan, listener: socket.socket, clock: Clock) -> AsyncIterator[None]:
     from imdsproxy.documents.http import serving
-    from imdsproxy.issuer.service import IdentityService, LocalSigner
+    from imdsproxy.issuer.holder import TokenHolder
+    from imdsproxy.issuer.local_signer import LocalSigner, SignerClient
+    from imdsproxy.issuer.service import IdentityService
 
-    source = LocalSigner(Path(plan.signer))
-    service = IdentityService(Path(plan.subjects), source, clock)
-    async with serving(service, listener, grace_s=1.0):
-        yield
+    source = LocalSigner(SignerClient(Path(plan.signer)))
+    uniform = random.SystemRandom().uniform
+    holder = TokenHolder(Path(plan.subjects), source, clock.monotonic, uniform)
+    async with serving(IdentityService(holder), listener, grace_s=1.0):
+        renewing = asyncio.create_task(holder.run())
+        try:
+            yield
+        finally:
+            renewing.cancel()
 
 
 @contextlib.asynccontextmanager

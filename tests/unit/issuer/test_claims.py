@@ -39,7 +39,7 @@ _RULES: Final = IssuerRules(
     {
         "long": AudienceRules(lifetime_s=3600),
         "entra": AudienceRules(subject="spiffe://{trust_domain}/project/{project}"),
-        "strict": AudienceRules(proven=True),
+        "loose": AudienceRules(proven=False),
     },
 )
 
@@ -83,6 +83,7 @@ def test_a_token_states_every_known_fact_and_no_unknown_one() -> None:
 def test_an_audience_has_its_own_lifetime_and_subject() -> None:
     assert _claims(_free(), "long")["exp"] == _NOW + 3600
     assert _claims(_free(), "entra")["sub"] == "spiffe://cloud.example/project/p1"
+    assert _claims(_free(), "loose", None, Placement.HOST)["placement"] == "host"
 
 
 @pytest.mark.parametrize(
@@ -96,7 +97,7 @@ def test_an_audience_has_its_own_lifetime_and_subject() -> None:
         (_free(), "a" * 129, None, Placement.FLEET, Refusal.REQUEST),
         (_SUBJECT, "vault", "", Placement.FLEET, Refusal.REQUEST),
         (_SUBJECT, "vault", "n" * 257, Placement.FLEET, Refusal.REQUEST),
-        (_free(), "strict", None, Placement.HOST, Refusal.PLACEMENT),
+        (_SUBJECT, "vault", None, Placement.HOST, Refusal.PLACEMENT),
         (_free(project=None), "entra", None, Placement.FLEET, Refusal.PROJECT),
     ],
 )

@@ -1,0 +1,231 @@
+"""Identity tokens that this host holds: fetched before guests request them, renewed, and shared by requests."""
+
+import asyncio
+import os
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Protocol, TypeAlias
+
+import structlog
+
+from imdsproxy.errors import ImdsproxyError, SourceUnavailable, refusing
+from imdsproxy.issuer.claims import Refusal
+from imdsproxy.issuer.exchange import Token
+from imdsproxy.model.subject import ID_PATTERN, Subject, parse_subject
+
+_SUBJECT_ID: Final = re.compile(ID_PATTERN)
+_RATE_PER_S: Final = 5.0
+_BURST: Final = 20.0
+_KEPT: Final = 100_000
+_EVERY_S: Final = 1.0
+_AT_ONCE: Final = 64
+_RETRY_S: Final = 5.0
+_REFUSED_S: Final = 60.0
+"""Seconds until a token that was refused is requested again: the policy may have changed."""
+
+_EARLIEST, _LATEST = 0.5, 0.6
+"""Part of a token's life after which it is renewed, at random, so that thousands of tokens are not renewed at once."""
+
+_log: Final = structlog.get_logger()
+
+TokenKey: TypeAlias = tuple[str, str]
+"""Id of a subject, and audience."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Token that a source should give."""
+
+    id: str
+    subject: Subject
+    audience: str
+    nonce: str | None = None
+
+
+class TokenSource(Protocol):
+    """Signer of this host, or the hubs of its fleet."""
+
+    async def request(self, wanted: Sequence[Wanted]) -> Sequence[Token | Refusal]:
+        """Return a token, or the reason why there is none, for each; raise `SourceUnavailable` without an answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Token, with the monotonic time of its signature."""
+
+    token: Token
+    since: float
+
+    def fresh_s(self, now: float) -> float:
+        """Return the seconds for which guests get this token; after that, if possible, another one."""
+        return self.token.lifetime_s / 2 - (now - self.since)
+
+    def left_s(self, now: float) -> float:
+        return self.token.lifetime_s - (now - self.since)
+
+
+@dataclass(slots=True)
+class _Share:
+    """Requests for signatures that an instance has left: a bucket that fills with time."""
+
+    left: float = _BURST
+    at: float = 0.0
+
+    def take(self, now: float) -> bool:
+        self.left = min(_BURST, self.left + (now - self.at) * _RATE_PER_S)
+        self.at = now
+        if self.left < 1:
+            return False
+        self.left -= 1
+        return True
+
+
+@dataclass(slots=True)
+class TokenHolder:
+    """Holder of tokens, whose `run` fetches the tokens of all subjects' named audiences.
+
+    Args:
+        subjects: Directory of subjects (`controller.subjects`).
+        monotonic: Returns seconds since an arbitrary start.
+        uniform: Returns a random number between two.
+    """
+
+    subjects: Path
+    source: TokenSource
+    monotonic: Callable[[], float]
+    uniform: Callable[[float, float], float]
+    pause: Callable[[float], Awaitable[None]] = asyncio.sleep
+    held: dict[TokenKey, Held] = field(default_factory=dict)
+    _due: dict[TokenKey, float] = field(default_factory=dict)
+    _known: dict[str, Subject] = field(default_factory=dict)
+    _pending: dict[TokenKey, asyncio.Task[Held | Refusal]] = field(default_factory=dict)
+    _shares: dict[str, _Share] = field(default_factory=dict)
+
+    def read(self, name: str) -> Subject | None:
+        """Return a subject by its id; `None` if the controller has removed it.
+
+        Raises:
+            HostRefused: The file cannot be read.
+        """
+        path = self.subjects / name
+        if not _SUBJECT_ID.fullmatch(name):
+            return None
+        with refusing(f"read the subject {path}"):
+            try:
+                content = path.read_bytes()
+            except FileNotFoundError:
+                self._forget(name)
+                return None
+        known = self._known.get(name)
+        if known is None:
+            try:
+                known = self._known[name] = parse_subject(content)
+            except ValueError as error:
+                raise SourceUnavailable(f"{path} is damaged: {error}") from error
+        return known
+
+    async def get(
+        self, name: str, subject: Subject, audience: str, nonce: str | None
+    ) -> Held | Refusal | None:
+        """Return a token, held or new, or why there is none; `None` if the instance has requested too many.
+
+        Raises:
+            SourceUnavailable: No signer answers, and no held token is valid.
+        """
+        now, key = self.monotonic(), (name, audience)
+        held = self.held.get(key) if nonce is None else None
+        if held is not None and held.fresh_s(now) > 0:
+            return held
+        if len(self._shares) > _KEPT:
+            self._shares.clear()
+        if not self._shares.setdefault(subject.instance, _Share(at=now)).take(now):
+            return None
+        wanted = Wanted(name, subject, audience, nonce)
+        try:
+            if nonce is not None:
+                return (await self._request([wanted]))[0]
+            return await self._share_request(key, wanted)
+        except SourceUnavailable:
+            # A token in the second half of its life is still good.
+            if held is None or held.left_s(now) <= 0:
+                raise
+            return held
+
+    async def _share_request(self, key: TokenKey, wanted: Wanted) -> Held | Refusal:
+        """Request a token; requests for the same token at one time share the answer."""
+        task = self._pending.get(key)
+        if task is None:
+            task = self._pending[key] = asyncio.create_task(self._fetch(key, wanted))
+            task.add_done_callback(lambda _: self._pending.pop(key, None))
+        return await asyncio.shield(task)
+
+    async def _fetch(self, key: TokenKey, wanted: Wanted) -> Held | Refusal:
+        return self._keep(key, (await self._request([wanted]))[0])
+
+    async def _request(self, wanted: Sequence[Wanted]) -> list[Held | Refusal]:
+        found = await self.source.request(wanted)
+        now = self.monotonic()
+        return [one if isinstance(one, Refusal) else Held(one, now) for one in found]
+
+    def _keep(self, key: TokenKey, found: Held | Refusal) -> Held | Refusal:
+        """Hold a token, unless another request has just brought one; return the token that guests get."""
+        now = self.monotonic()
+        if isinstance(found, Refusal):
+            self.held.pop(key, None)
+            self._due[key] = now + _REFUSED_S
+            return found
+        held = self.held.get(key)
+        if held is None or held.fresh_s(now) <= 0:
+            held = self.held[key] = found
+            life = held.token.lifetime_s
+            self._due[key] = held.since + self.uniform(_EARLIEST * life, _LATEST * life)
+        return held
+
+    def _forget(self, name: str) -> None:
+        self._known.pop(name, None)
+        for key in [key for key in self._due if key[0] == name]:
+            self._due.pop(key)
+            self.held.pop(key, None)
+
+    async def run(self) -> None:
+        """Fetch and renew tokens until cancelled."""
+        while True:
+            try:
+                self._look()
+                pause = await self._renew()
+            except ImdsproxyError as error:
+                _log.warning("identity tokens not renewed", reason=error.message, hint=error.hint)
+                pause = self.uniform(_RETRY_S, 2 * _RETRY_S)
+            await self.pause(pause)
+
+    def _look(self) -> None:
+        """Find new subjects, and forget those that the controller has removed."""
+        with refusing(f"list the subjects in {self.subjects}"):
+            names = {name for name in os.listdir(self.subjects) if _SUBJECT_ID.fullmatch(name)}  # noqa: PTH208 - names only
+        for name in {key[0] for key in self._due} - names:
+            self._forget(name)
+        now = self.monotonic()
+        for name in names - self._known.keys():
+            subject = self.read(name)
+            for audience in () if subject is None else subject.named_audiences:
+                self._due.setdefault((name, audience), now)
+
+    async def _renew(self) -> float:
+        """Renew the tokens that are due, some at once; return the seconds until the next look."""
+        now = self.monotonic()
+        due = sorted((at, key) for key, at in self._due.items() if at <= now)[:_AT_ONCE]
+        wanted: list[Wanted] = []
+        for _, (name, audience) in due:
+            subject = self._known.get(name)
+            if subject is None or audience not in subject.named_audiences:
+                # A guest has requested it, of an audience that `*` allows.
+                del self._due[name, audience]
+                self.held.pop((name, audience), None)
+            else:
+                wanted.append(Wanted(name, subject, audience))
+        if wanted:
+            for one, found in zip(wanted, await self._request(wanted), strict=True):
+                self._keep((one.id, one.audience), found)
+        return 0.0 if len(due) == _AT_ONCE else _EVERY_S

@@ -1,0 +1,165 @@
+"""Tokens that a host holds: fetched ahead, renewed, shared, and gone with their subjects."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from imdsproxy.errors import SourceUnavailable
+from imdsproxy.issuer.claims import Refusal
+from imdsproxy.issuer.exchange import Token
+from imdsproxy.issuer.holder import Held, TokenHolder, Wanted
+from imdsproxy.model.entities import InstanceId, NetworkId
+from imdsproxy.model.subject import Subject
+
+_LIFE_S: Final = 600
+_SUBJECT: Final = Subject(
+    InstanceId("web"), NetworkId("red"), "p", audiences=("*", "keystone", "vault")
+)
+
+
+@dataclass(slots=True)
+class Rig:
+    """Holder with a clock and a source of the test's own."""
+
+    directory: Path
+    now: float = 1000.0
+    asked: list[tuple[str, str | None]] = field(default_factory=list)
+    away: bool = False
+    refuses: Refusal | None = None
+    pauses: list[float] = field(default_factory=list)
+    rounds: int = 1
+
+    def holder(self) -> TokenHolder:
+        return TokenHolder(
+            self.directory, self, lambda: self.now, lambda low, _: low, pause=self._pause
+        )
+
+    async def _pause(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+        if len(self.pauses) >= self.rounds:
+            raise asyncio.CancelledError
+
+    async def request(self, wanted: Sequence[Wanted]) -> list[Token | Refusal]:
+        await asyncio.sleep(0)
+        if self.away:
+            raise SourceUnavailable("no hub")
+        self.asked += [(one.audience, one.nonce) for one in wanted]
+        number = len(self.asked)
+        if self.refuses is not None:
+            return [self.refuses for _ in wanted]
+        return [Token(f"t{number}", f"id{number}", 0, _LIFE_S) for _ in wanted]
+
+    def have(self, *subjects: Subject) -> None:
+        """Have these subjects, and no other."""
+        for path in self.directory.iterdir():
+            path.unlink()
+        for one in subjects:
+            (self.directory / one.id).write_bytes(one.render())
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Rig:
+    made = Rig(tmp_path)
+    made.have(_SUBJECT)
+    return made
+
+
+async def _run(rig: Rig, holder: TokenHolder, rounds: int = 1) -> None:
+    rig.rounds = len(rig.pauses) + rounds
+    with pytest.raises(asyncio.CancelledError):
+        await holder.run()
+
+
+async def _get(
+    holder: TokenHolder, audience: str = "vault", nonce: str | None = None
+) -> Held | Refusal | None:
+    return await holder.get(_SUBJECT.id, _SUBJECT, audience, nonce)
+
+
+async def test_named_audiences_are_fetched_before_a_guest_requests_them(rig: Rig) -> None:
+    holder = rig.holder()
+    await _run(rig, holder)
+    assert sorted(rig.asked) == [("keystone", None), ("vault", None)]
+    assert isinstance(await _get(holder), Held)
+    assert len(rig.asked) == 2
+
+
+async def test_a_token_is_the_same_for_half_of_its_life_and_renewed_then(rig: Rig) -> None:
+    holder = rig.holder()
+    first = await _get(holder)
+    rig.now += _LIFE_S / 2 - 1
+    assert await _get(holder) == first
+    rig.now += 2
+    await _run(rig, holder, 2)
+    assert await _get(holder) != first
+
+
+async def test_a_held_token_outlives_an_outage_of_the_source(rig: Rig) -> None:
+    holder = rig.holder()
+    first = await _get(holder)
+    rig.away = True
+    rig.now += _LIFE_S - 1
+    await _run(rig, holder)
+    assert await _get(holder) == first
+    rig.now += 2
+    with pytest.raises(SourceUnavailable):
+        await _get(holder)
+
+
+async def test_requests_at_one_time_share_one_signature(rig: Rig) -> None:
+    holder = rig.holder()
+    found = await asyncio.gather(*(_get(holder) for _ in range(10)))
+    assert len(set(map(str, found))) == len(rig.asked) == 1
+
+
+async def test_an_instance_that_requests_too_many_signatures_has_to_wait(rig: Rig) -> None:
+    holder = rig.holder()
+    found = [await _get(holder, nonce=str(number)) for number in range(30)]
+    assert [isinstance(one, Held) for one in found] == [True] * 20 + [False] * 10
+    # Held tokens cost nothing, and other instances have a share of their own.
+    other = replace(_SUBJECT, instance=InstanceId("other"))
+    assert isinstance(await holder.get(other.id, other, "vault", "n"), Held)
+    rig.now += 1
+    again = [await _get(holder, nonce=str(number)) for number in range(10)]
+    assert [isinstance(one, Held) for one in again] == [True] * 5 + [False] * 5
+
+
+async def test_tokens_go_with_their_subject(rig: Rig) -> None:
+    holder = rig.holder()
+    await _run(rig, holder)
+    rig.have()
+    assert holder.read(_SUBJECT.id) is None
+    assert not holder.held
+    rig.have(_SUBJECT)
+    await _run(rig, holder)
+    rig.have(replace(_SUBJECT, epoch=1))
+    await _run(rig, holder, 2)
+    assert {key[0] for key in holder.held} == {replace(_SUBJECT, epoch=1).id}
+
+
+async def test_a_refused_token_is_not_requested_again_at_once(rig: Rig) -> None:
+    rig.refuses = Refusal.AUDIENCE
+    holder = rig.holder()
+    await _run(rig, holder, 5)
+    assert len(rig.asked) == 2
+    rig.now += 61
+    rig.refuses = None
+    await _run(rig, holder)
+    assert len(holder.held) == 2
+
+
+async def test_a_token_that_only_a_guest_has_requested_is_not_renewed(rig: Rig) -> None:
+    holder = rig.holder()
+    await _get(holder, "free")
+    rig.now += _LIFE_S
+    await _run(rig, holder, 2)
+    assert "free" not in {audience for _, audience in holder.held}
+
+
+@pytest.mark.parametrize("name", ["", "..", "../../etc/shadow", "x" * 32])
+def test_no_other_file_is_taken_for_a_subject(rig: Rig, name: str) -> None:
+    assert rig.holder().read(name) is None
