@@ -148,7 +148,7 @@ def test_the_units_name_the_places_that_the_daemon_uses() -> None:
     assert f"ConditionPathExists={layout.config}" in unit
     names = {defaults.haproxy.unit, defaults.documents.unit, "imdsproxy.service"}
     names |= {defaults.identity.unit, defaults.identity.signer_unit}
-    names.add("imdsproxy-hub.service")
+    names |= {"imdsproxy-hub.service", "imdsproxy-hub-signer.service"}
     assert {path.name for path in (REPOSITORY / "packaging/systemd").iterdir()} == names
 
 

@@ -136,18 +136,36 @@ class FleetHost:
 
 
 @dataclass(slots=True)
+class BesideHub:
+    """What else is on each hub's machine: nothing, unless a test has something there."""
+
+    def settings(self, hub: HubProcess) -> Mapping[str, Mapping[str, object]]:
+        """Further sections of the hub's settings."""
+        del hub
+        return {}
+
+    def start(self, hub: HubProcess) -> None:
+        """Called before the hub starts."""
+
+    def close(self) -> None:
+        """Called at the end."""
+
+
+@dataclass(slots=True)
 class FleetWorld:
     """The fleet.
 
     Args:
         hubs_wanted: How many hubs.
         host_settings: Laid over those of each host; `log` over those of hubs too.
+        beside_hub: What else is on a hub's machine.
     """
 
     hubs_wanted: int = 2
     host_settings: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     etcd: EtcdLab = field(default_factory=EtcdLab)
     clocks: bool = False
+    beside_hub: BesideHub = field(default_factory=BesideHub)
     hubs: list[HubProcess] = field(default_factory=list)
     hosts: dict[str, FleetHost] = field(default_factory=dict)
 
@@ -157,6 +175,7 @@ class FleetWorld:
         for number in range(1, self.hubs_wanted + 1):
             self._make_hub(number, now)
         for hub in self.hubs:
+            self.beside_hub.start(hub)
             hub.start(ready=False)
         for hub in self.hubs:
             until(lambda: hub._starts() > 0, within_s=30, what=f"{hub.name} is ready")  # noqa: B023
@@ -205,7 +224,7 @@ class FleetWorld:
             },
             "log": {"format": "json", **self.host_settings.get("log", {})},
         }
-        hub.config.write_text(yaml.safe_dump(settings))
+        hub.config.write_text(yaml.safe_dump({**settings, **self.beside_hub.settings(hub)}))
         self.hubs.append(hub)
 
     def add_host(
@@ -305,6 +324,7 @@ class FleetWorld:
         for hub in self.hubs:
             if hub.process is not None and hub.process.poll() is None:
                 hub.end(9)
+        self.beside_hub.close()
         self.etcd.close()
 
 
@@ -314,10 +334,12 @@ def fleet_world(
     *,
     etcd_flags: Sequence[str] = (),
     clocks: bool = False,
+    beside_hub: BesideHub | None = None,
     **settings: Mapping[str, object],
 ) -> Iterator[FleetWorld]:
     """A fleet that is gone at the end."""
-    made = FleetWorld(hubs, settings, EtcdLab(flags=etcd_flags), clocks)
+    beside = BesideHub() if beside_hub is None else beside_hub
+    made = FleetWorld(hubs, settings, EtcdLab(flags=etcd_flags), clocks, beside)
     try:
         yield made
     finally:

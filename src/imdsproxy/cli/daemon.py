@@ -94,11 +94,18 @@ def identity_server(run: options.Invocation) -> None:
 
 
 @options.config_command
-def signer(run: options.Invocation) -> None:
+def signer(
+    run: options.Invocation,
+    *,
+    hub: Annotated[
+        bool,
+        flag("--hub", "Sign for a fleet, beside its hub, which brings the keys from etcd."),
+    ] = False,
+) -> None:
     """Run the signer of identity tokens in the foreground: the process that has the keys."""
     from imdsproxy.controller.identity import plan_signer
 
-    plan_signer(run.settings).execute()
+    plan_signer(run.settings, hub=hub).execute()
 
 
 @options.bare_command

@@ -23,9 +23,11 @@ from imdsproxy.haproxy.rules.model import IssuerFrontend
 from imdsproxy.host.account import Account, find_account
 from imdsproxy.host.files import ensure_directory, write_atomic
 from imdsproxy.issuer.documents import DOCUMENTS, render_documents
+from imdsproxy.issuer.hub_source import AUTHORITY_FILE, CERTIFICATE_FILE, HUBS_FILE
 from imdsproxy.issuer.serve import Plan
 from imdsproxy.reconcile.part import Part
 from imdsproxy.reconcile.reconciler import Reconciler
+from imdsproxy.sources.fleet.client import HostFiles
 
 _PATIENCE_S: Final = 5.0
 _EVERY_S: Final = 5.0
@@ -48,15 +50,23 @@ def plan_service(settings: Settings) -> Plan:
         group=None if account is None else account.group,
         clients=-1 if haproxy is None else haproxy.group,
         subjects=str(layout.subjects),
-        signer=str(layout.signer_socket),
+        signer="" if in_fleet(settings) else str(layout.signer_socket),
+        fleet=str(layout.identity_files) if in_fleet(settings) else "",
     )
 
 
-def plan_signer(settings: Settings) -> Plan:
-    """Plan the process that has the keys."""
+def in_fleet(settings: Settings) -> bool:
+    """Return whether the hubs of a fleet sign for this host's guests."""
+    return settings.sources.fleet.enabled
+
+
+def plan_signer(settings: Settings, *, hub: bool) -> Plan:
+    """Plan the process that has the keys: of this host, or of a fleet beside a hub."""
     layout, identity = Layout.of(settings), settings.identity
     account = find_account(identity.signer_user, None, "identity.signer_user")
     clients = find_identity_account(settings)
+    if hub:
+        clients = find_account(settings.hub.user, None, "hub.user")
     return Plan(
         socket=str(layout.signer_socket),
         pid_file=str(layout.signer_pid),
@@ -65,7 +75,8 @@ def plan_signer(settings: Settings) -> Plan:
         user=None if account is None else account.user,
         group=None if account is None else account.group,
         clients=-1 if clients is None else clients.group,
-        subjects=str(layout.subjects),
+        subjects="" if hub else str(layout.subjects),
+        managers=() if clients is None or not hub else (clients.user,),
         keys=str(layout.signing_keys),
         issuer=identity.issuer or "",
         trust_domain=identity.domain,
@@ -82,11 +93,50 @@ def plan_signer(settings: Settings) -> Plan:
 
 
 @dataclass(slots=True)
+class FleetFiles:
+    """Copies of this host's files for its fleet, which the process that answers guests may read.
+
+    Args:
+        group: Group of that process; -1 keeps the present group.
+    """
+
+    directory: Path
+    files: HostFiles
+    hubs: tuple[str, ...]
+    group: int = -1
+
+    async def copy(self) -> None:
+        """Copy what has changed: the controller renews the certificate, and the fleet may replace its CA.
+
+        Raises:
+            SourceUnavailable: A file cannot be read.
+            HostRefused: The file system refuses.
+        """
+        hubs = self.hubs or self.files.read_hubs()
+        try:
+            certificate, key = self.files.certificate.read_bytes(), self.files.key.read_bytes()
+            wanted = {
+                HUBS_FILE: json.dumps(hubs).encode(),
+                CERTIFICATE_FILE: certificate if certificate == key else certificate + key,
+                AUTHORITY_FILE: self.files.authority.read_bytes(),
+            }
+        except OSError as error:
+            raise SourceUnavailable(f"this host's certificate cannot be read: {error}") from error
+        owner = -1, self.group
+        ensure_directory(self.directory, mode=0o750, owner=owner)
+        for name, content in wanted.items():
+            path = self.directory / name
+            if not path.exists() or path.read_bytes() != content:
+                write_atomic(path, content, mode=0o640, owner=owner)
+
+
+@dataclass(slots=True)
 class IdentityHost(Part):
     """Identity tokens on this host.
 
     Args:
         subjects: Subjects of this host's guests; `None` if identity tokens are off.
+        fleet: Files for the hubs, which sign in this host's place; `None` without a fleet.
         on_documents: Callback for new documents of the issuer: HAProxy needs them.
 
     Attributes:
@@ -100,6 +150,7 @@ class IdentityHost(Part):
     service: Companion
     signer: Companion
     on_documents: Callable[[], object]
+    fleet: FleetFiles | None = None
     documents: dict[str, tuple[str, str]] = field(default_factory=dict)
     _certificate: Problem | None = None
     _reads: Reconciler = field(
@@ -152,7 +203,14 @@ class IdentityHost(Part):
             }
 
     async def run(self) -> None:
-        await asyncio.gather(self.service.run(), self.signer.run(), self._follow_keys())
+        await asyncio.gather(
+            self.service.run(), self.signer.run(), self._follow_keys(), self._follow_fleet()
+        )
+
+    async def _follow_fleet(self) -> None:
+        while self.fleet is not None:
+            await self._reads.attempt(self.fleet.copy)
+            await asyncio.sleep(_EVERY_S)
 
     async def _follow_keys(self) -> None:
         while self.signer.needed:
@@ -219,11 +277,16 @@ def build_identity(
     """
     identity = settings.identity
     public = identity.static_dir or layout.public_documents
-    subjects = None
+    subjects = fleet = None
     if identity.enabled:
         account = find_identity_account(settings)
-        subjects = Subjects(layout.subjects, -1 if account is None else account.group)
+        group = -1 if account is None else account.group
+        subjects = Subjects(layout.subjects, group)
         subjects.open()
+        if in_fleet(settings):
+            wanted = settings.sources.fleet
+            files = HostFiles.configured(wanted, layout.state)
+            fleet = FleetFiles(layout.identity_files, files, tuple(wanted.hubs), group)
     host = IdentityHost(
         layout,
         subjects,
@@ -231,6 +294,7 @@ def build_identity(
         public,
         *companions,
         on_documents=partial(touch, "issuer's documents changed", ()),
+        fleet=fleet,
     )
     if identity.enabled:
         host.load()

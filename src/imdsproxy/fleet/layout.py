@@ -75,6 +75,9 @@ PASSWORDS: Final = f"{PREFIX}pass/"
 TOKEN_KEYS: Final = f"{PREFIX}key/tokens"
 """All keys of session tokens in one value, so that they change together."""
 
+ISSUER: Final = f"{PREFIX}key/issuer"
+"""Keys of the issuer of identity tokens, all in one value, so that they change together."""
+
 HOSTS: Final = f"{PREFIX}host/"
 CERTIFICATES: Final = f"{PREFIX}cert/"
 HUBS: Final = f"{PREFIX}live/"
@@ -296,6 +299,21 @@ class SealedKeys:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredIssuer:
+    """Value of `ISSUER`.
+
+    Attributes:
+        ring: States of the keys, as `issuer.ring.KeyRing` renders them.
+        keys: Public keys by id, as JWKs.
+        sealed: Private keys by id; the signers' own key opens them, and the hubs' envelope does not.
+    """
+
+    ring: Json
+    keys: Mapping[str, Json]
+    sealed: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
 class StoredPassword:
     """Value of a key below `PASSWORDS`. `sealed` is `None` after a clearing, or the removal of the instance."""
 
@@ -321,7 +339,8 @@ class Journal:
 
 
 Value: TypeAlias = (
-    Meta | Suspicion | Grant | Beat | HubPlace | KnownHub | Sealing | SealedKeys | StoredPolicy | StoredInstance
+    Meta | Suspicion | Grant | Beat | HubPlace | KnownHub | Sealing | SealedKeys | StoredIssuer | StoredPolicy
+    | StoredInstance
     | StoredNetwork | StoredPassword | OperatorOverride | StoredHost | StoredOperator
 )  # fmt: skip
 
@@ -524,6 +543,12 @@ _HUB: Final = Codec(HubPlace, url=URL)
 _KNOWN_HUB: Final = Codec(KnownHub, url=URL, absent_since=nullable(NUMBER))
 _SEALING: Final = Codec(Sealing, key=ID, sha256=DIGEST)
 _SEALED_KEYS: Final = Codec(SealedKeys, sealed=BYTES)
+_ISSUER: Final = Codec(
+    StoredIssuer,
+    ring=OBJECT,
+    keys=mapping_of(ANY_TEXT, OBJECT),
+    sealed=mapping_of(ANY_TEXT, ANY_TEXT),
+)
 _PASSWORD: Final = Codec(
     StoredPassword,
     _check_password,
@@ -537,6 +562,7 @@ parse_hub, render_hub = _HUB.parse, _HUB.render
 parse_known_hub, render_known_hub = _KNOWN_HUB.parse, _KNOWN_HUB.render
 parse_sealing, render_sealing = _SEALING.parse, _SEALING.render
 parse_sealed_keys, render_sealed_keys = _SEALED_KEYS.parse, _SEALED_KEYS.render
+parse_issuer, render_issuer = _ISSUER.parse, _ISSUER.render
 parse_password, render_password = _PASSWORD.parse, _PASSWORD.render
 parse_journal, render_journal = _JOURNAL.parse, _JOURNAL.render
 
@@ -565,6 +591,7 @@ _SINGLE: Final[dict[str, Callable[[bytes], Value]]] = {
     SUSPECT: parse_suspicion,
     ENVELOPE: parse_sealing,
     TOKEN_KEYS: parse_sealed_keys,
+    ISSUER: parse_issuer,
     f"{POLICIES}fleet": parse_policy,
 }
 _BELOW: Final[dict[str, Callable[[bytes], Value]]] = {

@@ -24,6 +24,12 @@ ENROL_PATH: Final = "/fleet/enrol"
 RENEW_PATH: Final = "/fleet/renew"
 LEAVE_PATH: Final = "/fleet/leave"
 PASSWORD_PATH: Final = "/fleet/password"  # noqa: S105 - a path
+IDENTITY_PATH: Final = "/fleet/identity"
+"""Identity tokens for guests of the calling host."""
+
+ISSUER_PATH: Final = "/fleet/issuer"
+"""Prefix of the issuer's documents, on the address of the issuer only."""
+
 AUTHORITY_PATH: Final = "/fleet/ca"
 """The fleet's CA certificate in PEM: a client compares it with its fingerprint."""
 

@@ -162,6 +162,9 @@ class Layout:
     signer_log = _Below("signer.log")
     """Output of a signer that we started ourselves."""
 
+    identity_files = _Below("identity")
+    """Copies of the host's files for its fleet, for the process that gives identity tokens."""
+
     subjects = _Below("subjects")
     """Subjects of identity tokens, one file for each."""
 

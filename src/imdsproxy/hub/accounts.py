@@ -13,9 +13,16 @@ from pathlib import Path
 from typing import Final
 
 from imdsproxy.config.hub import HubSettings
+from imdsproxy.config.identity import IdentitySettings
 from imdsproxy.errors import refusing
 from imdsproxy.host.account import Account, account_of
-from imdsproxy.host.files import Owner, apply_owner_and_mode, ensure_directory, write_atomic
+from imdsproxy.host.files import (
+    Owner,
+    apply_owner_and_mode,
+    ensure_directory,
+    read_secret,
+    write_atomic,
+)
 from imdsproxy.hub.pki.files import FleetFiles
 
 _SHARED: Final = 0o640
@@ -72,6 +79,11 @@ class Places:
     @property
     def authority(self) -> Path:
         return self.shared / "ca.crt"
+
+    @property
+    def issuer_certificate(self) -> Path:
+        """Copy of the certificate and key for the issuer's documents."""
+        return self.shared / "issuer.pem"
 
     @property
     def control(self) -> Path:
@@ -131,13 +143,25 @@ def _regular(path: Path) -> Iterator[int | None]:
         os.close(file)
 
 
-def fill_places(places: Places, files: FleetFiles, accounts: Accounts) -> None:
-    """Copy the fleet's files that HAProxy reads: the hub's certificate with its key, and CAs; raise `HostRefused`."""
+def read_certificate(identity: IdentitySettings) -> bytes | None:
+    """Read the certificate and key for the issuer's documents, as root; raise `SecretUnreadable`."""
+    if not identity.enabled or identity.listen is None or identity.certificate is None:
+        return None
+    return read_secret(identity.certificate)
+
+
+def fill_places(
+    places: Places, files: FleetFiles, accounts: Accounts, issuer_certificate: bytes | None = None
+) -> None:
+    """Write the files that HAProxy reads: certificates with their keys, and the fleet's CAs; raise `HostRefused`."""
     owner = accounts.shared
     ensure_directory(places.shared, mode=0o750, owner=owner)
     ensure_directory(places.control.parent, mode=0o770, owner=owner)
-    for source, path in (
-        (files.hub, places.certificate),
-        (files.ca_certificate, places.authority),
-    ):
-        write_atomic(path, source.read_bytes(), mode=_SHARED, owner=owner)
+    copies = [
+        (places.certificate, files.hub.read_bytes()),
+        (places.authority, files.ca_certificate.read_bytes()),
+    ]
+    if issuer_certificate is not None:
+        copies.append((places.issuer_certificate, issuer_certificate))
+    for path, content in copies:
+        write_atomic(path, content, mode=_SHARED, owner=owner)

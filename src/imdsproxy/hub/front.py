@@ -8,6 +8,8 @@ etcd. HAProxy ends when the hub closes the pipe to the shell, or is killed: the 
 account's processes.
 """
 
+from __future__ import annotations
+
 import asyncio
 import contextlib
 import json
@@ -19,18 +21,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlsplit
 
 import structlog
 
+from imdsproxy.config.identity import IdentitySettings
 from imdsproxy.errors import ConfigRejected, HaproxyMissing, HostRefused, RuntimeUnavailable
 from imdsproxy.fleet import members, stream
 from imdsproxy.haproxy.master import exchange
 from imdsproxy.haproxy.rules.runtime import parse_failure
-from imdsproxy.haproxy.rules.text import Block, Value, blocks_of, fill_sections, name_values, render
+from imdsproxy.haproxy.rules.text import (
+    Block,
+    Text,
+    Value,
+    blocks_of,
+    fill_sections,
+    name_values,
+    quote,
+    render,
+)
 from imdsproxy.host import process
 from imdsproxy.host.account import Account
 from imdsproxy.host.files import remove_file, write_atomic
-from imdsproxy.hub.accounts import Accounts
+from imdsproxy.hub.accounts import Accounts, Places
+from imdsproxy.issuer.documents import DOCUMENTS
 from imdsproxy.model.entities import ID_PATTERN
 from imdsproxy.model.wire import RETRY_AFTER_S
 
@@ -82,6 +96,10 @@ SHARE_OF_HOSTS: Final = 0.6
 """Share of all connections for hosts; the rest is for operators and hubs."""
 
 _ENROLMENT_BYTES: Final = 16_384
+_IDENTITY_BYTES: Final = 65_536
+
+_ISSUER_CONNECTIONS: Final = 1000
+"""Maximum connections of verifiers: they take none from hosts and operators."""
 
 _ANSWER_S: Final = 330
 """Timeout for a hub's answer: an operator may wait for hosts."""
@@ -142,6 +160,15 @@ _log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
+class IssuerSpec:
+    """Listener for the documents of the issuer of identity tokens: address with port, PEM file, URL of the issuer."""
+
+    listen: str
+    certificate: Path
+    url: str
+
+
+@dataclass(frozen=True, slots=True)
 class FrontSpec:
     """Parameters of HAProxy's configuration.
 
@@ -161,6 +188,7 @@ class FrontSpec:
     control: Path
     maxconn: int = MAX_CONNECTIONS
     nbthread: int = 1
+    issuer: IssuerSpec | None = None
 
 
 def fitting_maxconn(descriptors: int) -> int:
@@ -168,6 +196,13 @@ def fitting_maxconn(descriptors: int) -> int:
     if descriptors < 0:
         return MAX_CONNECTIONS
     return max(1, min(MAX_CONNECTIONS, (descriptors - _OWN_DESCRIPTORS) // 2))
+
+
+def find_issuer(identity: IdentitySettings, places: Places) -> IssuerSpec | None:
+    """Return the listener for the issuer's documents; `None` if the settings have none."""
+    if not identity.enabled or identity.listen is None or identity.issuer is None:
+        return None
+    return IssuerSpec(str(identity.listen), places.issuer_certificate, identity.issuer)
 
 
 def render_front(spec: FrontSpec) -> str:
@@ -205,6 +240,7 @@ def render_front(spec: FrontSpec) -> str:
         "anonymous": ANONYMOUS,
         "enrolments": ENROLMENTS_A_MINUTE,
         "enrolment_bytes": _ENROLMENT_BYTES,
+        "identity_bytes": _IDENTITY_BYTES,
         "maxconn": spec.maxconn,
         "nbthread": spec.nbthread,
         "control": str(spec.control),
@@ -214,7 +250,21 @@ def render_front(spec: FrontSpec) -> str:
         "api_socket": f"unix@{spec.api_socket}",
         "binds": Block(blocks["bind"].template, [{"address": one} for one in spec.listen]),
     }
-    return render(fill_sections(template, values))
+    return render(fill_sections(template, {**values, **_issuer_values(spec.issuer)}))
+
+
+def _issuer_values(issuer: IssuerSpec | None) -> dict[str, Value]:
+    if issuer is None:
+        return {"issuer": None}
+    below = urlsplit(issuer.url).path
+    return {
+        "issuer": 1,
+        "issuer_listen": issuer.listen,
+        "issuer_certificate": str(issuer.certificate),
+        "issuer_maxconn": _ISSUER_CONNECTIONS,
+        "issuer_paths": Text(" ".join(quote(below + path) for path in DOCUMENTS)),
+        "issuer_prefix": members.ISSUER_PATH,
+    }
 
 
 def _problem(name: str) -> str:

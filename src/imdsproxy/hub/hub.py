@@ -34,10 +34,17 @@ from imdsproxy.host.logs import open_logging
 from imdsproxy.host.notify import Heartbeat, ServiceNotifier, is_journal
 from imdsproxy.host.process import freeze_garbage, leave_no_dumps, raise_descriptor_limit
 from imdsproxy.host.servers import open_tcp_socket, open_unix_socket
-from imdsproxy.hub.accounts import Accounts, Places, fill_places, find_accounts, give_places
+from imdsproxy.hub.accounts import (
+    Accounts,
+    Places,
+    fill_places,
+    find_accounts,
+    give_places,
+    read_certificate,
+)
 from imdsproxy.hub.api.app import build_api, peers_of
 from imdsproxy.hub.api.metrics import HubMetrics
-from imdsproxy.hub.front import Front, FrontSpec, fitting_maxconn
+from imdsproxy.hub.front import Front, FrontSpec, find_issuer, fitting_maxconn
 from imdsproxy.hub.hosts.sealed import make_first_key
 from imdsproxy.hub.parts import Hub, build_hub
 from imdsproxy.hub.pki.authority import Authority
@@ -69,6 +76,7 @@ class Prepared:
     accounts: Accounts
     front: Front
     metrics: socket.socket | None
+    issuer_certificate: bytes | None
 
 
 def prepare(settings: Settings, haproxy: str, clock: Clock) -> Prepared:
@@ -81,7 +89,7 @@ def prepare(settings: Settings, haproxy: str, clock: Clock) -> Prepared:
     """
     accounts = find_accounts(settings.hub)
     places = give_places(settings.hub, accounts)
-    hub = build_hub(settings.hub, clock)
+    hub = build_hub(settings, clock)
     listen = settings.hub.metrics_listen
     metrics = None if listen is None else open_tcp_socket(listen.host, listen.port)
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -95,12 +103,14 @@ def prepare(settings: Settings, haproxy: str, clock: Clock) -> Prepared:
         maxconn=fitting_maxconn(-1 if limit == resource.RLIM_INFINITY else limit),
         # A TLS handshake takes a millisecond, and thousands of hosts come at once when another hub ends.
         nbthread=min(_THREADS, len(os.sched_getaffinity(0))),
+        issuer=find_issuer(settings.identity, places),
     )
     front = Front(locate_program(haproxy), spec, places.config, accounts)
     front.prepare()
+    certificate = read_certificate(settings.identity)
     with refusing("take the hub's account"):
         accounts.assume()
-    return Prepared(hub, places, accounts, front, metrics)
+    return Prepared(hub, places, accounts, front, metrics, certificate)
 
 
 async def run_hub(prepared: Prepared, environment: Mapping[str, str], clock: Clock) -> None:
@@ -115,7 +125,7 @@ async def run_hub(prepared: Prepared, environment: Mapping[str, str], clock: Clo
     notifier = ServiceNotifier(environment.get("NOTIFY_SOCKET", ""))
     await read_program(front.program)
     owner = prepared.accounts.shared
-    fill_places(places, hub.files, prepared.accounts)
+    fill_places(places, hub.files, prepared.accounts, prepared.issuer_certificate)
     stream_socket = open_unix_socket(places.stream_socket, mode=0o660, owner=owner)
     api_socket = open_unix_socket(places.api_socket, mode=0o660, owner=owner)
     heartbeat = Heartbeat(notifier, environment, clock.monotonic)
@@ -152,6 +162,8 @@ async def run_hub(prepared: Prepared, environment: Mapping[str, str], clock: Clo
                 "journal": journal.run,
                 "first token key": partial(make_first_key, writes),
             }
+            if hub.issuer is not None:
+                loops["issuer"] = partial(hub.issuer.run, writes)
             tasks += [group.create_task(keep(name, one), name=name) for name, one in loops.items()]
             tasks += [
                 group.create_task(hub.streams.run(stream_socket), name="streams"),

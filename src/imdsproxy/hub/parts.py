@@ -8,14 +8,17 @@ from random import Random, SystemRandom
 from typing import Any, Final
 
 from imdsproxy.config.hub import EtcdSettings, HubSettings
+from imdsproxy.config.schema import Settings
 from imdsproxy.errors import (
     SourceUnavailable,
 )
 from imdsproxy.fleet import codec, layout
 from imdsproxy.fleet.layout import HostId
 from imdsproxy.fleet.members import admits_host
+from imdsproxy.haproxy.layout import Layout
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import read_secret
+from imdsproxy.hub.hosts.issuer import FleetIssuer
 from imdsproxy.hub.hosts.sealed import TokenKeyRing, password_item
 from imdsproxy.hub.hosts.streams import Streams
 from imdsproxy.hub.pki.authority import Authority
@@ -31,6 +34,7 @@ from imdsproxy.hub.store.etcd import Etcd, open_tls
 from imdsproxy.hub.store.journal import FILE, Journal
 from imdsproxy.hub.store.restores import Restores
 from imdsproxy.hub.store.state import FleetState
+from imdsproxy.issuer.local_signer import SignerClient
 from imdsproxy.reconcile.reconciler import Reconciler
 
 _LONGEST_S: Final = 60.0
@@ -54,6 +58,7 @@ class Hub:
     replica: Replica
     clock: Clock
     random: Random
+    issuer: FleetIssuer | None = None
     loops: dict[str, Reconciler] = field(default_factory=dict)
 
     async def keep(
@@ -130,8 +135,9 @@ def open_etcd(settings: EtcdSettings, clock: Clock) -> Etcd:
     )
 
 
-def build_hub(settings: HubSettings, clock: Clock) -> Hub:
+def build_hub(whole: Settings, clock: Clock) -> Hub:
     """Read the fleet's files, and create the parts of the hub; raise `ConfigError`, and the errors of `open_etcd`."""
+    settings, identity = whole.hub, whole.identity
     files = FleetFiles(settings.directory)
     authority, opening = files.load_authority(), files.load_envelope()
     names = read_hub_names(files.load_hub())
@@ -160,6 +166,10 @@ def build_hub(settings: HubSettings, clock: Clock) -> Hub:
         partial(explain_unready, state, envelope),
     )
     replica = Replica(etcd, state, streams, name, url, clock, SystemRandom(), restores)
+    issuer = None
+    if identity.enabled and identity.issuer is not None:
+        signer = SignerClient(Layout.of(whole).signer_socket)
+        issuer = FleetIssuer(identity.issuer, signer, state, clock)
     return Hub(
         settings=settings,
         files=files,
@@ -174,4 +184,5 @@ def build_hub(settings: HubSettings, clock: Clock) -> Hub:
         replica=replica,
         clock=clock,
         random=SystemRandom(),
+        issuer=issuer,
     )

@@ -11,6 +11,9 @@ from typing import Any, Final
 from imdsproxy.issuer.claims import Placement, Refusal
 from imdsproxy.model.subject import Subject, parse_subject
 
+MOST_AT_ONCE: Final = 64
+"""Maximum number of tokens in one request to a hub."""
+
 LONGEST_LINE: Final = 64 * 1024
 """Bytes of the longest line: a subject may have many tags."""
 
@@ -72,21 +75,34 @@ def parse_request(shape: Mapping[str, Any]) -> TokenRequest:
     return TokenRequest(subject, audience, nonce, placement)
 
 
-def render_answer(answer: Token | Refusal) -> bytes:
+def render_shape(answer: Token | Refusal) -> dict[str, object]:
+    """Return an answer as JSON; `parse_shape` reverses it."""
     if isinstance(answer, Refusal):
-        return _line({"refused": answer.value})
-    return _line({"token": asdict(answer)})
+        return {"refused": answer.value}
+    return {"token": asdict(answer)}
+
+
+def parse_shape(shape: Mapping[str, Any]) -> Token | Refusal:
+    """Parse the result of `render_shape`; raise `ValueError` if it is none."""
+    try:
+        return Refusal(shape["refused"]) if "refused" in shape else Token(**shape["token"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"no answer of a signer: {error}") from error
+
+
+def render_answer(answer: Token | Refusal) -> bytes:
+    return _line(render_shape(answer))
 
 
 def parse_answer(line: bytes) -> Token | Refusal:
     """Parse the result of `render_answer`; raise `ValueError` if it is none."""
     try:
         shape = json.loads(line)
-        if "refused" in shape:
-            return Refusal(shape["refused"])
-        return Token(**shape["token"])
-    except (KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"no answer of a signer: {error}") from error
+    except RecursionError as error:
+        raise ValueError("no answer of a signer") from error
+    if not isinstance(shape, dict):
+        raise ValueError("no answer of a signer")  # noqa: TRY004 - as of any other line
+    return parse_shape(shape)
 
 
 def _line(shape: Mapping[str, object]) -> bytes:

@@ -12,7 +12,7 @@ import structlog
 
 from imdsproxy.errors import ImdsproxyError, SourceUnavailable, refusing
 from imdsproxy.issuer.claims import Refusal
-from imdsproxy.issuer.exchange import Token
+from imdsproxy.issuer.exchange import MOST_AT_ONCE, Token
 from imdsproxy.model.subject import ID_PATTERN, Subject, parse_subject
 
 _SUBJECT_ID: Final = re.compile(ID_PATTERN)
@@ -20,7 +20,6 @@ _RATE_PER_S: Final = 5.0
 _BURST: Final = 20.0
 _KEPT: Final = 100_000
 _EVERY_S: Final = 1.0
-_AT_ONCE: Final = 64
 _RETRY_S: Final = 5.0
 _REFUSED_S: Final = 60.0
 """Seconds until a token that was refused is requested again: the policy may have changed."""
@@ -215,7 +214,7 @@ class TokenHolder:
     async def _renew(self) -> float:
         """Renew the tokens that are due, some at once; return the seconds until the next look."""
         now = self.monotonic()
-        due = sorted((at, key) for key, at in self._due.items() if at <= now)[:_AT_ONCE]
+        due = sorted((at, key) for key, at in self._due.items() if at <= now)[:MOST_AT_ONCE]
         wanted: list[Wanted] = []
         for _, (name, audience) in due:
             subject = self._known.get(name)
@@ -228,4 +227,4 @@ class TokenHolder:
         if wanted:
             for one, found in zip(wanted, await self._request(wanted), strict=True):
                 self._keep((one.id, one.audience), found)
-        return 0.0 if len(due) == _AT_ONCE else _EVERY_S
+        return 0.0 if len(due) == MOST_AT_ONCE else _EVERY_S

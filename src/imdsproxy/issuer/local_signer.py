@@ -30,6 +30,11 @@ class SignerClient:
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     _streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the signer that got the last request still runs."""
+        return self._streams is not None and not self._streams[0].at_eof()
+
     async def send(self, lines: Sequence[bytes]) -> list[bytes]:
         """Send lines, and return the line that answers each.
 
@@ -51,7 +56,7 @@ class SignerClient:
                 raise
 
     async def _exchange(self, lines: Sequence[bytes]) -> list[bytes]:
-        if self._streams is not None and self._streams[0].at_eof():
+        if not self.is_open:
             # The signer was started anew.
             self.close()
         if self._streams is None:

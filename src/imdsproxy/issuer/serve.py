@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -41,9 +41,11 @@ class Plan:
     Attributes:
         socket: Socket of the process.
         clients: Group that may connect.
-        signer: Socket of the signer, for the process that answers guests; empty for the signer itself.
+        signer: Socket of the signer of this host, for the process that answers guests.
+        fleet: Directory of the host's certificate for its fleet, for the process that answers guests.
         keys: Directory of the keys, for the signer; empty for the other process.
-        subjects: Directory of subjects; empty on a hub.
+        subjects: Directory of subjects; empty for the signer of a hub, which brings subjects and keys.
+        managers: Accounts that may manage the keys, for the signer.
         audiences: Keyword arguments of `claims.AudienceRules`, by audience.
     """
 
@@ -56,10 +58,12 @@ class Plan:
     clients: int
     subjects: str
     signer: str = ""
+    fleet: str = ""
     keys: str = ""
     issuer: str = ""
     trust_domain: str = ""
     algorithm: str = "RS256"
+    managers: Sequence[int] = ()
     audiences: Mapping[str, Mapping[str, Any]] | None = None
 
     def execute(self) -> NoReturn:
@@ -88,6 +92,9 @@ async def _run(plan: Plan, clock: Clock) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
+    for path in (Path(plan.pid_file), Path(plan.socket)):
+        if not path.parent.is_dir():
+            ensure_directory(path.parent)
     pid_file = PidFile(Path(plan.pid_file))
     if plan.keys:
         owner = None if plan.user is None else (plan.user, plan.group or -1)
@@ -97,7 +104,8 @@ async def _run(plan: Plan, clock: Clock) -> int:
     listener = open_unix_socket(Path(plan.socket), mode=0o660, owner=(-1, plan.clients))
     if plan.user is not None and plan.group is not None and os.geteuid() == 0:
         # The signer may read the subjects too.
-        Account(plan.user, plan.group).assume((plan.clients,) if plan.keys else ())
+        groups = (plan.clients,) if plan.keys and plan.clients >= 0 else ()
+        Account(plan.user, plan.group).assume(groups)
     serving = _serve_signer if plan.keys else _serve_guests
     async with serving(plan, listener, clock):
         pid_file.write((os.getpid(), os.getpid()))
@@ -118,11 +126,17 @@ async def _run(plan: Plan, clock: Clock) -> int:
 @contextlib.asynccontextmanager
 async def _serve_guests(plan: Plan, listener: socket.socket, clock: Clock) -> AsyncIterator[None]:
     from imdsproxy.documents.http import serving
-    from imdsproxy.issuer.holder import TokenHolder
+    from imdsproxy.issuer.holder import TokenHolder, TokenSource
     from imdsproxy.issuer.local_signer import LocalSigner, SignerClient
     from imdsproxy.issuer.service import IdentityService
 
-    source = LocalSigner(SignerClient(Path(plan.signer)))
+    source: TokenSource
+    if plan.fleet:
+        from imdsproxy.issuer.hub_source import HubSource
+
+        source = HubSource(Path(plan.fleet), lambda: clock.now().timestamp())
+    else:
+        source = LocalSigner(SignerClient(Path(plan.signer)))
     uniform = random.SystemRandom().uniform
     holder = TokenHolder(Path(plan.subjects), source, clock.monotonic, uniform)
     async with serving(IdentityService(holder), listener, grace_s=1.0):
@@ -137,13 +151,19 @@ async def _serve_guests(plan: Plan, listener: socket.socket, clock: Clock) -> As
 async def _serve_signer(plan: Plan, listener: socket.socket, clock: Clock) -> AsyncIterator[None]:
     from imdsproxy.issuer.claims import AudienceRules, IssuerRules
     from imdsproxy.issuer.exchange import LONGEST_LINE
+    from imdsproxy.issuer.sealed_keys import SealedKeys
     from imdsproxy.issuer.signer import KeyStore, Signer
 
     audiences = {name: AudienceRules(**one) for name, one in (plan.audiences or {}).items()}
     rules = IssuerRules(plan.issuer, plan.trust_domain, audiences)
-    store = KeyStore(Path())
     algorithm: Any = plan.algorithm
-    store.open(algorithm, plan.issuer, clock)
+    store: KeyStore | SealedKeys
+    if plan.subjects:
+        store = KeyStore(Path())
+        store.open(algorithm, plan.issuer, clock)
+    else:
+        store = SealedKeys(Path(), algorithm, plan.issuer, clock)
+        store.open()
     new_id: Callable[[], str] = lambda: str(uuid.uuid4())  # noqa: E731 - shorter than a function
     signer = Signer(
         store,
@@ -151,7 +171,7 @@ async def _serve_signer(plan: Plan, listener: socket.socket, clock: Clock) -> As
         algorithm,
         clock,
         Path(plan.subjects) if plan.subjects else None,
-        frozenset({0, os.geteuid()}),
+        frozenset({0, os.geteuid(), *plan.managers}),
         new_id,
     )
     server = await asyncio.start_unix_server(signer.answer, sock=listener, limit=LONGEST_LINE)

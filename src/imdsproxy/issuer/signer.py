@@ -21,6 +21,7 @@ from imdsproxy.issuer.claims import IssuerRules, Placement, Refusal, plan_claims
 from imdsproxy.issuer.exchange import Token, TokenRequest
 from imdsproxy.issuer.keys import Algorithm, SigningKey, make_key, parse_key
 from imdsproxy.issuer.ring import KeyRing, parse_ring
+from imdsproxy.issuer.sealed_keys import SealedKeys
 from imdsproxy.model.subject import ID_PATTERN, Subject, parse_subject
 
 _RING: Final = "ring.json"
@@ -93,12 +94,13 @@ class Signer:
     """Answers of the signer's socket.
 
     Args:
+        store: Keys of this host alone, or those of a fleet, which the hub brings.
         subjects: Directory of subjects (`controller.subjects`). `None` on a hub, which sends the subject itself.
         managers: Accounts that may manage the keys.
         token_id: Returns a new value for the claim `jti`.
     """
 
-    store: KeyStore
+    store: KeyStore | SealedKeys
     rules: IssuerRules
     algorithm: Algorithm
     clock: Clock
@@ -168,12 +170,16 @@ class Signer:
         except (ValueError, TypeError, RecursionError) as error:
             _log.warning("a wrong request", reason=str(error))
             return exchange.render_answer(Refusal.REQUEST)
-        except HostRefused as error:
+        except (HostRefused, SecretUnreadable) as error:
             _log.error("no token can be signed", reason=error.message, hint=error.hint)
-            return b"{}\n"
+            return json.dumps({"problem": error.message, "hint": error.hint}).encode() + b"\n"
 
     def _manage(self, shape: Mapping[str, Any], user: int) -> bytes:
         """Change the keys, and return the ring with the public keys."""
+        if isinstance(self.store, SealedKeys):
+            if user not in self.managers:
+                raise ValueError(f"user {user} is no hub")
+            return json.dumps(self.store.manage(shape)).encode() + b"\n"
         now = int(self.clock.now().timestamp())
         if (change := shape.get("change")) is not None:
             if user not in self.managers:

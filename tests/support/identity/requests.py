@@ -6,13 +6,16 @@ from typing import Any, Final
 
 import jwt
 
+from imdsproxy.model.path_rules import TOKEN_PATH
+from imdsproxy.model.tokens import TTL_HEADER
 from support.certificates import make_authority
-from support.guest import Guest, Reply, take_token, with_token
+from support.guest import Guest, Lost, Reply, take_token, with_token
 from support.identity.signing import Issuer
 from support.lab import until
 
 PATH: Final = "/latest/api/identity"
 TRUST_DOMAIN: Final = "cloud.example"
+_OK: Final = 200
 
 
 def identity_settings(
@@ -64,10 +67,24 @@ def request_token(
     return guest.ask(f"{PATH}{query}", method=method, headers=(*headers, *more))
 
 
-def wait_token(guest: Guest, audience: str = "vault") -> str:
-    """Wait until a guest gets a token, and return it."""
-    until(lambda: request_token(guest, audience).status == 200, what="an identity token")
-    return request_token(guest, audience).text
+def wait_token(guest: Guest, audience: str = "vault", **claims: object) -> str:
+    """Wait until a guest gets a token with these claims, and return it."""
+    found: list[str] = []
+
+    def has_token() -> bool:
+        try:
+            session = guest.ask(TOKEN_PATH, method="PUT", headers=(f"{TTL_HEADER}: 60",))
+        except Lost:
+            # Nothing listens yet.
+            return False
+        if session.status != _OK:
+            return False
+        reply = request_token(guest, audience, session=session.text)
+        found.append(reply.text)
+        return reply.status == _OK and claims.items() <= claims_of(reply.text).items()
+
+    until(has_token, within_s=20, what=f"an identity token with {claims}")
+    return found[-1]
 
 
 def claims_of(token: str) -> Mapping[str, Any]:

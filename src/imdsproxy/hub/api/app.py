@@ -17,6 +17,7 @@ from imdsproxy.hub.api.routes_enrolment import enrolment
 from imdsproxy.hub.api.routes_fleet import fleet
 from imdsproxy.hub.api.routes_grants import grants
 from imdsproxy.hub.api.routes_guests import guests
+from imdsproxy.hub.api.routes_identity import identity
 from imdsproxy.hub.hosts.in_force import InForce, Peers
 from imdsproxy.hub.pki.enrolment import Enrolment
 from imdsproxy.hub.store.writes import Writes
@@ -31,6 +32,7 @@ ROUTERS: Final = (
     (grants, "/v1"),
     (fleet, "/fleet"),
     (enrolment, "/fleet"),
+    (identity, "/fleet"),
 )
 """All routers with the prefixes of their paths."""
 

@@ -1,0 +1,121 @@
+"""Hubs of a fleet as the source of tokens: they sign what this host's certificate and their records allow."""
+
+import json
+import ssl
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+import httpcore
+
+from imdsproxy.errors import SourceUnavailable
+from imdsproxy.fleet.members import IDENTITY_PATH
+from imdsproxy.host.http import Unanswered, ask
+from imdsproxy.issuer.claims import Refusal
+from imdsproxy.issuer.exchange import Token, parse_shape
+from imdsproxy.issuer.holder import Wanted
+
+HUBS_FILE: Final = "hubs.json"
+CERTIFICATE_FILE: Final = "host.pem"
+AUTHORITY_FILE: Final = "ca.crt"
+
+_LIMITS: Final = {"connect": 2.0, "read": 4.0, "write": 4.0, "pool": 4.0}
+_MOST_BYTES: Final = 512 * 1024
+_OK: Final = 200
+_CLOCKS_S: Final = 45.0
+"""Longest difference between two clocks: tokens are back-dated by thirty seconds, and some verifiers have no leeway."""
+
+_Stamp: TypeAlias = tuple[tuple[int, int], ...]
+
+
+@dataclass(slots=True)
+class HubSource:
+    """Source of tokens on a host of a fleet.
+
+    Args:
+        directory: Copies of the host's certificate with its key, of the fleet's CAs, and the hubs' URLs.
+        now: Returns the wall clock's time, Unix time.
+    """
+
+    directory: Path
+    now: Callable[[], float]
+    _hubs: list[str] = field(default_factory=list)
+    _pool: httpcore.AsyncConnectionPool | None = None
+    _stamp: _Stamp = ()
+
+    async def request(self, wanted: Sequence[Wanted]) -> list[Token | Refusal]:
+        """Return a token, or the reason why there is none, for each; see `holder.TokenSource`."""
+        pool = await self._open()
+        tokens = [
+            {
+                "instance": one.subject.instance,
+                "network": one.subject.network,
+                "audience": one.audience,
+                "nonce": one.nonce,
+            }
+            for one in wanted
+        ]
+        body, reasons = json.dumps({"tokens": tokens}).encode(), list[str]()
+        for hub in tuple(self._hubs):
+            try:
+                found = await self._ask(pool, hub, body, len(wanted))
+            except SourceUnavailable as error:
+                reasons.append(error.message)
+                # The next request begins with a hub that may answer.
+                self._hubs.append(self._hubs.pop(0))
+            else:
+                return found
+        raise SourceUnavailable(
+            "no hub signs identity tokens: " + "; ".join(reasons), hint="imdsproxy fleet status"
+        )
+
+    async def _ask(
+        self, pool: httpcore.AsyncConnectionPool, hub: str, body: bytes, count: int
+    ) -> list[Token | Refusal]:
+        try:
+            status, data = await ask(
+                pool, "POST", f"{hub}{IDENTITY_PATH}", _LIMITS, body=body, most=_MOST_BYTES
+            )
+        except Unanswered as error:
+            raise SourceUnavailable(f"{hub} does not answer: {error}") from error
+        try:
+            shape: dict[str, Any] = json.loads(data)
+            if status != _OK:
+                raise SourceUnavailable(f"{hub} answers {status}: {shape.get('message', '')}")
+            answers = [parse_shape(one) for one in shape["answers"]]
+            ahead_s = float(shape["now"]) - self.now()
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise SourceUnavailable(f"{hub} answers {status}, and no tokens") from error
+        if abs(ahead_s) > _CLOCKS_S:
+            raise SourceUnavailable(
+                f"the clock of {hub} is {ahead_s:+.0f} s from this host's: its tokens would be refused"
+            )
+        if len(answers) != count:
+            raise SourceUnavailable(f"{hub} answers with another number of tokens")
+        return answers
+
+    async def _open(self) -> httpcore.AsyncConnectionPool:
+        """Return connections with the present certificate; the controller renews it."""
+        names = (HUBS_FILE, CERTIFICATE_FILE, AUTHORITY_FILE)
+        paths = [self.directory / name for name in names]
+        try:
+            stamp = tuple((one.stat().st_ino, one.stat().st_mtime_ns) for one in paths)
+            if self._pool is not None and stamp == self._stamp:
+                return self._pool
+            context = ssl.create_default_context(cafile=paths[2])
+            context.minimum_version = ssl.TLSVersion.TLSv1_3
+            context.load_cert_chain(paths[1])
+            hubs = [str(one).rstrip("/") for one in json.loads(paths[0].read_bytes())]
+        except (OSError, ValueError) as error:
+            raise SourceUnavailable(
+                f"this host's certificate for its fleet cannot be used: {error}",
+                hint="the controller copies it here; see `imdsproxy status`",
+            ) from error
+        if self._pool is not None:
+            await self._pool.aclose()
+        self._pool = httpcore.AsyncConnectionPool(
+            ssl_context=context, max_connections=4, keepalive_expiry=60
+        )
+        self._hubs, self._stamp = hubs, stamp
+        return self._pool

@@ -1,0 +1,188 @@
+"""Identity tokens in a fleet: hubs sign what their records say, for the host where an instance is."""
+
+import asyncio
+import itertools
+import json
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+import pytest
+
+from imdsproxy.fleet import layout
+from imdsproxy.fleet.layout import HostId, HostState, StoredHost, host_key, render_host
+from imdsproxy.fleet.members import IDENTITY_PATH
+from imdsproxy.sources.fleet.client import HubClient
+from support.daemon import instance
+from support.fleet_member import Member
+from support.fleet_world import FleetHost, FleetWorld, fleet_world
+from support.guest import Guest
+from support.identity.fleet import Signers
+from support.identity.requests import claims_of, request_token, wait_token
+from support.identity.verifiers import verify
+from support.lab import until
+
+pytestmark = pytest.mark.root
+
+_PROJECT: Final = "11111111111111111111111111111111"
+_POLICY: Final = b'{"audiences":["keystone","vault"],"identity_tags":["role"]}'
+_created: Final = itertools.count(1_790_000_000)
+_NONCE: Final = ("X-imdsproxy-nonce: anew",)
+
+
+@pytest.fixture(scope="module")
+def signers(tmp_path_factory: pytest.TempPathFactory) -> Signers:
+    return Signers(tmp_path_factory.mktemp("issuer"))
+
+
+@pytest.fixture(scope="module")
+def world(signers: Signers) -> Iterator[FleetWorld]:
+    identity = {"enabled": True, "user": "daemon"}
+    with fleet_world(beside_hub=signers, identity=identity) as made:
+        made.store_network("blue")
+        made.write({f"{layout.POLICIES}project/{_PROJECT}": _POLICY})
+        yield made
+
+
+@pytest.fixture(scope="module")
+def hosts(world: FleetWorld) -> tuple[FleetHost, FleetHost]:
+    return world.add_host("a"), world.add_host("b")
+
+
+@pytest.fixture(scope="module")
+def guests(hosts: tuple[FleetHost, FleetHost]) -> tuple[Guest, Guest]:
+    """A guest of each host, with one address."""
+    here, there = (host.lab.guest("blue") for host in hosts)
+    return here, there
+
+
+def _place(world: FleetWorld, name: str, *hosts: str, **fields: object) -> int:
+    """Place an instance, and return the time of its creation, which no other placement has."""
+    created = next(_created)
+    fields = {"project": _PROJECT, "created_at": created, **fields}
+    world.place(instance(name, "blue", fields=fields), *hosts)
+    return created
+
+
+def _as_host(world: FleetWorld, host: FleetHost, **request: object) -> tuple[int, Any]:
+    """Request a token as one who has captured a host, of the first hub."""
+    return _of(world, Member.of_host(world, host), **{"instance": "web", **request})
+
+
+def _of(world: FleetWorld, member: Member, **request: object) -> tuple[int, Any]:
+    one = {"instance": "of-c", "network": "blue", "audience": "vault", **request}
+    body = json.dumps({"tokens": [one]}).encode()
+    with world.etcd.entered():
+        status, data = asyncio.run(
+            HubClient(member.files, 5).request("POST", world.urls[0], IDENTITY_PATH, body=body)
+        )
+    return status, json.loads(data)
+
+
+def _answer(world: FleetWorld, host: FleetHost, **request: object) -> Mapping[str, Any]:
+    status, shape = _as_host(world, host, **request)
+    assert status == 200, shape
+    (answer,) = shape["answers"]
+    found: Mapping[str, Any] = answer
+    return found
+
+
+def test_a_guest_gets_a_token_of_the_fleet_s_records_that_verifiers_take(
+    world: FleetWorld,
+    signers: Signers,
+    hosts: tuple[FleetHost, FleetHost],
+    guests: tuple[Guest, Guest],
+) -> None:
+    created = _place(world, "web", hosts[0].name, tags={"role": "db", "name": "x"})
+    token = wait_token(guests[0], instance_created=created)
+    claims = claims_of(token)
+    assert claims["placement"] == "fleet"
+    assert claims["sub"] == f"spiffe://cloud.example/project/{_PROJECT}/instance/web"
+    assert claims["tags"] == {"role": "db"}
+    found = verify(
+        token, audience="vault", issuer=signers.issuer, namespace=world.hubs[1].namespace
+    )
+    assert set(found.values()) == {claims["sub"]}
+
+
+def test_a_captured_host_gets_tokens_of_its_own_instances_alone_and_chooses_no_claim(
+    world: FleetWorld, hosts: tuple[FleetHost, FleetHost], guests: tuple[Guest, Guest]
+) -> None:
+    here, there = hosts
+    created = _place(world, "web", here.name)
+    wait_token(guests[0], instance_created=created)
+    assert "token" in _answer(world, here)
+    assert _answer(world, there) == {"refused": "subject"}
+    assert _answer(world, here, instance="nobody") == {"refused": "subject"}
+    assert _answer(world, here, network="red") == {"refused": "subject"}
+    assert _answer(world, here, audience="kubernetes") == {"refused": "audience"}
+    assert _answer(world, here, audience="sts:rgw") == {"refused": "audience"}
+    assert _answer(world, here, audience="*") == {"refused": "request"}
+    assert _answer(world, here, nonce='"') == {"refused": "request"}
+    for name in ("project", "tags", "subject", "placement", "claims", "epoch"):
+        assert _as_host(world, here, **{name: "mine"})[0] == 422
+
+
+def test_an_instance_that_has_moved_is_known_on_its_new_host_alone_by_the_same_subject(
+    world: FleetWorld, hosts: tuple[FleetHost, FleetHost], guests: tuple[Guest, Guest]
+) -> None:
+    here, there = hosts
+    created = _place(world, "web", here.name)
+    first = claims_of(wait_token(guests[0], instance_created=created))
+    created = _place(world, "web", here.name, there.name)
+    second = claims_of(wait_token(guests[1], instance_created=created))
+    assert first["sub"] == second["sub"]
+    _place(world, "web", there.name)
+    name = "/latest/meta-data/hostname"
+    until(lambda: guests[0].ask(name).status == 404, within_s=20, what="its end here")
+    assert _answer(world, here) == {"refused": "subject"}
+    assert "token" in _answer(world, there)
+
+
+def test_a_policy_of_the_fleet_ends_tokens_at_once(
+    world: FleetWorld, hosts: tuple[FleetHost, FleetHost], guests: tuple[Guest, Guest]
+) -> None:
+    created = _place(world, "web", hosts[0].name)
+    wait_token(guests[0], "keystone", instance_created=created)
+    key = f"{layout.POLICIES}host/{hosts[0].name}"
+    project = f"{layout.POLICIES}project/{_PROJECT}"
+    # The project's list is the more specific one.
+    world.write({key: b'{"audiences":[]}'})
+    assert "token" in _answer(world, hosts[0], audience="keystone")
+    world.write({project: b'{"audiences":["vault"]}'})
+    until(
+        lambda: _answer(world, hosts[0], audience="keystone") == {"refused": "audience"},
+        what="the hub's refusal",
+    )
+    until(lambda: request_token(guests[0], "keystone").status == 403, what="the host's refusal")
+    world.write({key: b"{}", project: _POLICY})
+    wait_token(guests[0], "keystone")
+
+
+def test_tokens_go_on_when_a_hub_or_its_signer_ends(
+    world: FleetWorld,
+    signers: Signers,
+    hosts: tuple[FleetHost, FleetHost],
+    guests: tuple[Guest, Guest],
+) -> None:
+    created = _place(world, "web", hosts[0].name)
+    held = wait_token(guests[0], instance_created=created)
+    signers.kill("hub1")
+    assert request_token(guests[0]).text == held
+    until(lambda: request_token(guests[0], more=_NONCE).status == 200, what="the other hub's")
+    world.hubs[0].end(9)
+    until(lambda: request_token(guests[0], more=_NONCE).status == 200, what="the other hub's")
+    signers.start(world.hubs[0])
+    world.hubs[0].start()
+    until(lambda: _as_host(world, hosts[0])[0] == 200, within_s=20, what="the first hub's again")
+
+
+def test_a_revoked_host_gets_no_token_within_a_second(world: FleetWorld) -> None:
+    member = Member.written(world, "c")
+    _place(world, "of-c", member.name)
+    until(lambda: "token" in _of(world, member)[1]["answers"][0], what="a token")
+    revoked = render_host(StoredHost(HostState.REVOKED, revocations=1, version=5))
+    world.write({host_key(HostId(member.name)): revoked})
+    begun = time.monotonic()
+    until(lambda: _of(world, member)[0] == 403, what="the refusal")
+    assert time.monotonic() - begun < 1
