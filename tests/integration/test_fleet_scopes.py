@@ -142,6 +142,20 @@ def test_a_port_is_of_no_other_project(fleet: ScopedFleet) -> None:
         assert "does not belong to project shop" in refused.message
 
 
+def test_a_project_chooses_neither_audiences_nor_claims_of_its_guests(fleet: ScopedFleet) -> None:
+    for rules in ({"audiences": ["vault"]}, {"identity_tags": ["role"]}):
+        policy = {"policy": rules}
+        attempts: list[tuple[str, str, object]] = [
+            ("POST", "/v1/instances", {**instance("x", "shop"), **policy}),
+            ("PATCH", "/v1/instances/shop-web", policy),
+            ("PATCH", "/v1/networks/shopnet", policy),
+        ]
+        for attempt in attempts:
+            refused = fleet.refusal(*attempt)
+            assert isinstance(refused, AccessDenied), refused
+            assert "may not change audiences" in refused.message
+
+
 def test_an_import_is_held_to_the_same_rules(fleet: ScopedFleet) -> None:
     many = [
         instance(f"x{number}", "shop", port("shopnet", f"10.0.1.{number}"))

@@ -62,6 +62,7 @@ from imdsproxy.hub.store.transactions import (
 from imdsproxy.model.claims import claim_places, taken_address, taken_id
 from imdsproxy.model.entities import Instance, InstanceId, Network, NetworkId
 from imdsproxy.model.observation import AddressKey
+from imdsproxy.model.policy import NO_RULES
 from imdsproxy.model.records import (
     PlacedInstance,
     Refused,
@@ -251,6 +252,7 @@ def _put_network(draft: Draft, network: Network, scope: Scope | None) -> None:
             raise no_such("network", network.id)
         if scope is not None:
             scope.refuse_listener(network)
+            scope.refuse_identity("network", network.policy, NO_RULES)
         refuse_taken(network.id, last_record(view, key), terms)
     else:
         stored, revision = known
@@ -268,6 +270,9 @@ def _put_network(draft: Draft, network: Network, scope: Scope | None) -> None:
         has_listener = isinstance(before, Network) and before.listener == network.listener
         if scope is not None and not has_listener:
             scope.refuse_listener(network)
+        if scope is not None:
+            had = before.policy if isinstance(before, Network) else NO_RULES
+            scope.refuse_identity("network", network.policy, had)
     draft.hold(key)
     draft.puts[key] = layout.render_network(StoredNetwork(record, terms.request))
 
@@ -362,6 +367,8 @@ def _port_problems(
     new = dict(new_ports(record, before))
     if scope is not None:
         scope.refuse_projects(new)
+        had = NO_RULES if before is None else before.policy
+        scope.refuse_identity("instance", record.policy, had)
     for number, port in enumerate(record.ports):
         if port.network in coming:
             continue

@@ -30,6 +30,7 @@ from imdsproxy.hub.store.transactions import (
 )
 from imdsproxy.model.claims import claim_places
 from imdsproxy.model.entities import Instance, InstanceId, Network, NetworkId, Port
+from imdsproxy.model.policy import PolicyRules
 from imdsproxy.model.records.grant import NO_GRANT, Grant, spell_listener
 from imdsproxy.model.records.schema import Path, render_path
 
@@ -66,6 +67,18 @@ class Scope:
                     f"ports[{number}] does not belong to project {self.project}, to which this certificate is limited",
                     hint="omit the port's project: it is the instance's",
                 )
+
+    def refuse_identity(self, kind: str, policy: PolicyRules, before: PolicyRules) -> None:
+        """Raise `AccessDenied` if a record's policy changes the identity tokens of guests.
+
+        The project would choose claims and audiences that verifiers trust because the cloud's operators chose them.
+        """
+        rules, had = ((one.audiences, one.identity_tags) for one in (policy, before))
+        if rules != had:
+            raise AccessDenied(
+                f"project {self.project} may not change audiences and identity_tags of its {kind}s",
+                hint=f"an operator of all projects may: imdsproxy policy set project/{self.project} --audience …",
+            )
 
     def address_problems(self, instance: Instance, number: int, path: Path) -> Iterator[Problem]:
         """Yield problems of a port's addresses and MAC that are not granted in a shared network."""
