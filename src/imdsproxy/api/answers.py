@@ -23,7 +23,6 @@ class NotServed:
 
     @classmethod
     def of(cls, one: planned.NotServed) -> Self:
-        """Convert the core's value."""
         family = "" if one.family is None else f"IPv{one.family.value}: "
         return cls(one.network, one.code.value, f"{family}{one.reason}", one.hint)
 
@@ -50,7 +49,6 @@ class Readiness:
     """Readiness: guests get what the sources report; for a hub, hosts get the state of etcd.
 
     Attributes:
-        reasons: Reasons for not being ready.
         degraded: Configured networks that are not served, then faults that guests do not notice; a line each.
     """
 

@@ -105,7 +105,6 @@ class Client(ABC):
         """Store records, one a line; wait as long as the daemon reports its progress.
 
         Args:
-            lines: Lines for the route `/v1/records`.
             on_wait: Called now and then with `/v1/progress`, and with the progress of a daemon that is still starting.
 
         Raises:
@@ -241,7 +240,6 @@ class FleetClient(Client):
 
     Attributes:
         certificate: The operator's certificate with its key, and the fleet's CA certificate, in one PEM file.
-        urls: URLs of hubs, `https://HOST:PORT`.
     """
 
     of_host: ClassVar[bool] = False

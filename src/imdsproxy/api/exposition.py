@@ -48,7 +48,6 @@ class Metric:
         return ", ".join(self.name + suffix for suffix in _SUFFIXES[self.kind])
 
     def family(self, value: Any) -> metrics_core.Metric:
-        """Return the family with these values."""
         about = self.name, self.help
         if isinstance(value, Durations):
             within = value.within().items()
@@ -67,11 +66,7 @@ class Metric:
 
 
 class Exposed(Collector):
-    """Base class that reads every metric when Prometheus asks for it; a subclass's names begin with its `prefix`.
-
-    Attributes:
-        metrics: All metrics, in the order in which they are exposed.
-    """
+    """Base class that reads every metric when Prometheus asks for it; a subclass's names begin with its `prefix`."""
 
     metrics: ClassVar[tuple[Metric, ...]] = ()
 
@@ -98,7 +93,6 @@ class Exposed(Collector):
         return content_type, encode(self._registry)
 
     def collect(self) -> Iterator[metrics_core.Metric]:
-        """Return every family with its current values."""
         return (metric.family(metric.read(self)) for metric in self.metrics)
 
 

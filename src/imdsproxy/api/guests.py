@@ -41,7 +41,6 @@ class PairReport:
     """An address and its MAC, in a network that checks MACs.
 
     Attributes:
-        seen: The MAC in the neighbour table.
         expected: The MAC that the records require; `*` for any, `None` if no instance has the address.
         granted: The MAC that the kernel lets through to HAProxy's quick answers.
         gate: True if the network has a MAC filter; without a filter, guests with a MAC in their records get no answer.
@@ -71,7 +70,6 @@ class PathDecision:
     """Decision of the policy on a GET, whether or not the document exists.
 
     Attributes:
-        path: The path as requested.
         without_token: Decision if the guest sends no session token.
         with_token: Decision if the guest sends a valid session token.
     """
@@ -131,7 +129,6 @@ class Explanation:
     probe: Probe | None = None
 
     def add(self, *steps: str) -> None:
-        """Append steps to `why`."""
         self.why += steps
 
 
@@ -244,7 +241,6 @@ async def explain(
 
 
 def _common_path(inventory: Inventory, instance: entities.InstanceId | None) -> str:
-    """Return a document that each instance with documents has."""
     record = instance and inventory.instances.get(instance)
     dialects = record.dialects if record else frozenset(entities.Dialect)
     return next((path for dialect, path in _COMMON.items() if dialect in dialects), "/")
@@ -421,7 +417,6 @@ async def _nics(lookup: Lookup, instance: entities.InstanceId | None) -> tuple[N
 
 
 async def _installed(parts: Parts, key: AddressKey) -> str | None:
-    """Return the address's value in the maps of the accepting worker."""
     haproxy, layout = parts.haproxy, parts.haproxy.layout
     if (worker := haproxy.worker) is None:
         return None

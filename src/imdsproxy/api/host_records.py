@@ -30,8 +30,6 @@ _AT_ONCE: Final = 500
 
 @dataclass(frozen=True, slots=True)
 class HostRecords(HostReports, RecordStore):
-    """Records of a controller."""
-
     tables = TABLES
     clearable = (bodies.PASSWORD,)
 
@@ -151,7 +149,6 @@ class HostRecords(HostReports, RecordStore):
         return bool(sources)
 
     async def _refuse_shared(self, networks: Sequence[Network], prefix: str) -> None:
-        """Refuse listeners that another network has, with the field of each."""
         if not networks:
             return
         known, host = self.parts.inventory.networks, self.parts.listeners.host

@@ -58,7 +58,6 @@ class Metrics(Exposed, prefix=PREFIX):
                     await part.refresh()
 
     def collect(self) -> Iterator[metrics_core.Metric]:
-        """Return every family with its current values."""
         for part, metric in self._readers:
             value = metric.read(part)
             if metric.labels == ("network",) and value is not None:

@@ -123,8 +123,6 @@ class RecordApi:
     """Differences between the APIs of a host and of a fleet.
 
     Attributes:
-        list_instances: Handler that lists instances, with the filters of the API.
-        instance: Body with an instance.
         override: Answer to a change of an instance's tokens or boot.
         reads: Dependencies of routes that read records, if the router has none. One sets `request.state.store`.
     """

@@ -42,8 +42,6 @@ def find_record(inventory: Inventory, instance: InstanceId) -> Instance | None:
 
 @dataclass(frozen=True, slots=True)
 class HostReports:
-    """Reports of a controller's records."""
-
     parts: Parts
 
     def find_network(self, text: str) -> NetworkId:

@@ -31,9 +31,7 @@ class StatusReport:
 
     Attributes:
         started_at: Unix time of the controller's start, in seconds.
-        serving: Networks that are served as configured.
         problems: Problems that belong to no source, network or instance.
-        unix_listener: `None` if the unix listener is disabled.
         warnings: Names in records that documents change or lack; twenty at most, then how many more.
         foreign: Other programs that listen at a network's address and get no request; twenty at most, then how many
             more. Programs that get requests are in `not_served`.
@@ -41,7 +39,6 @@ class StatusReport:
         busiest: Instances that are limited now, then the busiest others; ten at most.
         audit: `None` if there is no audit log.
         fleet: `None` if this host belongs to no fleet.
-        progress: Long work in progress.
     """
 
     version: str
@@ -100,7 +97,6 @@ def _list_degraded(parts: Parts) -> list[str]:
 
 
 async def report_status(parts: Parts) -> StatusReport:
-    """Return the state of the daemon, a section or more of each part."""
     sections: dict[str, Any] = {}
     for part in parts.all():
         sections |= await part.report()

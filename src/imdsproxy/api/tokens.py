@@ -49,7 +49,6 @@ class KeyRotation:
     Attributes:
         kid: The key's name, with which its tokens begin.
         keys: Number of valid keys, with this one.
-        file: The file of the keys.
         of_fleet: Number of instances that keep using keys of a fleet.
         applied: Every worker of HAProxy has the key.
         pending: Reasons why some worker does not have the key yet.

@@ -209,7 +209,6 @@ class RecordLines:
     note: Note
 
     def __iter__(self) -> Iterator[bytes]:
-        """Yield the body from the start, and report progress."""
         found: list[Network | Instance] = [*self.records.networks, *self.records.instances]
         for begin in range(0, len(found), _LINES):
             part = found[begin : begin + _LINES]

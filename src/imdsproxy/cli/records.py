@@ -213,7 +213,6 @@ def _make_app(
     Args:
         flags: Further flags of `add` and `set`: annotations by parameter name.
         add_flags: Flags of `add` that replace those from the table.
-        list_flags: Flags of `list`, which become query parameters.
     """
     app = typer.Typer(help=help_text, no_args_is_help=True)
     names = options.complete_networks if kind == "network" else options.complete_instances

@@ -32,7 +32,6 @@ class SettingsReload:
     """Result of a reload: the changed settings, and settings that need a restart.
 
     Attributes:
-        haproxy_reloaded: HAProxy uses the new settings.
         pending: Reasons why HAProxy does not use them yet, although it should.
     """
 

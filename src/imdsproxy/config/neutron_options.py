@@ -36,7 +36,6 @@ class NeutronOption:
     """One option.
 
     Attributes:
-        whose: The service that reads the option.
         takes: A key of `_PATTERNS`, `one of A, B`, `an integer from N on` or `an integer from N to M`.
         unless: Value with which the option needs no work by hand.
         why: Reason for the missing equivalent, or description of the translation.

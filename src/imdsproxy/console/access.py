@@ -32,11 +32,9 @@ class Access:
     """Link and session of one run of the command.
 
     Attributes:
-        now: Monotonic clock, in seconds.
         place: First segment of every path. Browsers send a cookie to all ports of an address; the cookie is limited to
             paths with this segment, which no other server on 127.0.0.1 knows.
         key: Key in the link; it works once.
-        cookie: Cookie for the browser that opened the link.
         token: Token in each form and request that changes or reveals something.
     """
 
@@ -77,7 +75,6 @@ def refuse_foreign(method: str, headers: Mapping[str, str], *, opens: bool) -> s
     """Return why a request comes neither from the console's pages nor from the operator; `None` if acceptable.
 
     Args:
-        headers: Headers by lower-case name.
         opens: The request is for the link, which any page may contain.
     """
     host = headers.get("host", "")

@@ -105,7 +105,6 @@ async def _take_form(console: Console, view: _Change, request: Request) -> Respo
 
 
 def _explain(console: Console, request: Request, error: Exception) -> Response:
-    """Return an error page for an error of the daemon or an unknown path."""
     match error:
         case ImdsproxyError():
             return console.page(request, "error.html", {"error": error}, error.http_status)

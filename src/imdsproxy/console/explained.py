@@ -54,7 +54,6 @@ def _steps(found: Mapping[str, Any]) -> Iterator[Step]:
 
 
 def _listener(found: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the explanation's sentences about the network and its listener."""
     return tuple(one for one in found["why"] if "listener" in one or one.startswith("network "))
 
 

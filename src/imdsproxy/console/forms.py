@@ -27,7 +27,6 @@ class Input:
         name: Field in the record: `policy.tokens`, `ports[0].mac`.
         kind: `text`, `choice`, or `long` for text of several lines.
         options: Options of a choice: sent value and shown text.
-        errors: Problems from the daemon.
     """
 
     name: str
@@ -40,7 +39,6 @@ class Input:
 
     @property
     def in_use(self) -> bool:
-        """Return whether the input has a value or a problem."""
         return bool(self.value or self.errors)
 
 
@@ -56,7 +54,6 @@ class Rows:
 
     @property
     def in_use(self) -> bool:
-        """Return whether the table has a filled row or a problem."""
         return len(self.rows) > _SPARE_ROWS or bool(self.errors)
 
 
@@ -72,7 +69,6 @@ class Section:
 
     @property
     def in_use(self) -> bool:
-        """Return whether any part of the section has a value or a problem."""
         return any(one.in_use for one in self.parts)
 
 
@@ -92,7 +88,6 @@ def make_form(kind: str, sent: Sent, problems: Sequence[Problem]) -> Form:
     """Build the form of a record, with the daemon's problems at their inputs.
 
     Args:
-        kind: `instance` or `network`.
         sent: Texts of the inputs, from `show_record` or the browser.
     """
     left = list(problems)

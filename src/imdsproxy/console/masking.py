@@ -28,5 +28,4 @@ def is_secret(path: str) -> bool:
 
 
 def mask_secrets(text: str) -> str:
-    """Replace keys and passwords in a document by `HIDDEN`."""
     return _VALUE.sub(rf"\1{HIDDEN}", _KEY.sub(rf"\1{HIDDEN}", text))

@@ -44,7 +44,6 @@ def _spell_time(at: float) -> str:
 
 
 def _mark_code(text: str) -> Markup:
-    """Convert text between backticks to `<code>`; escape everything."""
     parts = enumerate(text.split("`"))
     return Markup().join(_CODE.format(one) if place % 2 else escape(one) for place, one in parts)
 

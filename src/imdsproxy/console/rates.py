@@ -34,7 +34,6 @@ def draw_line(numbers: Sequence[int], most: int) -> str:
     """Return the points of an SVG polyline, with the newest sample at the right edge.
 
     Args:
-        numbers: Samples at equal intervals.
         most: Value at the top edge, unless a sample is higher.
     """
     highest, step = max(most, *numbers), WIDTH / (_KEPT - 1)

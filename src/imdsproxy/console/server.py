@@ -21,9 +21,6 @@ def run_console(
 ) -> str:
     """Serve until the link or the session expires, or until a signal.
 
-    Args:
-        announce: Function that receives the link.
-
     Returns:
         The reason for the end.
     """

@@ -75,9 +75,6 @@ class Journal:
     """Client of systemd's journal, in its native protocol. It limits lines per second to leave room for our messages.
 
     Source: https://systemd.io/JOURNAL_NATIVE_PROTOCOL/
-
-    Attributes:
-        lost: Number of dropped lines.
     """
 
     address: Path = _JOURNAL_SOCKET
@@ -131,7 +128,6 @@ class AuditReport:
     """The audit log.
 
     Attributes:
-        mode: `sampled` or `all`.
         written: Lines since the controller started.
         lost: Requests without a line since then, because HAProxy's ring or the journal had no room.
         problem: Reason if no lines are written now.

@@ -40,7 +40,6 @@ class Companion:
         log: Output file of a server that the controller starts as a process.
         unit: The systemd unit to start instead of a process.
         needed: Whether the server must run; if false, the supervisor stops it.
-        title: Name of the server in messages.
         area: Field of the server's problems.
 
     Attributes:
@@ -63,7 +62,6 @@ class Companion:
 
     @property
     def failure(self) -> Problem | None:
-        """Reason why the server does not run."""
         return self._starts.failure
 
     def read(self) -> DocumentProcesses:
@@ -206,9 +204,6 @@ class DocumentProbe(Part):
 
     No real record may have the probe's id, and HAProxy serves it only on a root-only socket: no guest can read it. Its
     revision is not on disk, so the server reads the file each time.
-
-    Attributes:
-        problem: Result of the last probes.
     """
 
     companion: Companion
@@ -223,7 +218,6 @@ class DocumentProbe(Part):
 
     @property
     def failure(self) -> Problem | None:
-        """Reason why guests get no documents."""
         return self.companion.failure or self.problem
 
     def problems(self) -> tuple[Problem | None]:

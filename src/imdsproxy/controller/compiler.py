@@ -175,7 +175,6 @@ class RecordCompiler(Part):
         """Update these instances' records on disk. Instances whose documents come from Nova need none.
 
         Args:
-            instances: Subset of `compiling.left`.
             starting: Whether some of the sources' instances have never been compiled by this process.
         """
         compiled_of: dict[InstanceId, bytes] = {}

@@ -33,11 +33,7 @@ _TIMES: Final = dict.fromkeys(("connect", "read", "write", "pool"), 30.0)
 
 @dataclass(frozen=True, slots=True)
 class FleetHost:
-    """This host, for its hub.
-
-    Attributes:
-        admin_socket: Socket of this host's admin API.
-    """
+    """This host, for its hub."""
 
     inventory: Inventory
     policy_store: PolicyStore

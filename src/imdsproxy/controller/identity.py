@@ -38,7 +38,6 @@ def find_identity_account(settings: Settings) -> Account | None:
 
 
 def plan_service(settings: Settings) -> Plan:
-    """Plan the process that gives identity tokens to guests."""
     layout, account = Layout.of(settings), find_identity_account(settings)
     haproxy = find_account(None, settings.haproxy.group, "haproxy.group")
     return Plan(

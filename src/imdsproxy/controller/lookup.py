@@ -52,12 +52,7 @@ _LOOKS: Final = 3
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Request that was refused because of its MAC.
-
-    Attributes:
-        neighbour: MAC in the neighbour table at the refusal.
-        at: Monotonic time, in seconds.
-    """
+    """Request that was refused because of its MAC."""
 
     mac: MacAddress
     neighbour: MacAddress | None
@@ -118,7 +113,6 @@ class Lookup:
         return identify(self.inventory, *key, neighbour_mac=mac)
 
     def _known_by(self, key: AddressKey, mac: MacAddress | None) -> Instance | None:
-        """Return the instance to which the MAC gives the address, if there is one."""
         identity = self._whose(key, mac)
         if isinstance(identity, Found) and identity.how is How.NEIGHBOUR:
             return identity.instance

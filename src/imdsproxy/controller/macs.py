@@ -19,7 +19,6 @@ class MacsReport:
     """Guests' MACs and the filters that check them.
 
     Attributes:
-        mac_filters: Networks with a MAC filter.
         refused: Networks that should have a MAC filter and cannot: guests with a MAC in their records get no answer.
         pairs: Addresses that a MAC filter lets through with one MAC, or with any.
         learned: Addresses under which guests are known by their MAC alone.

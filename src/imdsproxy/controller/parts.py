@@ -86,7 +86,6 @@ class Ending:
     """End of this process.
 
     Attributes:
-        requested: Set to end this process.
         with_data_plane: HAProxy and the document server end too.
     """
 
@@ -153,7 +152,6 @@ class Parts:
 
     @property
     def companions(self) -> tuple[Companion, ...]:
-        """Supervisors of the servers beside the controller."""
         of_identity = self.identity
         return (
             self.companion,
@@ -174,7 +172,6 @@ class Parts:
 
     @cached_property
     def forward(self) -> Forward:
-        """Return the function that forwards a resolved request to HAProxy."""
         # Known guests do not wait for the module.
         from imdsproxy.documents.resolver_app import found_forwarder
 
@@ -260,7 +257,6 @@ class Parts:
 
     @property
     def tables(self) -> tuple[MacFilters, HopLimits]:
-        """Owners of our tables in nf_tables."""
         return self.mac_filters, self.hop_limits
 
     def _own_tables(self) -> set[str]:

@@ -83,7 +83,6 @@ class FleetChange:
     keys: bool = False
 
     def __bool__(self) -> bool:
-        """Return whether anything changed."""
         return self.rules or self.keys or bool(self.overrides)
 
 
@@ -94,7 +93,6 @@ class PolicyStore(Part):
     Attributes:
         overrides: Overrides by this host's operators. Those of departed instances stay: an instance that comes back
             under the same id must not get its old tokens back.
-        fleet: Last argument of `take_fleet`.
         departed: Departure times of instances (Unix time), kept as long as a token of theirs may be unexpired.
     """
 

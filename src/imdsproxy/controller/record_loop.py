@@ -129,7 +129,6 @@ class RecordLoop(Part):
 
     @property
     def failure(self) -> Problem | None:
-        """Reason why the last round failed."""
         return self._rounds.failure
 
     def problems(self) -> tuple[Problem | None, ...]:

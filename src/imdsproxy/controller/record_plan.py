@@ -168,7 +168,6 @@ def policy_place(
 
 
 def _project_at(instance: Instance, place: AddressKey) -> str | None:
-    """Return the project of the port that has the address."""
     projects = _projects_in(instance, place[0])
     if len(projects) == 1:
         return projects.pop()

@@ -33,7 +33,6 @@ class RuleSets:
 
     @property
     def path(self) -> Path:
-        """Path of the map that HAProxy reads when it loads."""
         return self.applier.layout.path_rules_map
 
     def load(self) -> None:
@@ -67,7 +66,6 @@ class RuleSets:
         """Wait until every current and future worker knows these sets.
 
         Args:
-            wanted: Sets by their ids.
             sweep: Also remove sets that no record needs; otherwise they are removed only together with another change.
 
         Raises:

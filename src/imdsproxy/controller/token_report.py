@@ -38,7 +38,6 @@ class ReaderWithoutToken:
         client: User-Agent, with the same replacement; empty if the requests had none.
         seen: Number of requests that were examined closely.
         refused: Number of these that were refused because a token is required.
-        last_at: Unix time.
     """
 
     path: str
@@ -55,7 +54,6 @@ class GuestWithoutToken:
     Attributes:
         reads: Number of reads that were not refused; an estimate if only one in several is counted.
         refused: Number of reads that were refused because a token is required; each is counted.
-        last_at: Unix time.
         readers: Client programs, the most recent first.
     """
 
@@ -85,7 +83,6 @@ class TokenVerdict:
     """Answer to the question whether `tokens: required` would refuse a client that reads today.
 
     Attributes:
-        scope: Scope of the policy.
         id: Id of the network, project or instance; empty for the host.
         ready: `unknown` if too little was counted for an answer.
         because: Reason, in one sentence without a full stop.
@@ -105,7 +102,6 @@ class TokenReport:
 
     Attributes:
         since: Start of the count, over restarts of the controller, Unix time; counts older than a week are dropped.
-        guests: Guests, the most recent first.
         open_trees: At most a hundred of `open_tree_count`.
         one_in: Sampling rate: one in so many reads that are not refused is counted now; 0 for none
             (`tokens.count_reads`).
@@ -129,11 +125,7 @@ class InstanceTokens:
     """Report on one instance's reads without session tokens.
 
     Attributes:
-        since: As of a `TokenReport`.
-        one_in: As of a `TokenReport`.
         verdict: Answer whether tokens can be required of the instance.
-        guests: Reads of the instance in each of its networks.
-        open_trees: Open trees of this instance only.
     """
 
     since: float
@@ -254,7 +246,6 @@ class TokenLedger:
     def add(
         self, worker: str, guests: Iterable[CountedRow], readers: Iterable[CountedRow], now: float
     ) -> None:
-        """Add one worker's tables: guests, and their client programs."""
         for (network, _), reads, refused in self._guests.add(worker, guests, now):
             self.read[network] += reads
             self.refused[network] += refused
@@ -262,7 +253,6 @@ class TokenLedger:
         self._readers.add(worker, readers, now)
 
     def report(self, trees: Iterable[OpenTree]) -> TokenReport:
-        """Build the report from all counts."""
         readers: dict[_Key, list[ReaderWithoutToken]] = {}
         for (network, instance, path, client), counted in self._readers.totals.items():
             one = ReaderWithoutToken(path, client, *counted)

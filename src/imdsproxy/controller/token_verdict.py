@@ -45,7 +45,6 @@ def judge_tokens(
     they could still read.
 
     Args:
-        projects: Projects of all instances (`projects_of`).
         days: Days for which no guest may have read without a token.
     """
     late = [one for one in guests if one.last_at >= now - days * _DAY_S]
@@ -68,7 +67,6 @@ def judge_tokens(
 
 
 def projects_of(instance: Instance) -> set[str]:
-    """Return the projects of an instance and of its ports."""
     found = {instance.project, *(port.project for port in instance.ports)}
     return {one for one in found if one is not None}
 
@@ -141,7 +139,6 @@ def _judge(
 
 
 def _named(guests: list[GuestWithoutToken]) -> Iterator[str]:
-    """Yield the first guests with their client programs, and the number of the others."""
     for one in guests[:_NAMED]:
         client = next((reader.client for reader in one.readers if reader.client), "")
         yield f"{one.instance} ({client})" if client else one.instance

@@ -60,8 +60,6 @@ Forward: TypeAlias = Callable[[MapRecord, GuestRequest, http.Send], Awaitable[No
 
 
 def resolver_app(resolver: Resolver, forward: Forward) -> http.AsgiApp:
-    """Return the application behind HAProxy's backend `resolver`."""
-
     async def app(scope: http.Scope, receive: http.Receive, send: http.Send) -> None:
         request = _parse_request(scope)
         if request is None:

@@ -70,7 +70,6 @@ class Worker:
     """Listening socket and its process.
 
     Attributes:
-        path: Path to which clients connect.
         at: Path of the socket: beside `path` until all workers answer.
         failures: Number of consecutive processes that ended soon after their start.
         backoff: Pauses before a restart, longer after each early end, so that a fault does not keep the host busy.

@@ -85,7 +85,6 @@ class Kind:
 
     Attributes:
         read: Returns the value of a JSON value; raises `Unreadable`.
-        write: Returns the JSON value.
         needed: Whether the key must be present. A missing key has the default of the dataclass.
     """
 
@@ -106,12 +105,10 @@ def checked(accepts: Callable[[Any], bool], wanted: str) -> Kind:
 
 
 def matching(pattern: re.Pattern[str], wanted: str) -> Kind:
-    """Return the kind of texts that a pattern matches as a whole."""
     return checked(lambda value: isinstance(value, str) and bool(pattern.fullmatch(value)), wanted)
 
 
 def omissible(kind: Kind) -> Kind:
-    """Return the kind for a key that may be missing."""
     return replace(kind, needed=False)
 
 
@@ -265,7 +262,6 @@ class Codec(Generic[_T]):
         return self.read(decode(value))
 
     def render(self, value: _T) -> bytes:
-        """Render the object as JSON, equal for equal values."""
         return encode(self.write(value))
 
     @property

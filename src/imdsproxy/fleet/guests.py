@@ -89,7 +89,6 @@ class FleetReport:
         hub: URL of the hub that this host follows; empty for none.
         age_s: Seconds since a followed hub last knew the state of the fleet.
         revision: All items up to this revision are in force, except items in `failing`.
-        items: Number of items in force.
         held: Items that are still served although the fleet's store lacks them or has an older version.
         failing: Items whose newest version is not in force, with reasons.
         skew_s: Seconds by which the hub's clock is ahead of this host's.

@@ -163,8 +163,6 @@ class StoredNetwork:
 
 
 class HostState(StrEnum):
-    """State of a host's membership."""
-
     INVITED = "invited"
     ENROLLED = "enrolled"
     REVOKED = "revoked"

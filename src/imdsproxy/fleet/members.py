@@ -98,7 +98,6 @@ def read_identity(headers: Mapping[str, str]) -> Identity | None:
 
 
 def spell_serial(number: int) -> str:
-    """Return a certificate's serial number in the form of `Identity.serial`."""
     return number.to_bytes((number.bit_length() + 7) // 8).hex().upper()
 
 
@@ -152,7 +151,6 @@ _AGAIN: Final = "`imdsproxy fleet enrol HOST` makes a new one"
 
 
 def hash_token(token: str) -> str:
-    """Return a token's `StoredHost.token_sha256`."""
     return sha256(token.encode()).hexdigest()
 
 

@@ -73,8 +73,6 @@ class Broken(ValueError):
 
 
 class ByeCode(StrEnum):
-    """Reason for which a hub ends a stream."""
-
     BEHIND = "behind"
     """The hub does not yet have the host's revision: another hub may have it."""
 
@@ -130,8 +128,6 @@ class Ack:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Answer of the host's admin API to an `Ask`."""
-
     number: int
     status: int
     body: Any = None
@@ -142,7 +138,6 @@ class Batch:
     """Changes that are applied together; afterwards the host has all changes up to `revision`.
 
     Attributes:
-        put: Revision and value by item.
         remove: Items that the host must remove, because the record in the hub says so.
         held: Items of the host that the hub cannot confirm, with the reasons: they stay.
         unreadable: Items whose values in etcd are unreadable, with the reasons: they stay in any incarnation.

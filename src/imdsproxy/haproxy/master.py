@@ -60,7 +60,6 @@ class MasterClient:
     async def read_stat(
         self, worker: int, columns: Collection[str] | None = None
     ) -> list[dict[str, str]]:
-        """Return `show stat` of one worker, with these columns or all."""
         return runtime.parse_stat(await self.send(worker, "show stat"), columns)
 
     async def read_number(self, worker: int, variable: str) -> int | None:
@@ -93,7 +92,6 @@ class MasterClient:
             yield worker, answers
 
     async def send_upsert(self, worker: int, path: str, key: str, value: str) -> None:
-        """Set a key's value, whether the map has the key or not."""
         answer = await self.send(worker, f"set map {path} {key} {value}")
         if "not found" in answer:
             await self.send_additions(worker, path, [(key, value)])

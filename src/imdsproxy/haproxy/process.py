@@ -50,7 +50,6 @@ class Haproxy(Part):
     """HAProxy on this host: starts, adopts and reloads it, and probes whether it answers.
 
     Attributes:
-        version: Version of the program; `None` if unknown.
         reload_durations: Durations of successful starts and reloads, from the command until the worker serves.
         full: Reason why guests wait, while HAProxy has reached its connection limit.
         before_reload: Callbacks before a reload, to read from the old workers within half a second; must not raise.

@@ -18,7 +18,6 @@ class Moment:
     """Moment that can be stored and compared after a restart or a reboot.
 
     Attributes:
-        at: Unix time.
         boot: Kernel's id of the present boot.
         up_s: Seconds since the boot, independent of the wall clock.
     """

@@ -166,8 +166,6 @@ def watch_neighbours(wanted: Callable[[NeighbourChange], bool]) -> KernelEvents[
 
 
 def watch_tables(wanted: Callable[[], Collection[str]]) -> KernelEvents[str]:
-    """Return the names of removed nf_tables tables."""
-
     def parse(kind: int, payload: bytes, _: int | None) -> Iterator[str]:
         if kind == DELTABLE and (table := table_of(payload)) in wanted():
             yield table

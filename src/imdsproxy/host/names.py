@@ -46,7 +46,6 @@ class Naming:
         return 128 + _hash(self.prefix)[0] % 128
 
     def namespace(self, network: NetworkId) -> str:
-        """Return the name of the namespace for a bridge's network."""
         return f"{self.prefix}-{self._digest(network)}"
 
     def link(self, network: NetworkId) -> str:
@@ -63,11 +62,9 @@ class Naming:
         return NetworkId(alias.removeprefix(start)) if alias.startswith(start) else None
 
     def is_namespace(self, name: str) -> bool:
-        """Return whether a name has the form of `namespace`."""
         return self._has_form(name, f"{self.prefix}-")
 
     def is_link(self, name: str) -> bool:
-        """Return whether a name has the form of `link`."""
         return self._has_form(name, self.prefix)
 
     @property

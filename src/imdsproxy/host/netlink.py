@@ -210,7 +210,6 @@ def metadata_addresses(
 def default_routes(
     channel: nl.NetlinkSocket, devices: Iterable[ObservedDevice]
 ) -> frozenset[tuple[Family, str]]:
-    """Return family and device of each default route in the main table."""
     names = {one.index: one.name for one in devices}
     found: set[tuple[Family, str]] = set()
     for family in Family:

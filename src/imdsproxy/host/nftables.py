@@ -149,7 +149,6 @@ def remember(
 
 
 def count(name: str) -> bytes:
-    """Count the packet in one of the table's counters."""
     return _expression("objref", {1: _COUNTER, 2: name})
 
 

@@ -204,7 +204,6 @@ class NetlinkSocket:
 
 
 def _raise_error(payload: bytes, flags: int) -> None:
-    """Raise the error in an NLMSG_ERROR, unless the message is an acknowledgement."""
     (error,) = struct.unpack_from("=i", payload)
     if error:
         # The attributes follow the header of the refused request.

@@ -178,7 +178,6 @@ class ProcessHandle:
         return False
 
     async def kill_group(self) -> None:
-        """Kill a process that `spawn_logged` started, with its process group."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         # A process in disk sleep ends later.

@@ -64,7 +64,6 @@ class TcpSocket:
     """TCP socket in a namespace.
 
     Attributes:
-        port: Peer's port.
         index: Index of the device to which the socket is bound; 0 for none.
     """
 

@@ -159,10 +159,8 @@ class SideCache(Generic[_Key, _Value]):
 
     Attributes:
         path: Path of the file, which is created when there is something to keep.
-        schema: SQL statements that create the tables.
         read: Yields all values in the file with their keys.
         write: Stores a value under its key; `None` deletes the stored value.
-        subject: Field of `problem`.
         lost: Text of `problem`, as "records in force are not kept".
         problem: Problem while the file cannot be used.
     """

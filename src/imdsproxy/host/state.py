@@ -13,19 +13,15 @@ REDIRECTED: Final = "*"
 
 
 class Family(IntEnum):
-    """Address family by its version number."""
-
     IPV4 = 4
     IPV6 = 6
 
     @property
     def metadata_address(self) -> IpAddress:
-        """Address at which guests of this family read metadata."""
         return METADATA_IPV4 if self is Family.IPV4 else METADATA_IPV6
 
     @property
     def any_address(self) -> IpAddress:
-        """Wildcard address of the family."""
         return IPv4Address(0) if self is Family.IPV4 else IPv6Address(0)
 
 
@@ -192,7 +188,6 @@ class ObservedHost:
     """Observed state of the host.
 
     Attributes:
-        namespaces: Existing observed namespaces, by name.
         asked: Names of a partial observation; `None` for all names in the directory.
         devices: Devices in `root` that a partial observation covers.
     """

@@ -175,8 +175,6 @@ class FrontSpec:
     Attributes:
         listen: Addresses with ports in the form of HAProxy's `bind`: `192.0.2.1:8469`, `[::]:8469`.
         certificate: PEM file of the hub's certificate and key.
-        stream_socket: Unix socket of hosts' streams.
-        api_socket: Unix socket of all other requests.
         control: Unix socket of HAProxy's runtime API.
     """
 

@@ -65,8 +65,6 @@ class AudienceRules:
 
 @dataclass(frozen=True, slots=True)
 class IssuerRules:
-    """Rules for all tokens of an issuer."""
-
     issuer: str
     trust_domain: str
     audiences: Mapping[str, AudienceRules]

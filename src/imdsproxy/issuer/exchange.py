@@ -42,7 +42,6 @@ class Token:
     Attributes:
         id: The claim `jti`, for logs: a log never holds the token.
         expires_at: The claim `exp`, Unix time.
-        lifetime_s: Seconds from the signature to the end.
     """
 
     text: str

@@ -12,8 +12,6 @@ _JSON = "application/json"
 
 
 class TokenFormat(StrEnum):
-    """Value of the query's `format`."""
-
     TEXT = "text"
     """The token alone."""
 
@@ -26,7 +24,6 @@ class TokenFormat(StrEnum):
 
 
 def render_token(token: Token, form: TokenFormat) -> tuple[str, str]:
-    """Return the content type and the text."""
     ends = f"{datetime.fromtimestamp(token.expires_at, UTC):%Y-%m-%dT%H:%M:%SZ}"
     match form:
         case TokenFormat.TEXT:

@@ -35,8 +35,6 @@ TokenKey: TypeAlias = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Token that a source should give."""
-
     id: str
     subject: Subject
     audience: str
@@ -86,7 +84,6 @@ class TokenHolder:
     """Holder of tokens, whose `run` fetches the tokens of all subjects' named audiences.
 
     Args:
-        subjects: Directory of subjects (`controller.subjects`).
         monotonic: Returns seconds since an arbitrary start.
         uniform: Returns a random number between two.
     """

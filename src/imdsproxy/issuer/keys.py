@@ -70,7 +70,6 @@ class SigningKey:
 
 
 def make_key(algorithm: Algorithm, issuer: str, now: datetime) -> SigningKey:
-    """Generate a key with its certificate."""
     private: PrivateKey
     if algorithm == "RS256":
         private = rsa.generate_private_key(public_exponent=65537, key_size=_RSA_BITS)

@@ -67,7 +67,6 @@ class Plan:
     audiences: Mapping[str, Mapping[str, Any]] | None = None
 
     def execute(self) -> NoReturn:
-        """Replace this process by the planned one."""
         words = (sys.executable, "-m", "imdsproxy.issuer.serve", json.dumps(asdict(self)))
         os.execv(sys.executable, words)  # noqa: S606 - our own program, no shell
 

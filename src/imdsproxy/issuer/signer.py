@@ -109,7 +109,6 @@ class Signer:
     token_id: Callable[[], str]
 
     def sign(self, request: TokenRequest) -> Token | Refusal:
-        """Return a token, or why there is none."""
         subject, placement = request.subject, request.placement
         if self.subjects is not None:
             found = self._read_subject(subject)
@@ -200,7 +199,6 @@ class Signer:
 
 
 def _user_of(writer: asyncio.StreamWriter) -> int:
-    """Return the account of the client (SO_PEERCRED in unix(7))."""
     peer = writer.get_extra_info("socket")
     data = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     return int(_CREDENTIALS.unpack(data)[1])

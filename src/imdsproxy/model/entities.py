@@ -40,8 +40,6 @@ _UUID_NAMESPACE: Final = uuid.UUID("6a0f7a1e-52c5-5f0e-9d55-1f0b1a9fe169")
 
 
 class Dialect(StrEnum):
-    """Tree of documents that can be on or off for an instance."""
-
     EC2 = "ec2"
     OPENSTACK = "openstack"
     NOCLOUD = "nocloud"

@@ -36,8 +36,6 @@ class UnknownReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Instance of a guest, and the port that identified it."""
-
     instance: Instance
     port: Port
     how: How
@@ -163,7 +161,6 @@ def holds(inventory: Inventory, key: AddressKey, entry: Learned) -> bool:
 
 
 def port_at(instance: Instance, key: AddressKey) -> Port | None:
-    """Return the instance's port that lists the address, or whose MAC gives it."""
     network, address = key
     ports = [port for port in instance.ports if port.network == network]
     for port in ports:

@@ -177,7 +177,6 @@ class Inventory:
 
     @property
     def address_count(self) -> int:
-        """Number of claimed addresses, in existing and in unknown networks."""
         return len(self._addresses)
 
     @property

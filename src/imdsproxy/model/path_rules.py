@@ -40,8 +40,6 @@ _Scope = TypeVar("_Scope")
 
 
 class PathWord(StrEnum):
-    """Effect of a rule on a path and everything below it."""
-
     DENY = "deny"
     """403, also with a token."""
 
@@ -133,12 +131,10 @@ def _right(path: str, otherwise: str) -> str:
 
 
 def covers(rule: str, path: str) -> bool:
-    """Return whether a rule's path is the path or one of its parents."""
     return rule in (ROOT, path) or path.startswith(f"{rule}/")
 
 
 def find_rule(rules: PathRules, plain: str) -> tuple[str, PathWord] | None:
-    """Return the rule that applies: the longest that covers the path."""
     found = [rule for rule in rules if covers(rule[0], plain)]
     return max(found, key=lambda rule: len(rule[0]), default=None)
 

@@ -49,8 +49,6 @@ class TokenMode(StrEnum):
 
 
 class PolicyScope(StrEnum):
-    """Scope of a rule, from the least to the most specific."""
-
     FLEET = "fleet"
     HOST = "host"
     FLEET_HOST = "fleet-host"
@@ -71,7 +69,6 @@ class Rule:
         kind: `bool`, `TokenMode`, `int` (within `bounds`), `tuple` for path rules, or `list` for names.
         names: Pattern of each name, if the rule is a list of names; the value is a sorted tuple.
         part: Part of the policy word that holds the rule; `None` if parts of the word are computed from the rule.
-        since: As `model.records.schema.Key.since`.
         limits: As `Key.limits`: a host that ignored the rule would serve documents that it must refuse.
     """
 
@@ -275,8 +272,6 @@ def fold_policy(scopes: Iterable[tuple[PolicyScope, PolicyRules]]) -> Folded:
 
 @dataclass(frozen=True, slots=True)
 class FleetRules:
-    """Rules of a fleet for guests of this host, and of every host."""
-
     everywhere: PolicyRules = NO_RULES
     host: PolicyRules = NO_RULES
     projects: Mapping[str, PolicyRules] = field(default_factory=dict)

@@ -47,7 +47,6 @@ class PolicyInForce:
         boot_ends_at: End of the boot, Unix time; `None` without a creation time.
         boot_over: Whether the boot is over, so that the rules for the time after it apply.
         reopened_at: Time at which an operator started a new boot, Unix time; `None` for never.
-        word: Policy word for HAProxy, empty for the default.
         of_fleet: Whether a fleet's keys sign the tokens, so that the fleet's operators revoke them.
     """
 

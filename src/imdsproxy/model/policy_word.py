@@ -55,7 +55,6 @@ class Field:
         return fields[self.number - 1] if self.number <= len(fields) else ""
 
     def replace(self, word: str, text: str) -> str:
-        """Return the word with another text in this field, which the word must have."""
         fields = word.split(":")
         fields[self.number - 1] = text
         return ":".join(fields)

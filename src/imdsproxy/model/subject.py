@@ -27,7 +27,6 @@ class Subject:
         epoch: Number of revocations of the instance's tokens. An instance that is created again under the same id has
             another epoch (`controller.policy_store`), so it is another subject.
         audiences: Audiences that the policy allows, in order; `*` allows any.
-        tags: Tags that the policy names, in name order.
     """
 
     instance: InstanceId
@@ -49,7 +48,6 @@ class Subject:
         return blake2b(self.render(), digest_size=16).hexdigest()
 
     def allows(self, audience: str) -> bool:
-        """Return whether the instance may request tokens for the audience."""
         if audience.startswith(RESERVED):
             return False
         return audience in self.audiences or ANY_AUDIENCE in self.audiences

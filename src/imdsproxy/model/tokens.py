@@ -58,7 +58,6 @@ class TokenKey:
 
     @property
     def text(self) -> str:
-        """Base64, the form in key file and key map."""
         return base64.b64encode(self.secret).decode("ascii")
 
 

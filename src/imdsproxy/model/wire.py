@@ -153,7 +153,6 @@ class NovaRecord:
     """Record of one (network, address) that Nova serves: all data for a request to Nova.
 
     Attributes:
-        endpoint_set: Set of Nova metadata APIs.
         signatures: Signature by the secret in force and, during a change of secrets, by the next one.
         policy: Policy word, empty for the default (`model.policy.render_policy_word`).
     """

@@ -294,10 +294,6 @@ def compute_maxconn(wanted: int, binds: Collection[Bind], hard_limit: int) -> in
     refuses to start if the sum exceeds the hard limit. Its master does not count the namespaces, and exits if a
     descriptor number of its sockets exceeds those that its connections allow.
 
-    Args:
-        wanted: The setting; 0 to compute a value.
-        hard_limit: Hard limit of `RLIMIT_NOFILE`; -1 for none.
-
     Raises:
         HostRefused: The limit is too low for these binds.
     """

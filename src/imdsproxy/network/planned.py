@@ -35,8 +35,6 @@ class Endpoint:
 
 
 class NotServedCode(StrEnum):
-    """Reason why a network (or one of its families) is not served."""
-
     PENDING = "pending"
     NAMESPACE_MISSING = "namespace-missing"
     NAMESPACE_UNUSABLE = "namespace-unusable"

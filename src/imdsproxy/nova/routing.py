@@ -71,7 +71,6 @@ class NovaRouting:
     default: str = "default"
 
     def choose(self, network: NetworkId, project: str) -> EndpointSet | None:
-        """Return the set for a guest of this project in this network (or behind this router)."""
         of_network = (one for one in self.sets if network in one.networks)
         of_project = (one for one in self.sets if project in one.projects)
         rest = (one for one in self.sets if one.name == self.default)

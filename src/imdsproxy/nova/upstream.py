@@ -225,9 +225,7 @@ class NovaEndpointReport:
     """Address of one of Nova's metadata APIs, as HAProxy sees it.
 
     Attributes:
-        endpoint: `ADDRESS:PORT`.
         requests: Requests that the running worker has sent there.
-        failures: Requests without an answer.
     """
 
     endpoint_set: str

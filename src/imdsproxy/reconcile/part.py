@@ -16,8 +16,6 @@ By: TypeAlias = Mapping[str, float] | Mapping[tuple[str, str], float] | None
 
 
 class Impact(Enum):
-    """Effect of a part's problems."""
-
     DELAYS = auto()
     """Changes do not reach guests."""
     HARMS = auto()

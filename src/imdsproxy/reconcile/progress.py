@@ -43,7 +43,6 @@ class Durations:
 
     Attributes:
         counts: Number of operations by the smallest bound, in seconds, that each stayed within.
-        total_s: Sum of all durations.
     """
 
     counts: Counter[float] = field(default_factory=Counter)

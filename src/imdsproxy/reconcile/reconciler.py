@@ -39,7 +39,6 @@ class Reconciler:
 
     Attributes:
         failure: Reason why the last round failed; `None` after a success.
-        failed_at: Time of the last failure by `clock`.
         woken: Set by `wake`; a round begins by clearing it.
     """
 
@@ -128,17 +127,14 @@ class Tickets:
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
 
     def take(self) -> int:
-        """Return a number for new work."""
         self.given += 1
         return self.given
 
     async def close(self, number: int) -> None:
-        """Mark all work up to this number as in force."""
         async with self._changed:
             self.done = max(self.done, number)
             self._changed.notify_all()
 
     async def wait(self, number: int) -> None:
-        """Wait until all work up to this number is in force."""
         async with self._changed:
             await self._changed.wait_for(lambda: self.done >= number)

@@ -24,8 +24,6 @@ _PIECE: Final = 200
 
 
 class Source(Protocol):
-    """Source of networks, ports and instances."""
-
     @property
     def name(self) -> SourceName:
         """Name of the source in settings, status and conflicts."""

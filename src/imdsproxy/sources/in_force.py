@@ -25,7 +25,6 @@ class Entry(Generic[Record]):
 
     Attributes:
         position: Position among the file's records.
-        line: First line of the record, 1-based.
         offsets: Lines of the claims, relative to `line`, in the order of `claim_places`. Many entries share one tuple.
     """
 
@@ -39,7 +38,6 @@ class Entry(Generic[Record]):
 
     @property
     def lines(self) -> tuple[int | None, ...]:
-        """The lines of the claims, in the order of `claim_places`."""
         first = self.line
         if first is None:
             return (None,) * len(self.offsets)
@@ -47,7 +45,6 @@ class Entry(Generic[Record]):
 
     @property
     def order(self) -> tuple[str, int]:
-        """The sort key that decides if nothing is in force yet."""
         return self.file, self.position
 
 
@@ -149,7 +146,6 @@ class InForce(Generic[Record]):
         return changes
 
     def problems(self) -> Iterator[Problem]:
-        """Yield the problems of all refused entries."""
         for file in sorted(self._files):
             for entry in self._files[file]:
                 for problem in entry.problems:
@@ -255,7 +251,6 @@ class InForce(Generic[Record]):
         claimed: Iterable[AddressKey],
         taken: Mapping[AddressKey, Entry[Record]],
     ) -> Clash[Record] | None:
-        """Return the clash of an entry with the first holder of its addresses, in `taken` or in force."""
         first: Entry[Record] | None = None
         addresses: list[AddressKey] = []
         for address in claimed:

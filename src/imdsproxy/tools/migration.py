@@ -89,7 +89,6 @@ def follow(settings: Settings, domain: str, operation: str, suboperation: str, e
 
 
 def _read_ids(domain: str) -> tuple[str, ...]:
-    """Return the possible instance ids of the domain on standard input."""
     parsed = parse_domain(sys.stdin.read())
     if isinstance(parsed, Refused):
         raise RequestRefused(

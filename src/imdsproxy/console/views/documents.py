@@ -45,7 +45,6 @@ def show_documents(console: Console, request: Request) -> Response:
 
 
 def reveal_document(console: Console, request: Request, sent: Sent) -> Response:
-    """Show a guest's document including secrets."""
     asked = {name: sent.get(name, "") for name in ("network", "address", "path")}
     return _show(console, request, asked, revealed=True)
 

@@ -16,7 +16,6 @@ _ADDRESSES: Final = 8
 
 
 def list_guests(console: Console, request: Request) -> Response:
-    """List matching guests by id, a page at a time."""
     asked = {name: request.query_params.get(name, "") for name in ("text", "network", "after")}
     query = {name: value for name, value in asked.items() if value} | {"limit": str(_PAGE)}
     page = console.daemon.get("/v1/search/instances", query)
@@ -43,7 +42,6 @@ def show_guest(console: Console, request: Request) -> Response:
 
 
 def show_usage(console: Console, request: Request) -> Response:
-    """Show a guest's current usage, as a part of its page."""
     return console.page(request, "usage.html", _usage_of(console, request.path_params["guest"]))
 
 

@@ -33,6 +33,5 @@ def _words_of(network: Shape) -> str:
 
 
 def show_network(console: Console, request: Request) -> Response:
-    """Show a network's record, and why the network is not served, if so."""
     network = console.daemon.get(path_to("networks", request.path_params["network"]))
     return console.page(request, "network.html", {"network": network, "record": network["record"]})

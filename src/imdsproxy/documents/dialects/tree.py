@@ -53,7 +53,6 @@ class Node:
     Attributes:
         body: Bytes, or their place in the record's content. The body of a directory is its listing, which may differ
             from its children's names: `public-keys` lists `0=name` for the child `0`.
-        children: Children of a directory, by their name in a path.
     """
 
     body: bytes | Blob

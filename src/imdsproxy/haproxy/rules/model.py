@@ -64,7 +64,6 @@ class Limits:
 
     Attributes:
         maxconn_per_network: Connections of each bind, so that one network cannot use up the others'.
-        cache_mb: Size of the document cache in MiB (at most 4095).
         hold_s: Maximum time for which the resolver may hold a request, in seconds.
         misses_per_second: Unknown addresses per network and second that may reach Python.
         hard_stop_after_s: Time after which an old worker closes its remaining connections, in seconds.
@@ -139,7 +138,6 @@ class NovaBackend:
     Attributes:
         name: Name of the set; the records of its instances begin with it.
         servers: Empty while no endpoint's name resolves: guests get 503.
-        host: Host header for Nova.
         loopback: Whether to keep the loopback through HAProxy itself although it is not needed: an earlier worker may
             still use it.
     """
@@ -177,9 +175,7 @@ class IssuerFrontend:
     """Frontend for the documents of an issuer of identity tokens.
 
     Attributes:
-        listen: Address and port.
         contents: Digest of all files: HAProxy reads them when it loads.
-        documents: Path, type and file of each.
     """
 
     listen: str

@@ -88,7 +88,6 @@ class Watched:
 
     Attributes:
         number: HAProxy's number of the request, unique within one worker.
-        at: Time of the answer, Unix time.
         network: Empty if HAProxy refused the request before it determined the network.
         instance: `None` if HAProxy's maps had no instance: then the resolver answered.
         method: Empty if the request was not HTTP.

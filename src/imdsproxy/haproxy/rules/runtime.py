@@ -31,7 +31,6 @@ class Processes:
 
     @property
     def workers(self) -> tuple[int, ...]:
-        """Every process that may still answer a guest."""
         return (*(() if self.worker is None else (self.worker,)), *self.draining)
 
     @property

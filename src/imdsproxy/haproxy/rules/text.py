@@ -39,7 +39,6 @@ class UnquotableWord(ValueError):
 
 @cache
 def read_template(name: str) -> str:
-    """Return the template in `NAME.cfg` beside this module."""
     return (pkgutil.get_data(__package__, f"{name}.cfg") or b"").decode()
 
 
@@ -58,8 +57,6 @@ def quote(word: str) -> str:
 
 
 class Text(str):
-    """Part of a line, or lines, in HAProxy's syntax."""
-
     __slots__ = ()
 
 

@@ -80,7 +80,6 @@ def _is_json(body: object) -> bool:
 
 
 def odd_answer(host: HostId) -> SourceUnavailable:
-    """Return the error for an answer of a host that no imdsproxy of this version sends."""
     return SourceUnavailable(
         f"the answer of host {host} is not one of this version of imdsproxy",
         hint=f"check host {host}: another version may run there, or the host may be captured",

@@ -47,7 +47,6 @@ class Caller:
             )
 
     def views(self, operations: Operations) -> Views:
-        """Return the records that the caller may read."""
         return Views(operations.state, self.scope)
 
     async def reported(self, operations: Operations) -> Reported:
@@ -123,7 +122,6 @@ class Admits:
         self.roles, self.all_projects = roles, all_projects
 
     async def __call__(self, caller: _Admitted) -> Caller:
-        """Check the caller's role; called by FastAPI."""
         caller.require(*self.roles, all_projects=self.all_projects)
         return caller
 

@@ -56,8 +56,6 @@ class FleetOverrideChange:
 
 @dataclass(frozen=True, slots=True)
 class FleetRecords(RecordStore):
-    """Records of a fleet that a caller may know."""
-
     tables = PLACED_TABLES
     operations: Operations
     caller: Caller
@@ -238,12 +236,10 @@ class FleetRecords(RecordStore):
 
 
 async def open_reading(request: Request, operations: Uses, caller: Reader) -> FleetRecords:
-    """Open the records for a caller who may read them."""
     return _open(request, operations, caller)
 
 
 async def open_secrets(request: Request, operations: Uses, caller: Operator) -> FleetRecords:
-    """Open the records for a caller who may read secrets."""
     return _open(request, operations, caller)
 
 
@@ -265,7 +261,6 @@ async def _open_movable(request: Request, operations: Uses, caller: Mover) -> Fl
 async def open_moving(
     request: Request, store: Annotated[FleetRecords, Depends(_open_movable)], terms: TermsOf
 ) -> FleetRecords:
-    """Open the records for a caller who may move instances."""
     return _open(request, store.operations, store.caller, terms)
 
 

@@ -53,7 +53,6 @@ class FleetWritten(Written):
     """Result of a change of a fleet's records.
 
     Attributes:
-        revision: Revision of the change.
         hosts: Hosts on which the change must be in force.
     """
 
@@ -86,8 +85,6 @@ class FleetHost:
 
     Attributes:
         state: `invited`, `enrolled`, `revoked`, or `unreadable` if another program wrote its value.
-        hub: Hub to which the host is connected.
-        acknowledged: Last revision that the host has acknowledged.
         failed: Items that are not in force on the host, with reasons.
     """
 
@@ -105,12 +102,9 @@ class FleetStatus:
 
     Attributes:
         incarnation: Number that rises each time an operator accepts a restored backup.
-        revision: Revision of etcd that this hub has reached.
         suspect: Reason to suspect that etcd was restored from a backup.
         writes_stopped: Hubs write nothing because of the suspicion. A single host's claim does not stop writes.
         hubs: All hubs, each with its URL, whether it answers this hub, and the start of its absence (Unix time).
-        hosts: Number of enrolled hosts.
-        connected: Number of enrolled hosts that are connected to a hub.
         behind: Names of enrolled hosts with failed items.
         absent: Names of enrolled hosts that are not connected.
         renewing: Names of enrolled hosts whose certificates predate the last change of the fleet's CAs.
@@ -229,7 +223,6 @@ class Operations:
 
         Args:
             items: Changed items; failures of other items do not count.
-            counts: Counts for `Written`.
         """
         pending = await self.in_force.wait(done.hosts, done.revision, items)
         return self.written(done, pending, **counts)
@@ -274,7 +267,6 @@ class Operations:
         return found
 
     async def report(self) -> FleetStatus:
-        """Return the status of the fleet."""
         (reported, answering), (imports, damaged), members = await asyncio.gather(
             self.in_force.ask_hubs(), self._imports(), self.etcd.status()
         )

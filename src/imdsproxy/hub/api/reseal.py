@@ -35,10 +35,8 @@ class Resealed:
     """Progress of resealing.
 
     Attributes:
-        key: Name of the key that seals.
         done: Number of passwords and parts of user data checked so far.
         of: Number of all passwords and parts of user data.
-        changed: Number of values that this request resealed.
         after: Position for the next request; `None` at the end.
         unreadable: Keys of values in this request that no key of this hub opens; these values stay unchanged.
     """

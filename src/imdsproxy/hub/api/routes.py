@@ -60,7 +60,6 @@ class FleetPolicy:
 
     Attributes:
         place: `fleet`, `host/ID` or `project/ID`.
-        rules: Rules in the form of a record's policy.
     """
 
     place: str

@@ -26,7 +26,6 @@ class ProjectGrant:
     """Grant of a project.
 
     Attributes:
-        grant: Grant in the form of a change's body.
         revision: Revision of the grant; 0 if the project never had any.
     """
 

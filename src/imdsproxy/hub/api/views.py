@@ -247,14 +247,12 @@ class Views:
         return _describe(replace(record, vendor_data=None), stored, revision, reported) | sizes
 
     async def summaries(self, wanted: Wanted, reported: Reported) -> AsyncIterator[Json]:
-        """Iterate over the summaries of matching instances, sorted by id."""
         async for _, stored, revision in self.instances(wanted):
             if (shown := self._summary(stored, revision, reported)) is not None:
                 yield shown
 
 
 def _policy_of(project: str) -> ItemKey:
-    """Return the item that every host with an instance of a project needs."""
     return f"policy/project/{project}"
 
 

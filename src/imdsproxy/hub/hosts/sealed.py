@@ -83,7 +83,6 @@ class FleetKeys:
         return FleetKeys(confirmed, None, (self.current, *self.old)[: KEPT_KEYS - 1])
 
     def item_of(self, instance: InstanceId) -> Json:
-        """Return an instance's keys for hosts (`fleet.stream`)."""
         pending = () if self.pending is None else (self.pending,)
         own = [instance_key(key, instance) for key in (self.current, *pending, *self.old)]
         kids = [key.kid for key in own]
@@ -94,7 +93,6 @@ class FleetKeys:
 
 
 def seal_keys(keys: FleetKeys, envelope: Envelope) -> bytes:
-    """Return the value of `layout.TOKEN_KEYS`."""
     pending = None if keys.pending is None else keys.pending.text
     shape = {"current": keys.current.text, "pending": pending, "old": [k.text for k in keys.old]}
     return render_sealed_keys(SealedKeys(envelope.seal(PLACE, json.dumps(shape).encode())))

@@ -182,7 +182,6 @@ class Streams:
         return self.clock.monotonic() - self.heard
 
     def ping(self) -> Ping:
-        """Return a ping with this hub's revision and the age of its copy."""
         return Ping(self.state.revision, self.clock.now().timestamp(), round(self.age_s(), 1))
 
     def _ping(self, turn: int) -> None:
@@ -224,7 +223,6 @@ class Streams:
             stream.leave(ByeCode.STOPPING, "the fleet has another incarnation")
 
     def review(self, hosts: Iterable[HostId]) -> None:
-        """End the streams of hosts that are no longer admitted."""
         for host in hosts:
             for stream in tuple(self._opened.get(host, ())):
                 if not self.admits(host, stream.serial):
@@ -326,8 +324,6 @@ class Streams:
 
 
 class HostStream(asyncio.Protocol):
-    """Connection of a host, passed on by HAProxy."""
-
     __slots__ = (
         "_asked",
         "_buffer",

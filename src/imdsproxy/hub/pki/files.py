@@ -59,7 +59,6 @@ class FleetFiles:
 
     @property
     def hub(self) -> Path:
-        """Certificate and key of the hub on this machine."""
         return self.directory / "hub.pem"
 
     @property
@@ -74,7 +73,6 @@ class FleetFiles:
 
     @property
     def of_hub(self) -> tuple[Path, ...]:
-        """All files that a hub needs."""
         return (self.ca_certificate, self.ca_key, self.next_key, self.envelope_key, self.hub)
 
     def read(self, path: Path) -> bytes:

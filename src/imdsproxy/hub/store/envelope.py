@@ -104,7 +104,6 @@ class Envelope:
 
 
 def name_of(sealed: bytes) -> str:
-    """Return the name of the key that opens a sealed value."""
     return sealed.partition(b"\0")[0].decode("latin-1")
 
 

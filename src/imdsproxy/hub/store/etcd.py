@@ -178,7 +178,6 @@ class Etcd:
             await self._ask("/v3/lease/revoke", {"ID": str(lease)}, lambda _: None)
 
     async def status(self) -> tuple[MemberStatus | MemberSilent, ...]:
-        """Return the status of each member, sorted by endpoint."""
         return tuple(
             await asyncio.gather(*(self._status(url) for url in sorted(self._members.urls)))
         )

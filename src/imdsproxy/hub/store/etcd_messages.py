@@ -38,16 +38,12 @@ class KeyValue:
 
 @dataclass(frozen=True, slots=True)
 class Deleted:
-    """Key deleted at a revision."""
-
     key: str
     mod_revision: int
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """Revision and raft term of the member that answered."""
-
     revision: int
     term: int
 
@@ -68,7 +64,6 @@ def unchanged(key: str, mod_revision: int) -> Compare:
 
 
 def absent(key: str) -> Compare:
-    """Require that the key is absent."""
     return Compare(key, "CREATE", 0)
 
 
@@ -114,7 +109,6 @@ class WatchMessage:
     Attributes:
         created: Whether this is the first line; its revision is the member's, not an event's.
         fragment: Whether the next message belongs to the same revision.
-        fault: Reason for the end of the watch.
         compacted: Oldest revision that etcd still has, if compaction ended the watch.
     """
 
@@ -151,16 +145,12 @@ class MemberStatus:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Keys at one revision, sorted by name."""
-
     revision: int
     kvs: list[KeyValue]
 
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """Result of a committed write."""
-
     revision: int
 
 
@@ -253,7 +243,6 @@ def encode(text: str | bytes) -> str:
 
 
 def render_range(key: str, range_end: str = "") -> Json:
-    """Return the fields for a key, or for all keys from `key` to before `range_end`."""
     return {"key": encode(key)} | ({"range_end": encode(range_end)} if range_end else {})
 
 
@@ -312,7 +301,6 @@ def parse_keys(answer: Json) -> list[KeyValue]:
 
 
 def parse_conflict(answer: Json) -> list[KeyValue]:
-    """Parse the compared keys in the answer to a transaction whose comparison failed."""
     parts = (one.get("response_range", {}) for one in answer.get("responses", ()))
     return [found for part in parts for found in parse_keys(part)]
 

@@ -90,7 +90,6 @@ class Journal:
     """Journal at `path`.
 
     Attributes:
-        position: Furthest position of the fleet.
         names: Descriptions of the holders, by name, for names that no host may have.
         problem: Reason why the file cannot be written.
         unreadable: Reasons by key for values that are not in force: damaged, or of another version.
@@ -166,7 +165,6 @@ class Journal:
         self.position = self.position.advance(position)
 
     def note(self, values: Mapping[str, bytes]) -> None:
-        """Queue lasting values for writing soon."""
         for key, value in values.items():
             # Each start passes all values, and almost none has changed.
             if self._hashes.get(key) != hash(value):
@@ -174,7 +172,6 @@ class Journal:
                 self._changed.set()
 
     def note_name(self, name: str, holder: str) -> None:
-        """Queue the holder of a name, a hub or an operator, for writing soon."""
         if self.names.get(name) != holder:
             self.names[name] = self._new_names[name] = holder
             self._changed.set()

@@ -83,7 +83,6 @@ class InstancePut:
     Attributes:
         user_data: Reference to the user data, whose chunks etcd has already.
         chunk_revision: Revision of the first chunk. While it is unchanged, no hub has swept the chunks.
-        path: Path of the record in its document.
     """
 
     record: PlacedInstance
@@ -466,7 +465,6 @@ def _is_void(view: View, key: str, holder: InstanceId) -> bool:
 
 
 def _removed_by(view: View, key: str, terms: Terms) -> int | None:
-    """Return the revision of a removal that this request wrote."""
     found = view(key)
     if found is None or not terms.request:
         return None

@@ -37,8 +37,6 @@ from imdsproxy.model.records.schema import Path, render_path
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """Project with its grant."""
-
     project: str
     grant: Grant
 

@@ -138,7 +138,6 @@ class FleetState:
     if this hub has one, and never counts as absent.
 
     Args:
-        keys_of: See `InstanceKeys`.
         keys_problem: Returns the reason why this hub cannot open the newest token keys.
         open_password: Decrypts a password, given its key and the sealed bytes; returns `None` on failure.
 
@@ -461,7 +460,6 @@ class FleetState:
         return 0 if entry is None else len(entry.value)
 
     def has_blob(self, host: HostId, sha256: str) -> bool:
-        """Return whether an instance on the host has this user data."""
         placed = self._placed.get(host, ())
         return any(self._placements[one].sha256 == sha256 for one in placed)
 
@@ -700,14 +698,12 @@ class FleetState:
         return 0 if there is None else there.get(host, 0)
 
     def count_both(self, item: ItemKey, other: ItemKey) -> Counter[HostId]:
-        """Count the instances that need both items, by host."""
         hosts = self._where.get(item, Counter()).keys() & self._where.get(other, Counter()).keys()
         wanted = {item, other}
         placed = ((host, one) for host in hosts for one in self._placed[host])
         return Counter(host for host, one in placed if wanted <= {*self._placements[one].needs})
 
     def items_beside(self, host: HostId, item: ItemKey) -> set[ItemKey]:
-        """Return all items of the instances on a host that need this item."""
         found: set[ItemKey] = set()
         for one in self._placed.get(host, ()):
             needs = self._placements[one].needs
@@ -716,7 +712,6 @@ class FleetState:
         return found
 
     def placement(self, instance: InstanceId) -> tuple[tuple[HostId, ...], tuple[ItemKey, ...]]:
-        """Return an instance's hosts, and the shared items that it needs."""
         found = self._placements.get(instance, _NOWHERE)
         return found.hosts, found.needs
 
@@ -725,7 +720,6 @@ class FleetState:
         return tuple(self._sharing.get(where, ()))
 
     def hosts_with(self, item: ItemKey) -> frozenset[HostId]:
-        """Return the hosts that get an item because of their instances."""
         return frozenset(self._hosts(item))
 
 
@@ -734,7 +728,6 @@ def _own_items(instance: InstanceId) -> tuple[ItemKey, ...]:
 
 
 def needs_of(record: Mapping[str, Any]) -> tuple[ItemKey, ...]:
-    """Return the shared items that an instance needs: networks and policies of projects."""
     ports = record.get("ports", [])
     projects = (record.get("project"), *(port.get("project") for port in ports))
     found = {f"network/{port['network']}" for port in ports}

@@ -57,7 +57,6 @@ class Transaction:
 
     @property
     def fits(self) -> bool:
-        """Whether the transaction is within etcd's limits."""
         most = max(len(self.compares), len(self.puts) + len(self.deletes))
         return most <= MOST_OPERATIONS and sum(map(len, self.puts.values())) <= MOST_BYTES
 
@@ -67,8 +66,6 @@ class Terms:
     """Conditions of a write.
 
     Attributes:
-        request: Id of the write.
-        now: Unix time.
         create: Refuse ids that exist.
         revision: Required revision of the stored record; `None` for any.
         scope: Project that the operator is limited to; `None` for all.

@@ -34,8 +34,6 @@ _log: Final = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class HubRecord:
-    """Record to write if the comparisons hold."""
-
     key: str
     record: KnownHub
     compares: tuple[Compare, ...] = ()
@@ -59,7 +57,6 @@ def absent_hubs(state: FleetState) -> dict[str, KnownHub]:
 
 
 def plan_hub_records(state: FleetState, name: str, url: str, now: float) -> Iterator[HubRecord]:
-    """Plan the records that the hub `name`, which runs at `url`, must write."""
     own = KnownHub(url)
     if known_hub(state, name) != own or layout.KNOWN_HUBS + name in state.unreadable:
         yield HubRecord(layout.KNOWN_HUBS + name, own)
@@ -83,7 +80,6 @@ async def keep_hub_records(
 def list_hubs(
     state: FleetState, name: str, urls: Mapping[str, str], answering: frozenset[str]
 ) -> list[dict[str, Any]]:
-    """List all hubs: this hub, other running hubs with their URLs, and absent hubs."""
     hubs: list[dict[str, Any]] = [{"name": name, "url": None, "answers": True, "absent": False}]
     hubs += (
         {"name": one, "url": url, "answers": one in answering, "absent": False}
@@ -106,8 +102,6 @@ _AT_ONCE: Final = 1000
 
 @dataclass(slots=True)
 class Sweep:
-    """Sweeper of unused user data and old removals."""
-
     etcd: Etcd
     state: FleetState
     clock: Clock
@@ -152,7 +146,6 @@ class Sweep:
                 _log.info("user data removed", sha256=sha256)
 
     async def forget_removals(self) -> None:
-        """Delete the keys of records that were removed long ago."""
         now = self.clock.now().timestamp()
         for number, key in enumerate(sorted(self.state.removed)):
             if number % _AT_ONCE == 0:

@@ -43,7 +43,6 @@ class Needed:
 
 
 def fit_item(schema: Schema, item: ItemKey, value: Json, level: int) -> Json:
-    """Return an item's value for a host that reads records up to a level."""
     kind = item.partition("/")[0]
     if kind == "policy":
         return dict(schema.fit(kind, value, level))

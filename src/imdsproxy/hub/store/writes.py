@@ -83,7 +83,6 @@ class Fresh:
     in_ranges: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __call__(self, key: str) -> tuple[bytes, int] | None:
-        """See `layout.View`."""
         if key in self.read:
             return self.read[key]
         # The copy changes while a write waits, so the first value is kept: `refresh` compares etcd with it.

@@ -33,7 +33,6 @@ def _parse_paths(field: Field) -> path_rules.PathRules | None:
 
 
 def _parse_word(field: Field) -> path_rules.PathWord:
-    """Parse the word of a path rule, and check the rule's path."""
     fault = path_rules.find_path_fault(str(field.path[-1]))
     if fault is not None:
         raise field.error(*fault)

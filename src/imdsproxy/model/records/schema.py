@@ -47,7 +47,6 @@ class Fault(Exception):
     """Problem at a path. Decoders also report by it problems that the decoded value no longer shows.
 
     Attributes:
-        hint: Correct form.
         line: Exact line, if it is not the line of `path`.
     """
 
@@ -268,7 +267,6 @@ class Key:
 
     @property
     def field(self) -> str:
-        """Name of the dataclass's attribute."""
         return self.attribute or self.name
 
     @property
@@ -317,7 +315,6 @@ class Table(Generic[_T]):
         findings: Findings | None = None,
         faults: Iterable[Fault] = (),
     ) -> _T | Refused:
-        """Return the value of a record, or all of its problems."""
         findings = findings or Findings()
         for fault in faults:
             findings.add(fault)

@@ -66,7 +66,6 @@ SWITCH: Final = Kind(Field.boolean, {"type": "boolean"})
 
 
 def one_line(longest: int) -> dict[str, Json]:
-    """Return the JSON Schema of text that `Field.text` accepts."""
     return {
         "type": "string",
         "minLength": 1,

@@ -214,8 +214,6 @@ class DroppingChain:
     """Base chain for IPv4 with policy `drop`.
 
     Attributes:
-        name: Family, table and name of the chain.
-        hook: `input` or `forward`.
         rules: All rules of the chain's table, as text to search.
     """
 

@@ -102,8 +102,6 @@ async def close_tables(
 
 
 class KernelTables:
-    """Tables of one family in many namespaces."""
-
     family: int
     hint: str
     need: str = ""

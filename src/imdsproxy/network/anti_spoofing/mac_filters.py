@@ -293,7 +293,6 @@ class MacFilters:
         )
 
     def differing(self, pairs: Pairs) -> Pairs:
-        """Return pairs that differ from the granted ones, and pairs that linger."""
         return {
             (network, address): mac
             for network, some in _by_network(pairs.items()).items()

@@ -88,7 +88,6 @@ class SystemHost:
         journal: File of the places where imdsproxy added addresses: `[[namespace or null, device], …]` as JSON.
 
     Attributes:
-        seen: The host as of the last round.
         looking: Lock held during an observation. When it is released, `seen` includes all earlier changes.
         operations: Number of ops so far, by `ok` and `failed`.
         arp_filter: Drops ARP requests for the metadata address on devices that no network listens on.

@@ -180,7 +180,6 @@ class ListenerLoop(Part):
         await self.tickets.wait(self.touch("released", self._released))
 
     def degraded(self) -> tuple[NotServed, ...]:
-        """Return networks that are configured but not served, as of the last round."""
         known, last = self.inventory, self.last_plan
         return find_degraded(
             known.networks, known.contradictory, last.endpoints, last.not_served, last.foreign

@@ -103,14 +103,12 @@ class Place(NamedTuple):
 
     @property
     def host_devices(self) -> tuple[str, ...]:
-        """The devices in the host's own namespace that the place depends on."""
         if self.namespace is None and self.device is not None:
             return (self.device,)
         return self.bridge or ()
 
     @property
     def observed_devices(self) -> tuple[str, ...]:
-        """The devices in the host's own namespace to observe with the place."""
         return self.host_devices if self.outer is None else (self.outer,)
 
 

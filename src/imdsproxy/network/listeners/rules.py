@@ -96,8 +96,6 @@ class Diversions:
     Attributes:
         cables: MAC of our veth, by port of a bridge that has one.
         inward: MAC of the bridge, by port of a bridge that is an interface listener's device.
-        guests: Ports of guests.
-        links: Our ports.
     """
 
     cables: Mapping[str, str] = field(default_factory=dict)

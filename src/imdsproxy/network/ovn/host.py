@@ -61,11 +61,7 @@ def plan_registration(chassis: str, bridge: str, present: Mapping[str, str]) -> 
 
 @dataclass(slots=True)
 class OvnHeartbeat:
-    """Registers the agent and repeats the configuration's number.
-
-    Args:
-        random: Returns numbers from 0 to 1.
-    """
+    """Registers the agent and repeats the configuration's number."""
 
     source: OvnSource
     random: Callable[[], float]

@@ -168,7 +168,6 @@ def is_ours(seen: ObservedNamespace, network: NetworkId, naming: Naming) -> bool
 
 
 def is_listened(seen: ObservedNamespace) -> bool:
-    """Return whether a process of another program listens on a metadata address in a namespace."""
     return any(not one.ours for one in seen.sockets)
 
 

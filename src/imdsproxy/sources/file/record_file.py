@@ -168,7 +168,6 @@ class _Places:
         self.repeated: list[tuple[Path, int]] = []
 
     def tree(self, token: re.Match[str], path: Path) -> Tree:
-        """Return the positions in the value that begins with this token."""
         if token[0] in {"{", "["} and len(path) > _DEEPEST:
             raise json.JSONDecodeError(_TOO_DEEP, self.text, token.start())
         if token[0] in _NO_VALUES:

@@ -307,7 +307,6 @@ class UserDataFetcher:
     _failures: dict[str, SourceError] = field(default_factory=dict)
 
     async def fetch(self, stream: HubStream, wanted: Iterable[UserData]) -> None:
-        """Fetch user data one after the other, the smallest first."""
         for data in sorted(wanted, key=lambda one: (one.size, one.sha256)):
             try:
                 await self.keep(await stream.user_data(data.sha256, data.size))
@@ -327,7 +326,6 @@ class UserDataFetcher:
         return isinstance(self._failures.get(data.sha256), SourceRefused)
 
     def forget(self, needed: Iterable[UserData]) -> None:
-        """Forget the failures of all user data except `needed`."""
         left = {data.sha256 for data in needed}
         for sha256 in self._failures.keys() - left:
             del self._failures[sha256]

@@ -58,7 +58,6 @@ class Applied:
 
     Attributes:
         stored: Items to write to the copy on disk; `None` deletes an item.
-        policies: Whether `FleetKnown.policies` changed.
         renumbered: Items that stay unchanged but get revision 0: their revision is from before the fleet's restore.
     """
 
@@ -390,7 +389,6 @@ class FleetKnown:
 
 
 def _user_data_of(key: ItemKey, value: Json) -> tuple[InstanceId, UserData | None]:
-    """Return the instance of an item, and the user data that the item names, if any."""
     kind, _, name = key.partition("/")
     match value.get("user_data") if kind == "instance" else None:
         case {"sha256": str(sha256), "size": int(size)} if _SHA256.fullmatch(sha256):
@@ -495,8 +493,6 @@ def _place(key: ItemKey, revision: int) -> str:
 
 @dataclass(slots=True)
 class LeavingNetworks:
-    """Delays the removal of networks."""
-
     stay_s: float
     _until: dict[NetworkId, float] = field(default_factory=dict)
 
@@ -515,7 +511,6 @@ class LeavingNetworks:
         return replace(changes, networks_removed=removed)
 
     def due(self, now: float) -> Observation:
-        """Return the networks whose delay is over, as removed."""
         over = tuple(one for one, until in self._until.items() if until <= now)
         for one in over:
             del self._until[one]

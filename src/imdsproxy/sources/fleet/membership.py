@@ -49,8 +49,6 @@ _NOTHING_SENT: Final = (
 
 @dataclass(frozen=True, slots=True)
 class _Issued:
-    """Certificate of a host and CA certificates of its fleet, both PEM."""
-
     certificate: bytes
     authorities: bytes
 

@@ -126,7 +126,6 @@ class FleetSource(Part):
 
     Args:
         hubs: Returns the current URLs of hubs; raises `SourceUnavailable` if there are none.
-        path: File that keeps the items.
         silent_s: Seconds of silence after which this host leaves a hub.
         serve_s: Seconds for which instances are served after a hub last vouched for them; `None` for no limit.
         random: Returns numbers from 0 to 1, for the order of hubs and the length of pauses.
@@ -216,7 +215,6 @@ class FleetSource(Part):
         )
 
     def explain_stranded(self, port: StrandedPort) -> Problem:
-        """Describe the problem by the record's own field."""
         return port.problem()
 
     @property

@@ -92,7 +92,6 @@ class LibvirtKnown:
         return (*self._network_problems, *self._instances.problems())
 
     def place_of(self, instance: InstanceId) -> str | None:
-        """Return the domain whose record is in force, for problems."""
         entry = self._instances.entry_of(instance)
         return None if entry is None else self._where(entry)[1]
 
@@ -106,7 +105,6 @@ class LibvirtKnown:
         """Update domains and networks. Return the changes of the records in force.
 
         Args:
-            domains: Domains by UUID; `None` for a removed domain.
             everything: Whether `domains` has all domains.
         """
         if everything:

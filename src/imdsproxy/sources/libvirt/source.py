@@ -42,7 +42,6 @@ class LibvirtEvents:
     """Events since the last `take`; events of the same domain are merged. For the event loop's thread only.
 
     Attributes:
-        arrived: Set while there are events.
         lost: Reason why the connection is lost; `None` while it works.
     """
 
@@ -113,7 +112,6 @@ class LibvirtClient:
     _undo: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     async def connect(self, events: LibvirtEvents) -> None:
-        """Connect, and note all later events in `events`."""
         if self._closing is not None and not self._closing.done():
             raise SourceUnavailable(f"{self.uri} does not answer")
         loop = asyncio.get_running_loop()
@@ -269,7 +267,6 @@ class LibvirtSource:
         self._known = LibvirtKnown(networks, marked_only=marked_only)
 
     def explain_stranded(self, port: StrandedPort) -> Problem:
-        """Describe the problem with the port's domain."""
         place = self._known.place_of(port.instance)
         return port.problem(field="instance.ports" if place else "", file=place)
 

@@ -183,7 +183,6 @@ def parse_libvirt_network(text: str, *, active: bool) -> LibvirtNetwork | Refuse
 
 
 def read_metadata(element: Element, place: str) -> tuple[_Record, tuple[Problem, ...]]:
-    """Return the keys of an instance's record in the element, and the element's problems."""
     problems: list[Problem] = []
     record: dict[str, Any] = {}
 

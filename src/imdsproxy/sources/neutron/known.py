@@ -70,7 +70,6 @@ class KnownPorts:
     only if exactly one port in all networks of the router has the address, and is valid while that port has it.
 
     Attributes:
-        published: Instances as of the last `changes`.
         unsaved: New and changed entries, and `None` for removed ones; the caller that saves them empties it.
     """
 
@@ -94,7 +93,6 @@ class KnownPorts:
         return self.ports[route.port]
 
     def of(self, instance: InstanceId) -> tuple[NeutronPort, ...]:
-        """Return the instance's ports in force, in order of their ids."""
         ports = (self.ports[each] for each in sorted(self._by_instance.get(instance, ())))
         return tuple(each.port for each in ports if not each.aside)
 
@@ -173,7 +171,6 @@ class KnownPorts:
         """Put all listed ports in force, and doubt ports that disappeared from the list.
 
         Args:
-            seen: Ports by id, with the time of the query.
             host: Accept only ports bound to this host or without a host; `None` for all.
         """
         listed = set()
@@ -198,7 +195,6 @@ class KnownPorts:
     # Lifetimes
 
     def keep(self, known: Known, until: float) -> None:
-        """Keep a port in force until then, because its guest has asked."""
         known.until = max(known.until, until)
         self._put_aside(known, aside=False)
 
@@ -224,7 +220,6 @@ class KnownPorts:
     # Instances
 
     def changes(self) -> Observation:
-        """Return the instances that differ from `published`, and update `published`."""
         changed: dict[InstanceId, Instance | None] = {}
         for instance in self._touched:
             before = self.published.pop(instance, None)

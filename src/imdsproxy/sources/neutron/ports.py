@@ -127,7 +127,6 @@ class PortQuery:
 
     Attributes:
         limit: Maximum number of ports, in order of their ids; `None` for all.
-        after: Last id of the previous page.
     """
 
     ids: tuple[str, ...] = ()
@@ -142,7 +141,6 @@ class PortQuery:
 
 
 def render_query(query: PortQuery) -> str:
-    """Render the query string of the URL, after the question mark."""
     parameters: dict[str, object] = {
         "id": query.ids,
         "network_id": query.networks,

@@ -210,8 +210,6 @@ def devices_of(network: NetworkId) -> tuple[str, str]:
 
 @dataclass(slots=True)
 class OvnKnown:
-    """Ports in force and their records."""
-
     networks: dict[NetworkId, Network] = field(default_factory=dict)
     instances: dict[InstanceId, Instance] = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()

@@ -72,8 +72,6 @@ class OvnSource:
 
     Attributes:
         view: This host's rows in the Southbound database; `None` until they were read.
-        changes: Number of possible changes of an attribute.
-        changed: Set after each of them.
     """
 
     name: ClassVar = "ovn"

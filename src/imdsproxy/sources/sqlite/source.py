@@ -129,7 +129,6 @@ class SqliteSource:
     async def _commit(
         self, publish: Publish, store: Store, work: Callable[[Store], Observation]
     ) -> None:
-        """Commit a write, publish its changes, and wait until the disk has them."""
         changes = await self._in_thread(lambda: work(store))
         if not changes.has_records:
             return

@@ -241,7 +241,6 @@ class Store:
         )
 
     def _leave(self, instance: Instance) -> Instance:
-        """Return the instance with a reference to its user-data in the store."""
         data = instance.user_data
         if not isinstance(data, bytes):
             return instance
@@ -416,7 +415,6 @@ def read_store(path: Path) -> Records:
 
 
 def _stamp(text: object, claims: object, ports: object, user_data: object) -> bytes:
-    """Return a digest of the inputs of a packed record."""
     made_of = f"{FORMAT}\n{claims}\n\n{ports}\n\n{user_data}\n{text}"
     return blake2b(made_of.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 

@@ -107,7 +107,6 @@ def make_bundle(
 
 
 def _read_settings(load: Callable[[], Loaded]) -> tuple[Settings, str | None]:
-    """Return the settings, or the defaults and the error if the settings are invalid."""
     try:
         return load().settings, None
     except ConfigError as error:
@@ -184,8 +183,6 @@ _RECORD_FIELDS: Final = frozenset(
 
 @dataclass(slots=True)
 class Collected:
-    """Collected parts by name, and missing parts with reasons."""
-
     texts: dict[str, str] = field(default_factory=dict)
     lacking: list[tuple[str, str]] = field(default_factory=list)
 

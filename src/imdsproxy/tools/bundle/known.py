@@ -155,7 +155,6 @@ def _record_file_data(content: bytes) -> Iterator[bytes]:
 
 
 def _record_data(value: object) -> Iterator[bytes]:
-    """Yield the payloads of records at any depth of a document."""
     match value:
         case dict():
             for name, inner in value.items():

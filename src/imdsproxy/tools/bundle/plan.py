@@ -119,7 +119,6 @@ def keep_end(text: str, most: int = MOST_BYTES) -> str:
 def render_readme(
     host: str, time: str, version: str, names: Sequence[str], lacking: Sequence[tuple[str, str]]
 ) -> str:
-    """Return the README of a bundle: contents, missing parts with reasons, and redactions."""
     missing = "\n".join(f"- {name}: {reason}" for name, reason in lacking) or "- nothing"
     listed = "\n".join(f"- {name}" for name in names)
     return f"""Support bundle of imdsproxy {version}, host {host}, {time}
@@ -206,7 +205,6 @@ class Redactor:
         return made
 
     def clean(self, text: str) -> str:
-        """Return the text with secrets replaced by `REMOVED`."""
         for pattern in _PATTERNS:
             text = pattern.sub(REMOVED, text)
         parts: list[str] = []
@@ -231,7 +229,6 @@ class Redactor:
 
 
 def _common(text: str, at: int, form: str) -> int:
-    """Return the number of leading characters of `form` at position `at`."""
     if text.startswith(form, at):
         return len(form)
     return next(

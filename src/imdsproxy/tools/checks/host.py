@@ -64,7 +64,6 @@ def check_accounts(on: Subject) -> list[Finding]:
 
 
 def check_haproxy(on: Subject) -> list[Finding]:
-    """Check HAProxy's version and features."""
     try:
         program = asyncio.run(read_program(on.settings.haproxy.binary))
     except HaproxyMissing as error:

@@ -80,7 +80,6 @@ def check_certificates(on: Subject) -> list[Finding]:
 
 @contextmanager
 def _noting(findings: list[Finding], setting: str, path: Path | None) -> Iterator[None]:
-    """Turn errors of the block into findings about a setting's file."""
     try:
         yield
     except ConfigError as error:
@@ -93,7 +92,6 @@ def _noting(findings: list[Finding], setting: str, path: Path | None) -> Iterato
 
 
 def check_clouds(on: Subject) -> list[Finding]:
-    """Check the library of the source `neutron`, and its cloud in clouds.yaml."""
     source = on.settings.sources.neutron
     if not source.enabled:
         return []

@@ -19,8 +19,6 @@ from imdsproxy.model.tokens import TOKEN_HEADER, TTL_HEADER
 
 
 class Severity(StrEnum):
-    """Severity of a finding, the worst first."""
-
     ERROR = "error"
     """A client boots with a wrong configuration, or not at all."""
 
@@ -74,7 +72,6 @@ def found(
 
 
 def seen(code: str, paths: Iterable[str], **values: Any) -> Iterator[Finding]:
-    """Yield a finding if there are any paths."""
     if where := tuple(paths):
         yield found(code, *where, **values)
 
@@ -180,7 +177,6 @@ class Answer:
 
     @property
     def text(self) -> str:
-        """Body as text, with replacements for bytes that are not UTF-8."""
         return self.body.decode("utf-8", "replace")
 
     @property
@@ -244,20 +240,17 @@ class Crawl:
     def where(
         self, fault: Callable[[Answer], bool], paths: Iterable[str] | None = None
     ) -> dict[str, Answer]:
-        """Return the paths, of the given or of all, whose answer has a fault."""
         answers = [(ask.path, answer) for ask, answer in self.asked.items()]
         if paths is not None:
             answers = [(path, self.answer(path)) for path in paths]
         return {path: answer for path, answer in answers if answer.status and fault(answer)}
 
     def missing(self, paths: Iterable[str]) -> dict[str, str]:
-        """Return the paths whose answer is not 200, each with its status in brackets."""
         gone = self.where(lambda one: not one.ok, paths)
         return {path: f"{path} ({answer.status})" for path, answer in gone.items()}
 
     @property
     def served(self) -> list[Dialect]:
-        """Dialects that have documents."""
         places = {
             Dialect.EC2: self.base,
             Dialect.OPENSTACK: self.version,

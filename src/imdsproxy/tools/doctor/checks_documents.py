@@ -177,7 +177,6 @@ def check_network_data(crawl: Crawl, around: Surroundings) -> Iterator[Finding]:
 
 
 def _objects(document: object, name: str) -> _Objects:
-    """Return the objects in a document's list of this name."""
     value = document.get(name) if isinstance(document, Mapping) else None
     return [one for one in value if isinstance(one, Mapping)] if isinstance(value, list) else []
 
@@ -243,7 +242,6 @@ def check_nocloud(crawl: Crawl) -> Iterator[Finding]:
 
 
 def check_user_data(crawl: Crawl) -> Iterator[Finding]:
-    """Check that a client can process the first user-data of any dialect."""
     for path in (
         f"/openstack/{crawl.version}/user_data",
         f"{crawl.base}/user-data",

@@ -227,7 +227,6 @@ def _clean_up_parser(program: str) -> argparse.ArgumentParser:
 
 
 def run_parser(program: str) -> argparse.ArgumentParser:
-    """Return the parser for the command line that starts a proxy."""
     parser = _Parser(
         prog=program,
         usage="%(prog)s (--network-id UUID | --router-id UUID) [option ...]\n       %(prog)s cleanup ID [option ...]",
@@ -301,7 +300,6 @@ def read_ini_files(
     """Return the options in [DEFAULT] of Neutron's ini files; later files override earlier ones.
 
     Args:
-        directories: Directories whose `*.conf` files are read.
         state_path: State path from the command line, to which values may refer.
         otherwise: State path if neither the command line nor a file has one.
 

@@ -112,7 +112,6 @@ class Launch:
         return process.returncode, errors.decode("utf-8", "replace")
 
     def become(self) -> NoReturn:
-        """Become HAProxy (execv(3))."""
         if self.alone:
             with refusing("give up the supplementary groups"):
                 os.setgroups([])
@@ -169,7 +168,6 @@ class NetworkMetadataProxyHandler:
 
     @staticmethod
     def get_config_path(state_path: str | os.PathLike[str] | None = None) -> Path:
-        """Return the directory of configuration files below a state path."""
         return Path(state_path or DEFAULT_STATE_PATH) / "ns-metadata-proxy"
 
     @property
@@ -413,7 +411,6 @@ def cleanup_pid_file(path: Path, name: str) -> bool:
 
 
 def find_haproxy() -> str:
-    """Return HAProxy's path on `PATH`, or in the system's directories."""
     # An agent's rootwrap may strip most of PATH.
     places = [one for one in os.environ.get("PATH", "").split(":") if one]
     found = shutil.which("haproxy", path=":".join([*places, _SYSTEM_PATH]))

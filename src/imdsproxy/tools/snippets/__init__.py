@@ -22,8 +22,6 @@ from imdsproxy.model.entities import METADATA_IPV4, Dialect, Instance, Network, 
 
 
 class Target(StrEnum):
-    """Hypervisor of a snippet."""
-
     QEMU = "qemu"
     LIBVIRT = "libvirt"
     PROXMOX = "proxmox"
@@ -192,7 +190,6 @@ def _routes(
 
     Args:
         place: The hypervisor's way to announce a route, for people.
-        announce: Lines to paste for that, with `{device}` and `{routes}`.
     """
     for network, route in reversed(routes.items()):
         text = announce.format(device=_quote(route.device or ""), routes=route.announced)
@@ -207,7 +204,6 @@ def _imds(instance: Instance, text: str, place: str = _PLACES["imds"]) -> Iterat
 
 
 def _qemu(instance: Instance, hints: DetectionHints, routes: _Routes) -> Iterator[Part]:
-    """Yield arguments of qemu-system-* (`-smbios` in qemu(1))."""
     places = _PLACES["qemu"]
     smbios = _smbios(1, {**hints.system, **_shown_uuid(instance)})
     yield Part("SMBIOS", places["smbios"].format(hints=hints), smbios)

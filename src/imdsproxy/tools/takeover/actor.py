@@ -135,7 +135,6 @@ def migrating(prefix: str) -> Iterator[None]:
 
 
 def _set_migrate(thread: NamespaceThread, name: str, value: bytes) -> None:
-    """Set the sysctl in a namespace; ignore a namespace that is gone."""
     with (
         contextlib.suppress(FileNotFoundError),
         refusing(f"set {_MIGRATE} in {name}"),

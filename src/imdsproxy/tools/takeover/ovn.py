@@ -39,8 +39,6 @@ _FILES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class ImportSettings(Step):
-    """Write the result of `config import --neutron` for the agent's files."""
-
     agent: Agent
     settings: str
     secret: str

@@ -28,7 +28,6 @@ class Agent:
     Attributes:
         unit: Systemd unit; empty without one, as in a container.
         files: Settings files in the order of the command line, as paths on the host.
-        place: Container or control group.
         started: Start time; together with the pid it identifies the process.
     """
 
@@ -53,8 +52,6 @@ class Suspect:
 
 @dataclass(frozen=True, slots=True)
 class Proxy:
-    """HAProxy or stand-in that an agent runs in a namespace."""
-
     pid: int
     namespace: str
 
@@ -164,7 +161,6 @@ class AgentOption:
     """Boolean option of the section `DEFAULT`.
 
     Attributes:
-        value: Value during a takeover.
         default: Neutron's default, if no file contains the option.
         reason: Reason for the value, written as a comment of one line above the option.
     """
@@ -202,12 +198,10 @@ class AgentOption:
         return kept[: at.end()] + self._ours + kept[at.end() :]
 
     def restore_in(self, text: str) -> str:
-        """Return the file's text from before `set_in`."""
         return text.replace(self._ours, "").replace(f"{self.mark}{self.name}", self.name)
 
 
 def refuse_restart(seen: Seen, program: str) -> Iterator[Problem]:
-    """Yield the reasons why the agent cannot be reconfigured."""
     if not (seen.agents and seen.files):
         yield Problem(program, "the agent does not run, or has no settings file", "start the agent")
     elif not restart_command(seen):

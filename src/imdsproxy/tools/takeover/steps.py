@@ -135,8 +135,6 @@ class Restart(Step):
 
 @dataclass(frozen=True, slots=True)
 class StartAgent(Step):
-    """Start the agent, or restart it to apply its settings."""
-
     @classmethod
     def if_stopped(cls, seen: Seen) -> Iterator[Step]:
         if not seen.agents:
