@@ -4,10 +4,15 @@ import asyncio
 import itertools
 import json
 import time
+from base64 import b64decode
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.padding import PKCS1v15
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
+from cryptography.hazmat.primitives.hashes import SHA256
+from jwt.algorithms import RSAAlgorithm
 
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.layout import HostId, HostState, StoredHost, host_key, render_host
@@ -16,7 +21,7 @@ from imdsproxy.sources.fleet.client import HubClient
 from support.daemon import instance
 from support.fleet_member import Member
 from support.fleet_world import FleetHost, FleetWorld, fleet_world
-from support.guest import Guest
+from support.guest import Guest, take_token, with_token
 from support.identity.fleet import Signers
 from support.identity.requests import claims_of, request_token, wait_token
 from support.identity.verifiers import verify
@@ -25,7 +30,9 @@ from support.lab import until
 pytestmark = pytest.mark.root
 
 _PROJECT: Final = "11111111111111111111111111111111"
-_POLICY: Final = b'{"audiences":["keystone","vault"],"identity_tags":["role"]}'
+_POLICY: Final = (
+    b'{"audiences":["keystone","vault"],"identity_tags":["role"],"identity_document":true}'
+)
 _created: Final = itertools.count(1_790_000_000)
 _NONCE: Final = ("X-imdsproxy-nonce: anew",)
 
@@ -103,6 +110,26 @@ def test_a_guest_gets_a_token_of_the_fleet_s_records_that_verifiers_take(
         token, audience="vault", issuer=signers.issuer, namespace=world.hubs[1].namespace
     )
     assert set(found.values()) == {claims["sub"]}
+
+
+def test_the_hubs_sign_the_document_about_an_instance(
+    world: FleetWorld, hosts: tuple[FleetHost, FleetHost], guests: tuple[Guest, Guest]
+) -> None:
+    created = _place(world, "web", hosts[0].name)
+    wait_token(guests[0], instance_created=created)
+    headers = with_token(take_token(guests[0]))
+    path = "/latest/dynamic/instance-identity"
+    document, signature = (
+        guests[0].ask(f"{path}/{name}", headers=headers).body for name in ("document", "signature")
+    )
+    assert json.loads(document)["accountId"] == _PROJECT
+    found = world.ask(lambda etcd: etcd.read(layout.ISSUER)).kvs[0].value
+    (jwk,) = layout.parse_issuer(found).keys.values()
+    public = RSAAlgorithm.from_jwk(jwk)
+    assert isinstance(public, RSAPublicKey)
+    public.verify(b64decode(signature), document, PKCS1v15(), SHA256())
+    # Nothing in etcd opens the key.
+    assert b"PRIVATE" not in found
 
 
 def test_a_captured_host_gets_tokens_of_its_own_instances_alone_and_chooses_no_claim(

@@ -4,6 +4,8 @@ import itertools
 import json
 import os
 import signal
+import subprocess
+from base64 import b64decode
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from functools import partial
@@ -14,7 +16,7 @@ import jwt
 import pytest
 
 from support.daemon import instance
-from support.guest import Guest, take_token
+from support.guest import Guest, Reply, take_token, with_token
 from support.identity.openbao import OpenBao, Refused, open_openbao
 from support.identity.requests import (
     claims_of,
@@ -24,7 +26,7 @@ from support.identity.requests import (
 )
 from support.identity.signing import Issuer
 from support.identity.verifiers import verify
-from support.lab import until
+from support.lab import run, until, within
 from support.world import World, open_world
 
 pytestmark = pytest.mark.root
@@ -258,3 +260,91 @@ def test_neither_token_nor_key_nor_nonce_is_in_a_log_or_a_readable_file(
         content = path.read_bytes()
         for secret in (token.encode(), nonce.encode(), b"PRIVATE KEY"):
             assert secret not in content, path
+
+
+_DOCUMENTS: Final = "/latest/dynamic/instance-identity"
+
+
+def _read(guest: Guest, name: str, *, session: str | None = None) -> Reply:
+    headers = with_token(take_token(guest) if session is None else session)
+    return guest.ask(f"{_DOCUMENTS}/{name}", headers=headers if session != "" else ())
+
+
+@pytest.fixture
+def documented(world: World) -> Guest:
+    """The guest of red, with a signed document."""
+    policy = {"policy": {"identity_document": True}, "created_at": 1_790_000_000}
+    fields = {"availability_zone": "eu-west-1a", "instance_type": "m1", **policy}
+    guest = _have(world, "red", _PROJECT, **fields)
+    until(lambda: _read(guest, "document").status == 200, what="the document")
+    return guest
+
+
+def test_openssl_verifies_the_document_about_an_instance_and_no_other_text(
+    documented: Guest, issuer: Issuer, world: World, tmp_path: Path
+) -> None:
+    found = {name: _read(documented, name).body for name in _NAMES}
+    document = json.loads(found["document"])
+    assert (document["accountId"], document["privateIp"]) == (_PROJECT, "10.0.0.5")
+    assert (document["region"], document["instanceType"]) == ("eu-west-1", "m1")
+    assert document["pendingTime"] == "2026-09-21T14:13:20Z"
+    get = f"{issuer.url}/certificate.pem"
+    curl = ("curl", "-sf", "--cacert", str(issuer.ca_file), get)
+    (tmp_path / "certificate").write_text(run(*within(world.lab.host), *curl))
+    (tmp_path / "document").write_bytes(found["document"])
+    (tmp_path / "forged").write_bytes(found["document"].replace(b"red-5", b"red-6") + b" ")
+    for name in ("rsa2048", "pkcs7"):
+        pem = b"-----BEGIN PKCS7-----\n%b\n-----END PKCS7-----\n" % found[name]
+        (tmp_path / name).write_bytes(pem)
+        assert _verifies(tmp_path, name, "document")
+        assert not _verifies(tmp_path, name, "forged")
+    (tmp_path / "signature").write_bytes(b64decode(found["signature"]))
+    in_shell = (
+        "openssl x509 -in certificate -noout -pubkey > key;"
+        "openssl dgst -sha256 -verify key -signature signature document"
+    )
+    assert "Verified OK" in run("sh", "-c", f"cd {tmp_path}; {in_shell}")
+
+
+def _verifies(directory: Path, name: str, content: str) -> bool:
+    words = (
+        *("openssl", "smime", "-verify", "-inform", "PEM", "-noverify", "-in", name),
+        *("-content", content, "-certfile", "certificate", "-out", "verified"),
+    )
+    ran = subprocess.run(words, cwd=directory, capture_output=True, check=False)
+    return ran.returncode == 0
+
+
+_NAMES: Final = ("document", "signature", "pkcs7", "rsa2048")
+
+
+def test_the_document_has_the_same_bytes_each_time_and_takes_a_session_token(
+    world: World, documented: Guest
+) -> None:
+    before = {name: _read(documented, name).body for name in _NAMES}
+    for name in ("identity.pid", "signer.pid"):
+        file = world.daemon.runtime / name
+        was = file.read_text()
+        os.kill(int(was.split()[0]), signal.SIGKILL)
+        until(partial(_has_changed, file, was), what=f"another process of {name}")
+    until(lambda: _read(documented, "pkcs7").status == 200, what="the document again")
+    assert {name: _read(documented, name).body for name in _NAMES} == before
+    session = take_token(documented)
+    with documented.connect() as kept:
+        for _ in range(3):
+            path = f"{_DOCUMENTS}/document"
+            assert kept.request(path, headers=with_token(session)).body == before["document"]
+        assert kept.request(f"{_DOCUMENTS}/document").status == 401
+    assert _read(documented, "document", session="").status == 401
+    headers = (*with_token(session), _FORWARDED)
+    assert documented.ask(f"{_DOCUMENTS}/document", headers=headers).status == 403
+    put = documented.ask(f"{_DOCUMENTS}/document", method="PUT", headers=with_token(session))
+    assert put.status == 405
+
+
+def test_a_document_is_listed_nowhere_and_absent_without_the_policy(
+    world: World, documented: Guest
+) -> None:
+    headers = with_token(take_token(documented))
+    assert documented.ask(f"{_DOCUMENTS}/", headers=headers).body == b""
+    assert {_read(world.guests["green"], name).status for name in _NAMES} == {404}

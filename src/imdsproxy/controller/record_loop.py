@@ -509,6 +509,7 @@ class RecordLoop(Part):
             self.routing(),
             self.policies(),
             identity=self.subjects is not None,
+            region=self.compiler.region(),
         )
 
     def _remove_all(self, compiling: Compiling) -> None:

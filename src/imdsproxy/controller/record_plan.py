@@ -76,6 +76,7 @@ class RecordPlanner:
             a revision cannot be served yet.
         learned: Addresses that were assigned to an instance without a record of the address.
         identity: Whether this host gives identity tokens.
+        region: The settings' region, for signed documents.
     """
 
     inventory: Inventory
@@ -84,6 +85,7 @@ class RecordPlanner:
     routing: NovaRouting
     policies: PolicyBook = field(default_factory=PolicyBook)
     identity: bool = False
+    region: str | None = None
 
     def plan_record(self, key: AddressKey) -> MapRecord | Conflict | Expired | None:
         """Return the record of one address, or `None` if the data plane must not know the address."""
@@ -153,7 +155,7 @@ class RecordPlanner:
         policy, override = folded.policy, self.policies.override(instance.id)
         subject = None
         if self.identity:
-            subject = plan_subject(policy, override, instance, network, project)
+            subject = plan_subject(policy, override, instance, network, project, region=self.region)
         id_ = "" if subject is None else subject.id
         word = render_policy_word(policy, override, instance.created_at, id_)
         return GuestPolicy(folded, word, Beside(policy.paths, subject))

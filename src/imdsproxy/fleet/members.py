@@ -27,6 +27,9 @@ PASSWORD_PATH: Final = "/fleet/password"  # noqa: S105 - a path
 IDENTITY_PATH: Final = "/fleet/identity"
 """Identity tokens for guests of the calling host."""
 
+IDENTITY_DOCUMENT_PATH: Final = "/fleet/identity-document"
+"""Signed document about a guest of the calling host."""
+
 ISSUER_PATH: Final = "/fleet/issuer"
 """Prefix of the issuer's documents, on the address of the issuer only."""
 

@@ -50,6 +50,9 @@ class Refusal(StrEnum):
     PROJECT = "project"
     """The audience's subject holds a project, and the instance has none."""
 
+    DOCUMENT = "document"
+    """The instance's policy allows no signed document, or the issuer's key is no RSA key."""
+
     REQUEST = "request"
     """The audience or the nonce has a wrong form."""
 

@@ -51,9 +51,8 @@ class Token:
 
 
 def render_request(request: TokenRequest) -> bytes:
-    subject = request.subject
     shape = {
-        "sign": subject if isinstance(subject, str) else subject.render().decode("ascii"),
+        "sign": _spell(request.subject),
         "audience": request.audience,
         "nonce": request.nonce,
         "placement": request.placement.value,
@@ -72,6 +71,36 @@ def parse_request(shape: Mapping[str, Any]) -> TokenRequest:
         raise ValueError("no request for a token: a value is no text")
     subject = parse_subject(name.encode()) if name.startswith("{") else name
     return TokenRequest(subject, audience, nonce, placement)
+
+
+def render_document_request(subject: str | Subject) -> bytes:
+    """Render a request for the signed document of a subject, given as in `TokenRequest`."""
+    return _line({"document": _spell(subject)})
+
+
+def parse_document_request(shape: Mapping[str, Any]) -> str | Subject:
+    """Parse the result of `render_document_request`; raise `ValueError` if it is none."""
+    name = shape["document"]
+    if not isinstance(name, str):
+        raise ValueError("no request for a document: the subject is no text")  # noqa: TRY004 - as of any other line
+    return parse_subject(name.encode()) if name.startswith("{") else name
+
+
+def render_documents(answer: Mapping[str, str] | Refusal) -> bytes:
+    """Render a document and its signatures, by name."""
+    if isinstance(answer, Refusal):
+        return render_answer(answer)
+    return _line({"documents": dict(answer)})
+
+
+def parse_documents(shape: Mapping[str, Any]) -> dict[str, str] | Refusal:
+    """Parse the line of `render_documents`, as JSON; raise `ValueError` if it is none."""
+    try:
+        if "refused" in shape:
+            return Refusal(shape["refused"])
+        return {str(name): str(text) for name, text in shape["documents"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"no document of a signer: {error}") from error
 
 
 def render_shape(answer: Token | Refusal) -> dict[str, object]:
@@ -102,6 +131,10 @@ def parse_answer(line: bytes) -> Token | Refusal:
     if not isinstance(shape, dict):
         raise ValueError("no answer of a signer")  # noqa: TRY004 - as of any other line
     return parse_shape(shape)
+
+
+def _spell(subject: str | Subject) -> str:
+    return subject if isinstance(subject, str) else subject.render().decode("ascii")
 
 
 def _line(shape: Mapping[str, object]) -> bytes:

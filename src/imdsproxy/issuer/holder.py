@@ -47,6 +47,9 @@ class TokenSource(Protocol):
     async def request(self, wanted: Sequence[Wanted]) -> Sequence[Token | Refusal]:
         """Return a token, or the reason why there is none, for each; raise `SourceUnavailable` without an answer."""
 
+    async def document(self, name: str, subject: Subject) -> dict[str, str] | Refusal:
+        """Return the document of a subject with its signatures, or why there is none; raise `SourceUnavailable`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Held:
@@ -94,6 +97,7 @@ class TokenHolder:
     uniform: Callable[[float, float], float]
     pause: Callable[[float], Awaitable[None]] = asyncio.sleep
     held: dict[TokenKey, Held] = field(default_factory=dict)
+    _documents: dict[str, dict[str, str]] = field(default_factory=dict)
     _due: dict[TokenKey, float] = field(default_factory=dict)
     _known: dict[str, Subject] = field(default_factory=dict)
     _pending: dict[TokenKey, asyncio.Task[Held | Refusal]] = field(default_factory=dict)
@@ -134,9 +138,7 @@ class TokenHolder:
         held = self.held.get(key) if nonce is None else None
         if held is not None and held.fresh_s(now) > 0:
             return held
-        if len(self._shares) > _KEPT:
-            self._shares.clear()
-        if not self._shares.setdefault(subject.instance, _Share(at=now)).take(now):
+        if not self._take_share(subject):
             return None
         wanted = Wanted(name, subject, audience, nonce)
         try:
@@ -148,6 +150,30 @@ class TokenHolder:
             if held is None or held.left_s(now) <= 0:
                 raise
             return held
+
+    async def document(self, name: str, subject: Subject) -> dict[str, str] | Refusal | None:
+        """Return a subject's document with its signatures, or why there is none; `None` after too many requests.
+
+        Raises:
+            SourceUnavailable: No signer answers.
+        """
+        if subject.document is None:
+            return Refusal.DOCUMENT
+        known = self._documents.get(name)
+        if known is not None:
+            return known
+        if not self._take_share(subject):
+            return None
+        found = await self.source.document(name, subject)
+        if not isinstance(found, Refusal):
+            self._documents[name] = found
+        return found
+
+    def _take_share(self, subject: Subject) -> bool:
+        now = self.monotonic()
+        if len(self._shares) > _KEPT:
+            self._shares.clear()
+        return self._shares.setdefault(subject.instance, _Share(at=now)).take(now)
 
     async def _share_request(self, key: TokenKey, wanted: Wanted) -> Held | Refusal:
         """Request a token; requests for the same token at one time share the answer."""
@@ -181,6 +207,7 @@ class TokenHolder:
 
     def _forget(self, name: str) -> None:
         self._known.pop(name, None)
+        self._documents.pop(name, None)
         for key in [key for key in self._due if key[0] == name]:
             self._due.pop(key)
             self.held.pop(key, None)

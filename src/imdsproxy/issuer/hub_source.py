@@ -2,7 +2,7 @@
 
 import json
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -10,11 +10,12 @@ from typing import Any, Final, TypeAlias
 import httpcore
 
 from imdsproxy.errors import SourceUnavailable
-from imdsproxy.fleet.members import IDENTITY_PATH
+from imdsproxy.fleet.members import IDENTITY_DOCUMENT_PATH, IDENTITY_PATH
 from imdsproxy.host.http import Unanswered, ask
 from imdsproxy.issuer.claims import Refusal
-from imdsproxy.issuer.exchange import Token, parse_shape
+from imdsproxy.issuer.exchange import Token, parse_documents, parse_shape
 from imdsproxy.issuer.holder import Wanted
+from imdsproxy.model.subject import Subject
 
 HUBS_FILE: Final = "hubs.json"
 CERTIFICATE_FILE: Final = "host.pem"
@@ -56,44 +57,59 @@ class HubSource:
             }
             for one in wanted
         ]
-        body, reasons = json.dumps({"tokens": tokens}).encode(), list[str]()
+        shape = await self._ask_hubs(pool, IDENTITY_PATH, {"tokens": tokens})
+        try:
+            answers = [parse_shape(one) for one in shape["answers"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise SourceUnavailable("a hub answers with no tokens") from error
+        if len(answers) != len(wanted):
+            raise SourceUnavailable("a hub answers with another number of tokens")
+        return answers
+
+    async def document(self, _name: str, subject: Subject) -> dict[str, str] | Refusal:
+        """Return the document of a subject with its signatures, or why there is none; see `holder.TokenSource`."""
+        place = {"instance": subject.instance, "network": subject.network}
+        shape = await self._ask_hubs(await self._open(), IDENTITY_DOCUMENT_PATH, place)
+        try:
+            return parse_documents(shape)
+        except ValueError as error:
+            raise SourceUnavailable("a hub answers with no document") from error
+
+    async def _ask_hubs(
+        self, pool: httpcore.AsyncConnectionPool, path: str, question: Mapping[str, object]
+    ) -> dict[str, Any]:
+        """Return the answer of the first hub that gives one."""
+        body, reasons = json.dumps(question).encode(), list[str]()
         for hub in tuple(self._hubs):
             try:
-                found = await self._ask(pool, hub, body, len(wanted))
+                return await self._ask(pool, f"{hub}{path}", body)
             except SourceUnavailable as error:
                 reasons.append(error.message)
                 # The next request begins with a hub that may answer.
                 self._hubs.append(self._hubs.pop(0))
-            else:
-                return found
         raise SourceUnavailable(
             "no hub signs identity tokens: " + "; ".join(reasons), hint="imdsproxy fleet status"
         )
 
     async def _ask(
-        self, pool: httpcore.AsyncConnectionPool, hub: str, body: bytes, count: int
-    ) -> list[Token | Refusal]:
+        self, pool: httpcore.AsyncConnectionPool, url: str, body: bytes
+    ) -> dict[str, Any]:
         try:
-            status, data = await ask(
-                pool, "POST", f"{hub}{IDENTITY_PATH}", _LIMITS, body=body, most=_MOST_BYTES
-            )
+            status, data = await ask(pool, "POST", url, _LIMITS, body=body, most=_MOST_BYTES)
         except Unanswered as error:
-            raise SourceUnavailable(f"{hub} does not answer: {error}") from error
+            raise SourceUnavailable(f"{url} does not answer: {error}") from error
         try:
             shape: dict[str, Any] = json.loads(data)
             if status != _OK:
-                raise SourceUnavailable(f"{hub} answers {status}: {shape.get('message', '')}")
-            answers = [parse_shape(one) for one in shape["answers"]]
+                raise SourceUnavailable(f"{url} answers {status}: {shape.get('message', '')}")
             ahead_s = float(shape["now"]) - self.now()
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise SourceUnavailable(f"{hub} answers {status}, and no tokens") from error
+            raise SourceUnavailable(f"{url} answers {status}, and nothing of a hub") from error
         if abs(ahead_s) > _CLOCKS_S:
             raise SourceUnavailable(
-                f"the clock of {hub} is {ahead_s:+.0f} s from this host's: its tokens would be refused"
+                f"the clock of {url} is {ahead_s:+.0f} s from this host's: its tokens would be refused"
             )
-        if len(answers) != count:
-            raise SourceUnavailable(f"{hub} answers with another number of tokens")
-        return answers
+        return shape
 
     async def _open(self) -> httpcore.AsyncConnectionPool:
         """Return connections with the present certificate; the controller renews it."""

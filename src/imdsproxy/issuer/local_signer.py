@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +15,12 @@ from imdsproxy.issuer.exchange import (
     Token,
     TokenRequest,
     parse_answer,
+    parse_documents,
+    render_document_request,
     render_request,
 )
 from imdsproxy.issuer.holder import Wanted
+from imdsproxy.model.subject import Subject
 
 _PATIENCE_S: Final = 5.0
 _HINT: Final = "journalctl -u imdsproxy-signer"
@@ -83,5 +87,13 @@ class LocalSigner:
         lines = [render_request(TokenRequest(one.id, one.audience, one.nonce)) for one in wanted]
         try:
             return [parse_answer(line) for line in await self.client.send(lines)]
+        except ValueError as error:
+            raise SourceUnavailable(f"the signer cannot sign: {error}", hint=_HINT) from error
+
+    async def document(self, name: str, _subject: Subject) -> dict[str, str] | Refusal:
+        """Return the document of a subject with its signatures, or why there is none; see `holder.TokenSource`."""
+        try:
+            (line,) = await self.client.send([render_document_request(name)])
+            return parse_documents(json.loads(line))
         except ValueError as error:
             raise SourceUnavailable(f"the signer cannot sign: {error}", hint=_HINT) from error

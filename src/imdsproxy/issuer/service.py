@@ -15,6 +15,9 @@ from imdsproxy.issuer.formats import TokenFormat, render_token
 from imdsproxy.issuer.holder import Held, TokenHolder
 from imdsproxy.model import wire
 
+_TEXT: Final = wire.TEXT
+_JSON: Final = b"application/json"
+_NOT_STORED: Final[Header] = (b"cache-control", b"no-store")
 _STATUS: Final = {
     Refusal.REQUEST: 400,
     Refusal.AUDIENCE: 403,
@@ -50,12 +53,28 @@ class IdentityService:
             return
         if scope["method"] not in {"GET", "HEAD"}:
             await read_body(receive)
+        path = cast("bytes", scope["raw_path"]).decode("latin-1")
         try:
-            answer = await self._answer(found, cast("bytes", scope["query_string"]))
+            if path in wire.DOCUMENT_PATHS:
+                answer = await self._document(found[wire.HEADER_SUBJECT], path)
+            else:
+                answer = await self._answer(found, cast("bytes", scope["query_string"]))
         except ImdsproxyError as error:
             _log.error("no identity token", reason=error.message, hint=error.hint)
             answer = retry_later()
         await send_answer(answer, send)
+
+    async def _document(self, name: str, path: str) -> Answer:
+        subject = self.holder.read(name)
+        found = None if subject is None else await self.holder.document(name, subject)
+        if found is None:
+            return retry_later()
+        if isinstance(found, Refusal):
+            return refusal(404)
+        body = found[path.rpartition("/")[2]].encode()
+        kind = _TEXT if path != wire.DOCUMENT_PATHS[0] else _JSON
+        length = (b"content-length", b"%d" % len(body))
+        return Answer(200, ((b"content-type", kind), length, _NOT_STORED), body)
 
     async def _answer(self, headers: Mapping[str, str], query: bytes) -> Answer:
         asked = _parse(headers, query)
@@ -95,7 +114,7 @@ def _answer_with(held: Held, now: float, asked: _Asked) -> Answer:
     headers: list[Header] = [
         (b"content-type", content_type.encode("ascii")),
         (b"content-length", b"%d" % len(body)),
-        (b"cache-control", b"no-store"),
+        _NOT_STORED,
         (wire.HEADER_TOKEN_ID.encode("ascii"), held.token.id.encode("ascii")),
     ]
     fresh_s = int(held.fresh_s(now))

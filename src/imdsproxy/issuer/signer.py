@@ -17,6 +17,7 @@ from imdsproxy.errors import HostRefused, SecretUnreadable, refusing
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import write_atomic
 from imdsproxy.issuer import exchange
+from imdsproxy.issuer.aws import sign_document
 from imdsproxy.issuer.claims import IssuerRules, Placement, Refusal, plan_claims
 from imdsproxy.issuer.exchange import Token, TokenRequest
 from imdsproxy.issuer.keys import Algorithm, SigningKey, make_key, parse_key
@@ -133,6 +134,16 @@ class Signer:
         text = jwt.encode(claims, key.private, key.algorithm, headers={"kid": key.id})
         return Token(text, claims["jti"], claims["exp"], claims["exp"] - now)
 
+    def sign_document(self, name: str | Subject) -> dict[str, str] | Refusal:
+        """Return a subject's document with its signatures, or why there is none."""
+        subject = name if isinstance(name, Subject) else self._read_subject(name)
+        if subject is None or (self.subjects is not None and isinstance(name, Subject)):
+            return Refusal.SUBJECT
+        signed = None
+        if subject.document is not None:
+            signed = sign_document(subject.document, self.store.signing)
+        return Refusal.DOCUMENT if signed is None else signed
+
     def _read_subject(self, name: str | Subject) -> Subject | None:
         if self.subjects is None or not isinstance(name, str) or not _SUBJECT_ID.fullmatch(name):
             return None
@@ -165,6 +176,9 @@ class Signer:
                 raise TypeError("no object")  # noqa: TRY301 - reported below like any other wrong line
             if "sign" in shape:
                 return exchange.render_answer(self.sign(exchange.parse_request(shape)))
+            if "document" in shape:
+                name = exchange.parse_document_request(shape)
+                return exchange.render_documents(self.sign_document(name))
             return self._manage(shape, user)
         except (ValueError, TypeError, RecursionError) as error:
             _log.warning("a wrong request", reason=str(error))

@@ -35,6 +35,8 @@ METADATA_IPV4: Final = IPv4Address("169.254.169.254")
 METADATA_IPV6: Final = IPv6Address("fe80::a9fe:a9fe")
 METADATA_PORT: Final = 80
 
+_LETTERED_ZONE: Final = re.compile(r"(.*\d)-?[a-z]")
+"""Region and letter, as `eu-west-1a` (EC2) and `europe-west4-a` (GCE)."""
 _CANONICAL: Final = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _UUID_NAMESPACE: Final = uuid.UUID("6a0f7a1e-52c5-5f0e-9d55-1f0b1a9fe169")
 
@@ -191,6 +193,12 @@ def free_name(stem: str, taken: Container[str]) -> str:
     """Return the stem, with the suffix `-2`, `-3`, … if it is taken."""
     names = chain((stem,), (f"{stem}-{number}" for number in count(2)))
     return next(name for name in names if name not in taken)
+
+
+def region_of(zone: str | None) -> str | None:
+    """Return the region of a zone; a zone that is not named after a region counts as its own region."""
+    match = None if zone is None else _LETTERED_ZONE.fullmatch(zone)
+    return zone if match is None else match[1]
 
 
 def digest_of(data: bytes) -> str:

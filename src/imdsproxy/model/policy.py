@@ -176,6 +176,13 @@ class _Rules(Generic[_Open]):
         "verifier may trust only tags that operators set. None unless a scope sets the list.",
         names=TAG_RULE,
     )
+    identity_document: bool | _Open = _rule(
+        False,
+        "Serve `/latest/dynamic/instance-identity/document` and its signatures, as AWS has them. Off unless a scope "
+        "sets it: the document names no audience and has no end, so the owner of a copy can show it for ever; and "
+        "programs that find it believe that they run on AWS. It needs `identity.algorithm` RS256.",
+        part=policy_word.DOCUMENT,
+    )
 
 
 class Policy(_Rules[Never]):
@@ -348,9 +355,9 @@ def render_policy_word(
 
     `subject` is the id of the instance's `model.subject.Subject`; empty if the instance gets no identity tokens.
     """
-    if not subject and (policy.audiences or policy.identity_tags):
-        # These two are only in the subject.
-        policy = replace(policy, audiences=(), identity_tags=())
+    if not subject:
+        # Without a subject these three have no effect.
+        policy = replace(policy, audiences=(), identity_tags=(), identity_document=False)
     if (policy is DEFAULT or policy == DEFAULT) and override.epoch == 0 and not subject:
         return ""
     modes = (policy.tokens, policy.openstack_tokens, policy.nocloud_tokens)

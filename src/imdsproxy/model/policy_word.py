@@ -77,6 +77,9 @@ BOOT_COUNTS: Final = Letter(8, "b")
 HAS_PATHS: Final = Letter(9, "p")
 """Path rules exist; `PATH_SET` has their set's id."""
 
+DOCUMENT: Final = Letter(10, "d")
+"""The guest may read signed documents about itself."""
+
 EPOCH: Final = Field(2)
 BOOT_END: Final = Field(3)
 HOP_LIMIT: Final = Field(4)

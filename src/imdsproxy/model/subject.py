@@ -6,14 +6,16 @@ id, which is a digest of all facts. So a changed fact is another subject, and no
 
 import json
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from hashlib import blake2b
 from typing import Any, Final
 
-from imdsproxy.model.entities import Instance, InstanceId, NetworkId
+from imdsproxy.model.entities import Instance, InstanceId, NetworkId, Upstream, region_of
 from imdsproxy.model.policy import ANY_AUDIENCE, Names, OperatorOverride, Policy
 
 ID_PATTERN: Final = "^[0-9a-f]{32}$"
 
+_IPV4: Final = 4
 RESERVED: Final = "sts:"
 """Prefix of audiences that no guest may request: with such a token imdsproxy itself gets role credentials."""
 
@@ -27,6 +29,7 @@ class Subject:
         epoch: Number of revocations of the instance's tokens. An instance that is created again under the same id has
             another epoch (`controller.policy_store`), so it is another subject.
         audiences: Audiences that the policy allows, in order; `*` allows any.
+        document: Text of the instance identity document, if the policy allows it.
     """
 
     instance: InstanceId
@@ -37,6 +40,7 @@ class Subject:
     epoch: int = 0
     audiences: Names = ()
     tags: tuple[tuple[str, str], ...] = ()
+    document: str | None = None
 
     def render(self) -> bytes:
         """Render the subject as one JSON object; equal subjects give equal bytes."""
@@ -64,13 +68,20 @@ def plan_subject(
     instance: Instance,
     network: NetworkId,
     project: str | None,
+    *,
+    region: str | None = None,
 ) -> Subject | None:
-    """Return the subject of an instance in a network; `None` if its policy allows no audience.
+    """Return the subject of an instance in a network; `None` if its policy allows neither audience nor document.
 
-    `project` is that of the instance's port in the network.
+    Args:
+        project: Project of the instance's port in the network.
+        region: Region of the document; `None` derives it from the zone.
     """
-    if not policy.audiences or not policy.endpoint:
+    if not (policy.audiences or policy.identity_document) or not policy.endpoint:
         return None
+    document = None
+    if policy.identity_document:
+        document = render_document(instance, network, project, region)
     return Subject(
         instance.id,
         network,
@@ -80,7 +91,41 @@ def plan_subject(
         override.epoch,
         policy.audiences,
         tuple((name, value) for name, value in instance.tags if name in policy.identity_tags),
+        document,
     )
+
+
+def render_document(
+    instance: Instance, network: NetworkId, project: str | None, region: str | None
+) -> str:
+    """Render the instance identity document of an instance in a network; equal facts give equal bytes.
+
+    Source: AWS, "Instance identity documents" (`2017-09-30`). Facts that nobody here knows are null, as at AWS.
+    """
+    addresses = (
+        one for port in instance.ports if port.network == network for one in port.addresses
+    )
+    of_ipv4 = (str(one) for one in addresses if one.version == _IPV4)
+    zone, created = instance.availability_zone, instance.created_at
+    begun = None if created is None else datetime.fromtimestamp(created, UTC)
+    facts = {
+        "accountId": project,
+        "architecture": None,
+        "availabilityZone": zone,
+        "billingProducts": None,
+        "devpayProductCodes": None,
+        "marketplaceProductCodes": None,
+        "imageId": None,
+        "instanceId": instance.id if instance.upstream is Upstream.NOVA else instance.ec2_id,
+        "instanceType": instance.instance_type,
+        "kernelId": None,
+        "pendingTime": None if begun is None else f"{begun:%Y-%m-%dT%H:%M:%SZ}",
+        "privateIp": next(of_ipv4, None),
+        "ramdiskId": None,
+        "region": region or region_of(zone),
+        "version": "2017-09-30",
+    }
+    return json.dumps(facts, indent=2)
 
 
 def parse_subject(content: bytes) -> Subject:

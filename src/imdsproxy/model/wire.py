@@ -85,6 +85,12 @@ HEADER_OPERATOR: Final = "x-imdsproxy-operator"
 IDENTITY_PATH: Final = "/latest/api/identity"
 """Path where a guest requests an identity token."""
 
+DOCUMENT_PATHS: Final = tuple(
+    f"/latest/dynamic/instance-identity/{name}"
+    for name in ("document", "signature", "pkcs7", "rsa2048")
+)
+"""Paths of AWS's instance identity document, and of its signatures."""
+
 HEADER_SUBJECT: Final = "x-imdsproxy-subject"
 """To the process that gives identity tokens: id of the guest's subject (`model.subject`)."""
 

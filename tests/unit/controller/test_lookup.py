@@ -132,7 +132,9 @@ class Rig:
         self.inventory = Inventory(["neutron", "file"])
         self.source = _LookUps(self)
         self.filters, self.clock = _Filters(self), HandClock()
-        none: Any = SimpleNamespace(revisions={})  # nothing is compiled or applied
+        none: Any = SimpleNamespace(
+            region=lambda: None, revisions={}
+        )  # nothing is compiled or applied
         self.records = RecordLoop(
             self.inventory,
             none,

@@ -53,6 +53,12 @@ class Rig:
             return [self.refuses for _ in wanted]
         return [Token(f"t{number}", f"id{number}", 0, _LIFE_S) for _ in wanted]
 
+    async def document(self, name: str, subject: Subject) -> dict[str, str] | Refusal:
+        if self.away:
+            raise SourceUnavailable("no hub")
+        self.asked.append((name, None))
+        return self.refuses or {"document": subject.document or ""}
+
     def have(self, *subjects: Subject) -> None:
         """Have these subjects, and no other."""
         for path in self.directory.iterdir():
@@ -163,3 +169,17 @@ async def test_a_token_that_only_a_guest_has_requested_is_not_renewed(rig: Rig) 
 @pytest.mark.parametrize("name", ["", "..", "../../etc/shadow", "x" * 32])
 def test_no_other_file_is_taken_for_a_subject(rig: Rig, name: str) -> None:
     assert rig.holder().read(name) is None
+
+
+async def test_a_document_is_signed_once_and_goes_with_its_subject(rig: Rig) -> None:
+    subject = replace(_SUBJECT, document="{}")
+    rig.have(subject)
+    holder = rig.holder()
+    for _ in range(30):
+        assert await holder.document(subject.id, subject) == {"document": "{}"}
+    assert len(rig.asked) == 1
+    assert await holder.document(_SUBJECT.id, _SUBJECT) is Refusal.DOCUMENT
+    rig.have()
+    assert holder.read(subject.id) is None
+    await holder.document(subject.id, subject)
+    assert len(rig.asked) == 2

@@ -18,7 +18,7 @@ from imdsproxy.documents.compiled import DocumentPort, DocumentRecord
 from imdsproxy.documents.dialects import tree
 from imdsproxy.documents.dialects.tree import Node, directory, listing
 from imdsproxy.errors import Problem, quoted
-from imdsproxy.model.entities import Dialect, Instance, Upstream
+from imdsproxy.model.entities import Dialect, Instance, Upstream, region_of
 
 VERSIONS: Final = (
     "1.0",
@@ -56,8 +56,6 @@ VERSIONS: Final = (
 _NO_IMAGE: Final = "ami-00000000"
 """Placeholder: records have no images, and every EC2 client expects an `ami-id`."""
 
-_LETTERED_ZONE: Final = re.compile(r"(.*\d)-?[a-z]")
-"""Region and letter, as `eu-west-1a` (EC2) and `europe-west4-a` (GCE)."""
 
 _BLOCK_DEVICES: Final = directory({"ami": "vda", "root": "/dev/vda"})
 """Names of virtio disks; Nova asks the hypervisor (`nova/block_device.py`, `instance_block_mapping`)."""
@@ -95,14 +93,8 @@ def _public_keys(record: DocumentRecord, _version: str) -> Node | None:
 
 def _placement(record: DocumentRecord, version: str) -> Node | None:
     zone = record["availability_zone"]
-    region = record["region"] or _region_of(zone) if version >= _REGION_SINCE else None
+    region = record["region"] or region_of(zone) if version >= _REGION_SINCE else None
     return directory({"availability-zone": zone, "region": region}) if zone or region else None
-
-
-def _region_of(zone: str | None) -> str | None:
-    """Return the region of a zone; a zone that is not named after a region counts as its own region."""
-    match = None if zone is None else _LETTERED_ZONE.fullmatch(zone)
-    return zone if match is None else match[1]
 
 
 def _tags(record: DocumentRecord, _version: str) -> Node | None:

@@ -62,6 +62,7 @@ _VALUES: Final[dict[str, Value]] = {
     "other_than_guest_and_token_headers": f"^(?!(?:{_GUEST_HEADERS}|{_TOKEN_HEADERS})$)",
     "other_than_identity_headers": f"^(?!(?:{_GUEST_HEADERS}|{_TOKEN_HEADERS}|{_IDENTITY_HEADERS})$)",
     "identity_slots": _IDENTITY_SLOTS,
+    "document_paths": Text(" ".join(wire.DOCUMENT_PATHS)),
     "issuer_cache": f"public, max-age={_ISSUER_CACHE_S}",
     # The path without escapes, doubled slashes and dot segments that lead to the same place.
     "canonical_path": rf'{_SPELLED_OUT},regsub("^/ec2(?=/|$)","")',

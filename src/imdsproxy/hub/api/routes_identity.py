@@ -8,9 +8,10 @@ from starlette.responses import Response
 
 from imdsproxy.errors import NotFound, SourceUnavailable
 from imdsproxy.fleet.layout import HostId
-from imdsproxy.fleet.members import IDENTITY_PATH, ISSUER_PATH
+from imdsproxy.fleet.members import IDENTITY_DOCUMENT_PATH, IDENTITY_PATH, ISSUER_PATH
 from imdsproxy.hub.api.callers import OfHost, Uses
 from imdsproxy.hub.hosts.issuer import Asked, FleetIssuer
+from imdsproxy.issuer.claims import Refusal
 from imdsproxy.issuer.exchange import MOST_AT_ONCE, render_shape
 from imdsproxy.model.entities import ID_PATTERN, InstanceId, NetworkId
 
@@ -47,6 +48,13 @@ class TokensBody(_Body):
     tokens: list[TokenBody] = Field(min_length=1, max_length=MOST_AT_ONCE)
 
 
+class DocumentBody(_Body):
+    """Request for the document of a guest."""
+
+    instance: _Name
+    network: _Name
+
+
 class TokensShape(BaseModel):
     """Answers in the order of the requests, and the hub's time (Unix time)."""
 
@@ -70,6 +78,22 @@ async def give_tokens(
     return TokensShape(
         now=operations.clock.now().timestamp(), answers=[render_shape(one) for one in answers]
     )
+
+
+@identity.post(IDENTITY_DOCUMENT_PATH[_PREFIX_LENGTH:], include_in_schema=False)
+async def give_document(
+    body: DocumentBody,
+    operations: Uses,
+    caller: OfHost,
+    issuer: Annotated[FleetIssuer, Depends(_issuer)],
+) -> dict[str, object]:
+    """Sign the document of a guest that the fleet has placed on the calling host."""
+    instance, network = InstanceId(body.instance), NetworkId(body.network)
+    found = await issuer.sign_document(HostId(caller.identity.name), instance, network)
+    now = operations.clock.now().timestamp()
+    if isinstance(found, Refusal):
+        return {"now": now, "refused": found.value}
+    return {"now": now, "documents": found}
 
 
 @identity.get(f"{ISSUER_PATH[_PREFIX_LENGTH:]}/{{path:path}}", include_in_schema=False)

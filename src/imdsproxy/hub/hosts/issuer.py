@@ -22,7 +22,14 @@ from imdsproxy.hub.store.transactions import Transaction, refuse_suspect
 from imdsproxy.hub.store.writes import Writes
 from imdsproxy.issuer.claims import Placement, Refusal
 from imdsproxy.issuer.documents import render_documents
-from imdsproxy.issuer.exchange import Token, TokenRequest, parse_answer, render_request
+from imdsproxy.issuer.exchange import (
+    Token,
+    TokenRequest,
+    parse_answer,
+    parse_documents,
+    render_document_request,
+    render_request,
+)
 from imdsproxy.issuer.local_signer import SignerClient
 from imdsproxy.issuer.ring import KeyRing
 from imdsproxy.model.entities import InstanceId, NetworkId
@@ -78,6 +85,20 @@ class FleetIssuer:
             lines.append(render_request(request))
         answers = iter(await self.signer.send(lines) if lines else ())
         return [_read(next(answers)) if one is None else one for one in found]
+
+    async def sign_document(
+        self, host: HostId, instance: InstanceId, network: NetworkId
+    ) -> dict[str, str] | Refusal:
+        """Return the document of an instance on a host, with its signatures; raise as `sign`."""
+        await self._load()
+        subject = find_subject(self.state, host, instance, network)
+        if subject is None:
+            return Refusal.SUBJECT
+        (line,) = await self.signer.send([render_document_request(subject)])
+        try:
+            return parse_documents(json.loads(line))
+        except ValueError as error:
+            raise SourceUnavailable("the signer cannot sign", hint=_HINT) from error
 
     def stored(self) -> tuple[StoredIssuer, int] | None:
         """Return the keys in etcd with their revision; `None` while there are none."""

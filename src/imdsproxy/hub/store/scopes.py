@@ -71,10 +71,12 @@ class Scope:
 
         The project would choose claims and audiences that verifiers trust because the cloud's operators chose them.
         """
-        rules, had = ((one.audiences, one.identity_tags) for one in (policy, before))
+        rules, had = (
+            (one.audiences, one.identity_tags, one.identity_document) for one in (policy, before)
+        )
         if rules != had:
             raise AccessDenied(
-                f"project {self.project} may not change audiences and identity_tags of its {kind}s",
+                f"project {self.project} may not change audiences, identity_tags and identity_document of its {kind}s",
                 hint=f"an operator of all projects may: imdsproxy policy set project/{self.project} --audience …",
             )
 
