@@ -139,7 +139,8 @@ def test_a_token_states_the_record_and_the_tags_that_the_policy_names(guest: Gue
 
 def test_a_guest_gets_the_same_token_again_and_another_one_for_a_nonce(guest: Guest) -> None:
     first = wait_token(guest)
-    assert request_token(guest).text == first
+    again = request_token(guest)
+    assert (again.text, again.headers["cache-control"]) == (first, "no-store")
     # In another form the same token, though HAProxy keeps only the plain form.
     assert json.loads(request_token(guest, query="?format=json").text)["token"] == first
     with_nonce = request_token(guest, more=("X-imdsproxy-nonce: abc123",)).text

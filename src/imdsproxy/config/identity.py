@@ -110,6 +110,11 @@ class IdentitySettings(Section):
     )
     """Sections by audience. An audience that a policy allows and that has no section gets the defaults."""
 
+    openstack_audience: Audience | None = setting("keystone", Change.RESTART)
+    """Audience of tokens that guests request at `/openstack/latest/oauth2/token`, as stock OpenStack clients do; null
+    gives none there.
+    """
+
     listen: HostEndpoint | None = setting(None, Change.RELOAD)
     """Address and port where HAProxy serves the issuer's documents with TLS; null serves them nowhere. Link-local and
     wildcard addresses are refused.

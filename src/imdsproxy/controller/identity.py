@@ -51,6 +51,7 @@ def plan_service(settings: Settings) -> Plan:
         subjects=str(layout.subjects),
         signer="" if in_fleet(settings) else str(layout.signer_socket),
         fleet=str(layout.identity_files) if in_fleet(settings) else "",
+        openstack_audience=settings.identity.openstack_audience,
     )
 
 

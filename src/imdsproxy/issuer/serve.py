@@ -59,6 +59,7 @@ class Plan:
     subjects: str
     signer: str = ""
     fleet: str = ""
+    openstack_audience: str | None = None
     keys: str = ""
     issuer: str = ""
     trust_domain: str = ""
@@ -138,7 +139,7 @@ async def _serve_guests(plan: Plan, listener: socket.socket, clock: Clock) -> As
         source = LocalSigner(SignerClient(Path(plan.signer)))
     uniform = random.SystemRandom().uniform
     holder = TokenHolder(Path(plan.subjects), source, clock.monotonic, uniform)
-    async with serving(IdentityService(holder), listener, grace_s=1.0):
+    async with serving(IdentityService(holder, plan.openstack_audience), listener, grace_s=1.0):
         renewing = asyncio.create_task(holder.run())
         try:
             yield

@@ -1,5 +1,6 @@
 """Process behind HAProxy that answers guests' requests for identity tokens. It holds tokens, and no key."""
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, cast
@@ -40,9 +41,14 @@ class _Asked:
 
 @dataclass(slots=True)
 class IdentityService:
-    """ASGI application that answers `PUT /latest/api/identity` for the subject that HAProxy names."""
+    """ASGI application that answers a guest's requests for the subject that HAProxy names.
+
+    Attributes:
+        openstack_audience: Audience of the tokens for clients of Keystone; `None` gives them none.
+    """
 
     holder: TokenHolder
+    openstack_audience: str | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = cast("Iterable[Header]", scope["headers"])
@@ -51,12 +57,20 @@ class IdentityService:
             status = 200 if scope["raw_path"] == LIVENESS_PATH else 400
             await send_answer(refusal(status), send)
             return
+        body = b""
         if scope["method"] not in {"GET", "HEAD"}:
-            await read_body(receive)
+            read = await read_body(receive)
+            if not isinstance(read, bytes):
+                if read is not None:
+                    await send_answer(read, send)
+                return
+            body = read
         path = cast("bytes", scope["raw_path"]).decode("latin-1")
         try:
             if path in wire.DOCUMENT_PATHS:
                 answer = await self._document(found[wire.HEADER_SUBJECT], path)
+            elif path == wire.OPENSTACK_TOKEN_PATH:
+                answer = await self._grant(found, body)
             else:
                 answer = await self._answer(found, cast("bytes", scope["query_string"]))
         except ImdsproxyError as error:
@@ -75,6 +89,26 @@ class IdentityService:
         kind = _TEXT if path != wire.DOCUMENT_PATHS[0] else _JSON
         length = (b"content-length", b"%d" % len(body))
         return Answer(200, ((b"content-type", kind), length, _NOT_STORED), body)
+
+    async def _grant(self, headers: Mapping[str, str], body: bytes) -> Answer:
+        """Answer a request for an access token by client credentials (RFC 6749 section 4.4)."""
+        if (fault := _find_fault(headers, body)) is not None:
+            return _oauth_error(fault)
+        name, audience = headers[wire.HEADER_SUBJECT], self.openstack_audience
+        subject = self.holder.read(name)
+        if subject is None:
+            return retry_later()
+        if audience is None or not subject.allows(audience):
+            return _oauth_error("unauthorized_client")
+        held = await self.holder.get(name, subject, audience, None)
+        if held in _STATUS:
+            return _oauth_error("unauthorized_client")
+        if held is None or isinstance(held, Refusal):
+            return retry_later()
+        left_s = int(held.left_s(self.holder.monotonic()))
+        shape = {"access_token": held.token.text, "token_type": "Bearer", "expires_in": left_s}
+        token_id = (wire.HEADER_TOKEN_ID.encode("ascii"), held.token.id.encode("ascii"))
+        return _json(200, shape, token_id)
 
     async def _answer(self, headers: Mapping[str, str], query: bytes) -> Answer:
         asked = _parse(headers, query)
@@ -106,6 +140,27 @@ def _parse(headers: Mapping[str, str], query: bytes) -> _Asked | None:
     if values or len(forms) != 1 or forms[0] not in set(TokenFormat) or not well_formed:
         return None
     return _Asked(headers[wire.HEADER_SUBJECT], audience, nonce, TokenFormat(forms[0]))
+
+
+def _find_fault(headers: Mapping[str, str], body: bytes) -> str | None:
+    """Return the error code of a request that is none for client credentials."""
+    form = parse_qs(body.decode("latin-1"))
+    if form.get("grant_type") != ["client_credentials"]:
+        return "unsupported_grant_type"
+    named = wire.HEADER_CLIENT in headers or len(form.get("client_id", ())) == 1
+    return None if named else "invalid_client"
+
+
+def _oauth_error(code: str) -> Answer:
+    """Return a refusal in the form of RFC 6749 section 5.2."""
+    return _json(400, {"error": code})
+
+
+def _json(status: int, shape: Mapping[str, object], *headers: Header) -> Answer:
+    body = json.dumps(shape).encode("ascii")
+    length = (b"content-length", b"%d" % len(body))
+    pragma = (b"pragma", b"no-cache")
+    return Answer(status, ((b"content-type", _JSON), length, _NOT_STORED, pragma, *headers), body)
 
 
 def _answer_with(held: Held, now: float, asked: _Asked) -> Answer:

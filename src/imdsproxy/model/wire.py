@@ -85,6 +85,12 @@ HEADER_OPERATOR: Final = "x-imdsproxy-operator"
 IDENTITY_PATH: Final = "/latest/api/identity"
 """Path where a guest requests an identity token."""
 
+OPENSTACK_TOKEN_PATH: Final = "/openstack/latest/oauth2/token"  # noqa: S105 - where tokens are, not one
+"""Path where a client of Keystone requests an identity token, by OAuth's client credentials."""
+
+HEADER_CLIENT: Final = "x-imdsproxy-client"
+"""To the process that gives identity tokens: `basic` if the guest names its client by HTTP's Basic authentication."""
+
 DOCUMENT_PATHS: Final = tuple(
     f"/latest/dynamic/instance-identity/{name}"
     for name in ("document", "signature", "pkcs7", "rsa2048")

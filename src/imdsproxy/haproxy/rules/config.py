@@ -43,7 +43,7 @@ from imdsproxy.haproxy.rules.text import (
     render,
 )
 from imdsproxy.model.entities import ID_PATTERN, IpAddress
-from imdsproxy.model.wire import LONGEST_PATH
+from imdsproxy.model.wire import LONGEST_PATH, OPENSTACK_TOKEN_PATH
 
 AGENTS: Final = "agents"
 """Name of the frontend and of its bind."""
@@ -106,6 +106,10 @@ def _values(spec: DataplaneSpec) -> dict[str, Value]:
             "nova": bool(spec.nova),
             "fleet": spec.fleet,
             "identity": spec.identity,
+            # No client of Keystone sends a session token; `identity.openstack` has rules of its own.
+            "but_for_keystone": Text(
+                f"!{{ path {OPENSTACK_TOKEN_PATH} }}" if spec.identity else ""
+            ),
             **_issuer(spec.issuer),
             # `find_whose_keys` sets the variable only for instances with keys of their own.
             "whose_keys": Text(",concat(,txn.whose_keys)" if spec.fleet else ""),

@@ -1,0 +1,144 @@
+"""Stock clients of a genuine Keystone in guests that have no secret."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from support.daemon import instance
+from support.guest import Guest, Reply
+from support.identity.keystone import AUDIENCE, Keystone, open_keystone, run_openstack
+from support.identity.requests import claims_of, identity_settings
+from support.lab import ip, until
+from support.world import World, open_world
+
+pytestmark = pytest.mark.root
+
+_PATH: Final = "/openstack/latest/oauth2/token"
+_TOKEN_URL: Final = f"http://169.254.169.254{_PATH}"
+_KEYSTONE: Final = "10.0.0.250"
+_FORM: Final = "Content-Type: application/x-www-form-urlencoded"
+_BODY: Final = b"grant_type=client_credentials&client_id=imds"
+_PROJECT: Final = "33333333333333333333333333333333"
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[World, Any]]:
+    section, issuer = identity_settings(tmp_path_factory.mktemp("issuer"))
+    policy = {"host": {"audiences": [AUDIENCE, "vault"], "openstack_tokens": "required"}}
+    with open_world({"identity": section, "policy": policy}) as world:
+        yield world, issuer
+
+
+@pytest.fixture(scope="module")
+def shared_world(shared: tuple[World, Any]) -> World:
+    return shared[0]
+
+
+def _have(world: World, network: str, project: str, **fields: object) -> Guest:
+    record = instance(f"{network}-5", network, fields={"project": project, **fields})
+    assert world.daemon.put(instances=[record])["applied"]
+    return world.guests[network]
+
+
+def _ask(
+    guest: Guest,
+    *headers: str,
+    body: bytes = _BODY,
+    method: str = "POST",
+    form: str = _FORM,
+) -> Reply:
+    return guest.ask(_PATH, method=method, headers=(form, *headers), body=body)
+
+
+def _wait(guest: Guest) -> dict[str, Any]:
+    until(lambda: _ask(guest).status == 200, what="an access token")
+    found: dict[str, Any] = json.loads(_ask(guest).text)
+    return found
+
+
+def test_a_guest_gets_an_access_token_by_its_place_alone(world: World) -> None:
+    guest = _have(world, "red", _PROJECT)
+    shape = _wait(guest)
+    claims = claims_of(shape["access_token"])
+    assert (claims["aud"], claims["project_id"]) == (AUDIENCE, _PROJECT)
+    assert shape["token_type"] == "Bearer"
+    assert 0 < shape["expires_in"] <= 600
+    # Stock clients with a secret name themselves by HTTP's Basic authentication.
+    basic = _ask(guest, "Authorization: Basic aW1kczpub25l", body=b"grant_type=client_credentials")
+    assert json.loads(basic.text)["access_token"] == shape["access_token"]
+    assert basic.headers["cache-control"] == "no-store"
+
+
+def test_what_stock_clients_do_not_send_gets_no_access_token(world: World) -> None:
+    guest = _have(world, "red", _PROJECT)
+    _wait(guest)
+    assert {
+        "a read": guest.ask(_PATH).status,
+        "a put": _ask(guest, method="PUT").status,
+        "a browser": _ask(guest, "Origin: http://evil.example").status,
+        "a page": _ask(guest, "Referer: http://evil.example/").status,
+        "a proxy": _ask(guest, "X-Forwarded-For: 10.0.0.9").status,
+        "plain text": _ask(guest, form="Content-Type: text/plain").status,
+        "json": _ask(guest, form="Content-Type: application/json").status,
+        "no client": _ask(guest, body=b"grant_type=client_credentials").status,
+        "another grant": _ask(guest, body=b"grant_type=password&client_id=imds").status,
+        "nothing": _ask(guest, body=b"").status,
+    } == {
+        "a read": 405,
+        "a put": 405,
+        "a browser": 403,
+        "a page": 403,
+        "a proxy": 403,
+        "plain text": 415,
+        "json": 415,
+        "no client": 400,
+        "another grant": 400,
+        "nothing": 400,
+    }
+
+
+def test_a_policy_without_the_audience_or_without_any_gives_no_access_token(world: World) -> None:
+    guest = _have(world, "red", _PROJECT, policy={"audiences": ["vault"]})
+    until(lambda: _ask(guest).status == 400, what="the refusal")
+    assert json.loads(_ask(guest).text) == {"error": "unauthorized_client"}
+    guest = _have(world, "red", _PROJECT, policy={"audiences": []})
+    until(lambda: _ask(guest).status == 404, what="no such path")
+    assert "oauth2" not in guest.ask("/openstack/latest/").text
+
+
+@dataclass(frozen=True, slots=True)
+class _Cloud:
+    """Keystone with two projects, whose guests are at the same address in two networks."""
+
+    keystone: Keystone
+    own: str
+    other: str
+
+
+@pytest.fixture(scope="module")
+def cloud(shared: tuple[World, Any]) -> Iterator[_Cloud]:
+    world, issuer = shared
+    ip("-n", world.lab.host, "address", "add", f"{_KEYSTONE}/24", "dev", "blue")
+    with open_keystone(world.lab.host, _KEYSTONE, issuer) as keystone:
+        yield _Cloud(keystone, *(keystone.add_project(name) for name in ("own", "other")))
+
+
+def test_openstackclient_gets_a_token_of_its_own_project_without_a_secret_in_the_guest(
+    world: World, cloud: _Cloud, tmp_path: Path
+) -> None:
+    guest = _have(world, "blue", cloud.own)
+    _wait(guest)
+    clouds = tmp_path / "clouds.yaml"
+
+    def issue(project: str) -> str:
+        """Return the project of Keystone's token, or the reason why there is none."""
+        cloud.keystone.write_clouds(clouds, project=project, token_url=_TOKEN_URL)
+        done = run_openstack(guest.namespace, clouds, "token", "issue", "-f", "json")
+        return str(json.loads(done.stdout)["project_id"]) if not done.returncode else done.stderr
+
+    assert issue(cloud.own) == cloud.own
+    assert "401" in issue(cloud.other)
