@@ -7,7 +7,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import PlainTextResponse, StreamingResponse
 
-from imdsproxy.api import bodies, guests, status, tokens
+from imdsproxy.api import bodies, guests, identity, status, tokens
 from imdsproxy.api.answers import Written
 from imdsproxy.api.host_records import HostRecords
 from imdsproxy.api.record_routes import InstanceOf, NetworkOf, RecordApi, add_record_routes
@@ -51,6 +51,12 @@ _Probe = Annotated[
 
 class _Order(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class RotateBody(_Order):
+    """Reason of a rotation."""
+
+    compromised: bool = False
 
 
 class StopBody(_Order):
@@ -194,6 +200,18 @@ async def stop(body: StopBody, parts: _Uses) -> Stopping:
 async def rotate_token_keys(parts: _Uses) -> tokens.KeyRotation:
     """Sign session tokens with a new key; existing tokens stay valid until they expire."""
     return await tokens.rotate_keys(parts)
+
+
+@router.get("/identity/keys")
+async def list_issuer_keys(parts: _Uses) -> identity.IssuerKeys:
+    """List the keys of the issuer of identity tokens, the signing key first."""
+    return await identity.list_keys(parts)
+
+
+@router.post("/identity/rotate")
+async def rotate_issuer_keys(body: RotateBody, parts: _Uses) -> identity.IssuerKeys:
+    """Publish the next key of the issuer, which signs later; with `compromised` replace all keys at once."""
+    return await identity.rotate_keys(parts, compromised=body.compromised)
 
 
 async def list_instances(

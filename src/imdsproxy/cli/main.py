@@ -65,6 +65,7 @@ _MODULES: Final[Mapping[str, str]] = {
     "completion": "main",
 }
 _PANELS: Final[Mapping[str, str]] = {
+    "identity": "Guests",
     **dict.fromkeys(("network", "instance", "policy", "grant"), "Records"),
     **dict.fromkeys(("get", "explain", "watch", "token", "doctor", "snippet"), "Guests"),
     **dict.fromkeys(("fleet", "libvirt-hook"), "Fleet"),

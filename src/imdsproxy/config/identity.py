@@ -123,6 +123,11 @@ class IdentitySettings(Section):
     certificate: AbsolutePath | None = setting(None, Change.RELOAD)
     """File with the certificate chain and the private key for `listen`, in PEM."""
 
+    longest_cache_s: int = setting(3600, Change.RESTART, ge=60, le=604_800)
+    """Seconds for which a verifier may keep the issuer's keys. A rotation publishes the next key for twice this time
+    before that key signs. 86400 where Entra or AWS verify tokens.
+    """
+
     static_dir: AbsolutePath | None = setting(None, Change.RESTART)
     """Directory for the issuer's documents, for another web server; null is `identity/public` in `paths.state_dir`."""
 
@@ -147,6 +152,13 @@ class IdentitySettings(Section):
             raise cross(
                 "certificate", "listen needs a certificate", "a PEM file with chain and private key"
             )
+
+    @property
+    def longest_life_s(self) -> int:
+        """Longest life of a token, in seconds."""
+        return max(
+            [AudienceSettings().lifetime_s, *(one.lifetime_s for one in self.audiences.values())]
+        )
 
     @property
     def domain(self) -> str:

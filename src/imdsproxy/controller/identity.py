@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import json
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
@@ -18,12 +18,17 @@ from imdsproxy.config.schema import Settings
 from imdsproxy.controller.companion import Companion
 from imdsproxy.controller.subjects import Subjects
 from imdsproxy.errors import DataplaneError, Problem, SourceUnavailable
+from imdsproxy.haproxy.launch import kill_process
 from imdsproxy.haproxy.layout import Layout
+from imdsproxy.haproxy.records import RecordApplier
 from imdsproxy.haproxy.rules.model import IssuerFrontend
 from imdsproxy.host.account import Account, find_account
+from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import ensure_directory, write_atomic
 from imdsproxy.issuer.documents import DOCUMENTS, render_documents
 from imdsproxy.issuer.hub_source import AUTHORITY_FILE, CERTIFICATE_FILE, HUBS_FILE
+from imdsproxy.issuer.ring import parse_ring
+from imdsproxy.issuer.rotation import Pace, plan_rotation
 from imdsproxy.issuer.serve import Plan
 from imdsproxy.reconcile.part import Part
 from imdsproxy.reconcile.reconciler import Reconciler
@@ -31,6 +36,7 @@ from imdsproxy.sources.fleet.client import HostFiles
 
 _PATIENCE_S: Final = 5.0
 _EVERY_S: Final = 5.0
+_log: Final = structlog.get_logger()
 
 
 def find_identity_account(settings: Settings) -> Account | None:
@@ -136,6 +142,8 @@ class IdentityHost(Part):
 
     Args:
         subjects: Subjects of this host's guests; `None` if identity tokens are off.
+        pace: Times of a rotation of keys.
+        forget: Removes the tokens that HAProxy keeps.
         fleet: Files for the hubs, which sign in this host's place; `None` without a fleet.
         on_documents: Callback for new documents of the issuer: HAProxy needs them.
 
@@ -150,6 +158,9 @@ class IdentityHost(Part):
     service: Companion
     signer: Companion
     on_documents: Callable[[], object]
+    pace: Pace
+    clock: Clock
+    forget: Callable[[], Awaitable[object]]
     fleet: FleetFiles | None = None
     documents: dict[str, tuple[str, str]] = field(default_factory=dict)
     _certificate: Problem | None = None
@@ -224,7 +235,7 @@ class IdentityHost(Part):
             SourceUnavailable: The signer does not answer.
             HostRefused: A file cannot be written.
         """
-        shape = await ask_signer(self.layout.signer_socket, {"keys": None})
+        shape = await self._rotate(await self.ask({"keys": None}))
         documents = render_documents(self.issuer, shape["keys"], shape["ring"]["sequence"])
         if documents == self.documents:
             return
@@ -233,8 +244,42 @@ class IdentityHost(Part):
             ensure_directory(place.parent)
             write_atomic(place, text.encode(), mode=0o644)
         self.documents = documents
-        structlog.get_logger().info("issuer's documents written", directory=str(self.public))
+        _log.info("issuer's documents written", directory=str(self.public))
         self.on_documents()
+
+    async def ask(self, question: Mapping[str, object]) -> dict[str, Any]:
+        """Send one request about keys to the signer; raise `SourceUnavailable`."""
+        return await ask_signer(self.layout.signer_socket, question)
+
+    async def _rotate(self, shape: dict[str, Any]) -> dict[str, Any]:
+        """Carry out the steps of a rotation that are due; return the signer's newest answer."""
+        ring = parse_ring(json.dumps(shape["ring"]).encode())
+        planned = plan_rotation(ring, self.pace, int(self.clock.now().timestamp()))
+        if planned == ring:
+            return shape
+        if planned.signing != ring.signing:
+            shape = await self.ask({"change": {"promote": planned.signing}})
+            _log.info("another key signs identity tokens", key=planned.signing)
+        gone = {one.id for one in ring.entries} - {one.id for one in planned.entries}
+        if gone:
+            shape = await self.ask({"change": {"drop": sorted(gone)}})
+            _log.info("old keys of identity tokens removed", keys=sorted(gone))
+        return shape
+
+    async def rotate(self, *, compromised: bool) -> None:
+        """Begin a rotation; or, if the key is compromised, replace all keys at once and forget all tokens.
+
+        Raises:
+            SourceUnavailable: The signer does not answer.
+            DataplaneError: A file cannot be written, or HAProxy keeps tokens of the old key.
+        """
+        await self.ask({"change": "replace" if compromised else "add"})
+        await self.read_keys()
+        if compromised:
+            if (pid := self.service.read().parent) is not None:
+                # The supervisor starts it again, without a token.
+                kill_process(pid)
+            await self.forget()
 
 
 async def ask_signer(socket: Path, question: Mapping[str, object]) -> dict[str, Any]:
@@ -267,7 +312,10 @@ def build_identity(
     settings: Settings,
     layout: Layout,
     companions: tuple[Companion, Companion],
+    *,
     touch: Callable[..., object],
+    clock: Clock,
+    applier: RecordApplier,
 ) -> IdentityHost:
     """Return the part for identity tokens; raise `HostRefused` if the subjects' directory cannot be made.
 
@@ -294,6 +342,9 @@ def build_identity(
         public,
         *companions,
         on_documents=partial(touch, "issuer's documents changed", ()),
+        pace=Pace(identity.longest_cache_s, identity.longest_life_s),
+        clock=clock,
+        forget=partial(applier.apply_table, layout.identity_map, {}),
         fleet=fleet,
     )
     if identity.enabled:

@@ -325,7 +325,15 @@ def build_parts(
     files = DiskFiles(layout.records, passwords, reader)
     sets = RuleSets(applier, clock)
     sets.load()
-    identity = _build_identity(settings, layout, config, environment, requests.touch)
+    identity = _build_identity(
+        settings,
+        layout,
+        config,
+        environment,
+        touch=requests.touch,
+        clock=clock,
+        applier=applier,
+    )
     records = RecordLoop(
         inventory,
         applier,
@@ -465,7 +473,10 @@ def _build_identity(
     layout: Layout,
     config: Path | None,
     environment: Mapping[str, str],
+    *,
     touch: Callable[..., object],
+    clock: Clock,
+    applier: RecordApplier,
 ) -> IdentityHost | None:
     """Return the part for identity tokens; `None` if they are off, and no process of an earlier run is left."""
     if not (settings.identity.enabled or layout.identity_pid.exists()):
@@ -474,7 +485,7 @@ def _build_identity(
     from imdsproxy.controller.identity import build_identity
 
     companions = build.build_identity_companions(settings, layout, config, environment)
-    return build_identity(settings, layout, companions, touch)
+    return build_identity(settings, layout, companions, touch=touch, clock=clock, applier=applier)
 
 
 async def _apply_watching(requests: ListenerRequests) -> None:

@@ -205,6 +205,10 @@ class Signer:
                     self.store.keep(ring.promote(key, now))
                 case {"drop": [*keys]}:
                     self.store.keep(ring.drop(keys))
+                case "replace":
+                    added = self.store.add(self.algorithm, self.rules.issuer, self.clock)
+                    promoted = self.store.ring.promote(added, now)
+                    self.store.keep(promoted.drop([one.id for one in promoted.entries]))
                 case _:
                     raise ValueError("an unknown change of keys")
         ring = self.store.ring

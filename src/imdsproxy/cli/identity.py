@@ -1,0 +1,166 @@
+"""`imdsproxy identity …`: the issuer of identity tokens, its keys, and what verifiers need."""
+
+import json
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Annotated, Any, Final
+
+import typer
+
+from imdsproxy.cli.options import Invocation, argument, config_command, flag, host_command
+from imdsproxy.cli.output import Output, Shape, clean, spell_time
+from imdsproxy.errors import RequestRefused, optional_library
+
+_HINT: Final = "apt install python3-jwt python3-cryptography, or pip install 'imdsproxy[identity]'"
+_STDIN: Final = "-"
+_TIMES: Final = ("iat", "nbf", "exp", "instance_created")
+
+identity_app = typer.Typer(
+    help="Manage identity tokens, by which guests prove who they are: keys, rotate, show, setup.",
+    no_args_is_help=True,
+)
+
+
+@identity_app.command("keys")
+@host_command
+def keys(run: Invocation) -> None:
+    """List the issuer's keys, the signing key first, with their next change."""
+    _show_keys(run.output, run.daemon().get("/v1/identity/keys"))
+
+
+@identity_app.command("rotate")
+@host_command
+def rotate(
+    run: Invocation,
+    *,
+    compromised: Annotated[
+        bool,
+        flag(
+            "--compromised",
+            "Replace all keys now, because a key was stolen: no token of an old key is valid at a verifier that reads "
+            "the keys again.",
+        ),
+    ] = False,
+) -> None:
+    """Publish the issuer's next key; it signs once every verifier knows it, and the old key goes after its last token.
+
+    The rotation goes on by itself, also after a restart.
+    """
+    shape = run.daemon().request("POST", "/v1/identity/rotate", body={"compromised": compromised})
+    _show_keys(run.output, shape)
+    if compromised and not run.output.as_json:
+        from imdsproxy.tools.identity_setup import render_compromised
+
+        run.output.text(render_compromised(shape["issuer"]))
+
+
+def _show_keys(output: Output, shape: Shape) -> None:
+    def show(output: Output, shape: Shape) -> None:
+        output.styled(f"issuer {clean(shape['issuer'])}")
+        output.table(
+            (
+                {
+                    "STATE": one["state"],
+                    "KEY": clean(one["id"]),
+                    "ALGORITHM": one["algorithm"],
+                    "SINCE": spell_time(one["since"]),
+                    "THEN": _spell_due(one),
+                    "SHA1": one["sha1"],
+                }
+                for one in shape["keys"]
+            ),
+        )
+
+    output.answer(shape, show)
+
+
+def _spell_due(key: Mapping[str, Any]) -> str:
+    if key["due_at"] is None:
+        return "-"
+    what = "signs" if key["state"] == "next" else "is removed"
+    return f"{what} at {spell_time(key['due_at'])}"
+
+
+@identity_app.command("show")
+@host_command
+def show(
+    run: Invocation,
+    token: Annotated[
+        str,
+        argument(
+            "TOKEN", "The token, or - for standard input: other users see a command's arguments."
+        ),
+    ] = _STDIN,
+) -> None:
+    """Decode a token: header, claims, and whether a key of this host's issuer has signed it."""
+    text = (sys.stdin.readline() if token == _STDIN else token).strip()
+    keys = run.daemon().get("/v1/identity/keys")["keys"]
+    header, claims, verdict = _decode(text, keys)
+    now = datetime.now(UTC).timestamp()
+    life = "expired" if claims.get("exp", 0) <= now else "valid"
+
+    def show_token(output: Output, shape: Shape) -> None:
+        for name, value in {**shape["header"], **shape["claims"]}.items():
+            spelled = value if isinstance(value, str) else json.dumps(value)
+            if name in _TIMES and isinstance(value, int):
+                spelled = f"{spell_time(value)} ({value - int(now):+d} s)"
+            output.styled(f"{clean(name)}: {clean(spelled)}")
+        output.styled(f"signature: {shape['signature']}")
+        output.styled(f"life: {shape['life']}")
+
+    run.output.answer(
+        {"header": header, "claims": claims, "signature": verdict, "life": life}, show_token
+    )
+
+
+def _decode(text: str, keys: list[Mapping[str, Any]]) -> tuple[Any, Any, str]:
+    """Return header, claims, and the verdict on the signature."""
+    with optional_library("jwt", _HINT):
+        import jwt
+    try:
+        header = jwt.get_unverified_header(text)
+        claims = jwt.decode(text, options={"verify_signature": False})
+    except jwt.InvalidTokenError as error:
+        raise RequestRefused(f"this is no token: {error}", hint="pipe the token in") from error
+    known = next((one for one in keys if one["id"] == header.get("kid")), None)
+    if known is None:
+        return header, claims, "of a key that this issuer does not have"
+    try:
+        jwt.decode(
+            text,
+            jwt.PyJWK(dict(known["jwk"])).key,
+            algorithms=[known["algorithm"]],
+            options={"verify_aud": False, "verify_exp": False, "verify_nbf": False},
+        )
+    except jwt.InvalidTokenError as error:
+        return header, claims, f"wrong: {error}"
+    return header, claims, f"good, of the key that is {known['state']}"
+
+
+@identity_app.command("setup")
+@config_command
+def setup(
+    run: Invocation,
+    verifier: Annotated[
+        str, argument("VERIFIER", "keystone, openbao, vault, kubernetes, rgw or haproxy.")
+    ],
+) -> None:
+    """Print the commands and files with which a verifier takes this issuer's tokens."""
+    from imdsproxy.tools.identity_setup import VERIFIERS, render_setup
+
+    if verifier not in VERIFIERS:
+        raise RequestRefused(
+            f"there is no recipe for {verifier}", hint=f"one of {', '.join(VERIFIERS)}"
+        )
+    identity = run.settings.identity
+    if identity.issuer is None:
+        raise RequestRefused("the settings have no issuer", hint="identity.issuer")
+    run.output.text(
+        render_setup(
+            verifier,
+            issuer=identity.issuer,
+            trust_domain=identity.domain,
+            keystone_audience=identity.openstack_audience or "keystone",
+        ).rstrip()
+    )
