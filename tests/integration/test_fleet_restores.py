@@ -140,7 +140,13 @@ def _save(world: FleetWorld, name: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("options", [(), ("--bump-revision=1000000000", "--mark-compacted")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        pytest.param(("--bump-revision=1000000000", "--mark-compacted"), marks=pytest.mark.slow),
+    ],
+)
 def test_nothing_that_was_revoked_comes_back_from_a_backup_and_who_renewed_is_not_locked_out(
     world: FleetWorld, operator: Operator, options: tuple[str, ...]
 ) -> None:

@@ -138,7 +138,7 @@ def test_a_guest_is_served_over_ipv6_by_the_route_that_the_router_announces(
         rest.send("PUT", f"{way}/remove_router_interface", {"subnet_id": subnet})
 
 
-@pytest.mark.parametrize("kind", ["plain", "distributed"])
+@pytest.mark.parametrize("kind", ["plain", pytest.param("distributed", marks=pytest.mark.slow)])
 def test_no_request_leaves_a_router_from_its_first_moment_on(world: L3World, kind: str) -> None:
     table = f"{world.host.lab.prefix}-drop"
     options = {"distributed": True} if kind == "distributed" else {}

@@ -168,8 +168,8 @@ def _masquerading(host: VmHost) -> None:
     ("make", "reach", "device", "routes"),
     [
         (_nat, "--interface", "virbr0", {"default"}),
-        (_masquerading, "--bridge", "virbr0", {"default"}),
-        (_nat, "--bridge", "virbr0", {"default"}),
+        pytest.param(_masquerading, "--bridge", "virbr0", {"default"}, marks=pytest.mark.slow),
+        pytest.param(_nat, "--bridge", "virbr0", {"default"}, marks=pytest.mark.slow),
         (_walled, "--bridge", "virbr0", {"default"}),
         (_isolated, "--bridge", "iso0", {_METADATA}),
         # Behind a foreign gateway a guest needs none on a bridge; elsewhere it keeps that gateway beside it.

@@ -79,7 +79,7 @@ _ONE_LINE = {
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=settings().max_examples * 3 // 2, deadline=None)
 @given(INSTANCES)
 def test_what_is_listed_is_served_and_what_is_off_is_not_listed(instance: Instance) -> None:
     asked = Guest(instance)
@@ -125,7 +125,7 @@ _OFF = {b"latest": Dialect.EC2, b"openstack": Dialect.OPENSTACK, b"nocloud": Dia
 _PATHS = st.lists(st.sampled_from(_PARTS), max_size=7).map(lambda parts: b"/" + b"/".join(parts))
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=settings().max_examples * 5, deadline=None)
 @given(
     INSTANCES,
     _PATHS | st.binary(max_size=60),

@@ -156,7 +156,7 @@ def _play(play: Callable[[World], Awaitable[None]]) -> None:
     asyncio.run(run())
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=settings().max_examples * 3 // 2, deadline=None)
 @given(
     st.lists(_guests | _interfaces, max_size=8),
     st.sets(st.sampled_from(("networks", "addresses", "macs", "owners", "devices"))),
@@ -187,7 +187,6 @@ def test_a_look_up_names_exactly_the_one_port_that_has_the_address_there(
     _play(play)
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.lists(_steps, max_size=30), st.lists(_looks, min_size=1, max_size=6))
 def test_once_neutron_has_stood_still_for_a_refresh_everything_is_as_it_says(
     steps: list[Step], looks: list[Look]

@@ -188,7 +188,7 @@ _steps: st.SearchStrategy[_Step] = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=settings().max_examples * 3, deadline=None)
 @given(st.lists(st.tuples(_steps, st.booleans()), min_size=3, max_size=25))
 def test_no_entry_is_reached_by_another_s_mac(steps: list[tuple[_Step, bool]]) -> None:
     async def run() -> World:

@@ -36,7 +36,6 @@ _documents = st.builds(
 )
 
 
-@settings(max_examples=100, deadline=None)
 @given(_documents)
 def test_every_record_that_can_be_written_is_valid(document: object) -> None:
     assert _is_taken(document)
@@ -71,7 +70,7 @@ def _with(document: object, path: tuple[str | int, ...], value: object) -> Any:
 _NAMES: Final = sorted({"x", *(name for table in TABLES.values() for name in table.names)})
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=settings().max_examples * 5 // 2, deadline=None)
 @given(_documents, st.data())
 def test_whatever_is_changed_in_a_document_the_parser_takes_only_what_is_valid(
     document: Any,

@@ -8,7 +8,7 @@ from ipaddress import IPv4Address
 from typing import TypeAlias
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from imdsproxy.errors import (
@@ -181,7 +181,6 @@ def check(store: Store) -> None:
     assert claims == wanted
 
 
-@settings(max_examples=120)
 @given(
     before=st.lists(CHANGES, max_size=4),
     changes=st.tuples(CHANGES, CHANGES, CHANGES),

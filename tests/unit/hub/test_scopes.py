@@ -245,7 +245,7 @@ def _check_instance(before: _Keys, key: str, value: bytes, grant: Grant) -> None
     assert all(one.project in {None, "shop"} for one in record.ports if one not in ports)
 
 
-@settings(max_examples=500)
+@settings(max_examples=settings().max_examples * 5)
 @given(st.lists(WRITES, min_size=1, max_size=4))
 def test_no_write_of_a_projects_operator_changes_what_others_have_or_uses_what_was_not_given(
     writes: list[tuple[str, Any, Any]],

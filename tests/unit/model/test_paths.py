@@ -181,7 +181,7 @@ def test_no_hand_written_spelling_reads_what_the_plain_one_does_not() -> None:
     assert read > len(HAND_WRITTEN) // 8
 
 
-@settings(max_examples=1000, derandomize=True, deadline=None, database=None)
+@settings(max_examples=settings().max_examples * 10, derandomize=True, deadline=None, database=None)
 @given(target=spellings().filter(is_plain_http))
 def test_no_spelling_reads_what_the_plain_one_does_not(target: str) -> None:
     assert not _wrong(target)

@@ -170,7 +170,7 @@ def _addresses(records: Iterable[Instance]) -> list[AddressKey]:
 
 
 @given(_steps)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=settings().max_examples * 4, deadline=None)
 def test_whatever_happens_no_address_is_in_force_twice_and_changes_are_reported(
     steps: list[tuple[str, list[Instance | str], bool]],
 ) -> None:
