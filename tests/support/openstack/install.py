@@ -106,3 +106,7 @@ def _run(*words: str) -> None:
     own = {uvs: os.environ[pips] for pips, uvs in pairs if pips in os.environ}
     # ovs comes as source; its C part is optional and left out everywhere, whether there is a compiler or not.
     run(*words, timeout_s=_INSTALL_S, environment={**own, **os.environ, "CC": "false"})
+
+
+if __name__ == "__main__":
+    environments()
