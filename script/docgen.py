@@ -36,6 +36,7 @@ from imdsproxy.config.schema import Settings
 from imdsproxy.config.strict_yaml import render_value
 from imdsproxy.controller.audit import Audit
 from imdsproxy.controller.companion import DocumentProbe
+from imdsproxy.controller.identity import IdentityHost
 from imdsproxy.controller.macs import Macs
 from imdsproxy.controller.record_loop import RecordLoop
 from imdsproxy.controller.sources import Sources
@@ -127,6 +128,7 @@ _PARTS: Final = (
     UnixListener,
     Audit,
     NovaWatch,
+    IdentityHost,
     SettingsHolder,
     FleetSource,
     NeutronSource,

@@ -47,7 +47,13 @@ _POLICY: Final = {
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[World, Issuer]]:
     section, issuer = identity_settings(tmp_path_factory.mktemp("issuer"))
-    settings = {"resolver": {"hold_s": 1.0}, "identity": section, "policy": _POLICY}
+    audit = {"mode": "all", "destination": "{directory}/audit.log"}
+    settings = {
+        "resolver": {"hold_s": 1.0},
+        "identity": section,
+        "policy": _POLICY,
+        "audit": audit,
+    }
     with open_world(settings) as world:
         yield world, issuer
 
@@ -349,3 +355,62 @@ def test_a_document_is_listed_nowhere_and_absent_without_the_policy(
     headers = with_token(take_token(documented))
     assert documented.ask(f"{_DOCUMENTS}/", headers=headers).body == b""
     assert {_read(world.guests["green"], name).status for name in _NAMES} == {404}
+
+
+def _lines_of(world: World, token_id: str) -> list[dict[str, object]]:
+    lines = (world.daemon.directory / "audit.log").read_text().splitlines()
+    return [found for line in lines if (found := json.loads(line)).get("jti") == token_id]
+
+
+def test_the_audit_log_has_the_id_of_each_token_that_is_given_and_never_a_token(
+    world: World, guest: Guest
+) -> None:
+    token = wait_token(guest)
+    token_id = claims_of(token)["jti"]
+    # From HAProxy's memory too, and in another form.
+    request_token(guest)
+    request_token(guest, query="?format=json")
+    until(lambda: len(_lines_of(world, token_id)) >= 3, what="its lines")
+    line = _lines_of(world, token_id)[-1]
+    assert (line["audience"], line["instance"]) == ("vault", "red-5")
+    guest.ask(f"/latest/{token}", headers=(f"User-Agent: {token}",))
+    path = world.daemon.directory / "audit.log"
+    until(lambda: '"path":"/latest/(token)"' in path.read_text(), what="the line of a leak")
+    assert token not in path.read_text()
+
+
+def test_readiness_is_not_green_while_no_token_can_be_signed(world: World, guest: Guest) -> None:
+    wait_token(guest)
+    assert world.daemon.status()["readiness"]["ready"]
+    ring = world.daemon.state / "identity" / "keys" / "ring.json"
+    content = ring.read_bytes()
+    pid = int((world.daemon.runtime / "signer.pid").read_text().split()[0])
+    ring.write_text("damaged")
+    try:
+        os.kill(pid, signal.SIGKILL)
+        until(
+            lambda: not world.daemon.status()["readiness"]["ready"],
+            within_s=20,
+            what="the refusal of readiness",
+        )
+        reasons = [one["reason"] for one in world.daemon.status()["problems"]]
+        assert any("identity" in one or "sign" in one for one in reasons), reasons
+        # Documents are not concerned.
+        assert guest.ask("/latest/meta-data/hostname").status == 200
+    finally:
+        ring.write_bytes(content)
+    until(lambda: world.daemon.status()["readiness"]["ready"], within_s=30, what="readiness again")
+
+
+def test_status_shows_issuer_key_and_counts(world: World, guest: Guest) -> None:
+    key = jwt.get_unverified_header(wait_token(guest))["kid"]
+
+    def has_counts() -> bool:
+        report = world.daemon.status()["identity"]
+        counted = report["held"] > 0 and report["given"].get("new", 0) > 0
+        return bool(report["signing_key"] == key and counted)
+
+    until(has_counts, within_s=20, what="the counts")
+    shown = world.daemon.command("status").out
+    assert f"https://127.0.0.1:8443, key {key}" in shown
+    request_token(guest, "kubernetes")

@@ -11,6 +11,7 @@ from imdsproxy.controller.companion import DocumentsReport
 from imdsproxy.controller.macs import MacsReport
 from imdsproxy.controller.parts import Parts
 from imdsproxy.controller.sources import SourceReport
+from imdsproxy.controller.subjects import IdentityReport
 from imdsproxy.controller.watchdog import HaproxyReport
 from imdsproxy.errors import Problem
 from imdsproxy.fleet.guests import FleetReport
@@ -39,6 +40,7 @@ class StatusReport:
         busiest: Instances that are limited now, then the busiest others; ten at most.
         audit: `None` if there is no audit log.
         fleet: `None` if this host belongs to no fleet.
+        identity: `None` if this host gives no identity tokens.
     """
 
     version: str
@@ -66,6 +68,7 @@ class StatusReport:
     busiest: tuple[limits.Asker, ...] = ()
     audit: AuditReport | None = None
     fleet: FleetReport | None = None
+    identity: IdentityReport | None = None
     progress: tuple[Step, ...] = ()
 
 

@@ -138,6 +138,8 @@ def _facts(report: Shape) -> Iterator[tuple[str, list[str]]]:
     yield "instances", [f"{report['instances']} with {report['addresses']} addresses"]
     yield "haproxy", list(_haproxy(report["haproxy"]))
     yield "documents", list(_documents(report["documents"]))
+    if (identity := report.get("identity")) is not None:
+        yield "identity", list(_identity(identity))
     if (unix := report["unix_listener"]) is not None:
         line = f"{unix['path']}, [red]not served[/] {unix['problem']}".rstrip()
         if unix["serving"]:
@@ -183,6 +185,15 @@ def _haproxy(haproxy: Shape) -> Iterator[str]:
         yield f"reload {last['number']} ({last['reason']}): {how}"
     if haproxy["problem"]:
         yield f"[red]{haproxy['problem']}[/]"
+
+
+def _identity(identity: Shape) -> Iterator[str]:
+    if identity["issuer"]:
+        yield f"{identity['issuer']}, key {identity['signing_key'] or '[red]none[/]'}"
+    else:
+        yield "hubs sign"
+    given, refused = sum(identity["given"].values()), sum(identity["refused"].values())
+    yield f"{identity['held']} held, {given} given, {refused} refused"
 
 
 def _documents(documents: Shape) -> Iterator[str]:

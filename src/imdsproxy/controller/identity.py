@@ -8,15 +8,17 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from hashlib import blake2b
+from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, ClassVar, Final
 from urllib.parse import urlsplit
 
+import httpcore
 import structlog
 
 from imdsproxy.config.schema import Settings
 from imdsproxy.controller.companion import Companion
-from imdsproxy.controller.subjects import Subjects
+from imdsproxy.controller.subjects import IdentityReport, Subjects
 from imdsproxy.errors import DataplaneError, Problem, SourceUnavailable
 from imdsproxy.haproxy.launch import kill_process
 from imdsproxy.haproxy.layout import Layout
@@ -25,16 +27,18 @@ from imdsproxy.haproxy.rules.model import IssuerFrontend
 from imdsproxy.host.account import Account, find_account
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import ensure_directory, write_atomic
+from imdsproxy.host.http import Unanswered, ask
 from imdsproxy.issuer.documents import DOCUMENTS, render_documents
 from imdsproxy.issuer.hub_source import AUTHORITY_FILE, CERTIFICATE_FILE, HUBS_FILE
 from imdsproxy.issuer.ring import parse_ring
 from imdsproxy.issuer.rotation import Pace, plan_rotation
 from imdsproxy.issuer.serve import Plan
-from imdsproxy.reconcile.part import Part
+from imdsproxy.reconcile.part import By, Gauge, Impact, Part
 from imdsproxy.reconcile.reconciler import Reconciler
 from imdsproxy.sources.fleet.client import HostFiles
 
 _PATIENCE_S: Final = 5.0
+_LIMITS: Final = dict.fromkeys(("connect", "read", "write", "pool"), _PATIENCE_S)
 _EVERY_S: Final = 5.0
 _log: Final = structlog.get_logger()
 
@@ -151,6 +155,8 @@ class IdentityHost(Part):
         documents: Documents of the issuer by path, with their types; empty until the signer has answered.
     """
 
+    impact: ClassVar = Impact.HARMS
+
     layout: Layout
     subjects: Subjects | None
     issuer: str
@@ -164,6 +170,9 @@ class IdentityHost(Part):
     fleet: FleetFiles | None = None
     documents: dict[str, tuple[str, str]] = field(default_factory=dict)
     _certificate: Problem | None = None
+    _unsigned: Problem | None = None
+    _state: Mapping[str, Any] = field(default_factory=dict)
+    _signing_key: str | None = None
     _reads: Reconciler = field(
         default_factory=partial(
             Reconciler,
@@ -204,7 +213,8 @@ class IdentityHost(Part):
         return self.public / path.lstrip("/")
 
     def problems(self) -> tuple[Problem | None, ...]:
-        return self.service.failure, self.signer.failure, self._reads.failure, self._certificate
+        failures = self.service.failure, self.signer.failure, self._reads.failure
+        return (*failures, self._certificate, self._unsigned)
 
     def load(self) -> None:
         """Take the documents of the last run, so that an adopted HAProxy goes on serving them."""
@@ -215,8 +225,64 @@ class IdentityHost(Part):
 
     async def run(self) -> None:
         await asyncio.gather(
-            self.service.run(), self.signer.run(), self._follow_keys(), self._follow_fleet()
+            self.service.run(),
+            self.signer.run(),
+            self._follow_keys(),
+            self._follow_fleet(),
+            self._follow_state(),
         )
+
+    async def _follow_state(self) -> None:
+        while self.service.needed:
+            await asyncio.sleep(_EVERY_S)
+            await self.refresh()
+
+    async def refresh(self) -> None:
+        """Ask the process that answers guests for its counts, and whether it gets tokens."""
+        if not self.service.needed:
+            return
+        try:
+            async with httpcore.AsyncConnectionPool(uds=str(self.layout.identity_socket)) as pool:
+                status, data = await ask(pool, "GET", "http://identity/state", _LIMITS)
+            self._state = json.loads(data) if status == HTTPStatus.OK else {}
+            failure = self._state["failure"]
+        except (Unanswered, ValueError, KeyError) as error:
+            failure = f"its process does not answer: {error}"
+        self._unsigned = None
+        if failure is not None:
+            hint = "journalctl -u imdsproxy-identity -u imdsproxy-signer"
+            self._unsigned = Problem("identity", f"guests get no identity tokens: {failure}", hint)
+
+    async def report(self) -> Mapping[str, object]:
+        if not self.service.needed:
+            return {}
+        pids = (self.service.read().parent, self.signer.read().parent)
+        state = self._state
+        report = IdentityReport(
+            self.issuer,
+            self._signing_key,
+            tuple(pid for pid in pids if pid is not None),
+            state.get("held", 0),
+            state.get("given", {}),
+            state.get("refused", {}),
+        )
+        return {"identity": report}
+
+    def identity_tokens_held(self) -> Gauge:
+        """Identity tokens that this host holds; no series if the settings give none."""
+        return self._state.get("held") if self.service.needed else None
+
+    def identity_tokens(self) -> Annotated[By, "counter", "origin"]:
+        """Identity tokens given by the process behind HAProxy, by origin: `held`, or `new`."""
+        return self._state.get("given", {}) if self.service.needed else None
+
+    def identity_refusals(self) -> Annotated[By, "counter", "reason"]:
+        """Identity tokens refused, by reason."""
+        return self._state.get("refused", {}) if self.service.needed else None
+
+    def identity_failing(self) -> Gauge:
+        """1 while guests get no identity tokens; `imdsproxy status` has the reason."""
+        return float(self._unsigned is not None) if self.service.needed else None
 
     async def _follow_fleet(self) -> None:
         while self.fleet is not None:
@@ -237,6 +303,7 @@ class IdentityHost(Part):
         """
         shape = await self._rotate(await self.ask({"keys": None}))
         documents = render_documents(self.issuer, shape["keys"], shape["ring"]["sequence"])
+        self._signing_key = parse_ring(json.dumps(shape["ring"]).encode()).signing
         if documents == self.documents:
             return
         for path, (_, text) in documents.items():

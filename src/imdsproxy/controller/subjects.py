@@ -56,3 +56,24 @@ class Subjects:
             path = self.directory / name
             remove_file(path, f"remove the subject {path}")
             self._known.discard(name)
+
+
+@dataclass(frozen=True, slots=True)
+class IdentityReport:
+    """Identity tokens on this host.
+
+    Attributes:
+        issuer: URL of the issuer; empty in a fleet, whose hubs know it.
+        signing_key: Id of the key that signs; `None` in a fleet, or before the signer has answered.
+        processes: Pids of the process that answers guests, and of the signer.
+        held: Number of tokens that the process holds.
+        given: Tokens that it gave, by origin: `held`, or `new`. HAProxy gives most tokens without it.
+        refused: Refusals by reason.
+    """
+
+    issuer: str
+    signing_key: str | None
+    processes: tuple[int, ...]
+    held: int
+    given: dict[str, int]
+    refused: dict[str, int]

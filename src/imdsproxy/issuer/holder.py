@@ -3,6 +3,7 @@
 import asyncio
 import os
 import re
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,6 +90,11 @@ class TokenHolder:
     Args:
         monotonic: Returns seconds since an arbitrary start.
         uniform: Returns a random number between two.
+
+    Attributes:
+        given: Number of tokens by origin: `held`, `new`.
+        refused: Number of refusals by reason.
+        failure: Reason why the last request to the source failed; `None` after a success.
     """
 
     subjects: Path
@@ -97,6 +103,9 @@ class TokenHolder:
     uniform: Callable[[float, float], float]
     pause: Callable[[float], Awaitable[None]] = asyncio.sleep
     held: dict[TokenKey, Held] = field(default_factory=dict)
+    given: Counter[str] = field(default_factory=Counter)
+    refused: Counter[str] = field(default_factory=Counter)
+    failure: str | None = None
     _documents: dict[str, dict[str, str]] = field(default_factory=dict)
     _due: dict[TokenKey, float] = field(default_factory=dict)
     _known: dict[str, Subject] = field(default_factory=dict)
@@ -137,8 +146,10 @@ class TokenHolder:
         now, key = self.monotonic(), (name, audience)
         held = self.held.get(key) if nonce is None else None
         if held is not None and held.fresh_s(now) > 0:
+            self.given["held"] += 1
             return held
         if not self._take_share(subject):
+            self.refused["share"] += 1
             return None
         wanted = Wanted(name, subject, audience, nonce)
         try:
@@ -175,6 +186,15 @@ class TokenHolder:
             self._shares.clear()
         return self._shares.setdefault(subject.instance, _Share(at=now)).take(now)
 
+    def state(self) -> dict[str, object]:
+        """Return the counts, and the reason why tokens cannot be had, as JSON."""
+        return {
+            "held": len(self.held),
+            "given": dict(self.given),
+            "refused": dict(self.refused),
+            "failure": self.failure,
+        }
+
     async def _share_request(self, key: TokenKey, wanted: Wanted) -> Held | Refusal:
         """Request a token; requests for the same token at one time share the answer."""
         task = self._pending.get(key)
@@ -187,8 +207,18 @@ class TokenHolder:
         return self._keep(key, (await self._request([wanted]))[0])
 
     async def _request(self, wanted: Sequence[Wanted]) -> list[Held | Refusal]:
-        found = await self.source.request(wanted)
+        try:
+            found = await self.source.request(wanted)
+        except SourceUnavailable as error:
+            self.failure = error.message
+            raise
+        self.failure = None
         now = self.monotonic()
+        for one in found:
+            if isinstance(one, Refusal):
+                self.refused[one.value] += 1
+            else:
+                self.given["new"] += 1
         return [one if isinstance(one, Refusal) else Held(one, now) for one in found]
 
     def _keep(self, key: TokenKey, found: Held | Refusal) -> Held | Refusal:

@@ -16,6 +16,9 @@ from imdsproxy.issuer.formats import TokenFormat, render_token
 from imdsproxy.issuer.holder import Held, TokenHolder
 from imdsproxy.model import wire
 
+STATE_PATH: Final = b"/state"
+"""Path of the process's counts, for the controller."""
+
 _TEXT: Final = wire.TEXT
 _JSON: Final = b"application/json"
 _NOT_STORED: Final[Header] = (b"cache-control", b"no-store")
@@ -54,8 +57,11 @@ class IdentityService:
         headers = cast("Iterable[Header]", scope["headers"])
         found = {name.decode("latin-1"): value.decode("latin-1") for name, value in headers}
         if wire.HEADER_SUBJECT not in found:
+            # HAProxy's check, or the controller's question; a guest's request names its subject.
             status = 200 if scope["raw_path"] == LIVENESS_PATH else 400
-            await send_answer(refusal(status), send)
+            is_question = scope["raw_path"] == STATE_PATH
+            state = _json(200, self.holder.state()) if is_question else refusal(status)
+            await send_answer(state, send)
             return
         body = b""
         if scope["method"] not in {"GET", "HEAD"}:

@@ -24,11 +24,14 @@ from imdsproxy.api.exposition import Exposed
 from imdsproxy.api.health import HealthServer
 from imdsproxy.api.metrics import Metrics
 from imdsproxy.api.status import report_readiness, report_status
+from imdsproxy.controller.companion import Companion
+from imdsproxy.controller.identity import IdentityHost
 from imdsproxy.controller.parts import Parts
 from imdsproxy.controller.traffic import count_traffic
 from imdsproxy.errors import Problem, RuntimeUnavailable
 from imdsproxy.haproxy.master import MasterClient
 from imdsproxy.haproxy.rules.runtime import WorkerTotals
+from imdsproxy.issuer.rotation import Pace
 from imdsproxy.model.entities import Instance, InstanceId, NetworkId, Port
 from imdsproxy.model.observation import Observation
 from imdsproxy.network.listeners.plan import ListenerPlan
@@ -406,6 +409,10 @@ audit_failing 1.0
 metadata_no_token_total{{network="blue"}} 8.0
 metadata_no_token_rejected_total{{network="blue"}} 2.0
 metadata_no_token_rejected_total{{network="red"}} 0.0
+identity_failing 0.0
+identity_tokens_held 3.0
+identity_tokens_total{{origin="new"}} 2.0
+identity_refusals_total{{reason="audience"}} 1.0
 fleet_connected 1.0
 fleet_expired 0.0
 fleet_revision 812.0
@@ -425,7 +432,26 @@ neutron_backoff_seconds 0.75
 @pytest.fixture(scope="module")
 def exposed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with busy_controller(tmp_path_factory.mktemp("busy")) as controller:
-        yield expose(controller)
+        yield expose(replace(controller, identity=_identity(controller)))
+
+
+def _identity(controller: Parts) -> IdentityHost:
+    """Identity tokens of a host that has given some."""
+    beside = Companion(Path("pid"), Path("log"), (), {})
+    state = {"held": 3, "given": {"new": 2}, "refused": {"audience": 1}, "failure": None}
+    return IdentityHost(
+        controller.layout,
+        None,
+        "https://id.example",
+        Path("public"),
+        beside,
+        beside,
+        lambda: None,
+        Pace(3600, 600),
+        controller.clock,
+        lambda: asyncio.sleep(0),
+        _state=state,
+    )
 
 
 def _names(text: str) -> set[str]:

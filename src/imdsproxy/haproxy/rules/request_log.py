@@ -38,6 +38,8 @@ double; `User-Agent` keeps 200, which can become 1,200.
 WATCH_RING: Final = "watched"
 _CHECKS: Final = '"token":"%[var(txn.auth,no)]","refused":"%[var(txn.refused)]",'
 
+_IDENTITY: Final = '"audience":%{+json}[var(txn.audience)],"jti":"%[var(txn.token_id)]",'
+
 _CACHE: Final = "<CACHE>"
 _FRONTENDS: Final = ("guests", "agents")
 _NOTHING: Final = "-"
@@ -45,6 +47,8 @@ _NO_REQUEST: Final = "<BADREQ>"
 _PLAIN: Final = (string.digits + string.ascii_letters + string.punctuation + " \n").encode()
 _CONTROL: Final = re.compile("[\0-\x1f\x7f]")
 _TOKEN: Final = re.compile(rb"[0-9A-Fa-f]{0,8}\.[0-9]{10}\.[A-Za-z0-9_-]+")
+_JWT_BEGIN: Final = b"eyJ"
+_JWT: Final = re.compile(rb"eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}(?:\.[A-Za-z0-9_-]*)?")
 _NO_TOKEN: Final = b"(token)"
 _ROUGHLY_S: Final = 100_000
 _LEFT_OUT: Final = re.compile(rb"(\d+) events? dropped")
@@ -59,6 +63,7 @@ def names_of_log(spec: DataplaneSpec) -> dict[str, Value]:
         "logs": spec.watched or spec.audit > 0,
         "log_path": Text("capture.req.uri,field(1,?)" if spec.audit else "var(txn.watched)"),
         "log_checks": Text(_CHECKS if spec.audit else ""),
+        "log_identity": Text(_IDENTITY if spec.audit and spec.identity else ""),
         "log_agent": Text(',"agent":%{+json}[capture.req.hdr(0)]' if spec.audit else ""),
         # The instance is the first field of `INSTANCE|REVISION`, and the third of `@SET|SIGNATURE|INSTANCE|PROJECT`.
         "log_of_nova": Text('regsub("^@[^|]*.[^|]*.",),' if spec.nova else ""),
@@ -77,6 +82,9 @@ class AnsweredBy(StrEnum):
     DOCUMENTS = "documents"
     NOVA = "nova"
     RESOLVER = "resolver"
+    IDENTITY = "identity"
+    """The process that gives identity tokens, or HAProxy with a token of it."""
+
     CONFLICT = "conflict"
     HAPROXY = "haproxy"
     """HAProxy itself: a refusal, or no server was available."""
@@ -131,6 +139,8 @@ def read_audit(read: bytes, now: float) -> AuditLines:
     """
     if any(begin in read for begin in _begins_of_expiries(now)):
         read = _TOKEN.sub(_NO_TOKEN, read)
+    if _JWT_BEGIN in read:
+        read = _JWT.sub(_NO_TOKEN, read)
     count = read.count(b"}\n")
     # The usual case: a loop over lines would take the controller ten times as long.
     if (
@@ -208,7 +218,8 @@ def _answered_by(backend: str, server: str, status: int) -> AnsweredBy:
     # With status 200, a frontend itself answers only with the short documents that are kept beside the cache.
     if server == _CACHE or (backend in _FRONTENDS and status == HTTPStatus.OK):
         return AnsweredBy.CACHE
-    if backend.startswith(AnsweredBy.NOVA):
-        return AnsweredBy.NOVA
+    for one in (AnsweredBy.NOVA, AnsweredBy.IDENTITY):
+        if backend.startswith(one):
+            return one
     name = backend.removesuffix(SAMPLED).removesuffix(CHECKED)
     return next((one for one in AnsweredBy if name == one.value), AnsweredBy.HAPROXY)

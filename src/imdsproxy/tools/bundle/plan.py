@@ -15,7 +15,13 @@ from urllib.parse import quote, quote_plus
 
 from imdsproxy.model.tokens import TOKEN_PATTERN
 
-UNITS: Final = ("imdsproxy", "imdsproxy-haproxy", "imdsproxy-documents")
+UNITS: Final = (
+    "imdsproxy",
+    "imdsproxy-haproxy",
+    "imdsproxy-documents",
+    "imdsproxy-identity",
+    "imdsproxy-signer",
+)
 MOST_BYTES: Final = 4 << 20
 """Maximum size of a part in bytes; only the end of a longer part is kept."""
 
@@ -161,6 +167,8 @@ _PATTERNS: Final = tuple(
     re.compile(pattern, flags)
     for pattern, flags in (
         (rf"(?<![\w-]){TOKEN_PATTERN.strip('^$')}", 0),
+        # Identity tokens, and every other token of this kind.
+        (r"eyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}(?:\.[A-Za-z0-9_-]*)?", 0),
         # Signatures and keys; the pattern also removes digests, which look the same.
         (r"\b[0-9a-fA-F]{64}\b", 0),
         (
