@@ -192,6 +192,10 @@ _REFUSED: Final = frozenset(
         "POST /fleet/leave",
         "POST /fleet/password",
         "GET /fleet/blob/{sha256}",
+        "POST /fleet/identity",
+        "POST /fleet/identity-document",
+        # Public documents.
+        "GET /fleet/issuer/{path}",
         "POST /fleet/enrol",
         "POST /fleet/renew",
         "POST /fleet/revoked-operators",

@@ -161,7 +161,8 @@ def test_after_a_theft_no_key_and_no_token_of_before_is_left(
 
 
 def test_a_token_is_shown_with_its_claims_and_whose_it_is(world: World, guest: Guest) -> None:
-    token = wait_token(guest)
+    # A held token may be of a key that another test has made old before its time.
+    token = request_token(guest, more=("X-imdsproxy-nonce: shown",)).text
     shown = world.daemon.command("identity", "show", stdin=f"{token}\n")
     assert shown.status == 0, shown
     assert "signature: good, of the key that is signing" in shown.out
