@@ -174,6 +174,8 @@ _NAME_NOTHING: Final = frozenset(
         "GET /v1/imports/{name}",
         "GET /v1/policies",
         "GET /v1/grants",
+        # Public documents.
+        "GET /fleet/issuer/{path}",
     )
 )
 """They take no name. What they show is looked at by other tests of this module."""
@@ -181,6 +183,8 @@ _NAME_NOTHING: Final = frozenset(
 _REFUSED: Final = frozenset(
     (
         "POST /v1/token-keys/rotate",
+        "GET /v1/identity/keys",
+        "POST /v1/identity/rotate",
         "GET /fleet/status",
         "GET /fleet/hosts",
         "POST /fleet/accept-restore",
@@ -194,8 +198,6 @@ _REFUSED: Final = frozenset(
         "GET /fleet/blob/{sha256}",
         "POST /fleet/identity",
         "POST /fleet/identity-document",
-        # Public documents.
-        "GET /fleet/issuer/{path}",
         "POST /fleet/enrol",
         "POST /fleet/renew",
         "POST /fleet/revoked-operators",

@@ -6,26 +6,30 @@ import json
 import time
 from base64 import b64decode
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Final
 
+import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric.padding import PKCS1v15
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from cryptography.hazmat.primitives.hashes import SHA256
+from jwt import PyJWK, PyJWT
 from jwt.algorithms import RSAAlgorithm
 
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.layout import HostId, HostState, StoredHost, host_key, render_host
-from imdsproxy.fleet.members import IDENTITY_PATH
+from imdsproxy.fleet.members import IDENTITY_PATH, Role
 from imdsproxy.sources.fleet.client import HubClient
 from support.daemon import instance
 from support.fleet_member import Member
+from support.fleet_operator import Operator
 from support.fleet_world import FleetHost, FleetWorld, fleet_world
 from support.guest import Guest, take_token, with_token
 from support.identity.fleet import Signers
 from support.identity.requests import claims_of, request_token, wait_token
 from support.identity.verifiers import verify
-from support.lab import until
+from support.lab import run, until, within
 
 pytestmark = pytest.mark.root
 
@@ -61,6 +65,11 @@ def guests(hosts: tuple[FleetHost, FleetHost]) -> tuple[Guest, Guest]:
     """A guest of each host, with one address."""
     here, there = (host.lab.guest("blue") for host in hosts)
     return here, there
+
+
+@pytest.fixture(scope="module")
+def operator(world: FleetWorld) -> Operator:
+    return Operator.new(world, "rota")
 
 
 def _place(world: FleetWorld, name: str, *hosts: str, **fields: object) -> int:
@@ -213,3 +222,103 @@ def test_a_revoked_host_gets_no_token_within_a_second(world: FleetWorld) -> None
     begun = time.monotonic()
     until(lambda: _of(world, member)[0] == 403, what="the refusal")
     assert time.monotonic() - begun < 1
+
+
+def _keys(world: FleetWorld, signers: Signers) -> list[Mapping[str, Any]]:
+    """Return the public keys as a verifier reads them, the signing key first."""
+    issuer = signers.issuer
+    curl = ("curl", "-sf", "--cacert", str(issuer.ca_file), issuer.jwks_url)
+    found: list[Mapping[str, Any]] = json.loads(run(*within(world.hubs[1].namespace), *curl))[
+        "keys"
+    ]
+    return found
+
+
+def _make_due(world: FleetWorld) -> None:
+    """Have the time of the next step come, as another hub would have written it."""
+    found = world.ask(lambda etcd: etcd.read(layout.ISSUER)).kvs[0].value
+    stored = layout.parse_issuer(found)
+    keys = [{**one, "since": 0} for one in stored.ring["keys"]]
+    ring = {**stored.ring, "sequence": stored.ring["sequence"] + 1, "keys": keys}
+    world.write({layout.ISSUER: layout.render_issuer(replace(stored, ring=ring))})
+
+
+def test_an_operator_rotates_the_fleet_s_keys_and_no_token_is_refused(
+    world: FleetWorld,
+    signers: Signers,
+    hosts: tuple[FleetHost, FleetHost],
+    guests: tuple[Guest, Guest],
+    operator: Operator,
+) -> None:
+    created = _place(world, "web", hosts[0].name)
+    wait_token(guests[0], instance_created=created)
+    (first,) = operator.do("identity", "keys", "--json").json["keys"]
+    refused: list[str] = []
+
+    def has_turned(key: str) -> bool:
+        """Return whether the key signs; each token on the way is verified with the keys of its moment."""
+        token = request_token(guests[0], more=_NONCE).text
+        published = {one["kid"]: one for one in _keys(world, signers)}
+        kid = jwt.get_unverified_header(token)["kid"]
+        if kid not in published:
+            refused.append(token)
+        else:
+            PyJWT().decode(
+                token, PyJWK(dict(published[kid])).key, algorithms=["RS256"], audience="vault"
+            )
+        return bool(kid == key)
+
+    rotated = operator.do("identity", "rotate", "--json").json["keys"]
+    assert [one["state"] for one in rotated] == ["signing", "next"]
+    new = rotated[1]["id"]
+    until(lambda: len(_keys(world, signers)) == 2, what="both keys")
+    assert not has_turned(new)
+    _make_due(world)
+    until(lambda: has_turned(new), what="the other key")
+    until(lambda: _keys(world, signers)[0]["kid"] == new, what="the signing key first")
+    _make_due(world)
+    until(lambda: len(_keys(world, signers)) == 1, what="the old key's end")
+    assert has_turned(new)
+    assert (refused, first["id"] != new) == ([], True)
+
+
+def test_after_a_theft_no_guest_gets_a_token_of_the_stolen_key_from_any_hub_host_or_backup(
+    world: FleetWorld,
+    signers: Signers,
+    hosts: tuple[FleetHost, FleetHost],
+    guests: tuple[Guest, Guest],
+    operator: Operator,
+) -> None:
+    created = _place(world, "web", hosts[0].name)
+    held = wait_token(guests[0], instance_created=created)
+    backup = world.ask(lambda etcd: etcd.read(layout.ISSUER)).kvs[0].value
+    done = operator.do("identity", "rotate", "--compromised")
+    assert ("OpenBao" in done.out, "seal.key" in done.out) == (True, True)
+    (stolen,), (kept,) = (
+        [one["id"] for one in layout.parse_issuer(value).ring["keys"]]
+        for value in (backup, world.ask(lambda etcd: etcd.read(layout.ISSUER)).kvs[0].value)
+    )
+    assert stolen != kept
+    # Neither HAProxy's cache nor the process behind it has the token any more.
+    until(lambda: request_token(guests[0]).text not in {held, ""}, what="another token")
+    assert jwt.get_unverified_header(wait_token(guests[0]))["kid"] == kept
+    until(lambda: [one["kid"] for one in _keys(world, signers)] == [kept], what="one key")
+    # An etcd of before, without its later changes.
+    world.write({layout.ISSUER: backup})
+    until(
+        lambda: world.ask(lambda etcd: etcd.read(layout.ISSUER)).kvs[0].value != backup,
+        within_s=20,
+        what="the hubs' repair",
+    )
+    assert [one["id"] for one in operator.do("identity", "keys", "--json").json["keys"]] == [kept]
+    assert jwt.get_unverified_header(request_token(guests[0], more=_NONCE).text)["kid"] == kept
+    regained = operator.ask("GET", "/fleet/status")["regained"]
+    assert "keeps the keys" in regained["issuer of identity tokens"]
+    operator.ask("POST", "/fleet/accept-restore")
+    wait_token(guests[0])
+
+
+def test_readers_see_the_fleet_s_keys_and_rotate_none(world: FleetWorld) -> None:
+    reader = Operator.new(world, "rita", Role.READER)
+    assert reader.do("identity", "keys", "--json").json["keys"]
+    assert reader.run("identity", "rotate").status == 77

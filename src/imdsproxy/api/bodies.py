@@ -113,6 +113,14 @@ class PasswordBody(_Record):
     password: DocumentBody
 
 
+class RotateBody(BaseModel):
+    """Reason of a rotation of the issuer's keys."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    compromised: bool = False
+
+
 class RecordsBody(_Record):
     """Many records at once; all are stored, or none."""
 

@@ -19,6 +19,7 @@ from imdsproxy.controller.token_report import InstanceTokens, TokenReport
 from imdsproxy.errors import Problem, RequestRefused
 from imdsproxy.haproxy.rules.limits import Usage
 from imdsproxy.haproxy.rules.request_log import WatchReport
+from imdsproxy.issuer.rotation import IssuerKeys
 from imdsproxy.model.entities import InstanceId
 
 
@@ -51,12 +52,6 @@ _Probe = Annotated[
 
 class _Order(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class RotateBody(_Order):
-    """Reason of a rotation."""
-
-    compromised: bool = False
 
 
 class StopBody(_Order):
@@ -203,13 +198,13 @@ async def rotate_token_keys(parts: _Uses) -> tokens.KeyRotation:
 
 
 @router.get("/identity/keys")
-async def list_issuer_keys(parts: _Uses) -> identity.IssuerKeys:
+async def list_issuer_keys(parts: _Uses) -> IssuerKeys:
     """List the keys of the issuer of identity tokens, the signing key first."""
     return await identity.list_keys(parts)
 
 
 @router.post("/identity/rotate")
-async def rotate_issuer_keys(body: RotateBody, parts: _Uses) -> identity.IssuerKeys:
+async def rotate_issuer_keys(body: bodies.RotateBody, parts: _Uses) -> IssuerKeys:
     """Publish the next key of the issuer, which signs later; with `compromised` replace all keys at once."""
     return await identity.rotate_keys(parts, compromised=body.compromised)
 

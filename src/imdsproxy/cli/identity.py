@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from imdsproxy.cli.options import Invocation, argument, config_command, flag, host_command
+from imdsproxy.cli.options import Invocation, argument, command, config_command, flag
 from imdsproxy.cli.output import Output, Shape, clean, spell_time
 from imdsproxy.errors import RequestRefused, optional_library
 
@@ -23,14 +23,14 @@ identity_app = typer.Typer(
 
 
 @identity_app.command("keys")
-@host_command
+@command
 def keys(run: Invocation) -> None:
     """List the issuer's keys, the signing key first, with their next change."""
-    _show_keys(run.output, run.daemon().get("/v1/identity/keys"))
+    _show_keys(run.output, run.api().get("/v1/identity/keys"))
 
 
 @identity_app.command("rotate")
-@host_command
+@command
 def rotate(
     run: Invocation,
     *,
@@ -47,7 +47,7 @@ def rotate(
 
     The rotation goes on by itself, also after a restart.
     """
-    shape = run.daemon().request("POST", "/v1/identity/rotate", body={"compromised": compromised})
+    shape = run.api().request("POST", "/v1/identity/rotate", body={"compromised": compromised})
     _show_keys(run.output, shape)
     if compromised and not run.output.as_json:
         from imdsproxy.tools.identity_setup import render_compromised
@@ -83,7 +83,7 @@ def _spell_due(key: Mapping[str, Any]) -> str:
 
 
 @identity_app.command("show")
-@host_command
+@command
 def show(
     run: Invocation,
     token: Annotated[
@@ -93,9 +93,9 @@ def show(
         ),
     ] = _STDIN,
 ) -> None:
-    """Decode a token: header, claims, and whether a key of this host's issuer has signed it."""
+    """Decode a token: header, claims, and whether a key of the issuer has signed it."""
     text = (sys.stdin.readline() if token == _STDIN else token).strip()
-    keys = run.daemon().get("/v1/identity/keys")["keys"]
+    keys = run.api().get("/v1/identity/keys")["keys"]
     header, claims, verdict = _decode(text, keys)
     now = datetime.now(UTC).timestamp()
     life = "expired" if claims.get("exp", 0) <= now else "valid"

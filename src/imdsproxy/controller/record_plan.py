@@ -155,7 +155,15 @@ class RecordPlanner:
         policy, override = folded.policy, self.policies.override(instance.id)
         subject = None
         if self.identity:
-            subject = plan_subject(policy, override, instance, network, project, region=self.region)
+            subject = plan_subject(
+                policy,
+                override,
+                instance,
+                network,
+                project,
+                region=self.region,
+                replaced_keys=self.policies.fleet.replaced_keys,
+            )
         id_ = "" if subject is None else subject.id
         word = render_policy_word(policy, override, instance.created_at, id_)
         return GuestPolicy(folded, word, Beside(policy.paths, subject))

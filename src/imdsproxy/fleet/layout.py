@@ -75,7 +75,8 @@ PASSWORDS: Final = f"{PREFIX}pass/"
 TOKEN_KEYS: Final = f"{PREFIX}key/tokens"
 """All keys of session tokens in one value, so that they change together."""
 
-ISSUER: Final = f"{PREFIX}key/issuer"
+ISSUERS: Final = f"{PREFIX}issuer/"
+ISSUER: Final = f"{ISSUERS}keys"
 """Keys of the issuer of identity tokens, all in one value, so that they change together."""
 
 HOSTS: Final = f"{PREFIX}host/"
@@ -304,11 +305,13 @@ class StoredIssuer:
         ring: States of the keys, as `issuer.ring.KeyRing` renders them.
         keys: Public keys by id, as JWKs.
         sealed: Private keys by id; the signers' own key opens them, and the hubs' envelope does not.
+        replaced: Number of times that all keys were replaced at once, because a key was stolen.
     """
 
     ring: Json
     keys: Mapping[str, Json]
     sealed: Mapping[str, str]
+    replaced: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -483,6 +486,28 @@ def _check_password(stored: StoredPassword) -> str | None:
     return None
 
 
+def _read_ring(value: object) -> Json:
+    ring: Json = OBJECT.read(value)
+    match ring:
+        case {"sequence": int(), "keys": [*keys]} if all(map(_is_key, keys)):
+            return ring
+        case _:
+            raise Unreadable("has no `ring` of keys")
+
+
+def _is_key(entry: object) -> bool:
+    match entry:
+        case {"id": str(), "state": str(), "since": int()}:
+            return True
+        case _:
+            return False
+
+
+def _check_issuer(stored: StoredIssuer) -> str | None:
+    ids = {one["id"] for one in stored.ring["keys"]}
+    return None if ids == stored.keys.keys() == stored.sealed.keys() else "keys are missing"
+
+
 _HOSTS: Final = list_of(
     checked(lambda one: isinstance(one, str) and (is_id(one) or one == ANYWHERE), "host")
 )
@@ -543,9 +568,11 @@ _SEALING: Final = Codec(Sealing, key=ID, sha256=DIGEST)
 _SEALED_KEYS: Final = Codec(SealedKeys, sealed=BYTES)
 _ISSUER: Final = Codec(
     StoredIssuer,
-    ring=OBJECT,
+    _check_issuer,
+    ring=Kind(_read_ring),
     keys=mapping_of(ANY_TEXT, OBJECT),
     sealed=mapping_of(ANY_TEXT, ANY_TEXT),
+    replaced=COUNT,
 )
 _PASSWORD: Final = Codec(
     StoredPassword,

@@ -1,8 +1,8 @@
 """Rules for values that survive a restore of etcd from a backup, and for the suspicion of a restore. Pure.
 
-Host memberships, operator revocations and overrides must survive a restore. Each of these keys has an order in which
-its value only grows. After a restore, etcd's revisions do not show which value is newer; this order does. So any two
-values of a key have exactly one join, even from different histories of etcd.
+Host memberships, operator revocations, overrides and the issuer's keys must survive a restore. Each of these keys has
+an order in which its value only grows. After a restore, etcd's revisions do not show which value is newer; this order
+does. So any two values of a key have exactly one join, even from different histories of etcd.
 
 A hub's claim of a restore stops writes. A single host may be compromised, so two hosts must agree, and their claims
 count only while their memberships last.
@@ -18,16 +18,19 @@ from imdsproxy.fleet.codec import attempt
 from imdsproxy.fleet.layout import (
     CERTIFICATES,
     HOSTS,
+    ISSUER,
     OVERRIDES,
     SUSPECT,
     HostId,
     HostState,
     Meta,
     StoredHost,
+    StoredIssuer,
     Suspicion,
     View,
     host_key,
     parse_host,
+    parse_issuer,
     parse_operator,
     parse_override,
     parse_suspicion,
@@ -35,7 +38,7 @@ from imdsproxy.fleet.layout import (
 )
 from imdsproxy.model.policy import OperatorOverride
 
-LASTING: Final = (HOSTS, CERTIFICATES, OVERRIDES)
+LASTING: Final = (HOSTS, CERTIFICATES, OVERRIDES, ISSUER)
 """Prefixes of keys whose values must survive a restore."""
 
 EPOCHS: Final = 2**40
@@ -56,8 +59,15 @@ def join_values(key: str, known: bytes, found: bytes) -> bytes:
         joined = join_overrides(before, after)
         # An equal value stays byte for byte, so that hubs agree on the value that etcd must have.
         return found if joined == after else known if joined == before else render_override(joined)
+    if key == ISSUER:
+        # Two histories may have equally many changes: the bytes decide, so that hubs agree.
+        return max(known, found, key=lambda value: (*_changes(parse_issuer(value)), value))
     parse_operator(found)
     return found
+
+
+def _changes(stored: StoredIssuer) -> tuple[int, int]:
+    return stored.replaced, stored.ring["sequence"]
 
 
 def join_overrides(one: OperatorOverride, other: OperatorOverride) -> OperatorOverride:
@@ -79,16 +89,21 @@ def describe_regained(key: str, value: bytes, *, absent: bool) -> tuple[str, str
             f"instance {key.removeprefix(OVERRIDES)}",
             "keeps its revoked tokens and its reopened boot",
         )
+    if key == ISSUER:
+        return "issuer of identity tokens", "keeps the keys that it got after the backup"
     if key.startswith(CERTIFICATES):
         return f"operator {key.removeprefix(CERTIFICATES)}", "stays revoked"
-    name, stored = f"host {key.removeprefix(HOSTS)}", parse_host(value)
+    return f"host {key.removeprefix(HOSTS)}", _describe_host(parse_host(value), absent=absent)
+
+
+def _describe_host(stored: StoredHost, *, absent: bool) -> str:
     if stored.state is HostState.REVOKED:
-        return name, "stays revoked"
+        return "stays revoked"
     if stored.state is HostState.INVITED:
-        return name, "stays invited"
+        return "stays invited"
     if absent:
-        return name, "stays a member, though it joined after the backup"
-    return name, "keeps the certificate that it got after the backup"
+        return "stays a member, though it joined after the backup"
+    return "keeps the certificate that it got after the backup"
 
 
 MOST_AHEAD: Final = 1000

@@ -63,8 +63,8 @@ CONNECT_S: Final = 2.0
 """Time for a hub to accept a connection and answer that it runs; then the host tries another hub."""
 
 ItemKey: TypeAlias = str
-"""`network/ID`, `instance/ID`, `policy/fleet`, `policy/host/ID`, `policy/project/ID`; for an instance also
-`override/ID`, `keys/ID` and `password/ID`.
+"""`network/ID`, `instance/ID`, `policy/fleet`, `policy/host/ID`, `policy/project/ID`, `issuer/keys`; for an instance
+also `override/ID`, `keys/ID` and `password/ID`.
 """
 
 
@@ -196,7 +196,8 @@ def digest_items(items: Mapping[ItemKey, int]) -> str:
 
 _ITEM: Final = matching(
     re.compile(
-        f"(?:network|instance|override|keys|password)/{ID_SHAPE}|policy/(?:fleet|(?:host|project)/{ID_SHAPE})"
+        f"(?:network|instance|override|keys|password)/{ID_SHAPE}"
+        f"|policy/(?:fleet|(?:host|project)/{ID_SHAPE})|issuer/keys"
     ),
     "name of an item",
 )

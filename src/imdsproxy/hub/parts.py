@@ -18,6 +18,7 @@ from imdsproxy.fleet.members import admits_host
 from imdsproxy.haproxy.layout import Layout
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import read_secret
+from imdsproxy.hub.hosts.in_force import Peers
 from imdsproxy.hub.hosts.issuer import FleetIssuer
 from imdsproxy.hub.hosts.sealed import TokenKeyRing, password_item
 from imdsproxy.hub.hosts.streams import Streams
@@ -35,6 +36,7 @@ from imdsproxy.hub.store.journal import FILE, Journal
 from imdsproxy.hub.store.restores import Restores
 from imdsproxy.hub.store.state import FleetState
 from imdsproxy.issuer.local_signer import SignerClient
+from imdsproxy.issuer.rotation import Pace
 from imdsproxy.reconcile.reconciler import Reconciler
 
 _LONGEST_S: Final = 60.0
@@ -94,6 +96,11 @@ class Hub:
                 why = codec.plain(one.failure.reason)
                 failures[name] = f"failed at {at}, and was restarted: {why}"
         return failures
+
+    def problems(self) -> dict[str, str]:
+        """Return the problems of this hub itself by their subject."""
+        found = {f"loop {name}": why for name, why in self.loop_failures().items()}
+        return found if self.issuer is None else found | self.issuer.problems()
 
     def unready(self) -> str | None:
         return explain_unready(self.state, self.envelope)
@@ -169,7 +176,9 @@ def build_hub(whole: Settings, clock: Clock) -> Hub:
     issuer = None
     if identity.enabled and identity.issuer is not None:
         signer = SignerClient(Layout.of(whole).signer_socket)
-        issuer = FleetIssuer(identity.issuer, signer, state, clock)
+        pace = Pace(identity.longest_cache_s, identity.longest_life_s)
+        peers = Peers(state, name, clock, (files.hub, files.ca_certificate))
+        issuer = FleetIssuer(identity.issuer, signer, state, clock, pace, peers.find_wrong_clocks)
     return Hub(
         settings=settings,
         files=files,

@@ -14,6 +14,9 @@ from imdsproxy.model.subject import Subject, parse_subject
 MOST_AT_ONCE: Final = 64
 """Maximum number of tokens in one request to a hub."""
 
+CLOCKS_S: Final = 45.0
+"""Largest difference of clocks between hubs, or of hub and host: verifiers refuse tokens of another time."""
+
 LONGEST_LINE: Final = 64 * 1024
 """Bytes of the longest line: a subject may have many tags."""
 

@@ -13,7 +13,7 @@ from imdsproxy.errors import SourceUnavailable
 from imdsproxy.fleet.members import IDENTITY_DOCUMENT_PATH, IDENTITY_PATH
 from imdsproxy.host.http import Unanswered, ask
 from imdsproxy.issuer.claims import Refusal
-from imdsproxy.issuer.exchange import Token, parse_documents, parse_shape
+from imdsproxy.issuer.exchange import CLOCKS_S, Token, parse_documents, parse_shape
 from imdsproxy.issuer.holder import Wanted
 from imdsproxy.model.subject import Subject
 
@@ -24,7 +24,6 @@ AUTHORITY_FILE: Final = "ca.crt"
 _LIMITS: Final = {"connect": 2.0, "read": 4.0, "write": 4.0, "pool": 4.0}
 _MOST_BYTES: Final = 512 * 1024
 _OK: Final = 200
-_CLOCKS_S: Final = 45.0
 """Longest difference between two clocks: tokens are back-dated by thirty seconds, and some verifiers have no leeway."""
 
 _Stamp: TypeAlias = tuple[tuple[int, int], ...]
@@ -105,7 +104,7 @@ class HubSource:
             ahead_s = float(shape["now"]) - self.now()
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise SourceUnavailable(f"{url} answers {status}, and nothing of a hub") from error
-        if abs(ahead_s) > _CLOCKS_S:
+        if abs(ahead_s) > CLOCKS_S:
             raise SourceUnavailable(
                 f"the clock of {url} is {ahead_s:+.0f} s from this host's: its tokens would be refused"
             )

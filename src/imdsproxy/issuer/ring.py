@@ -7,6 +7,8 @@ from enum import StrEnum
 from typing import Final
 
 _FORMAT: Final = 1
+_EARLY_S: Final = 60
+SET_CLOCK: Final = "set the clock; if it is right, a wrong one made the key: imdsproxy identity rotate --compromised"
 
 
 class KeyState(StrEnum):
@@ -42,6 +44,13 @@ class KeyRing:
     @property
     def signing(self) -> str | None:
         return next((one.id for one in self.entries if one.state is KeyState.SIGNING), None)
+
+    def explain_early(self, now: int) -> str | None:
+        """Return the reason why no key may sign at this time: the clock is before the signing key's time."""
+        since = next((one.since for one in self.entries if one.state is KeyState.SIGNING), now)
+        if now >= since - _EARLY_S:
+            return None
+        return f"the clock is wrong: {since - now} s before the time since which its key signs"
 
     def add(self, key: str, now: int) -> "KeyRing":
         """Add a key: the first signs, each other is the next one, in place of an earlier next one."""

@@ -1,7 +1,10 @@
 """Rotation of an issuer's keys: when the next key signs, and when an old key goes."""
 
+import hashlib
+from base64 import b64decode
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from imdsproxy.issuer.ring import KeyEntry, KeyRing, KeyState
 
@@ -42,3 +45,52 @@ def plan_rotation(ring: KeyRing, pace: Pace, now: int) -> KeyRing:
         promoted = entry.state is KeyState.NEXT
         ring = ring.promote(entry.id, now) if promoted else ring.drop([entry.id])
     return ring
+
+
+@dataclass(frozen=True, slots=True)
+class IssuerKey:
+    """Key of the issuer.
+
+    Attributes:
+        id: Member `kid` of its JWK, and of each token's header.
+        state: `signing`, `next` or `old`.
+        since: Time of its last change of state, Unix time.
+        due_at: Time of its next change of state: `next` signs, `old` is removed; `None` for the key that signs.
+        sha1: Thumbprint of its certificate, 40 hexadecimal digits, as Ceph's RGW and AWS take it.
+        jwk: Public key (RFC 7517).
+    """
+
+    id: str
+    algorithm: str
+    state: str
+    since: int
+    due_at: int | None
+    sha1: str
+    jwk: dict[str, str | list[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class IssuerKeys:
+    """Keys of the issuer, the signing key first."""
+
+    issuer: str
+    keys: tuple[IssuerKey, ...]
+
+
+def describe_keys(
+    issuer: str, ring: KeyRing, jwks: Iterable[Mapping[str, Any]], pace: Pace
+) -> IssuerKeys:
+    """Describe the keys of a ring for operators; `jwks` has the public keys in the ring's order."""
+    found = (
+        IssuerKey(
+            entry.id,
+            jwk["alg"],
+            entry.state.value,
+            entry.since,
+            pace.due_at(entry),
+            hashlib.sha1(b64decode(jwk["x5c"][0]), usedforsecurity=False).hexdigest(),
+            dict(jwk),
+        )
+        for entry, jwk in zip(ring.entries, jwks, strict=True)
+    )
+    return IssuerKeys(issuer, tuple(found))

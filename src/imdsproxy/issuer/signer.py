@@ -21,7 +21,7 @@ from imdsproxy.issuer.aws import sign_document
 from imdsproxy.issuer.claims import IssuerRules, Placement, Refusal, plan_claims
 from imdsproxy.issuer.exchange import Token, TokenRequest
 from imdsproxy.issuer.keys import Algorithm, SigningKey, make_key, parse_key
-from imdsproxy.issuer.ring import KeyRing, parse_ring
+from imdsproxy.issuer.ring import SET_CLOCK, KeyRing, parse_ring
 from imdsproxy.issuer.sealed_keys import SealedKeys
 from imdsproxy.model.subject import ID_PATTERN, Subject, parse_subject
 
@@ -119,6 +119,10 @@ class Signer:
         if found is None:
             return Refusal.SUBJECT
         now = int(self.clock.now().timestamp())
+        # Hosts of a fleet compare their clocks with the hub's.
+        early = None if self.subjects is None else self.store.ring.explain_early(now)
+        if early is not None:
+            raise HostRefused(f"the signer signs nothing: {early}", hint=SET_CLOCK)
         claims = plan_claims(
             found,
             request.audience,

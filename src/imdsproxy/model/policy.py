@@ -279,9 +279,15 @@ def fold_policy(scopes: Iterable[tuple[PolicyScope, PolicyRules]]) -> Folded:
 
 @dataclass(frozen=True, slots=True)
 class FleetRules:
+    """Rules of a fleet for guests of one host.
+
+    `replaced_keys` counts the replacements of all the issuer's keys after a theft: no token of before is given.
+    """
+
     everywhere: PolicyRules = NO_RULES
     host: PolicyRules = NO_RULES
     projects: Mapping[str, PolicyRules] = field(default_factory=dict)
+    replaced_keys: int = 0
 
 
 _NO_FLEET: Final = FleetRules()

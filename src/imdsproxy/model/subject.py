@@ -30,6 +30,8 @@ class Subject:
             another epoch (`controller.policy_store`), so it is another subject.
         audiences: Audiences that the policy allows, in order; `*` allows any.
         document: Text of the instance identity document, if the policy allows it.
+        replaced_keys: Number of times that a fleet's issuer replaced all its keys: tokens of stolen keys are given to
+            nobody, since they belong to another subject.
     """
 
     instance: InstanceId
@@ -41,6 +43,7 @@ class Subject:
     audiences: Names = ()
     tags: tuple[tuple[str, str], ...] = ()
     document: str | None = None
+    replaced_keys: int = 0
 
     def render(self) -> bytes:
         """Render the subject as one JSON object; equal subjects give equal bytes."""
@@ -70,6 +73,7 @@ def plan_subject(
     project: str | None,
     *,
     region: str | None = None,
+    replaced_keys: int = 0,
 ) -> Subject | None:
     """Return the subject of an instance in a network; `None` if its policy allows neither audience nor document.
 
@@ -92,6 +96,7 @@ def plan_subject(
         policy.audiences,
         tuple((name, value) for name, value in instance.tags if name in policy.identity_tags),
         document,
+        replaced_keys,
     )
 
 

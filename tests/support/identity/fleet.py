@@ -83,7 +83,11 @@ class Signers(BesideHub):
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env={**os.environ, "LANG": "C.UTF-8"},
+            env={
+                **os.environ,
+                "LANG": "C.UTF-8",
+                **({} if hub.clock is None else hub.clock.environment),
+            },
         )
         log.close()
         until(

@@ -244,7 +244,8 @@ def test_commands_on_records_guests_and_the_fleet_itself_ask_one() -> None:
     wholly = tuple(path for path in EXAMPLES if path.startswith(kinds))
     of_guests = ("get", "explain", "watch", "token revoke", "token rotate")
     of_fleet = ("enrol", "revoke", "status", "hosts", "wait", "accept-restore", "reseal")
-    assert {"", *wholly, *of_guests, *(f"fleet {one}" for one in of_fleet)} == _ASKING
+    of_issuer = ("identity keys", "identity rotate", "identity show")
+    assert {"", *wholly, *of_guests, *of_issuer, *(f"fleet {one}" for one in of_fleet)} == _ASKING
 
 
 @pytest.mark.parametrize("path", [path for path in EXAMPLES if path not in _ASKING])

@@ -119,7 +119,8 @@ def test_a_stand_in_is_what_the_agent_looks_for_and_ends_on_request(tmp_path: Pa
     assert not done.stdout
     until(lambda: pid_file.exists() and pid_file.read_text().strip())
     pid = int(pid_file.read_text())
-    until(lambda: read_arguments(pid)[0] == f"{STAND_IN} {conf}")
+    # A process that has just been forked, and has no arguments yet, is the stand-in a moment later.
+    until(lambda: read_arguments(pid)[:1] == (f"{STAND_IN} {conf}",))
     os.kill(pid, signal.SIGTERM)
     until(lambda: not read_arguments(pid))
 

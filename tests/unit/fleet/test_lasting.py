@@ -8,17 +8,21 @@ from hypothesis import strategies as st
 
 from imdsproxy.fleet.codec import Unreadable
 from imdsproxy.fleet.layout import (
+    ISSUER,
     OVERRIDES,
     HostId,
     HostState,
     StoredHost,
+    StoredIssuer,
     StoredOperator,
     host_key,
     operator_key,
     parse_host,
+    parse_issuer,
     parse_override,
     read_host,
     render_host,
+    render_issuer,
     render_operator,
     render_override,
 )
@@ -93,11 +97,38 @@ def test_a_count_that_could_not_grow_is_not_readable() -> None:
         assert parse_host(render_host(revoked)).state is HostState.REVOKED
 
 
-@pytest.mark.parametrize("key", [HOST, OVERRIDE, operator_key("anna")])
+def _issuer(replaced: int, sequence: int, key: str = "k") -> bytes:
+    ring = {
+        "format": 1,
+        "sequence": sequence,
+        "keys": [{"id": key, "state": "signing", "since": 1}],
+    }
+    return render_issuer(StoredIssuer(ring, {key: {}}, {key: ""}, replaced))
+
+
+_ISSUERS = st.builds(_issuer, _SMALL, _SMALL, st.sampled_from(["k", "l"]))
+
+
+@given(_ISSUERS, _ISSUERS)
+def test_stolen_keys_never_come_back_and_hubs_agree_on_the_keys(one: bytes, other: bytes) -> None:
+    joined = join_values(ISSUER, one, other)
+    assert joined == join_values(ISSUER, other, one)
+    assert parse_issuer(joined).replaced == max(
+        parse_issuer(one).replaced, parse_issuer(other).replaced
+    )
+
+
+def test_of_the_same_keys_the_later_step_of_a_rotation_counts() -> None:
+    assert join_values(ISSUER, _issuer(1, 5), _issuer(1, 4)) == _issuer(1, 5)
+    assert join_values(ISSUER, _issuer(2, 1), _issuer(1, 4)) == _issuer(2, 1)
+
+
+@pytest.mark.parametrize("key", [HOST, OVERRIDE, ISSUER, operator_key("anna")])
 def test_what_cannot_be_read_is_no_newer_value(key: str) -> None:
     known = {
         HOST: render_host(StoredHost(HostState.ENROLLED)),
         OVERRIDE: render_override(OperatorOverride(1, 1)),
+        ISSUER: _issuer(1, 1),
     }.get(key, render_operator(StoredOperator(5)))
     for value in (b"", b"[]", b"{}", b"\xff"):
         with pytest.raises(Unreadable):
@@ -113,6 +144,7 @@ def test_operators_read_what_was_put_back() -> None:
             (HOST, render_host(StoredHost(HostState.ENROLLED)), True),
             (operator_key("anna"), render_operator(StoredOperator(5)), True),
             (OVERRIDE, render_override(OperatorOverride(1, 0)), True),
+            (ISSUER, _issuer(1, 1), False),
         )
     ]
     assert said == [
@@ -121,4 +153,5 @@ def test_operators_read_what_was_put_back() -> None:
         ("host a", "stays a member, though it joined after the backup"),
         ("operator anna", "stays revoked"),
         ("instance web", "keeps its revoked tokens and its reopened boot"),
+        ("issuer of identity tokens", "keeps the keys that it got after the backup"),
     ]

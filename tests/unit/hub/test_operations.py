@@ -97,7 +97,9 @@ class _Asked(Peers):
         return {"b": {"acknowledged": 4, "failed": {}}} if url == "https://hub2" else None
 
 
-async def test_a_hub_asks_each_other_one_once_for_the_state_of_the_fleet() -> None:
+async def test_a_hub_asks_each_other_one_once_for_the_state_of_the_fleet_and_for_its_clock() -> (
+    None
+):
     value = render_host(StoredHost(HostState.ENROLLED, ("1",)))
     hosts = [Change(f"{layout.HOSTS}{name}", value, 1) for name in "ab"]
     async with client_of(lambda *_: answer({**header(5), "kvs": []})) as (etcd, _):
@@ -114,7 +116,10 @@ async def test_a_hub_asks_each_other_one_once_for_the_state_of_the_fleet() -> No
             restores_of(etcd, state, clock),
             clock,
         ).report()
-    assert peers.asked == ["https://hub2/fleet/applied", "https://hub3/fleet/applied"]
+    wanted = [
+        f"https://{hub}/fleet/{what}" for hub in ("hub2", "hub3") for what in ("alive", "applied")
+    ]
+    assert sorted(peers.asked) == wanted
     assert [one["answers"] for one in report.hubs] == [True, True, False]
     assert (report.hosts, report.connected, report.absent) == (2, 1, ["a"])
 

@@ -124,6 +124,16 @@ def test_policies_reach_the_hosts_of_their_scope() -> None:
     assert everything_of(state, B)["policy/host/b"][0] == 9
 
 
+def test_every_host_learns_how_often_stolen_keys_were_replaced_and_no_key() -> None:
+    ring = {"format": 1, "sequence": 3, "keys": [{"id": "k", "state": "signing", "since": 1}]}
+    stored = layout.StoredIssuer(ring, {"k": {"kty": "RSA"}}, {"k": "c2VhbGVk"}, replaced=2)
+    state = fleet(instance("web", 2, A))
+    issuer = Change(layout.ISSUER, layout.render_issuer(stored), 5)
+    assert state.apply(5, [issuer]) == {HostId("*"): {"issuer/keys"}}
+    assert everything_of(state, A)["issuer/keys"] == (5, {"replaced": 2})
+    assert everything_of(state, HostId("c")).keys() == {"issuer/keys"}
+
+
 def test_nothing_of_another_host_is_in_an_item() -> None:
     put = everything_of(fleet(instance("web", 2, A, HostId("a-secret-name"))), A)
     assert "a-secret-name" not in str(put)

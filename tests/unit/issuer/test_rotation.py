@@ -51,3 +51,9 @@ def test_whenever_one_looks_a_key_was_published_long_enough_before_it_signs(
         if adds:
             published[f"k{number}"] = now
             ring = ring.add(f"k{number}", now)
+
+
+def test_no_key_signs_before_its_time_by_a_clock_that_is_behind() -> None:
+    ring = KeyRing().add("a", 100_000)
+    assert ring.explain_early(100_000 - 60) is None
+    assert "39940 s before" in (ring.explain_early(60_060) or "")

@@ -17,7 +17,7 @@ from imdsproxy.hub.api.routes_enrolment import enrolment
 from imdsproxy.hub.api.routes_fleet import fleet
 from imdsproxy.hub.api.routes_grants import grants
 from imdsproxy.hub.api.routes_guests import guests
-from imdsproxy.hub.api.routes_identity import identity
+from imdsproxy.hub.api.routes_identity import identity, issuer_keys
 from imdsproxy.hub.hosts.in_force import InForce, Peers
 from imdsproxy.hub.pki.enrolment import Enrolment
 from imdsproxy.hub.store.writes import Writes
@@ -33,6 +33,7 @@ ROUTERS: Final = (
     (fleet, "/fleet"),
     (enrolment, "/fleet"),
     (identity, "/fleet"),
+    (issuer_keys, "/v1"),
 )
 """All routers with the prefixes of their paths."""
 
@@ -56,7 +57,7 @@ def build_api(hub: Hub) -> FastAPI:
         replica.complete,
         token_keys=hub.token_keys,
         authority=hub.authority,
-        loop_failures=hub.loop_failures,
+        hub_problems=hub.problems,
         unready=hub.unready,
     )
     app = operators_app(operations)

@@ -83,6 +83,8 @@ class HubMetrics(Exposed, prefix="imdsproxy_hub_"):
             return Readiness(ready=False, reasons=("etcd was not read yet",))
         if (why := self.hub.unready()) is not None:
             return Readiness(ready=False, reasons=(why,))
+        if self.hub.issuer is not None and (why := self.hub.issuer.problem) is not None:
+            return Readiness(ready=False, reasons=(f"no identity token can be signed: {why}",))
         if replica.failure is not None:
             reason = f"etcd is not followed: {replica.failure.reason}"
             return Readiness(ready=False, reasons=(reason,))

@@ -159,7 +159,7 @@ class Operations:
     complete: asyncio.Event = field(default_factory=asyncio.Event)
     token_keys: TokenKeyRing | None = None
     authority: Authority | None = None
-    loop_failures: Callable[[], Mapping[str, str]] = dict
+    hub_problems: Callable[[], Mapping[str, str]] = dict
     unready: Callable[[], str | None] = lambda: None
     imports: dict[str, tuple[Import, asyncio.Task[FleetWritten]]] = field(default_factory=dict)
 
@@ -267,9 +267,16 @@ class Operations:
         return found
 
     async def report(self) -> FleetStatus:
-        (reported, answering), (imports, damaged), members = await asyncio.gather(
-            self.in_force.ask_hubs(), self._imports(), self.etcd.status()
+        (reported, answering), (imports, damaged), members, ahead = await asyncio.gather(
+            self.in_force.ask_hubs(),
+            self._imports(),
+            self.etcd.status(),
+            self.peers.find_wrong_clocks(),
         )
+        clocks = {
+            name: f"its clock is {ahead_s:+.0f} s from that of {self.peers.name}: set the clocks by NTP"
+            for name, ahead_s in ahead.items()
+        }
         state = self.state
         enrolled = [one for one in self._hosts(reported) if one.state == HostState.ENROLLED]
         suspicion, urls = read_suspicion(state.value), self.peers.urls()
@@ -297,7 +304,8 @@ class Operations:
                 **{codec.plain(key): why for key, why in (state.problems | damaged).items()},
                 **{f"host {host}": why for host, why in self.streams.refused().items()},
                 **{f"host {host}": why for host, why in self.streams.differing().items()},
-                **{f"loop {name}": why for name, why in self.loop_failures().items()},
+                **self.hub_problems(),
+                **{f"hub {name}": why for name, why in clocks.items()},
                 **({} if unready is None else {f"hub {self.peers.name}": unready}),
                 **({} if (lost := _lost_quorum(members)) is None else {"etcd": lost}),
             },

@@ -161,9 +161,9 @@ async def reseal_secrets(body: ResealBody, operations: Uses, _: FleetOperator) -
 
 
 @fleet.get(ALIVE_PATH.removeprefix("/fleet"), include_in_schema=False)
-async def show_alive() -> JSONResponse:
-    """Show that this hub does not hang; operators and hubs ask this before slow requests."""
-    return JSONResponse({})
+async def show_alive(operations: Uses) -> JSONResponse:
+    """Show that this hub does not hang, and its clock (Unix time); operators and hubs ask this before slow requests."""
+    return JSONResponse({"now": operations.clock.now().timestamp()})
 
 
 @fleet.get("/envelope", include_in_schema=False)

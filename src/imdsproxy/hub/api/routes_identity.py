@@ -1,4 +1,4 @@
-"""Routes for identity tokens: hosts request tokens of their guests, verifiers read the issuer's documents."""
+"""Routes for identity tokens: hosts request tokens of their guests, verifiers read documents, operators rotate keys."""
 
 from typing import Annotated, cast
 
@@ -6,18 +6,20 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
+from imdsproxy.api.bodies import RotateBody
 from imdsproxy.errors import NotFound, SourceUnavailable
 from imdsproxy.fleet.layout import HostId
 from imdsproxy.fleet.members import IDENTITY_DOCUMENT_PATH, IDENTITY_PATH, ISSUER_PATH
-from imdsproxy.hub.api.callers import OfHost, Uses
+from imdsproxy.hub.api.callers import FleetOperator, FleetReader, OfHost, Uses
 from imdsproxy.hub.hosts.issuer import Asked, FleetIssuer
 from imdsproxy.issuer.claims import Refusal
 from imdsproxy.issuer.exchange import MOST_AT_ONCE, render_shape
+from imdsproxy.issuer.rotation import IssuerKeys
 from imdsproxy.model.entities import ID_PATTERN, InstanceId, NetworkId
 
 _PREFIX_LENGTH = len("/fleet")
 
-identity = APIRouter()
+identity, issuer_keys = APIRouter(), APIRouter()
 
 _Name = Annotated[str, Field(pattern=ID_PATTERN)]
 
@@ -27,6 +29,9 @@ async def _issuer(request: Request) -> FleetIssuer:
     if issuer is None:
         raise NotFound("this hub gives no identity tokens", hint="identity.enabled")
     return issuer
+
+
+_Issuer = Annotated[FleetIssuer, Depends(_issuer)]
 
 
 class _Body(BaseModel):
@@ -67,7 +72,7 @@ async def give_tokens(
     body: TokensBody,
     operations: Uses,
     caller: OfHost,
-    issuer: Annotated[FleetIssuer, Depends(_issuer)],
+    issuer: _Issuer,
 ) -> TokensShape:
     """Sign tokens for guests that the fleet has placed on the calling host."""
     asked = [
@@ -85,7 +90,7 @@ async def give_document(
     body: DocumentBody,
     operations: Uses,
     caller: OfHost,
-    issuer: Annotated[FleetIssuer, Depends(_issuer)],
+    issuer: _Issuer,
 ) -> dict[str, object]:
     """Sign the document of a guest that the fleet has placed on the calling host."""
     instance, network = InstanceId(body.instance), NetworkId(body.network)
@@ -97,7 +102,7 @@ async def give_document(
 
 
 @identity.get(f"{ISSUER_PATH[_PREFIX_LENGTH:]}/{{path:path}}", include_in_schema=False)
-async def show_document(path: str, issuer: Annotated[FleetIssuer, Depends(_issuer)]) -> Response:
+async def show_document(path: str, issuer: _Issuer) -> Response:
     """Show a document of the issuer, to anybody; HAProxy keeps the route from the fleet's own address."""
     documents = issuer.documents()
     if not documents:
@@ -106,3 +111,17 @@ async def show_document(path: str, issuer: Annotated[FleetIssuer, Depends(_issue
     if found is None:
         raise NotFound("the issuer has no such document")
     return Response(found[1], media_type=found[0])
+
+
+@issuer_keys.get("/identity/keys")
+async def list_issuer_keys(_: FleetReader, issuer: _Issuer) -> IssuerKeys:
+    """List the keys of the issuer of identity tokens, the signing key first."""
+    return issuer.describe()
+
+
+@issuer_keys.post("/identity/rotate")
+async def rotate_issuer_keys(
+    body: RotateBody, operations: Uses, _: FleetOperator, issuer: _Issuer
+) -> IssuerKeys:
+    """Publish the next key of the issuer, which signs later; with `compromised` replace all keys at once."""
+    return await issuer.rotate(operations.writes, compromised=body.compromised)

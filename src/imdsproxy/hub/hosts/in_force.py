@@ -21,6 +21,7 @@ from imdsproxy.host.http import Unanswered, ask
 from imdsproxy.hub.hosts.streams import Streams
 from imdsproxy.hub.store.etcd import open_tls
 from imdsproxy.hub.store.state import FleetState
+from imdsproxy.issuer.exchange import CLOCKS_S
 
 _RENEWED_S: Final = 3600.0
 _REST_S: Final = 5.0
@@ -64,6 +65,18 @@ class Peers:
         asked = (self.ask(url, path, query, timeout_s, body) for url in urls.values())
         answers = await asyncio.gather(*asked)
         return {name: one for name, one in zip(urls, answers, strict=True) if one is not None}
+
+    async def find_wrong_clocks(self) -> dict[str, float]:
+        """Return the seconds by which other hubs' clocks are ahead of this hub's, for differences above `CLOCKS_S`."""
+        answers = await self.ask_all(ALIVE_PATH, {}, CONNECT_S)
+        now, found = self.clock.now().timestamp(), dict[str, float]()
+        for name, answer in answers.items():
+            match answer.get("now"):
+                case int() | float() as theirs if abs(theirs - now) > CLOCKS_S:
+                    found[name] = theirs - now
+                case _:
+                    pass
+        return found
 
     async def ask(
         self,

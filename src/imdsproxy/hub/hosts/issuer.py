@@ -5,15 +5,16 @@ The hub decides who gets a token, and holds no key. The signer has the keys, and
 
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import structlog
 
 from imdsproxy.errors import SourceUnavailable
 from imdsproxy.fleet import layout
-from imdsproxy.fleet.layout import HostId, StoredIssuer, parse_issuer, render_issuer
+from imdsproxy.fleet.codec import Json, attempt
+from imdsproxy.fleet.layout import HostId, StoredIssuer, View, parse_issuer, render_issuer
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub.hosts.subjects import find_subject
 from imdsproxy.hub.store.etcd_messages import unchanged
@@ -31,7 +32,8 @@ from imdsproxy.issuer.exchange import (
     render_request,
 )
 from imdsproxy.issuer.local_signer import SignerClient
-from imdsproxy.issuer.ring import KeyRing
+from imdsproxy.issuer.ring import KeyRing, parse_ring
+from imdsproxy.issuer.rotation import IssuerKeys, Pace, describe_keys, plan_rotation
 from imdsproxy.model.entities import InstanceId, NetworkId
 
 _EVERY_S: Final = 2.0
@@ -53,14 +55,22 @@ class Asked:
 class FleetIssuer:
     """Issuer of a fleet.
 
+    Args:
+        pace: Times of a rotation of keys.
+        find_wrong_clocks: Returns the seconds by which other hubs' clocks are ahead, if the difference is large.
+
     Attributes:
         problem: Reason why no token can be signed; `None` if tokens can be signed.
+        waits: Reason why a step of a rotation that is due is not carried out.
     """
 
     url: str
     signer: SignerClient
     state: FleetState
     clock: Clock
+    pace: Pace
+    find_wrong_clocks: Callable[[], Awaitable[Mapping[str, float]]]
+    waits: str | None = None
     problem: str | None = "the signer was not asked yet"
     _loaded: int | None = None
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -134,8 +144,24 @@ class FleetIssuer:
             raise SourceUnavailable("the signer refuses this hub's requests", hint=_HINT)
         return answer
 
+    def problems(self) -> dict[str, str]:
+        found = {"identity tokens": self.problem, "keys of identity tokens": self.waits}
+        return {name: why for name, why in found.items() if why is not None}
+
+    def describe(self) -> IssuerKeys:
+        """Describe the keys in etcd; raise `SourceUnavailable` while there are none."""
+        found = self.stored()
+        if found is None:
+            raise SourceUnavailable("the fleet's issuer has no key yet", hint=_HINT)
+        return self._describe(found[0])
+
+    def _describe(self, stored: StoredIssuer) -> IssuerKeys:
+        ring = _ring_of(stored)
+        jwks = [stored.keys[entry.id] for entry in ring.entries]
+        return describe_keys(self.url, ring, jwks, self.pace)
+
     async def run(self, writes: Writes) -> None:
-        """Keep the signer supplied, and make the fleet's first key; run until cancelled."""
+        """Keep the signer supplied, make the fleet's first key, and rotate keys; run until cancelled."""
         while True:
             try:
                 if self.stored() is None:
@@ -149,25 +175,130 @@ class FleetIssuer:
                 if self.problem is not None:
                     _log.info("identity tokens can be signed")
                 self.problem = None
+            await self._take_due_steps(writes)
             await asyncio.sleep(_EVERY_S)
 
     async def _make_first(self, writes: Writes) -> None:
-        made = await self._ask({"make": True})
-        ring = KeyRing().add(made["id"], int(self.clock.now().timestamp()))
-        value = render_issuer(
-            StoredIssuer(
-                json.loads(ring.render()), {made["id"]: made["jwk"]}, {made["id"]: made["sealed"]}
-            )
-        )
+        made = await self._make()
+        await self._change(writes, lambda found, now: made.first(now) if found is None else found)
+        _log.info("the first key of identity tokens was made", key=made.id)
 
-        def plan(view: layout.View) -> Transaction:
+    async def _take_due_steps(self, writes: Writes) -> None:
+        """Carry out the steps of a rotation that are due, unless the clocks of hubs differ."""
+        found = self.stored()
+        if found is None or plan_steps(found[0], self.pace, self._now()) == found[0]:
+            self.waits = None
+            return
+        if wrong := await self.find_wrong_clocks():
+            # A key that signs too early is unknown to verifiers, and each token is refused.
+            hubs = ", ".join(f"{hub} by {ahead_s:+.0f} s" for hub, ahead_s in sorted(wrong.items()))
+            self.waits = (
+                f"the rotation waits, since the clocks of other hubs differ from this hub's: {hubs}"
+            )
+            return
+
+        def step(stored: StoredIssuer | None, now: int) -> StoredIssuer | None:
+            return None if stored is None else plan_steps(stored, self.pace, now)
+
+        await self._change(writes, step)
+        self.waits = None
+        _log.info("keys of identity tokens rotated")
+
+    async def rotate(self, writes: Writes, *, compromised: bool) -> IssuerKeys:
+        """Publish the next key; or, if a key is compromised, replace all keys. Return the keys after it.
+
+        Raises:
+            SourceUnavailable: The signer or etcd does not answer.
+            RestoreSuspected: Hubs write nothing.
+        """
+        made = await self._make()
+
+        def change(stored: StoredIssuer | None, now: int) -> StoredIssuer:
+            if stored is None:
+                return made.first(now)
+            return made.in_place(stored, now) if compromised else made.beside(stored, now)
+
+        stored = await self._change(writes, change)
+        _log.warning("identity: all keys replaced" if compromised else "identity: next key made")
+        return self._describe(stored or made.first(self._now()))
+
+    async def _change(
+        self,
+        writes: Writes,
+        change: Callable[[StoredIssuer | None, int], StoredIssuer | None],
+    ) -> StoredIssuer | None:
+        """Write the keys as changed, unless nothing changes; return the keys after it."""
+        changed: StoredIssuer | None = None
+
+        def plan(view: View) -> Transaction:
+            nonlocal changed
             unsuspected = refuse_suspect(view)
-            if view(layout.ISSUER) is not None:
+            found = view(layout.ISSUER)
+            # Another program's value counts for nothing: the last good one stays in force.
+            known = None if found is None else attempt(parse_issuer, found[0])
+            if known is None and found is not None:
+                known = None if (last := self.stored()) is None else last[0]
+            changed = change(known, self._now())
+            if changed is None or changed == known:
                 return Transaction()
-            return Transaction((unsuspected, unchanged(layout.ISSUER, 0)), {layout.ISSUER: value})
+            unchanged_since = unchanged(layout.ISSUER, 0 if found is None else found[1])
+            return Transaction(
+                (unsuspected, unchanged_since), {layout.ISSUER: render_issuer(changed)}
+            )
 
         await writes.write(plan)
-        _log.info("the first key of identity tokens was made", key=made["id"])
+        return changed
+
+    async def _make(self) -> "_Made":
+        made = await self._ask({"make": True})
+        return _Made(made["id"], made["jwk"], made["sealed"])
+
+    def _now(self) -> int:
+        return int(self.clock.now().timestamp())
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """Key that the signer has made: its id, public key, and sealed private key."""
+
+    id: str
+    jwk: Json
+    sealed: str
+
+    def first(self, now: int) -> StoredIssuer:
+        return self._join(KeyRing().add(self.id, now), StoredIssuer({}, {}, {}))
+
+    def beside(self, stored: StoredIssuer, now: int) -> StoredIssuer:
+        return self._join(_ring_of(stored).add(self.id, now), stored)
+
+    def in_place(self, stored: StoredIssuer, now: int) -> StoredIssuer:
+        ring = _ring_of(stored).add(self.id, now).promote(self.id, now)
+        ring = ring.drop([one.id for one in ring.entries])
+        return replace(self._join(ring, stored), replaced=stored.replaced + 1)
+
+    def _join(self, ring: KeyRing, stored: StoredIssuer) -> StoredIssuer:
+        keys, sealed = {**stored.keys, self.id: self.jwk}, {**stored.sealed, self.id: self.sealed}
+        return _store(ring, replace(stored, keys=keys, sealed=sealed))
+
+
+def plan_steps(stored: StoredIssuer, pace: Pace, now: int) -> StoredIssuer:
+    """Return the keys after the steps of a rotation that are due; equal keys if there are none."""
+    return _store(plan_rotation(_ring_of(stored), pace, now), stored)
+
+
+def _ring_of(stored: StoredIssuer) -> KeyRing:
+    return parse_ring(json.dumps(stored.ring).encode())
+
+
+def _store(ring: KeyRing, stored: StoredIssuer) -> StoredIssuer:
+    """Return the stored keys that are in the ring."""
+    ids = [one.id for one in ring.entries]
+    return replace(
+        stored,
+        ring=json.loads(ring.render()),
+        keys={one: stored.keys[one] for one in ids},
+        sealed={one: stored.sealed[one] for one in ids},
+    )
 
 
 def _read(line: bytes) -> Token | Refusal:

@@ -22,6 +22,7 @@ from imdsproxy.fleet.layout import (
     Sealing,
     StoredHost,
     StoredInstance,
+    StoredIssuer,
     StoredNetwork,
     StoredPassword,
     StoredPolicy,
@@ -56,12 +57,17 @@ InstanceKeys: TypeAlias = "Callable[[layout.View, InstanceId], Item | None]"
 """Function that returns an instance's token keys as an item; `None` while the hub can read no token keys."""
 
 _FLEET_POLICY: Final = "policy/fleet"
+_ISSUER_KEYS: Final = "issuer/keys"
+_OF_ALL: Final = (_FLEET_POLICY, _ISSUER_KEYS)
+"""Items of every host."""
+
 _KINDS: Final[Mapping[str, str]] = {
     "network": layout.NETWORKS,
     "instance": layout.INSTANCES,
     "override": layout.OVERRIDES,
     "password": layout.PASSWORDS,
     "policy": layout.POLICIES,
+    "issuer": layout.ISSUERS,
 }
 _SWEPT: Final = (layout.INSTANCES, layout.NETWORKS, layout.POLICIES, layout.PASSWORDS)
 _DAY_S: Final = 86_400
@@ -338,12 +344,8 @@ class FleetState:
             case StoredNetwork():
                 self._listen(NetworkId(key.removeprefix(layout.NETWORKS)), found)
                 self._touch(f"network/{key.removeprefix(layout.NETWORKS)}", touched)
-            case StoredPassword():
-                self._touch(f"password/{key.removeprefix(layout.PASSWORDS)}", touched)
-            case OperatorOverride():
-                self._touch(f"override/{key.removeprefix(layout.OVERRIDES)}", touched)
-            case StoredPolicy():
-                self._touch(f"policy/{key.removeprefix(layout.POLICIES)}", touched)
+            case StoredPassword() | OperatorOverride() | StoredPolicy() | StoredIssuer():
+                self._touch(_item_of(key) or "", touched)
             case SealedKeys():
                 for instance, placement in self._placements.items():
                     for host in placement.hosts:
@@ -389,7 +391,7 @@ class FleetState:
 
     def _touch(self, item: ItemKey, touched: dict[HostId, set[ItemKey]]) -> None:
         kind, _, rest = item.partition("/")
-        if item == _FLEET_POLICY:
+        if item in _OF_ALL:
             touched.setdefault(HostId("*"), set()).add(item)
         elif kind == "policy" and rest.startswith("host/"):
             touched.setdefault(HostId(rest.removeprefix("host/")), set()).add(item)
@@ -405,13 +407,13 @@ class FleetState:
     # Items of hosts
 
     def reaches(self, host: HostId, item: ItemKey) -> bool:
-        if item in {_FLEET_POLICY, f"policy/host/{host}"}:
+        if item in {*_OF_ALL, f"policy/host/{host}"}:
             return True
         return host in self._hosts(item)
 
     def items_for(self, host: HostId) -> set[ItemKey]:
         """Return all items for a host, including items that etcd may not have."""
-        found: set[ItemKey] = {_FLEET_POLICY, f"policy/host/{host}"}
+        found: set[ItemKey] = {*_OF_ALL, f"policy/host/{host}"}
         for instance in self._placed.get(host, ()):
             found.update(_own_items(instance), self._placements[instance].needs)
         return found
@@ -431,6 +433,8 @@ class FleetState:
             value = {key: value[key] for key in ("record", "user_data")}
         elif kind == "network":
             value = {"record": value["record"]}
+        elif kind == "issuer":
+            value = {"replaced": value["replaced"]}
         return entry.mod_revision, value
 
     def _password(self, key: str, entry: _Entry) -> Item | None:
@@ -618,11 +622,11 @@ class FleetState:
         if not (self.unreadable or self.lost):
             return None
         for key, why in self.problems.items():
-            kind = next((one for one, prefix in _KINDS.items() if key.startswith(prefix)), None)
-            if kind is not None:
-                item = f"{kind}/{key.removeprefix(_KINDS[kind])}"
-                if self.reaches(host, item) if items is None else item in items:
-                    return f"{item} is {why}"
+            item = _item_of(key)
+            if item is None:
+                continue
+            if self.reaches(host, item) if items is None else item in items:
+                return f"{item} is {why}"
         return None
 
     # Queries of operators and hubs
@@ -725,6 +729,14 @@ class FleetState:
 
 def _own_items(instance: InstanceId) -> tuple[ItemKey, ...]:
     return tuple(f"{kind}/{instance}" for kind in _OF_INSTANCE)
+
+
+def _item_of(key: str) -> ItemKey | None:
+    """Return the item of a key in etcd; `None` if hosts get none."""
+    for kind, prefix in _KINDS.items():
+        if key.startswith(prefix):
+            return f"{kind}/{key.removeprefix(prefix)}"
+    return None
 
 
 def needs_of(record: Mapping[str, Any]) -> tuple[ItemKey, ...]:

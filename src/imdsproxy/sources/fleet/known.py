@@ -126,6 +126,7 @@ class FleetKnown:
             "keys": {},
             "password": {},
             "policy": {},
+            "issuer": {},
         }
         for key, value in self._others.items():
             kind, _, name = key.partition("/")
@@ -141,6 +142,7 @@ class FleetKnown:
                     for name, rules in of_scope.items()
                     if name.startswith("project/")
                 },
+                others["issuer"].get("keys", 0),
             ),
             others["override"],
             {InstanceId(name): one for name, one in others["keys"].items()},
@@ -312,6 +314,8 @@ class FleetKnown:
         if isinstance(found, OperatorOverride):
             # Store the merged value: the copy on disk must not undo a revocation.
             value = {"epoch": found.epoch, "reopened_at": found.reopened_at}
+        elif isinstance(found, int):
+            value = {"replaced": found}
         stored[key] = revision, value
         return found != before
 
@@ -449,6 +453,8 @@ def _parse_other(schema: Schema, kind: str, value: Json, before: object) -> obje
             # Neither value ever decreases, whatever backup a fleet was restored from.
             known = before if isinstance(before, OperatorOverride) else OperatorOverride()
             return OperatorOverride(max(epoch, known.epoch), max(reopened_at, known.reopened_at))
+        case "issuer", {"replaced": int(replaced)}:
+            return max(replaced, before) if isinstance(before, int) else replaced
         case "password", {"password": None}:
             return CLEARED
         case "password", {"password": str(password)}:
