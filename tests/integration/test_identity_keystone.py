@@ -9,7 +9,7 @@ from typing import Any, Final
 import pytest
 
 from support.daemon import instance
-from support.guest import Guest, Reply
+from support.guest import IPV4, Guest, Reply
 from support.identity.keystone import AUDIENCE, Keystone, open_keystone, run_openstack
 from support.identity.requests import claims_of, identity_settings
 from support.lab import ip, until
@@ -29,7 +29,8 @@ _PROJECT: Final = "33333333333333333333333333333333"
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[World, Any]]:
     section, issuer = identity_settings(tmp_path_factory.mktemp("issuer"))
     policy = {"host": {"audiences": [AUDIENCE, "vault"], "openstack_tokens": "required"}}
-    with open_world({"identity": section, "policy": policy}) as world:
+    audit = {"mode": "all", "destination": "{directory}/audit.log"}
+    with open_world({"identity": section, "policy": policy, "audit": audit}) as world:
         yield world, issuer
 
 
@@ -50,8 +51,9 @@ def _ask(
     body: bytes = _BODY,
     method: str = "POST",
     form: str = _FORM,
+    host: str = IPV4,
 ) -> Reply:
-    return guest.ask(_PATH, method=method, headers=(form, *headers), body=body)
+    return guest.ask(_PATH, method=method, host=host, headers=(form, *headers), body=body)
 
 
 def _wait(guest: Guest) -> dict[str, Any]:
@@ -82,6 +84,8 @@ def test_what_stock_clients_do_not_send_gets_no_access_token(world: World) -> No
         "a browser": _ask(guest, "Origin: http://evil.example").status,
         "a page": _ask(guest, "Referer: http://evil.example/").status,
         "a proxy": _ask(guest, "X-Forwarded-For: 10.0.0.9").status,
+        "a proxy of RFC 7239": _ask(guest, "Forwarded: for=10.0.0.9").status,
+        "another host": _ask(guest, host="rebound.example").status,
         "plain text": _ask(guest, form="Content-Type: text/plain").status,
         "json": _ask(guest, form="Content-Type: application/json").status,
         "no client": _ask(guest, body=b"grant_type=client_credentials").status,
@@ -93,12 +97,75 @@ def test_what_stock_clients_do_not_send_gets_no_access_token(world: World) -> No
         "a browser": 403,
         "a page": 403,
         "a proxy": 403,
+        "a proxy of RFC 7239": 403,
+        "another host": 403,
         "plain text": 415,
         "json": 415,
         "no client": 400,
         "another grant": 400,
         "nothing": 400,
     }
+
+
+def test_a_refusal_has_the_code_and_the_challenge_of_oauth(world: World) -> None:
+    """RFC 6749 section 5.2: a client that used an `Authorization` header gets 401, and learns the scheme."""
+    guest = _have(world, "red", _PROJECT)
+    _wait(guest)
+    grant = b"grant_type=client_credentials"
+
+    def answer(*headers: str, body: bytes = grant) -> tuple[int, str, str | None]:
+        reply = _ask(guest, *headers, body=body)
+        return reply.status, json.loads(reply.text)["error"], reply.headers.get("www-authenticate")
+
+    challenge = 'Basic realm="imdsproxy"'
+    # In the first, no name is in front of the colon; the second is no base64.
+    for credential in ("Basic OnNlY3JldA==", "Basic %%%", "Bearer abc", "Basic"):
+        found = answer(f"Authorization: {credential}")
+        assert found == (401, "invalid_client", challenge), credential
+    # A name in the form does not heal it: a client may use one way only.
+    assert answer("Authorization: Bearer abc", body=_BODY)[0] == 401
+    assert answer() == (400, "invalid_client", None)
+    assert answer(body=b"grant_type=password&client_id=imds") == (
+        400,
+        "unsupported_grant_type",
+        None,
+    )
+    assert answer(body=b"client_id=imds") == (400, "invalid_request", None)
+    assert answer(body=grant + b"&" + _BODY) == (400, "invalid_request", None)
+    # Our own header, sent by a guest, names no client.
+    assert answer("X-imdsproxy-client: named") == (400, "invalid_client", None)
+
+
+def test_path_rules_and_the_endpoint_s_word_cover_access_tokens(world: World) -> None:
+    guest = _have(world, "red", _PROJECT, policy={"paths": {"/openstack/latest/oauth2": "deny"}})
+    until(lambda: _ask(guest).status == 403, what="the path rule")
+    assert guest.ask("/openstack/latest/meta_data.json").status != 403
+    _wait(_have(world, "red", _PROJECT))
+    guest = _have(world, "red", _PROJECT, policy={"endpoint": False})
+    until(lambda: _ask(guest).status == 403, what="the endpoint's end")
+    assert guest.ask("/openstack/latest/meta_data.json").status == 403
+    _wait(_have(world, "red", _PROJECT))
+
+
+def test_an_instance_gets_no_more_answers_than_its_limit(world: World) -> None:
+    guest = _have(world, "red", _PROJECT)
+    _wait(guest)
+    _have(world, "red", _PROJECT, policy={"requests_per_s": 1, "burst": 30})
+    until(lambda: _ask(guest).is_limited, what="the limit")
+    other = _have(world, "blue", _PROJECT)
+    assert _wait(other)["access_token"]
+
+
+def test_the_audit_log_has_an_access_token_s_id_and_never_the_token(world: World) -> None:
+    guest = _have(world, "red", _PROJECT)
+    token = _wait(guest)["access_token"]
+    token_id = claims_of(token)["jti"]
+    log = world.daemon.directory / "audit.log"
+    until(lambda: token_id in log.read_text(), what="the line of the token")
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    line = next(one for one in lines if one.get("jti") == token_id)
+    assert (line["path"], line["status"], line["instance"]) == (_PATH, 200, "red-5")
+    assert token not in log.read_text()
 
 
 def test_a_policy_without_the_audience_or_without_any_gives_no_access_token(world: World) -> None:

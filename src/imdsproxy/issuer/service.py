@@ -22,6 +22,8 @@ STATE_PATH: Final = b"/state"
 _TEXT: Final = wire.TEXT
 _JSON: Final = b"application/json"
 _NOT_STORED: Final[Header] = (b"cache-control", b"no-store")
+_UNAUTHORIZED: Final = 401
+_CHALLENGE: Final[tuple[Header, ...]] = ((b"www-authenticate", b'Basic realm="imdsproxy"'),)
 _STATUS: Final = {
     Refusal.REQUEST: 400,
     Refusal.AUDIENCE: 403,
@@ -99,7 +101,7 @@ class IdentityService:
     async def _grant(self, headers: Mapping[str, str], body: bytes) -> Answer:
         """Answer a request for an access token by client credentials (RFC 6749 section 4.4)."""
         if (fault := _find_fault(headers, body)) is not None:
-            return _oauth_error(fault)
+            return fault
         name, audience = headers[wire.HEADER_SUBJECT], self.openstack_audience
         subject = self.holder.read(name)
         if subject is None:
@@ -148,18 +150,28 @@ def _parse(headers: Mapping[str, str], query: bytes) -> _Asked | None:
     return _Asked(headers[wire.HEADER_SUBJECT], audience, nonce, TokenFormat(forms[0]))
 
 
-def _find_fault(headers: Mapping[str, str], body: bytes) -> str | None:
-    """Return the error code of a request that is none for client credentials."""
+def _find_fault(headers: Mapping[str, str], body: bytes) -> Answer | None:
+    """Return the refusal of a request that is none for client credentials.
+
+    Any name of a client will do, because a guest proves who it is by its place. `HEADER_CLIENT` says how HAProxy
+    has understood an `Authorization` header.
+    """
     form = parse_qs(body.decode("latin-1"))
-    if form.get("grant_type") != ["client_credentials"]:
-        return "unsupported_grant_type"
-    named = wire.HEADER_CLIENT in headers or len(form.get("client_id", ())) == 1
-    return None if named else "invalid_client"
+    grants, client = form.get("grant_type", ()), headers.get(wire.HEADER_CLIENT)
+    if len(grants) != 1:
+        return _oauth_error("invalid_request")
+    if grants[0] != "client_credentials":
+        return _oauth_error("unsupported_grant_type")
+    if client == wire.CLIENT_NAMED:
+        return None
+    if client is not None:
+        return _oauth_error("invalid_client", status=_UNAUTHORIZED)
+    return None if len(form.get("client_id", ())) == 1 else _oauth_error("invalid_client")
 
 
-def _oauth_error(code: str) -> Answer:
-    """Return a refusal in the form of RFC 6749 section 5.2."""
-    return _json(400, {"error": code})
+def _oauth_error(code: str, *, status: int = 400) -> Answer:
+    """Return a refusal in the form of RFC 6749 section 5.2; 401 names the scheme that is understood."""
+    return _json(status, {"error": code}, *(_CHALLENGE if status == _UNAUTHORIZED else ()))
 
 
 def _json(status: int, shape: Mapping[str, object], *headers: Header) -> Answer:

@@ -89,7 +89,12 @@ OPENSTACK_TOKEN_PATH: Final = "/openstack/latest/oauth2/token"  # noqa: S105 - w
 """Path where a client of Keystone requests an identity token, by OAuth's client credentials."""
 
 HEADER_CLIENT: Final = "x-imdsproxy-client"
-"""To the process that gives identity tokens: `basic` if the guest names its client by HTTP's Basic authentication."""
+"""To the process that gives identity tokens, if the guest sent `Authorization`: `CLIENT_NAMED` if that header names a
+client by HTTP's Basic authentication, else another word.
+"""
+
+CLIENT_NAMED: Final = "named"
+"""Value of `HEADER_CLIENT`: the guest has named a client."""
 
 DOCUMENT_PATHS: Final = tuple(
     f"/latest/dynamic/instance-identity/{name}"
