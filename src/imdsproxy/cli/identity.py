@@ -1,10 +1,11 @@
 """`imdsproxy identity …`: the issuer of identity tokens, its keys, and what verifiers need."""
 
 import json
+import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, TypeGuard
 
 import typer
 
@@ -14,6 +15,7 @@ from imdsproxy.errors import RequestRefused, optional_library
 
 _HINT: Final = "apt install python3-jwt python3-cryptography, or pip install 'imdsproxy[identity]'"
 _STDIN: Final = "-"
+_LATEST: Final = int(datetime(9999, 1, 1, tzinfo=UTC).timestamp())
 _TIMES: Final = ("iat", "nbf", "exp", "instance_created")
 
 identity_app = typer.Typer(
@@ -96,14 +98,14 @@ def show(
     """Decode a token: header, claims, and whether a key of the issuer has signed it."""
     text = (sys.stdin.readline() if token == _STDIN else token).strip()
     keys = run.api().get("/v1/identity/keys")["keys"]
-    header, claims, verdict = _decode(text, keys)
+    header, claims, verdict = decode_token(text, keys)
     now = datetime.now(UTC).timestamp()
-    life = "expired" if claims.get("exp", 0) <= now else "valid"
+    life = judge_life(claims, now)
 
     def show_token(output: Output, shape: Shape) -> None:
         for name, value in {**shape["header"], **shape["claims"]}.items():
             spelled = value if isinstance(value, str) else json.dumps(value)
-            if name in _TIMES and isinstance(value, int):
+            if name in _TIMES and _is_time(value):
                 spelled = f"{spell_time(value)} ({value - int(now):+d} s)"
             output.styled(f"{clean(name)}: {clean(spelled)}")
         output.styled(f"signature: {shape['signature']}")
@@ -114,28 +116,60 @@ def show(
     )
 
 
-def _decode(text: str, keys: list[Mapping[str, Any]]) -> tuple[Any, Any, str]:
-    """Return header, claims, and the verdict on the signature."""
+def decode_token(
+    text: str, keys: Sequence[Mapping[str, Any]]
+) -> tuple[dict[str, Any], dict[str, Any], str]:
+    """Return header, claims, and the verdict on the signature alone, whatever the claims say.
+
+    The layer of JWS (RFC 7515) knows no claims, so no version of the library checks one here.
+
+    Raises:
+        RequestRefused: The text is no token.
+    """
     with optional_library("jwt", _HINT):
         import jwt
     try:
         header = jwt.get_unverified_header(text)
-        claims = jwt.decode(text, options={"verify_signature": False})
-    except jwt.InvalidTokenError as error:
+        content = jwt.PyJWS().decode_complete(text, options={"verify_signature": False})
+        claims = json.loads(content["payload"])
+    except (jwt.InvalidTokenError, ValueError) as error:
         raise RequestRefused(f"this is no token: {error}", hint="pipe the token in") from error
+    if not isinstance(claims, dict):
+        raise RequestRefused(
+            "this is no token: its claims are no JSON object", hint="pipe the token in"
+        )
     known = next((one for one in keys if one["id"] == header.get("kid")), None)
     if known is None:
         return header, claims, "of a key that this issuer does not have"
     try:
-        jwt.decode(
-            text,
-            jwt.PyJWK(dict(known["jwk"])).key,
-            algorithms=[known["algorithm"]],
-            options={"verify_aud": False, "verify_exp": False, "verify_nbf": False},
+        jwt.PyJWS().decode_complete(
+            text, jwt.PyJWK(dict(known["jwk"])).key, algorithms=[known["algorithm"]]
         )
     except jwt.InvalidTokenError as error:
         return header, claims, f"wrong: {error}"
     return header, claims, f"good, of the key that is {known['state']}"
+
+
+def judge_life(claims: Mapping[str, Any], now: float) -> str:
+    """Return whether a token is valid or expired at `now`, in seconds since 1970, if it says when it ends."""
+    exp = claims.get("exp")
+    if exp is None:
+        return "unknown: the token has no exp"
+    if not _is_number(exp):
+        return "unknown: the token has no exp that is a number"
+    return "expired" if exp <= now else "valid"
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    """Return whether a claim is a finite number. An integer of JSON may be too large for a float."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_time(value: object) -> bool:
+    """Return whether a claim is a number of seconds that a calendar can show."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _LATEST
 
 
 @identity_app.command("setup")
