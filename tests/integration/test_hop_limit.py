@@ -1,21 +1,17 @@
 """How far the answer goes that holds a session token: on the wire, and behind a hop that routes."""
 
 import contextlib
-import socket
-import struct
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Self
+from typing import Final
 
 import pytest
 
 from support.daemon import instance
 from support.guest import IPV4, IPV6, Connection, Guest, Reply, inside, with_token
-from support.impostor import open_wire
+from support.hops import Wire
 from support.lab import batch, ip, until, within
-from support.patience import patience
 from support.world import World, own
 
 pytestmark = pytest.mark.root
@@ -33,55 +29,16 @@ def _given(guest: Guest, limit: int) -> None:
     """Wait until tokens are sent with this limit, or an answer by the settings before would do."""
 
     def is_sent() -> bool:
-        with _Wire(guest) as wire, guest.connect() as connection:
+        with Wire(guest) as wire, guest.connect() as connection:
             reply = _put(connection)
             return reply.status == 200 and wire.seen(reply.body).limit == limit
 
     until(is_sent, what=f"a token sent with {limit}")
 
 
-@dataclass(frozen=True, slots=True)
-class _Packet:
-    limit: int
-    dscp: int
-    tcp: bytes
-
-
-class _Wire:
-    """What comes in by a guest's device."""
-
-    def __init__(self, guest: Guest) -> None:
-        self._socket = open_wire(
-            guest.namespace, guest.device, timeout_s=5 * patience(), kind=socket.SOCK_DGRAM
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._socket.close()
-
-    def seen(self, text: bytes) -> _Packet:
-        """The next packet of a metadata address that has this in it."""
-        while True:
-            data, (_, _, kind, *_) = self._socket.recvfrom(65_536)
-            packet = _parse(data)
-            if kind != socket.PACKET_OUTGOING and packet is not None and text in packet.tcp:
-                return packet
-
-
-def _parse(data: bytes) -> _Packet | None:
-    version = data[0] >> 4
-    if version == 4 and data[9] == socket.IPPROTO_TCP:
-        return _Packet(data[8], data[1] >> 2, data[(data[0] & 15) * 4 :])
-    if version == 6 and data[6] == socket.IPPROTO_TCP:
-        return _Packet(data[7], (struct.unpack(">H", data[:2])[0] >> 6) & 63, data[40:])
-    return None
-
-
 def _limits(guest: Guest, to: str = IPV4) -> tuple[int, int]:
     """Of a token's answer, and of the answer after it on the same connection."""
-    with _Wire(guest) as wire, guest.connect(to=to) as connection:
+    with Wire(guest) as wire, guest.connect(to=to) as connection:
         reply = _put(connection)
         assert reply.status == 200, reply
         first = wire.seen(reply.body)
@@ -163,7 +120,7 @@ def test_behind_a_hop_a_limit_of_1_never_arrives_and_2_does(world: World) -> Non
         _given(world.red, 1)
         get = f"GET {_USER_DATA} HTTP/1.1\r\nHost: x\r\n\r\n"
         put = f"PUT {_TOKEN} HTTP/1.1\r\nHost: x\r\n{_TTL[0]}\r\n\r\n"
-        with _Wire(world.red) as wire, inner.connect() as connection:
+        with Wire(world.red) as wire, inner.connect() as connection:
             connection.send((put + get).encode())
             first = wire.seen(b"200 OK")
             connection.send(get.encode())

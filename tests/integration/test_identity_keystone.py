@@ -10,6 +10,7 @@ import pytest
 
 from support.daemon import instance
 from support.guest import IPV4, Guest, Reply
+from support.hops import Wire
 from support.identity.keystone import AUDIENCE, Keystone, open_keystone, run_openstack
 from support.identity.requests import claims_of, identity_settings
 from support.lab import ip, until
@@ -134,6 +135,23 @@ def test_a_refusal_has_the_code_and_the_challenge_of_oauth(world: World) -> None
     assert answer(body=grant + b"&" + _BODY) == (400, "invalid_request", None)
     # Our own header, sent by a guest, names no client.
     assert answer("X-imdsproxy-client: named") == (400, "invalid_client", None)
+
+
+def test_an_access_token_goes_no_farther_than_the_policy_s_hop_limit(world: World) -> None:
+    guest = _have(world, "red", _PROJECT, policy={"hop_limit": 1})
+    token = _wait(guest)["access_token"].encode()
+
+    def is_limited() -> bool:
+        with Wire(guest) as wire:
+            return _ask(guest).status == 200 and wire.seen(token[-64:]).limit == 1
+
+    # The limit of the record comes into force, and tokens are withheld until the kernel has it.
+    until(is_limited, what="an answer with one hop")
+    with Wire(guest) as wire:
+        assert guest.ask("/latest/meta-data/hostname").status == 200
+        assert wire.seen(b"200 OK").limit > 1
+    guest = _have(world, "red", _PROJECT)
+    until(lambda: not is_limited(), what="an answer without a limit")
 
 
 def test_path_rules_and_the_endpoint_s_word_cover_access_tokens(world: World) -> None:
