@@ -11,12 +11,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 from rich.console import Console
 
 from demo.cloudinit import download, unpack
 from demo.daemon import Daemon
+from demo.interruption import InterruptError, end_at_signals, ignore_signals
 from demo.lab import build, forget_folder, remember_folder, sweep
 from demo.place import alone, choose, prepare
 from demo.processes import CommandError
@@ -26,15 +26,6 @@ from demo.show import Steps, document, hints, table, write_json
 from demo.verdict import Verdict, observe
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-class InterruptError(Exception):
-    """A signal asked the demonstration to end."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +42,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs the demonstration; returns the exit status."""
     options = _parse(argv)
     console = Console(width=None if sys.stdout.isatty() else 120)
-    for number in _SIGNALS:
-        signal.signal(number, _interrupt)
+    end_at_signals()
     try:
         with alone():
             directory = choose(options.directory, _REPOSITORY)
@@ -61,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
         console.print(f"script/demo: {failed}", style="red", markup=False, soft_wrap=True)
         return 1
     except InterruptError as interrupted:
-        return 128 + interrupted.number
+        return interrupted.exit_status
 
 
 def _parse(argv: Sequence[str]) -> Options:
@@ -80,12 +70,6 @@ def _parse(argv: Sequence[str]) -> Options:
     found = parser.parse_args(argv)
     dialects = tuple(one for one in Dialect if one in (found.dialect or Dialect))
     return Options(found.once, dialects, found.json, found.directory)
-
-
-def _interrupt(number: int, _frame: FrameType | None) -> None:
-    for other in _SIGNALS:
-        signal.signal(other, signal.SIG_IGN)  # once is enough: cleaning up is not interrupted
-    raise InterruptError(number)
 
 
 def _demonstrate(options: Options, directory: Path, console: Console) -> int:
@@ -116,8 +100,7 @@ def _demonstrate(options: Options, directory: Path, console: Console) -> int:
         if not options.once:
             _stay(everyone, daemon, console)
     finally:
-        for number in _SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
+        ignore_signals()
         steps.say("cleaning up")
         daemon.stop()
         sweep()

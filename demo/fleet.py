@@ -5,31 +5,24 @@ Every machine is a network namespace. The commands that are printed are the ones
 
 from __future__ import annotations
 
-import shlex
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Final
 
 from rich.console import Console
 from rich.table import Table
 
+from demo.fleet_operator import DemoError, Operator
 from support.fleet_world import FleetWorld, fleet_world
 from support.guest import Guest, Lost
-from support.lab import within
 
 _TARGET: Final = "/latest/meta-data/hostname"
 _PAUSE_S: Final = 0.01
 _GUESTS: Final = (("web", "blue", 5, "a"), ("db", "red", 5, "b"), ("mail", "blue", 6, "c"))
-
-
-class DemoError(Exception):
-    """A command did not do what it was to do."""
 
 
 @dataclass(slots=True)
@@ -87,46 +80,24 @@ class Demonstration:
     """One run."""
 
     world: FleetWorld
-    console: Console
-    operator: Path = field(init=False)
+    operator: Operator
     readers: dict[str, Reader] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.operator = self.world.operator("operator")
-
-    def say(self, text: str) -> None:
-        """What happens next."""
-        self.console.print(text, style="bold", highlight=False, soft_wrap=True)
-
-    def imdsproxy(self, line: str) -> None:
-        """Run a command of an operator's, with the fleet that it goes to; `DemoError` where it fails."""
-        self.console.print(f"  $ imdsproxy {line}", style="cyan", highlight=False, soft_wrap=True)
-        where = [word for url in self.world.urls for word in ("--fleet", url)]
-        words = (sys.executable, "-m", "imdsproxy", *where, "--fleet-certificate", self.operator)
-        ran = subprocess.run(
-            (*within(self.world.etcd.lab.host), *map(str, words), *shlex.split(line)),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        for shown in (ran.stdout + ran.stderr).strip().splitlines():
-            self.console.print(f"    {shown}", style="dim", highlight=False, markup=False)
-        if ran.returncode != 0:
-            raise DemoError(f"`imdsproxy {line}` ended with {ran.returncode}")
 
     def run(self) -> bool:
         """All of it; whether every guest got its own, always."""
         world = self.world
-        self.say(
+        self.operator.say(
             "Three hosts join, each with the networks blue and red, whose addresses are the same"
         )
         for name in ("a", "b", "c"):
             world.add_host(name, networks=("blue", "red"))
-        self.say("An operator stores networks and instances once; each goes to its host alone")
+        self.operator.say(
+            "An operator stores networks and instances once; each goes to its host alone"
+        )
         for network in ("blue", "red"):
-            self.imdsproxy(f"network add {network} --bridge {network}")
+            self.operator.imdsproxy(f"network add {network} --bridge {network}")
         for instance, network, number, host in _GUESTS:
-            self.imdsproxy(
+            self.operator.imdsproxy(
                 f"instance add {instance} --host {host} -n {network} "
                 f"--mac fa:16:3e:00:00:{number:02x} --address 10.0.0.{number}"
             )
@@ -140,8 +111,8 @@ class Demonstration:
         finally:
             for reader in self.readers.values():
                 reader.end()
-        self.imdsproxy("fleet hosts")
-        self.console.print(self._table())
+        self.operator.imdsproxy("fleet hosts")
+        self.operator.console.print(self._table())
         expected = {"web": ["web"], "db": ["db", "db-2"], "mail": ["mail", "mail-2", "mail-3"]}
         return all(
             reader.lost == 0 and reader.names == expected[instance]
@@ -149,29 +120,33 @@ class Demonstration:
         )
 
     def _move(self) -> None:
-        self.say("web moves from a to b while it reads: both serve it until its guest is there")
-        self.imdsproxy("instance move web --to b")
+        self.operator.say(
+            "web moves from a to b while it reads: both serve it until its guest is there"
+        )
+        self.operator.imdsproxy("instance move web --to b")
         guest = self.world.hosts["b"].lab.guest("blue", 5, name="web")
         self.readers["web"].moves(guest, "b")
-        self.imdsproxy("instance move web --finish")
+        self.operator.imdsproxy("instance move web --finish")
 
     def _kill(self) -> None:
         world = self.world
         first, second = world.hubs
-        self.say(f"{first.name} is killed; a change goes by {second.name}")
+        self.operator.say(f"{first.name} is killed; a change goes by {second.name}")
         first.end(signal.SIGKILL)
-        self.imdsproxy("instance set db --hostname db-2")
+        self.operator.imdsproxy("instance set db --hostname db-2")
         leader = world.etcd.leader()
-        self.say(f"{leader.name}, the leader of etcd, is killed; a change goes by the two others")
+        self.operator.say(
+            f"{leader.name}, the leader of etcd, is killed; a change goes by the two others"
+        )
         with world.etcd.killed(leader):
-            self.imdsproxy("instance set mail --hostname mail-2")
-            self.say("The other hub is killed, too: guests read on, from their own hosts")
+            self.operator.imdsproxy("instance set mail --hostname mail-2")
+            self.operator.say("The other hub is killed, too: guests read on, from their own hosts")
             second.end(signal.SIGKILL)
             time.sleep(2)
-        self.say("Both hubs are started again; a change is in force at once")
+        self.operator.say("Both hubs are started again; a change is in force at once")
         for hub in world.hubs:
             hub.start()
-        self.imdsproxy("instance set mail --hostname mail-3")
+        self.operator.imdsproxy("instance set mail --hostname mail-3")
 
     def _table(self) -> Table:
         table = Table(
@@ -196,7 +171,7 @@ def main(words: Sequence[str]) -> int:
     console.print("etcd of three members, two hubs in front of it", style="bold")
     try:
         with fleet_world() as world:
-            good = Demonstration(world, console).run()
+            good = Demonstration(world, Operator(world, console)).run()
     except DemoError as error:
         console.print(f"script/demo: {error}", style="red", markup=False, soft_wrap=True)
         return 1

@@ -1,11 +1,12 @@
 """The demonstration shows what it says, and leaves nothing behind, however it ends."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -13,11 +14,15 @@ import pytest
 
 from demo.roster import guests
 from support.demonstration import REPOSITORY, Demonstration, host_view, start
-from support.lab import until
+from support.lab import NETNS, until
+from support.reaper import processes_of
 
 pytestmark = [pytest.mark.root, pytest.mark.slow, pytest.mark.timeout(600)]
 
 _UP_S: Final = 240.0
+_PROVES: Final = (
+    "all the while, a new token for each login N logins, 0 lost, 1 subject, longest N ms"
+)
 
 
 @pytest.fixture
@@ -129,3 +134,71 @@ def test_a_fleet_whose_parts_are_killed_shows_that_each_guest_read_its_own_alway
     assert "a → b" in ran.stdout
     assert "mail → mail-2 → mail-3" in ran.stdout
     assert ran.stdout.endswith("Every guest read its own, always.\n")
+
+
+def test_guests_of_two_projects_prove_who_they_are_whatever_is_killed_or_moved() -> None:
+    ran = subprocess.run(
+        (REPOSITORY / "script/demo", "--identity"),
+        capture_output=True,
+        text=True,
+        timeout=_UP_S,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    table = [" ".join(line.split()) for line in ran.stdout.partition(" verdict")[2].splitlines()]
+    assert [re.sub(r"\d+ (?=logins|ms)", "N ", line) for line in table if line] == [
+        "web of shop a openstack token issue, project shop a token of shop right",
+        "a bao kv get, secret of shop shop-s3cret right",
+        "a openstack token issue, project bank refused: HTTP 401 right",
+        "a bao kv get, secret of bank refused: Code: 403 right",
+        "b openstack token issue, project shop a token of shop right",
+        f"a → b {_PROVES} right",
+        "db of bank a openstack token issue, project bank a token of bank right",
+        "a bao kv get, secret of bank bank-s3cret right",
+        "a openstack token issue, project shop refused: HTTP 401 right",
+        "a bao kv get, secret of shop refused: Code: 403 right",
+        f"a {_PROVES} right",
+        "host a a requests a token of web, which is on a a token right",
+        "a requests a token of web, which is on b refused: subject right",
+        "Each guest proved who it is, and nobody else did.",
+    ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_identity_demonstration_with_all_that_it_made(
+    number: signal.Signals,
+) -> None:
+    place = Path(f"/var/tmp/imdst-{os.getpid()}")  # noqa: S108 - the test's own, and removed
+    place.mkdir(mode=0o755)
+    process = subprocess.Popen(
+        (REPOSITORY / "script/demo", "--identity"),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "TMPDIR": str(place)},
+    )
+    try:
+        assert process.stdout is not None
+        assert any("tries the other" in line for line in process.stdout)
+        made = _namespaces_of(pid for pid, _ in processes_of([place]))
+        assert len(made) > 10
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 128 + number, output
+        until(
+            lambda: not any(place.iterdir()) and not list(processes_of([place])),
+            within_s=30,
+            what="the end of files and processes",
+        )
+        assert not made & set(NETNS.iterdir())
+    finally:
+        process.kill()
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _namespaces_of(pids: Iterable[int]) -> set[Path]:
+    """Return all network namespaces of the labs that these processes are in."""
+    inodes = {Path(f"/proc/{pid}/ns/net").stat().st_ino for pid in pids}
+    labs = {path.name[:10] for path in NETNS.iterdir() if path.stat().st_ino in inodes}
+    return {path for path in NETNS.iterdir() if path.name[:10] in labs}

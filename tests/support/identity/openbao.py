@@ -14,7 +14,7 @@ from support.openstack.neutron_rest import ask
 from support.openstack.servers import Server, ends_with_us
 from support.pinned_venv import pinned_venv
 
-_ADDRESS: Final = "127.0.0.1"
+_LOOPBACK: Final = "127.0.0.1"
 _PORT: Final = 8200
 _ROOT: Final = "root"
 
@@ -37,12 +37,12 @@ class OpenBao:
     """A server that runs, and its client.
 
     Attributes:
-        namespace: Where the server listens, and where the client asks it.
+        namespace: Where the client asks the server.
     """
 
     server: Server
     namespace: str
-    url: str = f"http://{_ADDRESS}:{_PORT}"
+    url: str
 
     def trust(self, issuer: Issuer) -> None:
         """Take tokens of one issuer, and of no other from now on."""
@@ -113,11 +113,11 @@ class OpenBao:
 
 
 @contextlib.contextmanager
-def open_openbao(namespace: str, directory: Path) -> Iterator[OpenBao]:
-    """Run a server on a namespace's loopback, with its secrets in memory and its log in a directory."""
+def open_openbao(namespace: str, directory: Path, *, address: str = _LOOPBACK) -> Iterator[OpenBao]:
+    """Run a server at an address of a namespace, with its secrets in memory and its log in a directory."""
     words = (
         *(str(pinned_venv("identity") / "bin" / "bao"), "server", "-dev", "-dev-no-store-token"),
-        *(f"-dev-root-token-id={_ROOT}", f"-dev-listen-address={_ADDRESS}:{_PORT}"),
+        *(f"-dev-root-token-id={_ROOT}", f"-dev-listen-address={address}:{_PORT}"),
     )
     server = Server(
         name="OpenBao",
@@ -127,7 +127,7 @@ def open_openbao(namespace: str, directory: Path) -> Iterator[OpenBao]:
         log=directory / "openbao.log",
         is_up=lambda: _is_unsealed(bao),
     )
-    bao = OpenBao(server, namespace)
+    bao = OpenBao(server, namespace, f"http://{address}:{_PORT}")
     try:
         server.start()
         yield bao
