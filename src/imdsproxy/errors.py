@@ -155,6 +155,12 @@ class SourceUnavailable(SourceError):
     )
 
 
+class ClockWrong(SourceUnavailable):
+    """The clocks of two machines differ, or a clock is before a time that has passed."""
+
+    remedy = "Set the clock of the machine that the message names, by NTP if possible."
+
+
 class LibraryMissing(SourceUnavailable):
     """An optional library, which a source or a command needs, is not installed."""
 

@@ -34,7 +34,8 @@ _WORD: Final = re.compile(r"[a-z][a-z0-9]*(?:-[a-z0-9]+)+")
 _FLAG: Final = re.compile(r"--[a-z][a-z0-9-]*")
 _FILE: Final = re.compile(r"/(?:run|var/lib|var/log|etc)/imdsproxy/([\w.-]*\w)")
 _UNIT: Final = re.compile(r"\bimdsproxy[\w-]*\.service\b")
-_ROUTE: Final = re.compile(r"/v1(?:/[\w-]+|/\{\w+\})+")
+_ROUTE: Final = re.compile(r"(?<!:8200)/v1(?:/[\w-]+|/\{\w+\})+")
+"""Route of ours; OpenBao's are behind its port."""
 _INSTALLED: Final = re.compile(
     r"/usr/(?:lib|share)/(?:[\w.-]+/)*(?:_?imdsproxy|neutron-ns)[\w./*-]*[\w*]"
 )

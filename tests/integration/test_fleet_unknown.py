@@ -140,6 +140,11 @@ _ASKS: Final = (
     *_of("instance", "GET /v1/instances/{instance}/explain", query={"probe": "true"}),
     *_of(
         "instance",
+        "GET /v1/instances/{instance}/identity-check",
+        query={"audience": "vault", "network": "rednet", "host": "red-host"},
+    ),
+    *_of(
+        "instance",
         "GET /v1/instances/{instance}/password",
         "DELETE /v1/instances/{instance}/password",
     ),

@@ -48,7 +48,7 @@ def signers(tmp_path_factory: pytest.TempPathFactory) -> Signers:
 
 @pytest.fixture(scope="module")
 def world(signers: Signers) -> Iterator[FleetWorld]:
-    identity = {"enabled": True, "user": "daemon"}
+    identity = {"enabled": True, "user": "daemon", "ca_file": str(signers.issuer.ca_file)}
     with fleet_world(beside_hub=signers, identity=identity) as made:
         made.store_network("blue")
         made.write({f"{layout.POLICIES}project/{_PROJECT}": _POLICY})
@@ -173,6 +173,25 @@ def test_an_instance_that_has_moved_is_known_on_its_new_host_alone_by_the_same_s
     until(lambda: guests[0].ask(name).status == 404, within_s=20, what="its end here")
     assert _answer(world, here) == {"refused": "subject"}
     assert "token" in _answer(world, there)
+
+
+def test_an_operator_of_the_fleet_checks_the_chain_by_the_instance_s_host(
+    world: FleetWorld,
+    hosts: tuple[FleetHost, FleetHost],
+    guests: tuple[Guest, Guest],
+    operator: Operator,
+) -> None:
+    created = _place(world, "web", hosts[0].name)
+    wait_token(guests[0], instance_created=created)
+    shape = operator.do("identity", "check", "web", "-a", "vault", "--json").json
+    verdicts = {one["link"]: one["verdict"] for one in shape["links"]}
+    assert verdicts.pop("verifier") == "unchecked"
+    assert set(verdicts.values()) == {"good"}, shape
+    assert shape["host"] == hosts[0].name
+    (placement,) = (one for one in shape["links"] if one["link"] == "placement")
+    assert placement["reason"] == "the fleet's records place the instance on this host"
+    refused = operator.run("identity", "check", "web", "-a", "mail", "--json")
+    assert (refused.status, refused.json["failed"]) == (1, "policy")
 
 
 def test_a_policy_of_the_fleet_ends_tokens_at_once(

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Depends, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import PlainTextResponse, StreamingResponse
 
-from imdsproxy.api import bodies, guests, identity, status, tokens
+from imdsproxy.api import bodies, guests, identity, identity_check, status, tokens
 from imdsproxy.api.answers import Written
 from imdsproxy.api.host_records import HostRecords
 from imdsproxy.api.record_routes import InstanceOf, NetworkOf, RecordApi, add_record_routes
@@ -19,8 +19,9 @@ from imdsproxy.controller.token_report import InstanceTokens, TokenReport
 from imdsproxy.errors import Problem, RequestRefused
 from imdsproxy.haproxy.rules.limits import Usage
 from imdsproxy.haproxy.rules.request_log import WatchReport
+from imdsproxy.issuer.check import Chain
 from imdsproxy.issuer.rotation import IssuerKeys
-from imdsproxy.model.entities import InstanceId
+from imdsproxy.model.entities import InstanceId, NetworkId
 
 
 async def _parts(request: Request) -> Parts:
@@ -113,6 +114,20 @@ async def explain_instance(
     _refuse_relative(path)
     known = guests.list_addresses(parts, instance)
     return [await guests.explain(parts, key, path, probe=probe) for key in known]
+
+
+@router.get("/instances/{instance}/identity-check")
+async def check_identity(
+    instance: InstanceOf,
+    audience: Annotated[str, Query(description="Audience of the token that is tried.")],
+    parts: _Uses,
+    network: Annotated[
+        str | None, Query(description="The network by which the instance asks.")
+    ] = None,
+) -> Chain:
+    """Check each link between the instance and a verifier of its identity tokens, until one fails."""
+    asked = None if network is None else NetworkId(network)
+    return await identity_check.check_identity(parts, InstanceId(instance), audience, asked)
 
 
 @router.get("/documents", response_model_exclude_unset=True)

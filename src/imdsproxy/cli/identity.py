@@ -9,17 +9,26 @@ from typing import Annotated, Any, Final, TypeGuard
 
 import typer
 
-from imdsproxy.cli.options import Invocation, argument, command, config_command, flag
-from imdsproxy.cli.output import Output, Shape, clean, spell_time
+from imdsproxy.api.client import path_to
+from imdsproxy.cli.options import (
+    NO,
+    Invocation,
+    argument,
+    command,
+    complete_instances,
+    config_command,
+    flag,
+)
+from imdsproxy.cli.output import Output, Shape, clean, clean_all, spell_time
 from imdsproxy.errors import RequestRefused, optional_library
 
-_HINT: Final = "apt install python3-jwt python3-cryptography, or pip install 'imdsproxy[identity]'"
+_COLOURS: Final = {"good": "green", "failed": "red", "unchecked": "dim"}
 _STDIN: Final = "-"
 _LATEST: Final = int(datetime(9999, 1, 1, tzinfo=UTC).timestamp())
 _TIMES: Final = ("iat", "nbf", "exp", "instance_created")
 
 identity_app = typer.Typer(
-    help="Manage identity tokens, by which guests prove who they are: keys, rotate, show, setup.",
+    help="Manage identity tokens, by which guests prove who they are: keys, rotate, check, show, setup.",
     no_args_is_help=True,
 )
 
@@ -121,12 +130,13 @@ def decode_token(
 ) -> tuple[dict[str, Any], dict[str, Any], str]:
     """Return header, claims, and the verdict on the signature alone, whatever the claims say.
 
-    The layer of JWS (RFC 7515) knows no claims, so no version of the library checks one here.
-
     Raises:
         RequestRefused: The text is no token.
+        LibraryMissing: PyJWT is not installed.
     """
-    with optional_library("jwt", _HINT):
+    from imdsproxy.issuer.check import LIBRARY_HINT, find_wrong_signature
+
+    with optional_library("jwt", LIBRARY_HINT):
         import jwt
     try:
         header = jwt.get_unverified_header(text)
@@ -141,13 +151,9 @@ def decode_token(
     known = next((one for one in keys if one["id"] == header.get("kid")), None)
     if known is None:
         return header, claims, "of a key that this issuer does not have"
-    try:
-        jwt.PyJWS().decode_complete(
-            text, jwt.PyJWK(dict(known["jwk"])).key, algorithms=[known["algorithm"]]
-        )
-    except jwt.InvalidTokenError as error:
-        return header, claims, f"wrong: {error}"
-    return header, claims, f"good, of the key that is {known['state']}"
+    wrong = find_wrong_signature(text, known["jwk"])
+    good = f"good, of the key that is {known['state']}"
+    return header, claims, good if wrong is None else f"wrong: {wrong}"
 
 
 def judge_life(claims: Mapping[str, Any], now: float) -> str:
@@ -170,6 +176,37 @@ def _is_number(value: object) -> TypeGuard[float]:
 def _is_time(value: object) -> bool:
     """Return whether a claim is a number of seconds that a calendar can show."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _LATEST
+
+
+@identity_app.command("check")
+@command
+def check(
+    run: Invocation,
+    instance: Annotated[str, argument("INSTANCE", "An instance's id or name.", complete_instances)],
+    *,
+    audience: Annotated[str, flag("--audience -a AUDIENCE", "The audience of the token.")],
+    network: Annotated[
+        str | None,
+        flag("--network -n NETWORK", "The network by which it asks (default: the first)."),
+    ] = None,
+) -> None:
+    """Check each link between an instance and a verifier, and name the first that fails. Exits 1 if one does.
+
+    The host has a token signed for the instance, and shows it to the verifier of the settings (verifier_url).
+    """
+    query = {"audience": audience, **({} if network is None else {"network": network})}
+    shape = run.api().get(path_to("instances", instance, "identity-check"), query)
+
+    def show(output: Output, shape: Shape) -> None:
+        for one in clean_all(shape["links"]):
+            verdict = one["verdict"]
+            output.styled(f"{one['link']:10} [{_COLOURS[verdict]}]{verdict:9}[/]  {one['reason']}")
+            if one["hint"]:
+                output.styled(f"{'':21}  hint: {one['hint']}")
+
+    run.output.answer(shape, show)
+    if shape["failed"] is not None:
+        raise typer.Exit(NO)
 
 
 @identity_app.command("setup")

@@ -76,6 +76,18 @@ class AudienceSettings(Section):
     verifier has to check this claim.
     """
 
+    verifier_url: Annotated[str, form(r"^https?://[^\s?#]+$", "a URL without a query")] | None = (
+        setting(None, Change.NOTHING, examples=["https://bao.example:8200/v1/auth/jwt/login"])
+    )
+    """URL at which `imdsproxy identity check` shows a verifier a token of the instance: a GET with the token as bearer,
+    or with `verifier_role` a login at OpenBao or Vault. Null leaves this link unchecked.
+    """
+
+    verifier_role: Annotated[str, form(r"^[A-Za-z0-9._-]{1,128}$", "a role's name")] | None = (
+        setting(None, Change.NOTHING, examples=["vm"])
+    )
+    """Role of OpenBao's or Vault's auth method for this login; the check gives its login up at once."""
+
 
 class IdentitySettings(Section):
     """Identity tokens, by which guests prove who they are to other services."""
@@ -122,6 +134,11 @@ class IdentitySettings(Section):
 
     certificate: AbsolutePath | None = setting(None, Change.RELOAD)
     """File with the certificate chain and the private key for `listen`, in PEM."""
+
+    ca_file: AbsolutePath | None = setting(None, Change.NOTHING)
+    """PEM file of the CAs that `imdsproxy identity check` trusts for the issuer's documents and verifiers; null trusts
+    the system's CAs.
+    """
 
     longest_cache_s: int = setting(3600, Change.RESTART, ge=60, le=604_800)
     """Seconds for which a verifier may keep the issuer's keys. A rotation publishes the next key for twice this time

@@ -24,7 +24,8 @@ from imdsproxy.model.observation import Conflict
 from imdsproxy.network.listeners.loop import ListenerLoop
 
 _MAY_ASK: Final = re.compile(
-    r"GET /v1/(status|explain|documents|watch|instances(/[^/?]+(/(explain|password))?)?|networks(/[^/?]+)?)(\?[^#]*)?"
+    r"GET /v1/(status|explain|documents|watch|networks(/[^/?]+)?"
+    r"|instances(/[^/?]+(/(explain|identity-check|password))?)?)(\?[^#]*)?"
     r"|DELETE /v1/instances/[^/?]+/password"
 )
 _MOST_OF_ANSWER: Final = 1024 * 1024

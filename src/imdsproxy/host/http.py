@@ -52,7 +52,7 @@ async def ask(
     limits: Mapping[str, float],
     *,
     body: bytes | None = None,
-    headers: Sequence[tuple[str, str]] = _OF_JSON,
+    headers: Sequence[tuple[str, str]] | None = None,
     most: float = math.inf,
 ) -> tuple[int, bytes]:
     """Send one request and return the status and body of the answer.
@@ -61,11 +61,11 @@ async def ask(
 
     Args:
         limits: Longest times in seconds to `connect`, `write`, `read`, and to wait for the `pool`.
-        body: JSON, unless `headers` name another type.
+        headers: `None` names JSON as the type of a body.
     """
     parts, size = list[bytes](), 0
     extensions = {"timeout": dict(limits)}
-    fields = headers if body else ()
+    fields = headers if headers is not None else (_OF_JSON if body else ())
     with answering():
         async with pool.stream(
             method, url, headers=list(fields), content=body, extensions=extensions

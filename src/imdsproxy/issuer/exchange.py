@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
+from imdsproxy.errors import ClockWrong, ImdsproxyError, SourceUnavailable
 from imdsproxy.issuer.claims import Placement, Refusal
 from imdsproxy.model.subject import Subject, parse_subject
 
@@ -15,7 +16,10 @@ MOST_AT_ONCE: Final = 64
 """Maximum number of tokens in one request to a hub."""
 
 CLOCKS_S: Final = 45.0
-"""Largest difference of clocks between hubs, or of hub and host: verifiers refuse tokens of another time."""
+"""Largest difference of clocks between hubs, or of hub and host.
+
+Tokens are back-dated by thirty seconds, and some verifiers have no leeway.
+"""
 
 LONGEST_LINE: Final = 64 * 1024
 """Bytes of the longest line: a subject may have many tags."""
@@ -97,7 +101,8 @@ def render_documents(answer: Mapping[str, str] | Refusal) -> bytes:
 
 
 def parse_documents(shape: Mapping[str, Any]) -> dict[str, str] | Refusal:
-    """Parse the line of `render_documents`, as JSON; raise `ValueError` if it is none."""
+    """Parse the line of `render_documents`, as JSON; raise as `parse_shape`."""
+    _raise_problem(shape)
     try:
         if "refused" in shape:
             return Refusal(shape["refused"])
@@ -114,7 +119,13 @@ def render_shape(answer: Token | Refusal) -> dict[str, object]:
 
 
 def parse_shape(shape: Mapping[str, Any]) -> Token | Refusal:
-    """Parse the result of `render_shape`; raise `ValueError` if it is none."""
+    """Parse the result of `render_shape`.
+
+    Raises:
+        ValueError: It is none.
+        SourceUnavailable: It is the result of `render_problem`; `ClockWrong` as there.
+    """
+    _raise_problem(shape)
     try:
         return Refusal(shape["refused"]) if "refused" in shape else Token(**shape["token"])
     except (KeyError, TypeError) as error:
@@ -126,7 +137,7 @@ def render_answer(answer: Token | Refusal) -> bytes:
 
 
 def parse_answer(line: bytes) -> Token | Refusal:
-    """Parse the result of `render_answer`; raise `ValueError` if it is none."""
+    """Parse the result of `render_answer`; raise as `parse_shape`."""
     try:
         shape = json.loads(line)
     except RecursionError as error:
@@ -134,6 +145,18 @@ def parse_answer(line: bytes) -> Token | Refusal:
     if not isinstance(shape, dict):
         raise ValueError("no answer of a signer")  # noqa: TRY004 - as of any other line
     return parse_shape(shape)
+
+
+def render_problem(error: ImdsproxyError) -> dict[str, object]:
+    """Return the reason why nothing is signed as JSON."""
+    return {"problem": error.message, "hint": error.hint, "code": error.code}
+
+
+def _raise_problem(shape: Mapping[str, Any]) -> None:
+    if "problem" not in shape:
+        return
+    kind = ClockWrong if shape.get("code") == ClockWrong.code else SourceUnavailable
+    raise kind(f"the signer cannot sign: {shape['problem']}", hint=str(shape.get("hint", "")))
 
 
 def _spell(subject: str | Subject) -> str:

@@ -16,6 +16,9 @@ from imdsproxy.issuer.claims import Refusal
 from imdsproxy.issuer.exchange import MOST_AT_ONCE, Token
 from imdsproxy.model.subject import ID_PATTERN, Subject, parse_subject
 
+CHECK_NONCE: Final = "imdsproxy-identity-check"
+"""Claim `nonce` of the tokens of operators' checks: verifiers' logs show it."""
+
 _SUBJECT_ID: Final = re.compile(ID_PATTERN)
 _RATE_PER_S: Final = 5.0
 _BURST: Final = 20.0
@@ -109,6 +112,7 @@ class TokenHolder:
     _documents: dict[str, dict[str, str]] = field(default_factory=dict)
     _due: dict[TokenKey, float] = field(default_factory=dict)
     _known: dict[str, Subject] = field(default_factory=dict)
+    _listed: set[str] = field(default_factory=set)
     _pending: dict[TokenKey, asyncio.Task[Held | Refusal]] = field(default_factory=dict)
     _shares: dict[str, _Share] = field(default_factory=dict)
 
@@ -161,6 +165,13 @@ class TokenHolder:
             if held is None or held.left_s(now) <= 0:
                 raise
             return held
+
+    async def try_source(self, name: str, audience: str) -> Token | Refusal:
+        """Request a token that no guest gets, for an operator's check; raise `SourceUnavailable` without an answer."""
+        subject = self.read(name)
+        if subject is None:
+            return Refusal.SUBJECT
+        return (await self.source.request([Wanted(name, subject, audience, CHECK_NONCE)]))[0]
 
     async def document(self, name: str, subject: Subject) -> dict[str, str] | Refusal | None:
         """Return a subject's document with its signatures, or why there is none; `None` after too many requests.
@@ -259,8 +270,10 @@ class TokenHolder:
             names = {name for name in os.listdir(self.subjects) if _SUBJECT_ID.fullmatch(name)}  # noqa: PTH208 - names only
         for name in {key[0] for key in self._due} - names:
             self._forget(name)
-        now = self.monotonic()
-        for name in names - self._known.keys():
+        # A guest's request may have read a subject before: its other audiences are fetched all the same.
+        new, now = names - self._listed, self.monotonic()
+        self._listed = names
+        for name in new:
             subject = self.read(name)
             for audience in () if subject is None else subject.named_audiences:
                 self._due.setdefault((name, audience), now)

@@ -9,7 +9,7 @@ from typing import Any, Final, TypeAlias
 
 import httpcore
 
-from imdsproxy.errors import SourceUnavailable
+from imdsproxy.errors import ClockWrong, SourceUnavailable
 from imdsproxy.fleet.members import IDENTITY_DOCUMENT_PATH, IDENTITY_PATH
 from imdsproxy.host.http import Unanswered, ask
 from imdsproxy.issuer.claims import Refusal
@@ -24,7 +24,6 @@ AUTHORITY_FILE: Final = "ca.crt"
 _LIMITS: Final = {"connect": 2.0, "read": 4.0, "write": 4.0, "pool": 4.0}
 _MOST_BYTES: Final = 512 * 1024
 _OK: Final = 200
-"""Longest difference between two clocks: tokens are back-dated by thirty seconds, and some verifiers have no leeway."""
 
 _Stamp: TypeAlias = tuple[tuple[int, int], ...]
 
@@ -78,17 +77,19 @@ class HubSource:
         self, pool: httpcore.AsyncConnectionPool, path: str, question: Mapping[str, object]
     ) -> dict[str, Any]:
         """Return the answer of the first hub that gives one."""
-        body, reasons = json.dumps(question).encode(), list[str]()
+        body, errors = json.dumps(question).encode(), list[SourceUnavailable]()
         for hub in tuple(self._hubs):
             try:
                 return await self._ask(pool, f"{hub}{path}", body)
             except SourceUnavailable as error:
-                reasons.append(error.message)
+                errors.append(error)
                 # The next request begins with a hub that may answer.
                 self._hubs.append(self._hubs.pop(0))
-        raise SourceUnavailable(
-            "no hub signs identity tokens: " + "; ".join(reasons), hint="imdsproxy fleet status"
+        reasons = "; ".join(error.message for error in errors)
+        kind = (
+            ClockWrong if any(isinstance(one, ClockWrong) for one in errors) else SourceUnavailable
         )
+        raise kind(f"no hub signs identity tokens: {reasons}", hint="imdsproxy fleet status")
 
     async def _ask(
         self, pool: httpcore.AsyncConnectionPool, url: str, body: bytes
@@ -105,7 +106,7 @@ class HubSource:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise SourceUnavailable(f"{url} answers {status}, and nothing of a hub") from error
         if abs(ahead_s) > CLOCKS_S:
-            raise SourceUnavailable(
+            raise ClockWrong(
                 f"the clock of {url} is {ahead_s:+.0f} s from this host's: its tokens would be refused"
             )
         return shape

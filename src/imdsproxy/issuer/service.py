@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, cast
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, parse_qsl
 
 import structlog
 
@@ -12,12 +12,16 @@ from imdsproxy.documents.dialects.respond import Answer, Header, refusal, retry_
 from imdsproxy.documents.http import LIVENESS_PATH, Receive, Scope, Send, read_body, send_answer
 from imdsproxy.errors import ImdsproxyError
 from imdsproxy.issuer.claims import Refusal, is_audience, is_nonce
+from imdsproxy.issuer.exchange import render_problem, render_shape
 from imdsproxy.issuer.formats import TokenFormat, render_token
 from imdsproxy.issuer.holder import Held, TokenHolder
 from imdsproxy.model import wire
 
 STATE_PATH: Final = b"/state"
 """Path of the process's counts, for the controller."""
+
+CHECK_PATH: Final = b"/check"
+"""Path of an operator's check, for the controller; its query has `subject` (an id) and `audience`."""
 
 _TEXT: Final = wire.TEXT
 _JSON: Final = b"application/json"
@@ -60,10 +64,7 @@ class IdentityService:
         found = {name.decode("latin-1"): value.decode("latin-1") for name, value in headers}
         if wire.HEADER_SUBJECT not in found:
             # HAProxy's check, or the controller's question; a guest's request names its subject.
-            status = 200 if scope["raw_path"] == LIVENESS_PATH else 400
-            is_question = scope["raw_path"] == STATE_PATH
-            state = _json(200, self.holder.state()) if is_question else refusal(status)
-            await send_answer(state, send)
+            await send_answer(await self._answer_host(scope), send)
             return
         body = b""
         if scope["method"] not in {"GET", "HEAD"}:
@@ -85,6 +86,22 @@ class IdentityService:
             _log.error("no identity token", reason=error.message, hint=error.hint)
             answer = retry_later()
         await send_answer(answer, send)
+
+    async def _answer_host(self, scope: Scope) -> Answer:
+        path, query = scope["raw_path"], cast("bytes", scope["query_string"])
+        if path == STATE_PATH:
+            return _json(200, self.holder.state())
+        if path == CHECK_PATH:
+            values = dict(parse_qsl(query.decode("latin-1")))
+            return await self._check(values.get("subject", ""), values.get("audience", ""))
+        return refusal(200 if path == LIVENESS_PATH else 400)
+
+    async def _check(self, name: str, audience: str) -> Answer:
+        """Answer an operator's check of a subject and an audience: a token or the exact reason why there is none."""
+        try:
+            return _json(200, render_shape(await self.holder.try_source(name, audience)))
+        except ImdsproxyError as error:
+            return _json(200, render_problem(error))
 
     async def _document(self, name: str, path: str) -> Answer:
         subject = self.holder.read(name)

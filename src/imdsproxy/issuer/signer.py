@@ -13,7 +13,7 @@ from typing import Any, Final
 import jwt
 import structlog
 
-from imdsproxy.errors import HostRefused, SecretUnreadable, refusing
+from imdsproxy.errors import ClockWrong, HostRefused, SecretUnreadable, refusing
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import write_atomic
 from imdsproxy.issuer import exchange
@@ -122,7 +122,7 @@ class Signer:
         # Hosts of a fleet compare their clocks with the hub's.
         early = None if self.subjects is None else self.store.ring.explain_early(now)
         if early is not None:
-            raise HostRefused(f"the signer signs nothing: {early}", hint=SET_CLOCK)
+            raise ClockWrong(early, hint=SET_CLOCK)
         claims = plan_claims(
             found,
             request.audience,
@@ -187,9 +187,9 @@ class Signer:
         except (ValueError, TypeError, RecursionError) as error:
             _log.warning("a wrong request", reason=str(error))
             return exchange.render_answer(Refusal.REQUEST)
-        except (HostRefused, SecretUnreadable) as error:
+        except (ClockWrong, HostRefused, SecretUnreadable) as error:
             _log.error("no token can be signed", reason=error.message, hint=error.hint)
-            return json.dumps({"problem": error.message, "hint": error.hint}).encode() + b"\n"
+            return json.dumps(exchange.render_problem(error)).encode() + b"\n"
 
     def _manage(self, shape: Mapping[str, Any], user: int) -> bytes:
         """Change the keys, and return the ring with the public keys."""

@@ -183,3 +183,28 @@ async def test_a_document_is_signed_once_and_goes_with_its_subject(rig: Rig) -> 
     assert holder.read(subject.id) is None
     await holder.document(subject.id, subject)
     assert len(rig.asked) == 2
+
+
+async def test_named_audiences_are_fetched_ahead_though_a_guest_has_requested_another(
+    rig: Rig,
+) -> None:
+    holder = rig.holder()
+    subject = holder.read(_SUBJECT.id)
+    assert subject is not None
+    await holder.get(_SUBJECT.id, subject, "other", None)
+    await _run(rig, holder)
+    assert {"keystone", "vault"} <= {audience for audience, _ in rig.asked}
+
+
+async def test_an_operator_s_check_asks_the_source_and_changes_no_guest_s_token(rig: Rig) -> None:
+    holder = rig.holder()
+    held = await _get(holder)
+    tried = await holder.try_source(_SUBJECT.id, "vault")
+    assert isinstance(tried, Token)
+    assert isinstance(held, Held)
+    assert tried != held.token
+    assert await _get(holder) == held
+    assert await holder.try_source("0" * 32, "vault") is Refusal.SUBJECT
+    rig.away = True
+    with pytest.raises(SourceUnavailable):
+        await holder.try_source(_SUBJECT.id, "vault")

@@ -48,6 +48,22 @@ async def explain_instance(
     return JSONResponse(explanations)
 
 
+@guests.get("/instances/{instance}/identity-check")
+async def check_identity(
+    store: Reading,
+    instance: InstanceOf,
+    audience: str,
+    network: _Query = None,
+    host: _Host = None,
+) -> JSONResponse:
+    """Check the links between an instance and a verifier of its identity tokens: the answer of the instance's host."""
+    asked = _one_of(store.views.stored(instance)[0].hosts, host)
+    route = path_to("instances", instance, "identity-check")
+    query = {"audience": audience, "network": network}
+    answer = await ask_for_object(store.operations, asked, route, query)
+    return JSONResponse({**answer, "host": asked})
+
+
 @guests.get("/explain")
 async def explain(
     store: Reading, network: NetworkOf, address: str, path: _Query = None, host: _Host = None
