@@ -19,6 +19,8 @@ HAPROXY: Final = "imdsproxy-haproxy.service"
 DOCUMENTS: Final = "imdsproxy-documents.service"
 UNITS: Final = (CONTROLLER, HAPROXY, DOCUMENTS)
 HUB: Final = "imdsproxy-hub.service"
+IDENTITY: Final = "imdsproxy-identity.service"
+SIGNER: Final = "imdsproxy-signer.service"
 
 USER_DATA: Final = "/latest/user-data"
 
@@ -111,7 +113,7 @@ class UnitDaemon:
             *(["PrivateTmp=no"] if places & {"tmp", "var"} else []),
         ]
         if lines:
-            for unit in (DOCUMENTS, HUB):
+            for unit in (DOCUMENTS, HUB, IDENTITY, SIGNER):
                 drop_in = f"/etc/systemd/system/{unit}.d/places.conf"
                 self.machine.write(drop_in, "\n".join(["[Service]", *lines, ""]))
         self.machine.run(f"{REPOSITORY}/packaging/install")

@@ -58,12 +58,24 @@ def rotate(
 
     The rotation goes on by itself, also after a restart.
     """
-    shape = run.api().request("POST", "/v1/identity/rotate", body={"compromised": compromised})
+    api = run.api()
+    try:
+        shape = api.request("POST", "/v1/identity/rotate", body={"compromised": compromised})
+    except RequestRefused:
+        # The operator replaces the key, and needs the steps all the same.
+        if compromised:
+            _show_compromised(run.output, api.get("/v1/identity/keys"))
+        raise
     _show_keys(run.output, shape)
-    if compromised and not run.output.as_json:
+    if compromised:
+        _show_compromised(run.output, shape)
+
+
+def _show_compromised(output: Output, shape: Shape) -> None:
+    if not output.as_json:
         from imdsproxy.tools.identity_setup import render_compromised
 
-        run.output.text(render_compromised(shape["issuer"]))
+        output.text(render_compromised(shape["issuer"]))
 
 
 def _show_keys(output: Output, shape: Shape) -> None:

@@ -115,6 +115,15 @@ class IdentitySettings(Section):
     that takes it.
     """
 
+    key_file: AbsolutePath | None = setting(
+        None, Change.RESTART, examples=["/etc/imdsproxy/identity.pem"]
+    )
+    """File with the operator's own signing key in PEM, for a host without a fleet: RSA of 2048 bits or more, or P-256,
+    owned by root with mode 0600. Null lets the signer make and rotate keys. The first key of the file signs. A new key
+    in front of the old one signs once verifiers know it; `docs/explanation/identity.md` has the steps. For a
+    credential of systemd: `/run/credentials/imdsproxy-signer.service/NAME`.
+    """
+
     audiences: dict[Audience, AudienceSettings] = setting(
         {},
         Change.RESTART,

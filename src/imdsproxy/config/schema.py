@@ -434,6 +434,12 @@ class Settings(Section):
                 "a host without a fleet signs identity tokens itself, and has no issuer",
                 "a URL as https://id.cloud.example",
             )
+        if self.identity.key_file is not None and self.sources.fleet.enabled:
+            raise cross(
+                ("identity", "key_file"),
+                "the hubs of a fleet sign, and share keys of their own",
+                "remove it, or sources.fleet",
+            )
 
     @property
     def admin_socket(self) -> Path:

@@ -18,8 +18,16 @@ import structlog
 
 from imdsproxy.config.schema import Settings
 from imdsproxy.controller.companion import Companion
+from imdsproxy.controller.key_file import SIGNER_USER, find_key_error
 from imdsproxy.controller.subjects import IdentityReport, Subjects
-from imdsproxy.errors import DataplaneError, Problem, SourceUnavailable
+from imdsproxy.errors import (
+    ConfigInvalid,
+    DataplaneError,
+    ImdsproxyError,
+    Problem,
+    RequestRefused,
+    SourceUnavailable,
+)
 from imdsproxy.haproxy.launch import kill_process
 from imdsproxy.haproxy.layout import Layout
 from imdsproxy.haproxy.records import RecordApplier
@@ -28,7 +36,7 @@ from imdsproxy.host.account import Account, find_account
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import ensure_directory, write_atomic
 from imdsproxy.host.http import Unanswered, ask
-from imdsproxy.issuer.documents import DOCUMENTS, render_documents
+from imdsproxy.issuer.documents import DOCUMENTS, KEYS_PATH, render_documents
 from imdsproxy.issuer.hub_source import AUTHORITY_FILE, CERTIFICATE_FILE, HUBS_FILE
 from imdsproxy.issuer.ring import parse_ring
 from imdsproxy.issuer.rotation import Pace, plan_rotation
@@ -73,7 +81,13 @@ def in_fleet(settings: Settings) -> bool:
 def plan_signer(settings: Settings, *, hub: bool) -> Plan:
     """Plan the process that has the keys: of this host, or of a fleet beside a hub."""
     layout, identity = Layout.of(settings), settings.identity
-    account = find_account(identity.signer_user, None, "identity.signer_user")
+    if hub and identity.key_file is not None:
+        reason = "the signers of a fleet share keys of their own"
+        raise ConfigInvalid(
+            "this hub's signer takes no key of the operator",
+            problems=[Problem("identity.key_file", reason, "remove it")],
+        )
+    account = find_account(identity.signer_user, None, SIGNER_USER)
     clients = find_identity_account(settings)
     if hub:
         clients = find_account(settings.hub.user, None, "hub.user")
@@ -88,6 +102,7 @@ def plan_signer(settings: Settings, *, hub: bool) -> Plan:
         subjects="" if hub else str(layout.subjects),
         managers=() if clients is None or not hub else (clients.user,),
         keys=str(layout.signing_keys),
+        key_file="" if identity.key_file is None else str(identity.key_file),
         issuer=identity.issuer or "",
         trust_domain=identity.domain,
         algorithm=identity.algorithm,
@@ -149,6 +164,8 @@ class IdentityHost(Part):
         pace: Times of a rotation of keys.
         forget: Removes the tokens that HAProxy keeps.
         fleet: Files for the hubs, which sign in this host's place; `None` without a fleet.
+        key_file: File of the operator's keys; `None` if the signer makes its keys.
+        find_key_error: Returns why the signer cannot use this file.
         on_documents: Callback for new documents of the issuer: HAProxy needs them.
 
     Attributes:
@@ -168,11 +185,15 @@ class IdentityHost(Part):
     clock: Clock
     forget: Callable[[], Awaitable[object]]
     fleet: FleetFiles | None = None
+    key_file: Path | None = None
+    find_key_error: Callable[[], ImdsproxyError | None] = lambda: None
     documents: dict[str, tuple[str, str]] = field(default_factory=dict)
     _certificate: Problem | None = None
     _unsigned: Problem | None = None
+    _key: Problem | None = None
     _state: Mapping[str, Any] = field(default_factory=dict)
     _signing_key: str | None = None
+    _stale_tokens: bool = False
     _reads: Reconciler = field(
         default_factory=partial(
             Reconciler,
@@ -214,7 +235,7 @@ class IdentityHost(Part):
 
     def problems(self) -> tuple[Problem | None, ...]:
         failures = self.service.failure, self.signer.failure, self._reads.failure
-        return (*failures, self._certificate, self._unsigned)
+        return (*failures, self._certificate, self._unsigned, self._key)
 
     def load(self) -> None:
         """Take the documents of the last run, so that an adopted HAProxy goes on serving them."""
@@ -241,6 +262,10 @@ class IdentityHost(Part):
         """Ask the process that answers guests for its counts, and whether it gets tokens."""
         if not self.service.needed:
             return
+        self._key = None
+        if self.signer.failure is not None and (error := self.find_key_error()) is not None:
+            # The reason would be in the signer's journal only.
+            self._key = Problem("identity.key_file", error.message, error.hint)
         try:
             async with httpcore.AsyncConnectionPool(uds=str(self.layout.identity_socket)) as pool:
                 status, data = await ask(pool, "GET", "http://identity/state", _LIMITS)
@@ -297,15 +322,27 @@ class IdentityHost(Part):
     async def read_keys(self) -> None:
         """Read the public keys from the signer; write and publish changed documents.
 
+        If a key that signed is gone, tokens that this host holds are worth nothing, and are forgotten.
+
         Raises:
             SourceUnavailable: The signer does not answer.
-            HostRefused: A file cannot be written.
+            DataplaneError: A file cannot be written, or HAProxy keeps tokens of a key that is gone.
         """
         shape = await self._rotate(await self.ask({"keys": None}))
         documents = render_documents(self.issuer, shape["keys"], shape["ring"]["sequence"])
         self._signing_key = parse_ring(json.dumps(shape["ring"]).encode()).signing
-        if documents == self.documents:
-            return
+        if documents != self.documents:
+            signed = _ids_of(self.documents)[:1]
+            self._stale_tokens |= not {*signed} <= {*_ids_of(documents)}
+            self._publish(documents)
+        if self._stale_tokens:
+            if (pid := self.service.read().parent) is not None:
+                # The supervisor starts it again, without a token.
+                kill_process(pid)
+            await self.forget()
+            self._stale_tokens = False
+
+    def _publish(self, documents: dict[str, tuple[str, str]]) -> None:
         for path, (_, text) in documents.items():
             place = self._file(path)
             ensure_directory(place.parent)
@@ -337,16 +374,31 @@ class IdentityHost(Part):
         """Begin a rotation; or, if the key is compromised, replace all keys at once and forget all tokens.
 
         Raises:
+            RequestRefused: The operator gives the keys.
             SourceUnavailable: The signer does not answer.
             DataplaneError: A file cannot be written, or HAProxy keeps tokens of the old key.
         """
+        if self.key_file is not None:
+            place = (
+                f"only a new key in {self.key_file}"
+                if compromised
+                else (f"a new key in {self.key_file}, in front of the old key")
+            )
+            raise RequestRefused(
+                "the issuer's key is the operator's (identity.key_file), so imdsproxy makes no other",
+                hint=f"write {place}; then restart the signer: systemctl restart imdsproxy-signer",
+            )
         await self.ask({"change": "replace" if compromised else "add"})
         await self.read_keys()
-        if compromised:
-            if (pid := self.service.read().parent) is not None:
-                # The supervisor starts it again, without a token.
-                kill_process(pid)
-            await self.forget()
+
+
+def _ids_of(documents: Mapping[str, tuple[str, str]]) -> list[str]:
+    """Return the ids of the keys in an issuer's documents, the signing key first; empty without documents."""
+    try:
+        return [one["kid"] for one in json.loads(documents[KEYS_PATH][1])["keys"]]
+    except (KeyError, ValueError, TypeError):
+        # Documents of the last run are files, which may be damaged.
+        return []
 
 
 async def ask_signer(socket: Path, question: Mapping[str, object]) -> dict[str, Any]:
@@ -413,6 +465,8 @@ def build_identity(
         clock=clock,
         forget=partial(applier.apply_table, layout.identity_map, {}),
         fleet=fleet,
+        key_file=identity.key_file,
+        find_key_error=partial(find_key_error, identity),
     )
     if identity.enabled:
         host.load()

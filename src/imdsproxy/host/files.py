@@ -23,6 +23,7 @@ MAX_LOG_BYTES: Final = 4 * 1024 * 1024
 """Maximum size of a log: without systemd, logs are in memory."""
 
 _OTHERS: Final = 0o007
+_GROUP: Final = 0o070
 _UNFINISHED: Final = re.compile(r"\..+\.(\d+)-\d+\.tmp")
 
 
@@ -244,7 +245,7 @@ def _has_open(pid: str, path: Path) -> bool:
     return False
 
 
-def read_secret(path: Path, *, owner: int | None = None) -> bytes:
+def read_secret(path: Path, *, owner: int | None = None, shared: bool = True) -> bytes:
     """Read the secret in `path`, without the newline at its end.
 
     Raises `SecretUnreadable` if the file is missing, empty, too big, not a regular file, owned by another user, or
@@ -252,10 +253,11 @@ def read_secret(path: Path, *, owner: int | None = None) -> bytes:
 
     Args:
         owner: User that may own the file, besides root and this process's user.
+        shared: Whether the file's group may use it.
     """
     try:
         with opened(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY) as file:
-            _check_secret(path, os.fstat(file), owner)
+            _check_secret(path, os.fstat(file), owner, shared=shared)
             data = os.read(file, MAX_SECRET_BYTES + 1)
     except OSError as error:
         raise SecretUnreadable(
@@ -268,7 +270,7 @@ def read_secret(path: Path, *, owner: int | None = None) -> bytes:
     return secret
 
 
-def _check_secret(path: Path, status: os.stat_result, trusted: int | None) -> None:
+def _check_secret(path: Path, status: os.stat_result, trusted: int | None, *, shared: bool) -> None:
     mode, owner, size = stat.S_IMODE(status.st_mode), status.st_uid, status.st_size
     for refused, reason, hint in (
         (not stat.S_ISREG(status.st_mode), "is not a regular file", ""),
@@ -276,6 +278,11 @@ def _check_secret(path: Path, status: os.stat_result, trusted: int | None) -> No
             mode & _OTHERS,
             f"has mode {mode:04o}: every user of this host can use it",
             f"chmod o-rwx {path}",
+        ),
+        (
+            mode & _GROUP and not shared,
+            f"has mode {mode:04o}: its group can use it",
+            f"chmod 0600 {path}",
         ),
         (owner not in (0, os.geteuid(), trusted), f"belongs to user {owner}", f"chown root {path}"),
         (size > MAX_SECRET_BYTES, f"has {size} bytes", f"a secret has at most {MAX_SECRET_BYTES}"),

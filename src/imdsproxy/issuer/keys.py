@@ -9,7 +9,7 @@ import json
 from base64 import b64encode, urlsafe_b64encode
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias, TypeGuard
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -29,7 +29,6 @@ PrivateKey: TypeAlias = rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey
 Jwk: TypeAlias = dict[str, Any]
 
 _RSA_BITS: Final = 2048
-_EC_BITS: Final = 256
 _LIFETIME: Final = timedelta(days=3650)
 """Validity of the certificate; verifiers of tokens do not look at it."""
 
@@ -51,7 +50,7 @@ class SigningKey:
 
     @property
     def id(self) -> str:
-        return thumbprint_of(_public_members(self.private))
+        return id_of(self.private)
 
     def jwk(self) -> Jwk:
         """Return the public key as a JWK (RFC 7517)."""
@@ -75,9 +74,14 @@ def make_key(algorithm: Algorithm, issuer: str, now: datetime) -> SigningKey:
         private = rsa.generate_private_key(public_exponent=65537, key_size=_RSA_BITS)
     else:
         private = ec.generate_private_key(ec.SECP256R1())
+    return SigningKey(private, make_certificate(private, issuer, now))
+
+
+def make_certificate(private: PrivateKey, issuer: str, now: datetime) -> x509.Certificate:
+    """Make a key's certificate, signed by the key itself."""
     # A common name has 64 characters at most.
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, issuer.rpartition("/")[2][:64])])
-    certificate = (
+    return (
         x509.CertificateBuilder()
         .subject_name(name)
         .issuer_name(name)
@@ -87,7 +91,6 @@ def make_key(algorithm: Algorithm, issuer: str, now: datetime) -> SigningKey:
         .not_valid_after(now + _LIFETIME)
         .sign(private, hashes.SHA256())
     )
-    return SigningKey(private, certificate)
 
 
 def parse_key(content: bytes, place: str) -> SigningKey:
@@ -100,11 +103,23 @@ def parse_key(content: bytes, place: str) -> SigningKey:
             f"{place} holds no signing key with its certificate: {error}",
             hint="restore the file from a backup, or remove it: a new key is made",
         ) from error
-    fits = isinstance(private, rsa.RSAPrivateKey) and private.key_size >= _RSA_BITS
-    fits |= isinstance(private, ec.EllipticCurvePrivateKey) and private.key_size == _EC_BITS
-    if not fits or certificate.public_key() != private.public_key():
+    if not can_sign(private) or certificate.public_key() != private.public_key():
         raise SecretUnreadable(f"{place} holds no RSA-2048 or P-256 key with its own certificate")
-    return SigningKey(private, certificate)  # type: ignore[arg-type] # checked above
+    return SigningKey(private, certificate)
+
+
+def can_sign(private: object) -> TypeGuard[PrivateKey]:
+    """Return whether tokens can be signed with a key: RSA of 2048 bits or more, or P-256."""
+    if isinstance(private, rsa.RSAPrivateKey):
+        return private.key_size >= _RSA_BITS
+    return isinstance(private, ec.EllipticCurvePrivateKey) and isinstance(
+        private.curve, ec.SECP256R1
+    )
+
+
+def id_of(private: PrivateKey) -> str:
+    """Return a key's id: the thumbprint of its public key."""
+    return thumbprint_of(_public_members(private))
 
 
 def thumbprint_of(members: Jwk) -> str:

@@ -70,6 +70,20 @@ class KeyRing:
         )
         return self._with(entries, KeyEntry(key, KeyState.SIGNING, now))
 
+    def prefer(self, key: str, held: Collection[str], now: int) -> "KeyRing":
+        """Begin to sign with a key: at once if the signing key is gone or this key is an old one, else as the next one.
+
+        Args:
+            held: Keys that the signer has. The others leave the ring.
+        """
+        ids = {one.id for one in self.entries}
+        ring = self if key in ids else self.add(key, now)
+        state = next(one.state for one in ring.entries if one.id == key)
+        if state is KeyState.OLD or ring.signing not in held:
+            ring = ring.promote(key, now)
+        others = {one.id for one in ring.entries if one.state is KeyState.NEXT} - {key}
+        return ring.drop(others | (ids - {*held}))
+
     def drop(self, keys: Collection[str]) -> "KeyRing":
         """Remove keys that do not sign."""
         gone = {one.id for one in self.entries if one.id in keys} - {self.signing}

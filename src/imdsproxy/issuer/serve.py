@@ -14,6 +14,7 @@ import sys
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -44,6 +45,7 @@ class Plan:
         signer: Socket of the signer of this host, for the process that answers guests.
         fleet: Directory of the host's certificate for its fleet, for the process that answers guests.
         keys: Directory of the keys, for the signer; empty for the other process.
+        key_file: File of the operator's keys, for the signer; empty lets the signer make keys.
         subjects: Directory of subjects; empty for the signer of a hub, which brings subjects and keys.
         managers: Accounts that may manage the keys, for the signer.
         audiences: Keyword arguments of `claims.AudienceRules`, by audience.
@@ -61,6 +63,7 @@ class Plan:
     fleet: str = ""
     openstack_audience: str | None = None
     keys: str = ""
+    key_file: str = ""
     issuer: str = ""
     trust_domain: str = ""
     algorithm: str = "RS256"
@@ -101,12 +104,12 @@ async def _run(plan: Plan, clock: Clock) -> int:
         ensure_directory(Path(plan.keys), mode=_PRIVATE, owner=owner)
         # The signer's account may not enter the directories above.
         os.chdir(plan.keys)
+    serving = partial(_serve_signer, _read_given(plan)) if plan.keys else _serve_guests
     listener = open_unix_socket(Path(plan.socket), mode=0o660, owner=(-1, plan.clients))
     if plan.user is not None and plan.group is not None and os.geteuid() == 0:
         # The signer may read the subjects too.
         groups = (plan.clients,) if plan.keys and plan.clients >= 0 else ()
         Account(plan.user, plan.group).assume(groups)
-    serving = _serve_signer if plan.keys else _serve_guests
     async with serving(plan, listener, clock):
         pid_file.write((os.getpid(), os.getpid()))
         notifier.ready("serving")
@@ -121,6 +124,15 @@ async def _run(plan: Plan, clock: Clock) -> int:
         notifier.send(STOPPING="1")
     pid_file.release()
     return 0
+
+
+def _read_given(plan: Plan) -> bytes:
+    """Read the operator's keys as root, which may be alone to read them; empty without such a file."""
+    if not plan.key_file:
+        return b""
+    from imdsproxy.issuer.key_file import read_key_file
+
+    return read_key_file(Path(plan.key_file), plan.user)
 
 
 @contextlib.asynccontextmanager
@@ -148,35 +160,41 @@ async def _serve_guests(plan: Plan, listener: socket.socket, clock: Clock) -> As
 
 
 @contextlib.asynccontextmanager
-async def _serve_signer(plan: Plan, listener: socket.socket, clock: Clock) -> AsyncIterator[None]:
+async def _serve_signer(
+    given: bytes, plan: Plan, listener: socket.socket, clock: Clock
+) -> AsyncIterator[None]:
     from imdsproxy.issuer.claims import AudienceRules, IssuerRules
     from imdsproxy.issuer.exchange import LONGEST_LINE
+    from imdsproxy.issuer.key_file import parse_key_file
+    from imdsproxy.issuer.key_store import KeyStore
     from imdsproxy.issuer.sealed_keys import SealedKeys
-    from imdsproxy.issuer.signer import KeyStore, Signer
+    from imdsproxy.issuer.signer import Signer
 
     audiences = {name: AudienceRules(**one) for name, one in (plan.audiences or {}).items()}
     rules = IssuerRules(plan.issuer, plan.trust_domain, audiences)
     algorithm: Any = plan.algorithm
     store: KeyStore | SealedKeys
     if plan.subjects:
-        store = KeyStore(Path())
-        store.open(algorithm, plan.issuer, clock)
+        keys = parse_key_file(given, plan.key_file) if plan.key_file else ()
+        store = KeyStore(Path(), algorithm, plan.issuer, clock, keys)
     else:
         store = SealedKeys(Path(), algorithm, plan.issuer, clock)
-        store.open()
+    store.open()
     new_id: Callable[[], str] = lambda: str(uuid.uuid4())  # noqa: E731 - shorter than a function
     signer = Signer(
         store,
         rules,
-        algorithm,
         clock,
         Path(plan.subjects) if plan.subjects else None,
         frozenset({0, os.geteuid(), *plan.managers}),
         new_id,
     )
     server = await asyncio.start_unix_server(signer.answer, sock=listener, limit=LONGEST_LINE)
-    async with server:
+    try:
         yield
+    finally:
+        # Waiting for the end would last: the process that answers guests keeps its connection.
+        server.close()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import re
 import socket
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,79 +15,19 @@ import structlog
 
 from imdsproxy.errors import ClockWrong, HostRefused, SecretUnreadable, refusing
 from imdsproxy.host.clock import Clock
-from imdsproxy.host.files import write_atomic
 from imdsproxy.issuer import exchange
 from imdsproxy.issuer.aws import sign_document
 from imdsproxy.issuer.claims import IssuerRules, Placement, Refusal, plan_claims
 from imdsproxy.issuer.exchange import Token, TokenRequest
-from imdsproxy.issuer.keys import Algorithm, SigningKey, make_key, parse_key
-from imdsproxy.issuer.ring import SET_CLOCK, KeyRing, parse_ring
+from imdsproxy.issuer.key_store import KeyStore
+from imdsproxy.issuer.ring import SET_CLOCK
 from imdsproxy.issuer.sealed_keys import SealedKeys
 from imdsproxy.model.subject import ID_PATTERN, Subject, parse_subject
 
-_RING: Final = "ring.json"
-_SECRET: Final = 0o600
 _SUBJECT_ID: Final = re.compile(ID_PATTERN)
 _CREDENTIALS: Final = struct.Struct("3i")
 
 _log: Final = structlog.get_logger()
-
-
-@dataclass(slots=True)
-class KeyStore:
-    """Directory with a file for each key, and the ring that gives their states."""
-
-    directory: Path
-    ring: KeyRing = field(default_factory=KeyRing)
-    keys: dict[str, SigningKey] = field(default_factory=dict)
-
-    def open(self, algorithm: Algorithm, issuer: str, clock: Clock) -> None:
-        """Read all keys; make the first one if there is none.
-
-        Raises:
-            SecretUnreadable: A file is damaged, or a key of the ring has no file.
-            HostRefused: The directory cannot be read or written.
-        """
-        path = self.directory / _RING
-        with refusing(f"read the signing keys in {self.directory}"):
-            content = path.read_bytes() if path.exists() else None
-            if content is None:
-                self.add(algorithm, issuer, clock)
-                return
-            try:
-                self.ring = parse_ring(content)
-            except ValueError as error:
-                raise SecretUnreadable(
-                    f"{path} is damaged: {error}", hint="restore the directory from a backup"
-                ) from error
-            for entry in self.ring.entries:
-                place = self.directory / f"{entry.id}.pem"
-                if not place.exists():
-                    raise SecretUnreadable(
-                        f"{place} is missing", hint="restore the directory from a backup"
-                    )
-                self.keys[entry.id] = parse_key(place.read_bytes(), str(place))
-
-    def add(self, algorithm: Algorithm, issuer: str, clock: Clock) -> str:
-        """Make a key and return its id: it signs if it is the first, and is the next one otherwise."""
-        now = clock.now()
-        key = make_key(algorithm, issuer, now)
-        write_atomic(self.directory / f"{key.id}.pem", key.render(), mode=_SECRET, durable=True)
-        self.keys[key.id] = key
-        self.keep(self.ring.add(key.id, int(now.timestamp())))
-        return key.id
-
-    def keep(self, ring: KeyRing) -> None:
-        """Put a ring in force, and remove the files of keys that are not in it."""
-        write_atomic(self.directory / _RING, ring.render(), mode=_SECRET, durable=True)
-        self.ring = ring
-        for gone in self.keys.keys() - {one.id for one in ring.entries}:
-            (self.directory / f"{gone}.pem").unlink(missing_ok=True)
-            del self.keys[gone]
-
-    @property
-    def signing(self) -> SigningKey:
-        return self.keys[self.ring.signing or ""]
 
 
 @dataclass(slots=True)
@@ -103,7 +43,6 @@ class Signer:
 
     store: KeyStore | SealedKeys
     rules: IssuerRules
-    algorithm: Algorithm
     clock: Clock
     subjects: Path | None
     managers: frozenset[int]
@@ -204,13 +143,13 @@ class Signer:
             ring = self.store.ring
             match change:
                 case "add":
-                    self.store.add(self.algorithm, self.rules.issuer, self.clock)
+                    self.store.add()
                 case {"promote": str(key)}:
                     self.store.keep(ring.promote(key, now))
                 case {"drop": [*keys]}:
                     self.store.keep(ring.drop(keys))
                 case "replace":
-                    added = self.store.add(self.algorithm, self.rules.issuer, self.clock)
+                    added = self.store.add()
                     promoted = self.store.ring.promote(added, now)
                     self.store.keep(promoted.drop([one.id for one in promoted.entries]))
                 case _:

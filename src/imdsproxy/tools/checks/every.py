@@ -8,7 +8,16 @@ from imdsproxy.api.client import AdminClient
 from imdsproxy.config.load import Loaded
 from imdsproxy.config.schema import Settings
 from imdsproxy.errors import AdminUnavailable, ConfigError, HostRefused, ImdsproxyError
-from imdsproxy.tools.checks import Finding, Subject, found, guests, host, openstack, refused
+from imdsproxy.tools.checks import (
+    Finding,
+    Subject,
+    found,
+    guests,
+    host,
+    identity,
+    openstack,
+    refused,
+)
 
 _ADMIN_TIMEOUT_S: Final = 5
 
@@ -26,6 +35,7 @@ CHECKS: Final[tuple[tuple[str, tuple[Callable[[Subject], list[Finding]], ...]], 
     ("tokens", (guests.check_path_rules, guests.check_hop_limits)),
     ("records", (guests.check_store,)),
     ("tokens", (guests.check_instances,)),
+    ("identity", (identity.check_signing_key,)),
     ("nova", (openstack.check_secrets, openstack.check_certificates)),
     ("neutron", (openstack.check_clouds,)),
     ("nova", (openstack.check_endpoints,)),
