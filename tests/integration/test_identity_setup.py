@@ -1,9 +1,7 @@
 """Recipes of `identity setup`, followed with the genuine verifiers, and with a guest's own curl."""
 
-import contextlib
 import os
 import re
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -15,9 +13,16 @@ from support.certificates import make_authority, server_context
 from support.daemon import instance
 from support.guest import Guest
 from support.identity.openbao import open_openbao
+from support.identity.recipes import (
+    SERVICE,
+    guarding_haproxy,
+    recipe_of,
+    request_of,
+    run_in,
+)
 from support.identity.requests import claims_of, identity_settings, wait_token
 from support.identity.signing import Issuer
-from support.lab import ip, run, until, within
+from support.lab import ip, until
 from support.pinned_venv import pinned_venv
 from support.recorder import Recorder, reply
 from support.world import World, open_world
@@ -26,7 +31,6 @@ pytestmark = pytest.mark.root
 
 _PROJECT: Final = "0123456789abcdef0123456789abcdef"
 _OTHER: Final = "22222222222222222222222222222222"
-_HOST: Final = "10.0.0.250"
 _AUDIENCES: Final = ("internal", "kubernetes", "openbao")
 
 
@@ -35,13 +39,18 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[World, Is
     section, issuer = identity_settings(tmp_path_factory.mktemp("issuer"))
     policy = {"host": {"audiences": list(_AUDIENCES)}}
     with open_world({"identity": section, "policy": policy}) as world:
-        ip("-n", world.lab.host, "address", "add", f"{_HOST}/24", "dev", "blue")
+        ip("-n", world.lab.host, "address", "add", f"{SERVICE}/24", "dev", "blue")
         yield world, issuer
 
 
 @pytest.fixture(scope="module")
 def shared_world(shared: tuple[World, Issuer]) -> World:
     return shared[0]
+
+
+def _before_login(script: str) -> str:
+    """Return the commands with which a guest gets its token."""
+    return "\n".join(line for line in script.splitlines() if line.startswith(("session", "token")))
 
 
 @pytest.fixture
@@ -58,27 +67,10 @@ def _have(world: World, project: str) -> Guest:
     return guest
 
 
-def _recipe(world: World, verifier: str) -> str:
-    done = world.daemon.command("identity", "setup", verifier)
-    assert done.status == 0, done
-    return done.out
-
-
-def _in(namespace: str, script: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        (*within(namespace), "bash", "-eu", "-c", script),
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-
-
 def test_openbao_is_set_up_as_printed_and_gives_a_guest_its_secret(
     world: World, guest: Guest, shared: tuple[World, Issuer], tmp_path: Path
 ) -> None:
-    recipe, place = _recipe(world, "openbao"), world.lab.host
+    recipe, place = recipe_of(world, "openbao"), world.lab.host
     setup, _, in_guest = recipe.partition("# In a guest:")
     # The issuer of the test has a CA of its own.
     setup = setup.replace(
@@ -92,74 +84,41 @@ def test_openbao_is_set_up_as_printed_and_gives_a_guest_its_secret(
             "HOME": str(tmp_path),
             "PATH": f"{program}:{os.environ['PATH']}",
         }
-        done = _in(place, f"cd {tmp_path}; {setup}", **environment)
+        done = run_in(place, f"cd {tmp_path}; {setup}", **environment)
         assert done.returncode == 0, done
-        token = _in(guest.namespace, f'{_before_login(in_guest)}\nprintf %s "$token"').stdout
+        token = run_in(guest.namespace, f'{_before_login(in_guest)}\nprintf %s "$token"').stdout
         login = bao.login("vm", token)
         assert f"project-{_PROJECT}" in login.policies
-
-
-def _before_login(script: str) -> str:
-    """Return the commands with which a guest gets its token."""
-    return "\n".join(line for line in script.splitlines() if line.startswith(("session", "token")))
-
-
-@contextlib.contextmanager
-def _haproxy(world: World, issuer: Issuer, recipe: str, directory: Path) -> Iterator[None]:
-    """Run HAProxy as the recipe has it, with a service behind it."""
-    certificate = directory / "issuer.pem"
-    fetch = next(line for line in recipe.splitlines() if line.startswith("curl -sf https"))
-    fetch = fetch.replace("/etc/haproxy/issuer.pem", str(certificate))
-    fetched = _in(world.lab.host, fetch.replace("curl", f"curl --cacert {issuer.ca_file}"))
-    assert fetched.returncode == 0, fetched
-    found = re.search(r"^frontend internal\n(?: .*\n)+", recipe, re.MULTILINE)
-    assert found is not None
-    frontend = found[0].replace("/etc/haproxy/issuer.pem", str(certificate))
-    service = "backend service\n    http-request return status 200 content-type text/plain string welcome\n"
-    times = "defaults\n    mode http\n    timeout client 5s\n    timeout server 5s\n    timeout connect 5s\n"
-    config = directory / "haproxy.cfg"
-    config.write_text(f"{times}{frontend}{service}")
-    run("haproxy", "-c", "-f", str(config))
-    process = subprocess.Popen((*within(world.lab.host), "haproxy", "-db", "-f", str(config)))
-    try:
-        yield
-    finally:
-        process.kill()
-        process.wait()
 
 
 def test_haproxy_guards_a_service_as_printed(
     world: World, guest: Guest, shared: tuple[World, Issuer], tmp_path: Path
 ) -> None:
-    recipe = _recipe(world, "haproxy")
-    script = (
-        recipe.partition("# In a guest:")[2]
-        .replace("curl -H", "curl -s -o /dev/null -w '%{http_code}' -H")
-        .replace("service.example", _HOST)
-    )
-    with _haproxy(world, shared[1], recipe, tmp_path):
-        until(lambda: _in(guest.namespace, script).stdout == "200", what="the service")
-        bare = f"curl -s -o /dev/null -w '%{{http_code}}' http://{_HOST}:8080/"
-        assert _in(guest.namespace, bare).stdout == "401"
+    recipe = recipe_of(world, "haproxy")
+    script = request_of(recipe)
+    with guarding_haproxy(world, shared[1], recipe, tmp_path):
+        until(lambda: run_in(guest.namespace, script).stdout == "200", what="the service")
+        bare = f"curl -s -o /dev/null -w '%{{http_code}}' http://{SERVICE}:8080/"
+        assert run_in(guest.namespace, bare).stdout == "401"
         foreign = script.replace("audience: internal", "audience: openbao")
-        assert _in(guest.namespace, foreign).stdout == "401"
+        assert run_in(guest.namespace, foreign).stdout == "401"
         forged = script.replace("Bearer $token", "Bearer ${token%??????}AAAAAA")
-        assert _in(guest.namespace, forged).stdout == "401"
+        assert run_in(guest.namespace, forged).stdout == "401"
         _have(world, _OTHER)
-        assert _in(guest.namespace, script).stdout == "403"
+        assert run_in(guest.namespace, script).stdout == "403"
 
 
 def test_kubectl_gets_its_token_by_a_plug_in_that_is_only_curl(
     world: World, guest: Guest, tmp_path: Path
 ) -> None:
-    recipe = _recipe(world, "kubernetes")
+    recipe = recipe_of(world, "kubernetes")
     user = yaml.safe_load(recipe[recipe.index("users:\n") :])["users"][0]
     server = yaml.safe_load(recipe[recipe.index("apiVersion: apiserver") : recipe.index("# Bind")])
     assert server["jwt"][0]["issuer"]["url"] == "https://127.0.0.1:8443"
     authority = make_authority(tmp_path, "ca")
-    own = authority.issue("api", names=[f"IP:{_HOST}"])
+    own = authority.issue("api", names=[f"IP:{SERVICE}"])
     tls = server_context(own)
-    with Recorder(namespace=world.lab.host, address=_HOST, port=6443, tls=tls) as api:
+    with Recorder(namespace=world.lab.host, address=SERVICE, port=6443, tls=tls) as api:
         api.default = lambda _: reply(b"{}", headers=("Content-Type: application/json",))
         config = {
             "apiVersion": "v1",
@@ -168,7 +127,7 @@ def test_kubectl_gets_its_token_by_a_plug_in_that_is_only_curl(
                 {
                     "name": "c",
                     "cluster": {
-                        "server": f"https://{_HOST}:6443",
+                        "server": f"https://{SERVICE}:6443",
                         "certificate-authority": str(authority.ca_file),
                     },
                 }
@@ -180,7 +139,7 @@ def test_kubectl_gets_its_token_by_a_plug_in_that_is_only_curl(
         path = tmp_path / "kubeconfig"
         path.write_text(yaml.safe_dump(config))
         words = f"kubectl --kubeconfig {path} get --raw /version"
-        done = _in(guest.namespace, words, HOME=str(tmp_path))
+        done = run_in(guest.namespace, words, HOME=str(tmp_path))
         assert done.returncode == 0, done
         (request,) = api.requests
     sent = {name.lower(): value for name, value in request.headers}[b"authorization"].decode()
@@ -192,7 +151,7 @@ def test_kubectl_gets_its_token_by_a_plug_in_that_is_only_curl(
     "verifier", ["keystone", "openbao", "vault", "kubernetes", "rgw", "haproxy"]
 )
 def test_each_recipe_names_this_issuer(world: World, verifier: str) -> None:
-    recipe = _recipe(world, verifier)
+    recipe = recipe_of(world, verifier)
     assert "127.0.0.1:8443" in recipe
     assert not re.search(r"\$(?:issuer|trust_domain|provider|audience)\b|\$\$", recipe)
 
