@@ -10,7 +10,7 @@ import jwt
 import pytest
 
 from support.daemon import instance
-from support.guest import Guest
+from support.guest import Guest, take_token, with_token
 from support.identity.keystone import AUDIENCE, open_keystone, run_openstack
 from support.identity.openbao import Refused, open_openbao
 from support.identity.recipes import SERVICE, guarding_haproxy, recipe_of, request_of, run_in
@@ -129,6 +129,17 @@ def test_openbao_gives_a_guest_the_secret_of_its_project_and_takes_no_forged_tok
             bao.login("vm", _forge(token, 50))
         with pytest.raises(Refused, match="project_id"):
             bao.login("vm", wait_token(_have(world, _OTHER)))
+
+
+def test_there_is_no_document_of_aws_without_an_rsa_key(world: World, guest: Guest) -> None:
+    fields = {"project": _PROJECT, "policy": {"identity_document": True}, "created_at": 1}
+    record = instance("blue-5", "blue", fields={**fields, "availability_zone": "eu-west-1a"})
+    assert world.daemon.put(instances=[record])["applied"]
+    wait_token(guest, availability_zone="eu-west-1a")
+    for name in ("document", "rsa2048"):
+        headers = with_token(take_token(guest))
+        reply = guest.ask(f"/latest/dynamic/instance-identity/{name}", headers=headers)
+        assert reply.status == 404
 
 
 @pytest.mark.slow

@@ -111,8 +111,8 @@ class IdentitySettings(Section):
     """SPIFFE trust domain of subjects; null is the host of `issuer`."""
 
     algorithm: Literal["RS256", "ES256"] = setting("RS256", Change.RESTART)
-    """Signature algorithm of keys that the signer makes. Every verifier takes RS256. ES256 needs a verifier that takes it:
-    its tokens are a quarter shorter and signed four times as fast. No document of AWS is signed with it.
+    """Signature algorithm of keys that the signer makes. Every verifier takes RS256. ES256 needs a verifier that takes
+    it: its tokens are a quarter shorter and signed four times as fast. No document of AWS is signed with it.
     """
 
     key_file: AbsolutePath | None = setting(
