@@ -28,8 +28,9 @@ _RETRY_S: Final = 5.0
 _REFUSED_S: Final = 60.0
 """Seconds until a token that was refused is requested again: the policy may have changed."""
 
-_EARLIEST, _LATEST = 0.5, 0.6
-"""Part of a token's life after which it is renewed, at random, so that thousands of tokens are not renewed at once."""
+EARLIEST: Final = 0.5
+LATEST: Final = 0.6
+"""Parts of a token's life between which it is renewed, at random, so that hosts do not renew all at once."""
 
 _log: Final = structlog.get_logger()
 
@@ -232,8 +233,14 @@ class TokenHolder:
                 self.given["new"] += 1
         return [one if isinstance(one, Refusal) else Held(one, now) for one in found]
 
-    def _keep(self, key: TokenKey, found: Held | Refusal) -> Held | Refusal:
-        """Hold a token, unless another request has just brought one; return the token that guests get."""
+    def _keep(
+        self, key: TokenKey, found: Held | Refusal, part: float | None = None
+    ) -> Held | Refusal:
+        """Hold a token, unless another request has just brought one; return the token that guests get.
+
+        Args:
+            part: Part of the token's life after which it is renewed.
+        """
         now = self.monotonic()
         if isinstance(found, Refusal):
             self.held.pop(key, None)
@@ -242,8 +249,8 @@ class TokenHolder:
         held = self.held.get(key)
         if held is None or held.fresh_s(now) <= 0:
             held = self.held[key] = found
-            life = held.token.lifetime_s
-            self._due[key] = held.since + self.uniform(_EARLIEST * life, _LATEST * life)
+            part = self.uniform(EARLIEST, LATEST) if part is None else part
+            self._due[key] = held.since + part * held.token.lifetime_s
         return held
 
     def _forget(self, name: str) -> None:
@@ -279,9 +286,15 @@ class TokenHolder:
                 self._due.setdefault((name, audience), now)
 
     async def _renew(self) -> float:
-        """Renew the tokens that are due, some at once; return the seconds until the next look."""
+        """Renew tokens if one is due; return the seconds until the next look.
+
+        All tokens in the second half of their life are renewed with it, and again with it: a request to a hub costs
+        as much as several signatures.
+        """
         now = self.monotonic()
-        due = sorted((at, key) for key, at in self._due.items() if at <= now)[:MOST_AT_ONCE]
+        due = sorted((at, key) for key, at in self._due.items() if self._is_old(key, at, now))
+        due = due[:MOST_AT_ONCE] if due and due[0][0] <= now else []
+        part = self.uniform(EARLIEST, LATEST)
         wanted: list[Wanted] = []
         for _, (name, audience) in due:
             subject = self._known.get(name)
@@ -293,5 +306,10 @@ class TokenHolder:
                 wanted.append(Wanted(name, subject, audience))
         if wanted:
             for one, found in zip(wanted, await self._request(wanted), strict=True):
-                self._keep((one.id, one.audience), found)
+                self._keep((one.id, one.audience), found, part)
         return 0.0 if len(due) == MOST_AT_ONCE else _EVERY_S
+
+    def _is_old(self, key: TokenKey, due: float, now: float) -> bool:
+        """Return whether a token is due, or in the second half of its life."""
+        held = self.held.get(key)
+        return due <= now or (held is not None and held.fresh_s(now) <= 0)

@@ -32,11 +32,14 @@ class Rig:
     refuses: Refusal | None = None
     pauses: list[float] = field(default_factory=list)
     rounds: int = 1
+    parts: list[float] = field(default_factory=list)
+    batches: list[int] = field(default_factory=list)
 
     def holder(self) -> TokenHolder:
-        return TokenHolder(
-            self.directory, self, lambda: self.now, lambda low, _: low, pause=self._pause
-        )
+        return TokenHolder(self.directory, self, lambda: self.now, self._uniform, pause=self._pause)
+
+    def _uniform(self, low: float, _: float) -> float:
+        return self.parts.pop(0) if self.parts else low
 
     async def _pause(self, seconds: float) -> None:
         self.pauses.append(seconds)
@@ -47,6 +50,7 @@ class Rig:
         await asyncio.sleep(0)
         if self.away:
             raise SourceUnavailable("no hub")
+        self.batches.append(len(wanted))
         self.asked += [(one.audience, one.nonce) for one in wanted]
         number = len(self.asked)
         if self.refuses is not None:
@@ -102,6 +106,29 @@ async def test_a_token_is_the_same_for_half_of_its_life_and_renewed_then(rig: Ri
     rig.now += 2
     await _run(rig, holder, 2)
     assert await _get(holder) != first
+
+
+async def test_tokens_of_a_host_are_renewed_together_by_one_request(rig: Rig) -> None:
+    holder = rig.holder()
+    # The second one would be due later.
+    rig.parts = [0.5, 0.6]
+    await _get(holder, "keystone")
+    rig.now += 10
+    await _get(holder, "vault")
+    rig.now += _LIFE_S / 2 - 1
+    await _run(rig, holder)
+    # The token of `vault` is in the first half of its life.
+    assert rig.batches == [1, 1, 1]
+    rig.now += _LIFE_S / 2 + 1
+    rig.parts = [0.55]
+    await _run(rig, holder)
+    assert rig.batches == [1, 1, 1, 2]
+    rig.now += 0.54 * _LIFE_S
+    await _run(rig, holder)
+    assert rig.batches == [1, 1, 1, 2]
+    rig.now += 0.02 * _LIFE_S
+    await _run(rig, holder)
+    assert rig.batches == [1, 1, 1, 2, 2]
 
 
 async def test_a_held_token_outlives_an_outage_of_the_source(rig: Rig) -> None:

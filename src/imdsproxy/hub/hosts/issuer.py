@@ -83,10 +83,13 @@ class FleetIssuer:
             SourceCorrupt: A record or policy is not readable.
         """
         await self._load()
+        # Most hosts request several audiences of a guest at once.
+        places = {(one.instance, one.network) for one in asked}
+        subjects = {place: find_subject(self.state, host, *place) for place in places}
         found: list[Token | Refusal | None] = []
         lines: list[bytes] = []
         for one in asked:
-            subject = find_subject(self.state, host, one.instance, one.network)
+            subject = subjects[one.instance, one.network]
             if subject is None:
                 found.append(Refusal.SUBJECT)
                 continue
