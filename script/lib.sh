@@ -53,6 +53,7 @@ test_packages=(
     arping:iputils-arping
     /usr/lib/apache2/modules/mod_auth_openidc.so:libapache2-mod-auth-openidc
     kubectl:kubectl
+    jq:jq
     softhsm2-util:softhsm2
 )
 # what builds and checks packages

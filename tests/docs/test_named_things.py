@@ -44,6 +44,7 @@ _SHIPPED: Final = ("src", "packaging", "script", "bench", "demo", "requirements"
 
 _FOREIGN_FLAGS: Final = frozenset(
     {
+        "--authentication-config",
         "--bump-revision",
         "--etag-compare",
         "--fork-strategy",

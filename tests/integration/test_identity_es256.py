@@ -13,7 +13,7 @@ from support.daemon import instance
 from support.guest import Guest, take_token, with_token
 from support.identity.keystone import AUDIENCE, open_keystone, run_openstack
 from support.identity.openbao import Refused, open_openbao
-from support.identity.recipes import SERVICE, guarding_haproxy, recipe_of, request_of, run_in
+from support.identity.recipes import SERVICE, guarding_haproxy, run_in
 from support.identity.requests import identity_settings, wait_token
 from support.identity.rotation import keys_of, published
 from support.identity.signing import Issuer
@@ -97,18 +97,16 @@ def test_libraries_take_a_token_by_the_published_key_and_no_forged_one(
 def test_haproxy_guards_a_service_as_printed(
     world: World, guest: Guest, shared: tuple[World, Issuer], tmp_path: Path
 ) -> None:
-    recipe = recipe_of(world, "haproxy")
-    script = request_of(recipe)
-    with guarding_haproxy(world, shared[1], recipe, tmp_path):
+    with guarding_haproxy(world, shared[1], tmp_path) as script:
         until(lambda: run_in(guest.namespace, script).stdout == "200", what="the service")
-        forged = script.replace("Bearer $token", "Bearer ${token%??????}AAAAAA")
+        forged = script.replace('"$token" |', '"${token%??????}AAAAAA" |')
         assert run_in(guest.namespace, forged).stdout == "401"
         foreign = script.replace("audience: internal", "audience: vault")
         assert run_in(guest.namespace, foreign).stdout == "401"
         # The algorithm comes from the token, so what needs no private key must be refused.
         for algorithm in ("none", "HS256"):
-            made = _make(algorithm, wait_token(guest, "internal"), tmp_path / "issuer.pem")
-            other = script.replace("Bearer $token", f"Bearer {made}")
+            made = _make(algorithm, wait_token(guest, "internal"), tmp_path / "issuer-1.pem")
+            other = script.replace('"$token" |', f"{made} |")
             assert run_in(guest.namespace, other).stdout == "401"
         _have(world, _OTHER)
         assert run_in(guest.namespace, script).stdout == "403"

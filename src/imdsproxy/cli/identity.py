@@ -2,10 +2,11 @@
 
 import json
 import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Annotated, Any, Final, TypeGuard
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeGuard
 
 import typer
 
@@ -21,10 +22,17 @@ from imdsproxy.cli.options import (
 )
 from imdsproxy.cli.output import Output, Shape, clean, clean_all, spell_time
 from imdsproxy.errors import RequestRefused, optional_library
+from imdsproxy.model.entities import ID_PATTERN
+
+if TYPE_CHECKING:
+    from imdsproxy.config.schema import Settings
+    from imdsproxy.tools.identity_setup import Site
 
 _COLOURS: Final = {"good": "green", "failed": "red", "unchecked": "dim"}
 _STDIN: Final = "-"
 _LATEST: Final = int(datetime(9999, 1, 1, tzinfo=UTC).timestamp())
+_PROJECT: Final = re.compile(ID_PATTERN)
+_URL: Final = re.compile(r"https?://[A-Za-z0-9._:/\[\]-]+")
 _TIMES: Final = ("iat", "nbf", "exp", "instance_created")
 
 identity_app = typer.Typer(
@@ -228,22 +236,62 @@ def setup(
     verifier: Annotated[
         str, argument("VERIFIER", "keystone, openbao, vault, kubernetes, rgw or haproxy.")
     ],
+    *,
+    project: Annotated[
+        str | None, flag("--project ID", "The project whose guests may use the verifier.")
+    ] = None,
+    url: Annotated[
+        str | None, flag("--url URL", "The URL at which guests reach the verifier.")
+    ] = None,
+    part: Annotated[
+        str | None,
+        flag(
+            "--part NAME",
+            "Print only the script for one place: server (a machine of the verifier), admin (where its client is an "
+            "administrator), host (imdsproxy's) or guest.",
+        ),
+    ] = None,
 ) -> None:
-    """Print the commands and files with which a verifier takes this issuer's tokens."""
-    from imdsproxy.tools.identity_setup import VERIFIERS, render_setup
+    """Print the scripts with which a verifier takes this issuer's tokens, and a guest uses them."""
+    from imdsproxy.tools import identity_setup as recipes
 
-    if verifier not in VERIFIERS:
+    if verifier not in recipes.VERIFIERS:
         raise RequestRefused(
-            f"there is no recipe for {verifier}", hint=f"one of {', '.join(VERIFIERS)}"
+            f"there is no recipe for {verifier}", hint=f"one of {', '.join(recipes.VERIFIERS)}"
         )
-    identity = run.settings.identity
+    for value, form, hint in ((project, _PROJECT, "the project's id"), (url, _URL, "https://HOST")):
+        if value is not None and not form.fullmatch(value):
+            raise RequestRefused(f"{value} has a wrong form", hint=hint)
+    recipe = recipes.render_setup(verifier, _read_site(run.settings, verifier, project, url))
+    if part is None:
+        run.output.text(recipe.rstrip())
+        return
+    scripts = recipes.split_parts(recipe)
+    if part not in scripts:
+        raise RequestRefused(
+            f"the recipe for {verifier} has no part {part}", hint=f"one of {', '.join(scripts)}"
+        )
+    run.output.text(scripts[part].rstrip())
+
+
+def _read_site(settings: "Settings", verifier: str, project: str | None, url: str | None) -> "Site":
+    """Return the values of a recipe; raise `RequestRefused` if the settings name no issuer."""
+    from imdsproxy.tools.identity_setup import EXAMPLE_PROJECT, Site
+
+    identity, policy = settings.identity, settings.policy
     if identity.issuer is None:
         raise RequestRefused("the settings have no issuer", hint="identity.issuer")
-    run.output.text(
-        render_setup(
-            verifier,
-            issuer=identity.issuer,
-            trust_domain=identity.domain,
-            keystone_audience=identity.openstack_audience or "keystone",
-        ).rstrip()
+    project = project or EXAMPLE_PROJECT
+    scopes = (policy.projects.get(project), policy.host)
+    audiences = (one.rules().audiences for one in scopes if one is not None)
+    own = {"keystone": identity.openstack_audience or "keystone", "haproxy": "internal"}
+    return Site(
+        issuer=identity.issuer,
+        trust_domain=identity.domain,
+        audience=own.get(verifier, verifier),
+        project=project,
+        others=next((one for one in audiences if one is not None), ()),
+        url=url,
+        # A hub's settings have this section.
+        has_fleet="hub" in settings.model_fields_set or bool(settings.operator.hubs),
     )

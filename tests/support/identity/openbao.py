@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from support.identity.signing import Issuer
-from support.lab import within
+from support.lab import within as enter
 from support.openstack.neutron_rest import ask
 from support.openstack.servers import Server, ends_with_us
 from support.pinned_venv import pinned_venv
@@ -113,15 +113,30 @@ class OpenBao:
 
 
 @contextlib.contextmanager
-def open_openbao(namespace: str, directory: Path, *, address: str = _LOOPBACK) -> Iterator[OpenBao]:
-    """Run a server at an address of a namespace, with its secrets in memory and its log in a directory."""
+def open_openbao(
+    namespace: str,
+    directory: Path,
+    *,
+    address: str = _LOOPBACK,
+    within: Sequence[str] = (),
+    settings: str = "",
+) -> Iterator[OpenBao]:
+    """Run a server at an address of a namespace, with its secrets in memory and its log in a directory.
+
+    Args:
+        within: Words before its command; by default those that enter the namespace.
+        settings: Text of its settings file, beside those of a server in memory.
+    """
+    file = directory / "openbao.hcl"
+    file.write_text(settings)
     words = (
         *(str(pinned_venv("identity") / "bin" / "bao"), "server", "-dev", "-dev-no-store-token"),
         *(f"-dev-root-token-id={_ROOT}", f"-dev-listen-address={address}:{_PORT}"),
+        f"-config={file}",
     )
     server = Server(
         name="OpenBao",
-        argv=[*ends_with_us(), *within(namespace), *words],
+        argv=[*ends_with_us(), *(within or enter(namespace)), *words],
         cwd=directory,
         environment={"HOME": str(directory)},
         log=directory / "openbao.log",

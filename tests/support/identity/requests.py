@@ -19,18 +19,19 @@ _OK: Final = 200
 
 
 def identity_settings(
-    directory: Path, *, address: str = "127.0.0.1"
+    directory: Path, *, address: str = "127.0.0.1", name: str | None = None
 ) -> tuple[dict[str, Any], Issuer]:
     """Return the section `identity` of a host that signs, and the issuer as verifiers are configured for it.
 
     Args:
         directory: For the certificate of the issuer's documents.
         address: Where HAProxy serves them, at port 8443.
+        name: Name of the address in the issuer's URL, which then has HTTPS's own port.
     """
     authority = make_authority(directory, "issuer-ca")
-    own = authority.issue("issuer", names=[f"IP:{address}"])
-    listen = f"{address}:8443"
-    url = f"https://{listen}"
+    own = authority.issue("issuer", names=[f"DNS:{name}" if name else f"IP:{address}"])
+    listen = f"{address}:443" if name else f"{address}:8443"
+    url = f"https://{name or listen}"
     section = {
         "enabled": True,
         "issuer": url,
