@@ -1,5 +1,6 @@
 """Identity tokens of guests on a host alone, and genuine verifiers that take them."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -16,7 +17,7 @@ import jwt
 import pytest
 
 from support.daemon import instance
-from support.guest import Guest, Reply, take_token, with_token
+from support.guest import Asker, Guest, Reply, take_token, with_token
 from support.identity.openbao import OpenBao, Refused, open_openbao
 from support.identity.requests import (
     claims_of,
@@ -166,30 +167,50 @@ def test_each_form_holds_the_token_and_its_end(guest: Guest) -> None:
     assert ends in shell
 
 
-def _refusals(guest: Guest) -> Mapping[str, int]:
+def _refusals(guest: Guest | Asker) -> Mapping[str, int]:
     session = take_token(guest)
-    ask = {
-        "no session token": request_token(guest, session=""),
-        "a wrong session token": request_token(guest, session=session[:-1] + "x"),
-        "an audience of others": request_token(guest, "kubernetes"),
-        "an audience for roles": request_token(guest, "sts:rgw"),
-        "no audience": request_token(guest, None),
-        "two audiences": request_token(guest, more=("X-imdsproxy-audience: keystone",)),
-        "a long audience": request_token(guest, "a" * 129),
-        "an audience with a quote": request_token(guest, 'va"ult'),
-        "a long nonce": request_token(guest, more=(f"X-imdsproxy-nonce: {'n' * 257}",)),
-        "two nonces": request_token(guest, more=("X-imdsproxy-nonce: a", "X-imdsproxy-nonce: b")),
-        "an unknown form": request_token(guest, query="?format=xml"),
-        "a read": request_token(guest, method="GET"),
-        "a proxy": request_token(guest, more=(_FORWARDED,)),
-        "a browser": request_token(guest, more=("Origin: http://evil.example",)),
+
+    def ask(
+        audience: str | None = "vault",
+        *,
+        shown: str = session,
+        query: str = "",
+        method: str = "PUT",
+        more: tuple[str, ...] = (),
+    ) -> Reply:
+        # Before it, on a connection that is kept: a proper one.
+        assert request_token(guest, session=session).status == 200
+        return request_token(guest, audience, session=shown, query=query, method=method, more=more)
+
+    replies = {
+        "no session token": ask(shown=""),
+        "a wrong session token": ask(shown=session[:-1] + "x"),
+        "an audience of others": ask("kubernetes"),
+        "an audience for roles": ask("sts:rgw"),
+        "no audience": ask(None),
+        "two audiences": ask(more=("X-imdsproxy-audience: keystone",)),
+        "a long audience": ask("a" * 129),
+        "an audience with a quote": ask('va"ult'),
+        "a long nonce": ask(more=(f"X-imdsproxy-nonce: {'n' * 257}",)),
+        "two nonces": ask(more=("X-imdsproxy-nonce: a", "X-imdsproxy-nonce: b")),
+        "an unknown form": ask(query="?format=xml"),
+        "a read": ask(method="GET"),
+        "a proxy": ask(more=(_FORWARDED,)),
+        "a browser": ask(more=("Origin: http://evil.example",)),
     }
-    return {name: reply.status for name, reply in ask.items()}
+    return {name: reply.status for name, reply in replies.items()}
 
 
-def test_what_is_no_proper_request_of_the_guest_itself_gets_no_token(guest: Guest) -> None:
+@pytest.mark.parametrize("kept", [False, True], ids=["new-connections", "kept-connection"])
+def test_what_is_no_proper_request_of_the_guest_itself_gets_no_token(
+    guest: Guest, *, kept: bool
+) -> None:
     wait_token(guest)
-    assert _refusals(guest) == {
+    asker = Asker(guest.connect)
+    with contextlib.closing(asker):
+        found = _refusals(asker if kept else guest)
+    assert (asker.kept > len(found)) is kept
+    assert found == {
         "no session token": 401,
         "a wrong session token": 401,
         "an audience of others": 403,
@@ -219,10 +240,17 @@ def test_no_earlier_token_is_given_once_the_policy_or_the_record_has_changed(
     _have(world, "red", _PROJECT, availability_zone="az2")
     second = wait_token(guest)
     assert (first != second, claims_of(second)["availability_zone"]) == (True, "az2")
-    world.have_policy({"projects": {_PROJECT: {"audiences": ["keystone"]}}})
-    until(lambda: request_token(guest).status == 403, what="the refusal")
-    world.have_policy({})
-    until(lambda: request_token(guest).status == 404, what="no identity")
+    # Nor on a connection whose session token was good before.
+    with contextlib.closing(Asker(guest.connect)) as asker:
+        session = take_token(asker)
+        assert request_token(asker, session=session).text == second
+        assert request_token(asker, session=session).text == second
+        world.have_policy({"projects": {_PROJECT: {"audiences": ["keystone"]}}})
+        until(lambda: request_token(guest).status == 403, what="the refusal")
+        assert request_token(asker, session=session).status == 403
+        world.have_policy({})
+        until(lambda: request_token(guest).status == 404, what="no identity")
+        assert request_token(asker, session=session).status == 404
 
 
 def test_an_instance_that_is_made_again_under_its_id_gets_another_token(

@@ -9,7 +9,7 @@ import jwt
 from imdsproxy.model.path_rules import TOKEN_PATH
 from imdsproxy.model.tokens import TTL_HEADER
 from support.certificates import make_authority
-from support.guest import Guest, Lost, Reply, take_token, with_token
+from support.guest import Asker, Guest, Lost, Reply, take_token, with_token
 from support.identity.signing import Issuer
 from support.lab import until
 
@@ -46,7 +46,7 @@ def identity_settings(
 
 
 def request_token(
-    guest: Guest,
+    guest: Guest | Asker,
     audience: str | None = "vault",
     *,
     session: str | None = None,
