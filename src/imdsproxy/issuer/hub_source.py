@@ -35,10 +35,12 @@ class HubSource:
     Args:
         directory: Copies of the host's certificate with its key, of the fleet's CAs, and the hubs' URLs.
         now: Returns the wall clock's time, Unix time.
+        random: Returns numbers from 0 to 1, for the order of hubs: each hub has its share of the hosts.
     """
 
     directory: Path
     now: Callable[[], float]
+    random: Callable[[], float]
     _hubs: list[str] = field(default_factory=list)
     _pool: httpcore.AsyncConnectionPool | None = None
     _stamp: _Stamp = ()
@@ -123,6 +125,7 @@ class HubSource:
             context.minimum_version = ssl.TLSVersion.TLSv1_3
             context.load_cert_chain(paths[1])
             hubs = [str(one).rstrip("/") for one in json.loads(paths[0].read_bytes())]
+            hubs.sort(key=lambda _: self.random())
         except (OSError, ValueError) as error:
             raise SourceUnavailable(
                 f"this host's certificate for its fleet cannot be used: {error}",

@@ -18,6 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
+if __name__ == "__main__":
+    # For tracebacks on a terminal structlog would import rich, which takes 5 MB in each process.
+    sys.modules["rich"] = None  # type: ignore[assignment] # Python's own sign for a module that is not to be had
+
 import structlog
 
 from imdsproxy.documents.pidfile import PidFile
@@ -146,7 +150,9 @@ async def _serve_guests(plan: Plan, listener: socket.socket, clock: Clock) -> As
     if plan.fleet:
         from imdsproxy.issuer.hub_source import HubSource
 
-        source = HubSource(Path(plan.fleet), lambda: clock.now().timestamp())
+        source = HubSource(
+            Path(plan.fleet), lambda: clock.now().timestamp(), random.SystemRandom().random
+        )
     else:
         source = LocalSigner(SignerClient(Path(plan.signer)))
     uniform = random.SystemRandom().uniform
