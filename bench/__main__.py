@@ -27,7 +27,19 @@ from bench.figures import Row, Verdict
 from bench.lab import Lab
 from bench.peer import Peer, peer_at
 from bench.place import BenchError, alone, choose, clear, prepare, sweep
-from bench.rows import agents, audit, fairness, fleet, many, ovn, replacing, sizes, tokens
+from bench.rows import (
+    agents,
+    audit,
+    fairness,
+    fleet,
+    identity,
+    issuing,
+    many,
+    ovn,
+    replacing,
+    sizes,
+    tokens,
+)
 from bench.rows.additions import measure_additions
 from bench.rows.flooding import measure_flood
 from bench.rows.forwarding import measure_forwarding
@@ -65,6 +77,8 @@ _STAGES: Final[
     _READS: lambda bench, only, _: measure_reads(bench, only.__contains__),
     _GROWTH: lambda bench, only, _: measure_growth(bench, only.__contains__),
     tokens.ROWS: lambda bench, only, _: tokens.measure_tokens(bench, only.__contains__),
+    identity.ROWS: lambda bench, only, _: identity.measure_identity(bench, only.__contains__),
+    issuing.ROWS: lambda bench, only, _: issuing.measure_issuing(bench, only.__contains__),
     audit.ROWS: lambda bench, only, _: audit.measure_audit(bench, only.__contains__),
     fairness.ROWS: lambda bench, only, _: fairness.measure_fairness(bench, only.__contains__),
     _NOVA: lambda bench, only, _: measure_forwarding(bench, only.__contains__),

@@ -21,6 +21,7 @@ from bench.context import Bench
 from bench.daemon import Daemon
 from bench.etcd import EtcdMembers, free_port
 from bench.hosts import HostsSpec, host_name, instance_name, network_of
+from bench.issuer import EVERY, IDENTITY_OF_HOST, HubSigner
 from bench.lab import guest, network_name
 from bench.place import BenchError, raise_open_files
 from bench.procs import cpu_seconds, end_all, find_by_argument, memory, wait_until
@@ -83,9 +84,16 @@ class HubProcess:
         directory: The process's directory.
         files: Directory of the fleet's files on this hub.
         endpoints: Endpoints of etcd.
+        more: Further sections of the settings.
     """
 
-    def __init__(self, directory: Path, files: Path, endpoints: Sequence[str]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        files: Path,
+        endpoints: Sequence[str],
+        more: Mapping[str, object] | None = None,
+    ) -> None:
         directory.mkdir()
         self.port = free_port()
         self._config, self._log = directory / "hub.yaml", directory / "hub.log"
@@ -103,10 +111,16 @@ class HubProcess:
                 "etcd": {"endpoints": list(endpoints)},
             },
             "log": {"level": "warning"},
+            **(more or {}),
         }
         self._config.write_text(yaml.safe_dump(settings))
         self._directory = directory
         self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def config(self) -> Path:
+        """File of the hub's settings."""
+        return self._config
 
     @property
     def address(self) -> str:
@@ -269,6 +283,7 @@ class Fleet:
     files: FleetFiles
     etcd: EtcdMembers
     hubs: list[HubProcess]
+    signers: list[HubSigner]
     hosts: int
     real: int
     instances: int
@@ -372,7 +387,7 @@ class Fleet:
         )
 
     def daemon(self, number: int) -> Daemon:
-        """Start a complete host, whose network is a namespace of the lab."""
+        """Start a complete host, whose network is a namespace of the lab; it gives tokens if the hubs sign."""
         name = host_name(self.hosts + number)
         pem = str(self.certificates / f"{name}.pem")
         source: Mapping[str, object] = {
@@ -382,7 +397,8 @@ class Fleet:
             "private_key_file": str(self.certificates / "host.key"),
             "ca_file": str(self.certificates / "ca.crt"),
         }
-        daemon = Daemon(self.directory / name, {"sources": {"fleet": source}})
+        more = {"identity": IDENTITY_OF_HOST} if self.signers else {}
+        daemon = Daemon(self.directory / name, {"sources": {"fleet": source}, **more})
         daemon.start()
         return daemon
 
@@ -409,8 +425,12 @@ def _network(record: dict[str, object]) -> tuple[str, bytes]:
 
 
 @contextlib.contextmanager
-def open_fleet(bench: Bench) -> Iterator[Fleet]:
-    """Open a fleet: two running hubs, and etcd with all records."""
+def open_fleet(bench: Bench, *, signs: bool = False) -> Iterator[Fleet]:
+    """Open a fleet: two running hubs, and etcd with all records.
+
+    Args:
+        signs: Whether the hubs sign identity tokens, for all audiences of all instances.
+    """
     raise_open_files()
     hosts, real, instances = (
         bench.scale.fleet_hosts,
@@ -427,19 +447,31 @@ def open_fleet(bench: Bench) -> Iterator[Fleet]:
     bench.lab.grow(real)
     etcd = EtcdMembers(directory)
     hubs: list[HubProcess] = []
+    signers: list[HubSigner] = []
     try:
         for number, place in enumerate((files.directory, further), 1):
-            hubs.append(HubProcess(directory / f"hub-{number}", place, etcd.endpoints))
-        fleet = Fleet(bench, directory, files, etcd, hubs, hosts, real, instances, networks)
+            own = HubSigner(directory / f"signer-{number}") if signs else None
+            more = None if own is None else own.settings()
+            hubs.append(HubProcess(directory / f"hub-{number}", place, etcd.endpoints, more))
+            if own is not None:
+                signers.append(own)
+                own.start(hubs[-1].config, signers[0])
+        fleet = Fleet(
+            bench, directory, files, etcd, hubs, signers, hosts, real, instances, networks
+        )
         bench.say(f"{hosts + real:,} certificates")
         # The metadata comes first, as when a hub creates a fleet: hubs refuse records without it.
         etcd.fill([(layout.META, layout.render_meta(Meta(str(uuid4()))))])
         etcd.fill(fleet.certify())
         etcd.fill(fleet.shared())
+        if signs:
+            etcd.fill([(f"{layout.POLICIES}fleet", json.dumps(EVERY).encode())])
         fleet.grow(fleet.size)
         fleet.start_hubs()
         yield fleet
     finally:
         for hub in hubs:
             hub.kill()
+        for signer in signers:
+            signer.kill()
         etcd.stop()

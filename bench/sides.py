@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final
 
 from bench.context import Bench
@@ -31,12 +32,14 @@ class Side:
     Attributes:
         pid: The HAProxy whose processor time is counted, pinned to one processor.
         network: The network from which the load comes.
+        script: A Lua script of wrk that changes the requests.
     """
 
     url: str
     pid: int
     headers: tuple[str, ...] = ()
     network: str = field(default_factory=lambda: network_name(0))
+    script: Path | None = None
     rates: list[float] = field(default_factory=list)
     costs: list[float] = field(default_factory=list)
     p50s: list[float] = field(default_factory=list)
@@ -87,6 +90,7 @@ def load_in_turn(bench: Bench, sides: Sequence[Side], seconds: float, *, rounds:
                 seconds=1 if warm_up else seconds,
                 cpu=load_cpu,
                 headers=one.headers,
+                script=one.script,
             )
             before = cpu_seconds(one.pid)
             report = run_wrk(one.network, one.url, load)

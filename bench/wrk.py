@@ -6,6 +6,7 @@ import re
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from bench.place import BenchError
@@ -46,12 +47,14 @@ class Load:
 
     Attributes:
         cpu: The processor on which wrk runs; `None` for any.
+        script: A Lua script that changes the requests.
     """
 
     connections: int = 64
     seconds: float = 3
     cpu: int | None = None
     headers: tuple[str, ...] = ()
+    script: Path | None = None
 
 
 def parse_wrk(text: str) -> WrkReport | None:
@@ -87,6 +90,8 @@ def wrk_command(namespace: str, url: str, load: Load) -> list[str]:
     ]
     for header in load.headers:
         argv += ["-H", header]
+    if load.script is not None:
+        argv += ["-s", str(load.script)]
     return [*argv, url]
 
 

@@ -238,9 +238,9 @@ def _command(bench: Bench, key: str, network: str, seconds: float) -> list[str]:
         return [*python, "bench.flood", network, str(seconds), *rates]
     path = "/latest/meta-data/no-such-thing" if key == "flood-404" else _LEAF
     connections = _ENCODING if key in _UNCACHED else CONNECTIONS
-    command = wrk_command(network, f"{_URL}{path}", Load(connections, seconds, bench.cpus[1]))
     script = bench.directory / f"{key}.lua"
-    return [*command[:-1], "-s", str(script), command[-1]] if script.exists() else command
+    load = Load(connections, seconds, bench.cpus[1], script=script if script.exists() else None)
+    return wrk_command(network, f"{_URL}{path}", load)
 
 
 def _row(key: str, seen: _Seen, seconds: float) -> Row:
