@@ -225,7 +225,7 @@ async def test_an_endless_answer_is_cut_off() -> None:
     [
         ("import imdsproxy.sources.neutron.source", "openstack keystoneauth1 requests urllib3"),
         (
-            "import imdsproxy.sources.neutron.client as c; c._connect(c.NeutronSourceSettings())",
+            "import imdsproxy.sources.neutron.client as c; c._connect(c.NEUTRON, c.Place(None, c.Path(), None, 5))",
             "openstack cryptography",
         ),
     ],

@@ -1,4 +1,4 @@
-"""Client of Neutron's REST API. Only this module imports keystoneauth and openstacksdk.
+"""Clients of OpenStack's REST APIs. Only this module imports keystoneauth and openstacksdk.
 
 `imdsproxy[neutron]` installs them. The first query imports them in its thread: 12 MB and 80 ms without Keystone, 27 MB
 and 140 ms with Keystone (openstacksdk reads `clouds.yaml` and finds Neutron by Keystone's catalogue). Hosts without
@@ -11,7 +11,9 @@ import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from http import HTTPStatus
+from pathlib import Path
 from threading import Lock
 from typing import Any, Final, TypeAlias
 
@@ -19,7 +21,6 @@ from imdsproxy.config.sources import NeutronSourceSettings
 from imdsproxy.errors import SourceUnavailable, optional_library
 from imdsproxy.sources.neutron.ports import NeutronPort, PortQuery, parse_ports, render_query
 
-_VERSION: Final = "/v2.0"
 _CHUNK: Final = 65_536
 _MAX_ANSWER: Final = 32 * 1024 * 1024
 """Maximum bytes of one answer: a page of 10,000 ports with three addresses each has 6 MiB."""
@@ -28,20 +29,65 @@ _SHOWN: Final = 300
 _PLACE: Final = re.compile(r"https?://[^/\s?]+")
 _QUERY: Final = re.compile(r"\?\S+")
 
-_ELSEWHERE: Final = (
-    "say where Neutron really is: `sources.neutron.endpoint`, or the cloud's `network_endpoint_override`; no token is "
-    "sent after a redirection"
-)
+_ELSEWHERE: Final = "say where {name} really is: {place}; no token is sent after a redirection"
 _HINTS: Final = {
-    400: "see Neutron's own words",
+    400: "see {name}'s own words",
     401: "correct the account's name or password in the clouds.yaml",
-    403: "give the account the role `admin`, or a policy that lets it read every project's ports",
+    403: "give the account the role `admin`, or a policy that lets it read {reads}",
     **dict.fromkeys((301, 302, 303, 307, 308), _ELSEWHERE),
-    404: "correct where Neutron is: `sources.neutron.endpoint`, or the cloud's `network_endpoint_override`",
-    414: "Neutron's web server takes short requests only: raise its limit (uWSGI: buffer-size)",
-    429: "Neutron limits our requests: raise its limit, or sources.neutron.refresh_s",
+    404: "correct where {name} is: {place}",
+    414: "{name}'s web server takes short requests only: raise its limit (uWSGI: buffer-size)",
+    429: "{name} limits our requests: raise its limit, or {section}.refresh_s",
 }
 
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """Service of OpenStack that is asked.
+
+    Attributes:
+        name: Name in messages.
+        type: Type in Keystone's catalogue.
+        version: Path of the API below the service's root.
+        section: Section of the settings with `cloud`.
+        endpoint_key: Key of the section with the URL of a service that accepts requests without a token.
+        reads: Right that the account needs, in words.
+    """
+
+    name: str
+    type: str
+    version: str
+    section: str
+    endpoint_key: str
+    reads: str
+
+    @property
+    def place(self) -> str:
+        """Settings that say where the service is."""
+        override = f"{self.type}_endpoint_override"
+        return f"`{self.section}.{self.endpoint_key}`, or the cloud's `{override}`"
+
+    def hint(self, status: int) -> str:
+        """Return the operator's remedy for a refusal with this status."""
+        words = _HINTS.get(status, "look at {name}'s log")
+        return words.format(
+            name=self.name, section=self.section, reads=self.reads, place=self.place
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Place of a service: a cloud of a clouds.yaml, or the URL of a service without tokens."""
+
+    cloud: str | None
+    clouds_file: Path
+    endpoint: str | None
+    timeout_s: float
+
+
+NEUTRON: Final = Service(
+    "Neutron", "network", "/v2.0", "sources.neutron", "endpoint", "every project's ports"
+)
 
 _Adapter: TypeAlias = Any
 """A `keystoneauth1.adapter.Adapter`; its type is available only if keystoneauth is installed."""
@@ -68,8 +114,8 @@ def require_library() -> None:
         import keystoneauth1  # noqa: F401 - a part of openstacksdk that loads in no time
 
 
-def _connect(settings: NeutronSourceSettings) -> _Adapter:
-    """Make an adapter for a Neutron without tokens, or for a cloud in a `clouds.yaml`.
+def _connect(service: Service, place: Place) -> _Adapter:
+    """Make an adapter for a service without tokens, or for a cloud in a `clouds.yaml`.
 
     Only that file and a `secure.yaml` beside it are read; environment and working directory are ignored.
 
@@ -80,18 +126,18 @@ def _connect(settings: NeutronSourceSettings) -> _Adapter:
     with import_openstack():
         from keystoneauth1.adapter import Adapter
 
-        if settings.cloud is None:
+        if place.cloud is None:
             from keystoneauth1.noauth import NoAuth
             from keystoneauth1.session import Session
 
-            auth = NoAuth(endpoint=settings.endpoint)
-            return Adapter(Session(auth=auth, timeout=settings.timeout_s, app_name="imdsproxy"))
+            auth = NoAuth(endpoint=place.endpoint)
+            return Adapter(Session(auth=auth, timeout=place.timeout_s, app_name="imdsproxy"))
         from keystoneauth1.exceptions import ClientException
         from openstack.config import OpenStackConfig
         from openstack.exceptions import SDKException
         from yaml import YAMLError
 
-    clouds_file = settings.clouds_path
+    clouds_file = place.clouds_file
     try:
         # openstacksdk treats a file that it cannot read as missing.
         clouds_file.read_bytes()
@@ -101,43 +147,44 @@ def _connect(settings: NeutronSourceSettings) -> _Adapter:
             vendor_files=[],
             load_envvars=False,
             app_name="imdsproxy",
-        ).get_one(cloud=settings.cloud, api_timeout=settings.timeout_s)
+        ).get_one(cloud=place.cloud, api_timeout=place.timeout_s)
         return Adapter(
             cloud.get_session(),
-            service_type="network",
-            interface=cloud.get_interface("network"),
-            region_name=cloud.get_region_name("network"),
-            endpoint_override=cloud.get_endpoint("network"),
+            service_type=service.type,
+            interface=cloud.get_interface(service.type),
+            region_name=cloud.get_region_name(service.type),
+            endpoint_override=cloud.get_endpoint(service.type),
         )
     except (SDKException, ClientException, YAMLError, OSError, ValueError, TypeError) as error:
         # YAMLError: openstacksdk 4.4 does not catch it.
         raise SourceUnavailable(
-            f"the cloud {settings.cloud} of {clouds_file} cannot be used: {_words(error)}",
-            hint="correct sources.neutron.cloud, or the file",
+            f"the cloud {place.cloud} of {clouds_file} cannot be used: {_words(error)}",
+            hint=f"correct {service.section}.cloud, or the file",
         ) from error
 
 
-class NeutronClient:
-    """Client for Neutron's list of ports. Queries run in a small thread pool; the first one connects."""
+class RestClient:
+    """Client for reads of one service. Queries run in a small thread pool; the first one connects."""
 
-    def __init__(self, settings: NeutronSourceSettings) -> None:
-        self._settings = settings
-        self._timeout_s = settings.timeout_s
-        self._pool = ThreadPoolExecutor(settings.max_queries, "imdsproxy-neutron")
+    def __init__(self, service: Service, place: Place, threads: int) -> None:
+        self._service = service
+        self._place = place
+        self._timeout_s = place.timeout_s
+        self._pool = ThreadPoolExecutor(threads, f"imdsproxy-{service.name.lower()}")
         self._connecting = Lock()
         self._session: _Adapter = None
 
-    async def ports(self, query: PortQuery) -> tuple[NeutronPort, ...]:
-        """Return the ports, in Neutron's order. If Neutron does not know a filter, it returns additional ports.
+    async def get(self, path: str) -> Any:
+        """Return the decoded answer to a GET of a path with its query, below the service's version.
 
         Raises:
             QueryTimedOut: The answer takes too long.
-            SourceUnavailable: Neutron cannot be reached, refuses, or sends an answer that is not valid.
+            SourceUnavailable: The service cannot be reached, refuses, or sends no JSON.
         """
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(self._timeout_s):
-                return await loop.run_in_executor(self._pool, self._ports, query)
+                return await loop.run_in_executor(self._pool, self._read_json, path)
         except TimeoutError as error:
             raise self._too_long() from error
 
@@ -145,20 +192,24 @@ class NeutronClient:
         """Cancel queries without waiting: each thread ends with its query, at the latest at the query's timeout."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _ports(self, query: PortQuery) -> tuple[NeutronPort, ...]:
+    def misunderstood(self, error: object) -> SourceUnavailable:
+        """Return the error of an answer whose form is wrong."""
+        return SourceUnavailable(
+            f"{self._service.name}'s answer cannot be understood: {_words(error)}",
+            hint="look at what answers there: it may be another service",
+        )
+
+    def _read_json(self, path: str) -> Any:
         ends = time.monotonic() + self._timeout_s
         with self._connecting:
             if self._session is None:
-                self._session = _connect(self._settings)
+                self._session = _connect(self._service, self._place)
             session = self._session
-        body = self._get(session, f"{_VERSION}/ports?{render_query(query)}", ends)
+        body = self._get(session, f"{self._service.version}{path}", ends)
         try:
-            return parse_ports(json.loads(body))
+            return json.loads(body)
         except (ValueError, RecursionError) as error:
-            raise SourceUnavailable(
-                f"Neutron's answer cannot be understood: {_words(error)}",
-                hint="look at what answers there: it may be another service",
-            ) from error
+            raise self.misunderstood(error) from error
 
     def _get(self, session: _Adapter, path: str, ends: float) -> bytes:
         from keystoneauth1 import exceptions
@@ -167,9 +218,9 @@ class NeutronClient:
         try:
             root = session.get_endpoint()
             if root is None:
-                raise _unfindable("no endpoint")
+                raise self._unfindable("no endpoint")
             answer = session.get(
-                root.rstrip("/").removesuffix(_VERSION) + path,
+                root.rstrip("/").removesuffix(self._service.version) + path,
                 # Only `queries` decides when to retry.
                 connect_retries=0,
                 status_code_retries=0,
@@ -185,9 +236,9 @@ class NeutronClient:
         except (exceptions.ConnectTimeout, body_exceptions.TimeoutError) as error:
             raise self._too_long() from error
         except exceptions.CatalogException as error:
-            raise _unfindable(error) from error
+            raise self._unfindable(error) from error
         except exceptions.Unauthorized as error:
-            raise _refused(401, _words(error)) from error
+            raise self._refused(401, _words(error)) from error
         except (
             exceptions.ClientException,
             body_exceptions.HTTPError,
@@ -195,13 +246,13 @@ class NeutronClient:
             ValueError,
         ) as error:
             raise SourceUnavailable(
-                f"Neutron cannot be asked: {_cause(error)}",
-                hint="start Neutron, or correct where it is: sources.neutron",
+                f"{self._service.name} cannot be asked: {_cause(error)}",
+                hint=f"start {self._service.name}, or correct where it is: {self._service.section}",
             ) from error
         if answer.status_code != HTTPStatus.OK:
             there = answer.headers.get("Location")
             text = body.decode("utf-8", "backslashreplace") if there is None else f"go to {there}"
-            raise _refused(answer.status_code, text)
+            raise self._refused(answer.status_code, text)
         return body
 
     def _read(self, answer: Any, ends: float) -> bytes:
@@ -213,32 +264,53 @@ class NeutronClient:
             size += len(part)
             if size > _MAX_ANSWER:
                 raise SourceUnavailable(
-                    f"Neutron's answer is longer than {_MAX_ANSWER >> 20} MiB",
-                    hint="it may not know our filters; for the list, lower sources.neutron.page_size",
+                    f"{self._service.name}'s answer is longer than {_MAX_ANSWER >> 20} MiB",
+                    hint=f"it may not know our filters; for the list, lower {self._service.section}.page_size",
                 )
             if time.monotonic() > ends:
                 raise self._too_long()
         return b"".join(parts)
 
     def _too_long(self) -> QueryTimedOut:
+        name, section = self._service.name, self._service.section
         return QueryTimedOut(
-            f"Neutron did not answer within {self._timeout_s:g} s",
-            hint="look at Neutron's load and database, or raise sources.neutron.timeout_s",
+            f"{name} did not answer within {self._timeout_s:g} s",
+            hint=f"look at {name}'s load and database, or raise {section}.timeout_s",
+        )
+
+    def _unfindable(self, why: object) -> SourceUnavailable:
+        override = f"{self._service.type}_endpoint_override"
+        return SourceUnavailable(
+            f"Keystone's catalogue has no {self._service.name} for us: {_words(why)}",
+            hint=f"correct the cloud's region_name or interface, or give it a {override}",
+        )
+
+    def _refused(self, status: int, text: str) -> SourceUnavailable:
+        detail = f": {_words(text)}" if text else ""
+        return SourceUnavailable(
+            f"{self._service.name} answers {status}{detail}", hint=self._service.hint(status)
         )
 
 
-def _unfindable(why: object) -> SourceUnavailable:
-    return SourceUnavailable(
-        f"Keystone's catalogue has no Neutron for us: {_words(why)}",
-        hint="correct the cloud's region_name or interface, or give it a network_endpoint_override",
-    )
+class NeutronClient(RestClient):
+    """Client for Neutron's list of ports."""
 
+    def __init__(self, settings: NeutronSourceSettings) -> None:
+        place = Place(settings.cloud, settings.clouds_path, settings.endpoint, settings.timeout_s)
+        super().__init__(NEUTRON, place, settings.max_queries)
 
-def _refused(status: int, text: str) -> SourceUnavailable:
-    detail = f": {_words(text)}" if text else ""
-    return SourceUnavailable(
-        f"Neutron answers {status}{detail}", hint=_HINTS.get(status, "look at Neutron's log")
-    )
+    async def ports(self, query: PortQuery) -> tuple[NeutronPort, ...]:
+        """Return the ports, in Neutron's order. If Neutron does not know a filter, it returns additional ports.
+
+        Raises:
+            QueryTimedOut: The answer takes too long.
+            SourceUnavailable: Neutron cannot be reached, refuses, or sends an answer that is not valid.
+        """
+        answer = await self.get(f"/ports?{render_query(query)}")
+        try:
+            return parse_ports(answer)
+        except (ValueError, RecursionError) as error:
+            raise self.misunderstood(error) from error
 
 
 def _cause(error: BaseException) -> str:
