@@ -155,7 +155,9 @@ def test_a_captured_host_gets_tokens_of_its_own_instances_alone_and_chooses_no_c
     assert _answer(world, here, audience="sts:rgw") == {"refused": "audience"}
     assert _answer(world, here, audience="*") == {"refused": "request"}
     assert _answer(world, here, nonce='"') == {"refused": "request"}
-    for name in ("project", "tags", "subject", "placement", "claims", "epoch"):
+    told = claims_of(_answer(world, here, project="mine")["token"]["text"])
+    assert told["project_id"] == _PROJECT
+    for name in ("tags", "subject", "placement", "claims", "epoch"):
         assert _as_host(world, here, **{name: "mine"})[0] == 422
 
 

@@ -1,6 +1,7 @@
 """Settings of identity tokens: the issuer, its audiences, its keys and its processes."""
 
 import re
+from pathlib import Path
 from typing import Annotated, Final, Literal
 from urllib.parse import urlsplit
 
@@ -9,12 +10,14 @@ from pydantic import AfterValidator
 from imdsproxy.config.section import (
     AbsolutePath,
     AccountName,
+    ApiUrl,
     Change,
     HostEndpoint,
     Section,
     UnitName,
     cross,
     form,
+    section,
     setting,
 )
 from imdsproxy.model.policy import AUDIENCE_PATTERN
@@ -76,8 +79,8 @@ class AudienceSettings(Section):
     verifier has to check this claim.
     """
 
-    verifier_url: Annotated[str, form(r"^https?://[^\s?#]+$", "a URL without a query")] | None = (
-        setting(None, Change.NOTHING, examples=["https://bao.example:8200/v1/auth/jwt/login"])
+    verifier_url: ApiUrl | None = setting(
+        None, Change.NOTHING, examples=["https://bao.example:8200/v1/auth/jwt/login"]
     )
     """URL at which `imdsproxy identity check` shows a verifier a token of the instance: a GET with the token as bearer,
     or with `verifier_role` a login at OpenBao or Vault. Null leaves this link unchecked.
@@ -87,6 +90,54 @@ class AudienceSettings(Section):
         setting(None, Change.NOTHING, examples=["vm"])
     )
     """Role of OpenBao's or Vault's auth method for this login; the check gives its login up at once."""
+
+
+class CloudSettings(Section):
+    """OpenStack of a fleet's guests of Nova: a hub asks it on which host an instance is."""
+
+    enabled: bool = setting(False, Change.RESTART)
+    """Ask Nova and Neutron where an instance is that the fleet's records do not have. Name a host in the fleet as Nova
+    names it (`nova-compute`'s `host`). Off, tokens of such instances have nothing but the host's word.
+    """
+
+    cloud: str | None = setting(None, Change.RESTART, min_length=1)
+    """Name of the cloud in `clouds_file`. The account must be able to read every project's servers and ports."""
+
+    clouds_file: AbsolutePath | None = setting(None, Change.RESTART)
+    """An openstacksdk `clouds.yaml` that the hub's account can read; null is `/etc/openstack/clouds.yaml`. It contains
+    a password: use mode 0640.
+    """
+
+    compute_endpoint: ApiUrl | None = setting(None, Change.RESTART)
+    """URL of a Nova that accepts requests without a token; instead of `cloud`."""
+
+    network_endpoint: ApiUrl | None = setting(None, Change.RESTART)
+    """URL of a Neutron that accepts requests without a token; instead of `cloud`."""
+
+    timeout_s: float = setting(3.0, Change.RESTART, ge=0.5, le=60)
+    """Maximum seconds for one query. Hosts wait four seconds for a hub."""
+
+    proof_s: float = setting(120.0, Change.RESTART, ge=1, le=3600)
+    """Seconds for which an answer about a host counts. A captured host gets tokens of a guest that has left it for at
+    most so long.
+    """
+
+    @property
+    def clouds_path(self) -> Path:
+        """`clouds_file`, or its default."""
+        return self.clouds_file or Path("/etc/openstack/clouds.yaml")
+
+    def model_post_init(self, _: object) -> None:
+        """Check that either `cloud` or both endpoints locate Nova and Neutron."""
+        endpoints = (self.compute_endpoint, self.network_endpoint)
+        if self.cloud is not None and endpoints != (None, None):
+            raise cross("cloud", "has the endpoints already", "keep `cloud`, or both endpoints")
+        if self.enabled and self.cloud is None and None in endpoints:
+            raise cross(
+                "enabled",
+                "needs `cloud`, or `compute_endpoint` and `network_endpoint`",
+                "say where Nova and Neutron are",
+            )
 
 
 class IdentitySettings(Section):
@@ -135,6 +186,9 @@ class IdentitySettings(Section):
     """Audience of tokens that guests request at `/openstack/latest/oauth2/token`, as stock OpenStack clients do; null
     gives none there.
     """
+
+    openstack: CloudSettings = section(CloudSettings)
+    """Where a hub asks about guests of Nova."""
 
     listen: HostEndpoint | None = setting(None, Change.RELOAD)
     """Address and port where HAProxy serves the issuer's documents with TLS; null serves them nowhere. Link-local and

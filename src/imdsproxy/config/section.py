@@ -113,6 +113,13 @@ Listed = Annotated[tuple[_T, ...], Strict(strict=False)]
 OffIsFalse = BeforeValidator(lambda value: "off" if value is False else value)
 """Validator for enumerations with the word `off`: unquoted, YAML 1.1 reads it as false, which has no other meaning."""
 
+ApiUrl = Annotated[
+    str,
+    form(
+        r"^https?://[^\s/?#]+/?[^\s?#]*$",
+        "a URL that begins with http:// or https://, without ? and #",
+    ),
+]
 AbsolutePath = Annotated[Path, Strict(strict=False), AfterValidator(_absolute)]
 HostEndpoint = Annotated[
     Endpoint,

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from imdsproxy.config.section import (
     AbsolutePath,
+    ApiUrl,
     Change,
     Listed,
     Section,
@@ -14,13 +15,6 @@ from imdsproxy.config.section import (
     setting,
 )
 
-ApiUrl = Annotated[
-    str,
-    form(
-        r"^https?://[^\s/?#]+/?[^\s?#]*$",
-        "a URL that begins with http:// or https://, without ? and #",
-    ),
-]
 HostName = Annotated[
     str, form(r"^[\x21-\x7e]{1,255}$", "a name of 1 to 255 ASCII letters without blanks")
 ]

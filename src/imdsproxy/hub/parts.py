@@ -18,6 +18,7 @@ from imdsproxy.fleet.members import admits_host
 from imdsproxy.haproxy.layout import Layout
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import read_secret
+from imdsproxy.hub.hosts.cloud import open_cloud
 from imdsproxy.hub.hosts.in_force import Peers
 from imdsproxy.hub.hosts.issuer import FleetIssuer
 from imdsproxy.hub.hosts.sealed import TokenKeyRing, password_item
@@ -178,7 +179,12 @@ def build_hub(whole: Settings, clock: Clock) -> Hub:
         signer = SignerClient(Layout.of(whole).signer_socket)
         pace = Pace(identity.longest_cache_s, identity.longest_life_s)
         peers = Peers(state, name, clock, (files.hub, files.ca_certificate))
-        issuer = FleetIssuer(identity.issuer, signer, state, clock, pace, peers.find_wrong_clocks)
+        cloud = None
+        if identity.openstack.enabled:
+            cloud = open_cloud(identity.openstack, clock.monotonic)
+        issuer = FleetIssuer(
+            identity.issuer, signer, state, clock, pace, peers.find_wrong_clocks, cloud
+        )
     return Hub(
         settings=settings,
         files=files,

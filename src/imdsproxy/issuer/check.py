@@ -23,6 +23,7 @@ _TRUST: Final = "identity.ca_file is the PEM file of the CAs that this check tru
 _PLACED: Final[Mapping[Placement, str]] = {
     Placement.LOCAL: "this host signs for its own guests",
     Placement.FLEET: "the fleet's records place the instance on this host",
+    Placement.NOVA: "Nova and Neutron place the instance on this host",
     Placement.HOST: "nothing but this host's word, and the claim `placement` says so",
 }
 
@@ -127,8 +128,8 @@ def judge_refusal(reason: Refusal, audience: str, *, in_fleet: bool) -> Finding:
         case Refusal.SUBJECT if in_fleet:
             return failed(
                 Link.PLACEMENT,
-                "the fleet's records do not place the instance on this host, in this network",
-                "imdsproxy --fleet URL instance show INSTANCE",
+                "neither the fleet's records nor its OpenStack place the instance on this host, in this network",
+                "imdsproxy --fleet URL instance show INSTANCE; identity.openstack on the hubs",
             )
         case Refusal.SUBJECT:
             return failed(Link.RECORD, "the record has just changed", "check again")

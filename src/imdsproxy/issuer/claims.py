@@ -31,6 +31,9 @@ class Placement(StrEnum):
     FLEET = "fleet"
     """The fleet's records place the instance on the host."""
 
+    NOVA = "nova"
+    """Nova and Neutron place the instance on the host."""
+
     HOST = "host"
     """Nothing but the host's word."""
 

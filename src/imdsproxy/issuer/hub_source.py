@@ -52,6 +52,7 @@ class HubSource:
             {
                 "instance": one.subject.instance,
                 "network": one.subject.network,
+                "project": one.subject.project,
                 "audience": one.audience,
                 "nonce": one.nonce,
             }

@@ -24,11 +24,11 @@ class Signers(BesideHub):
 
     Args:
         directory: For the certificate of the documents.
-        lifetimes: Seconds of life of tokens, by audience.
+        audiences: Settings by audience.
     """
 
     directory: Path
-    lifetimes: Mapping[str, int] = field(default_factory=dict)
+    audiences: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     _first: Path | None = None
     _authority: Authority | None = None
@@ -55,7 +55,7 @@ class Signers(BesideHub):
                 "certificate": str(own.bundle),
                 "user": "daemon",
                 "signer_user": "nobody",
-                "audiences": {name: {"lifetime_s": one} for name, one in self.lifetimes.items()},
+                "audiences": {name: dict(one) for name, one in self.audiences.items()},
             },
             "paths": {
                 "runtime_dir": str(hub.directory / f"{hub.name}.signer"),

@@ -9,7 +9,13 @@ from pathlib import Path
 
 from support.openstack.install import environments
 from support.openstack.neutron_rest import Answer, NeutronClient, ask
-from support.openstack.processes import Place, agent_server, neutron_server, nova_server
+from support.openstack.processes import (
+    Place,
+    agent_server,
+    compute_server,
+    neutron_server,
+    nova_server,
+)
 from support.openstack.servers import Server, free_port
 from support.openstack.settings import render_clouds
 from support.openstack.table import INSTANCES, Instance, Lookup, Seed, lookups_of
@@ -22,7 +28,8 @@ class OpenStack:
     """A lab that runs.
 
     Attributes:
-        nova, neutron: The servers; `start`, `stop`, `kill` are theirs.
+        nova, neutron: The metadata API and the REST API; `start`, `stop`, `kill` are theirs.
+        compute: Nova's own API; it runs once a test has started it.
         rest: Neutron's REST API.
         lookups: The table of truth.
         created: The ports that tests have made.
@@ -36,12 +43,19 @@ class OpenStack:
     neutron: Server
     rest: NeutronClient
     agent: Server
+    compute: Server
+    compute_url: str
     lookups: tuple[Lookup, ...] = field(repr=False)
     created: list[str] = field(default_factory=list, init=False)
 
     @property
     def servers(self) -> dict[str, Server]:
-        return {"neutron": self.neutron, "nova": self.nova, "agent": self.agent}
+        return {
+            "neutron": self.neutron,
+            "nova": self.nova,
+            "agent": self.agent,
+            "compute": self.compute,
+        }
 
     @property
     def neutron_url(self) -> str:
@@ -161,8 +175,8 @@ def open_openstack(
         place = Place(directory, environments(), namespace, broker)
         seed = fill(place)
         secret = secrets.token_hex(16)
-        ports = [stack.enter_context(free_port()).getsockname()[1] for _ in range(2)]
-        neutron_url, nova_url = (f"http://127.0.0.1:{port}" for port in ports)
+        ports = [stack.enter_context(free_port()).getsockname()[1] for _ in range(3)]
+        neutron_url, nova_url, compute_url = (f"http://127.0.0.1:{port}" for port in ports)
         place.write_nova(neutron_port=ports[0], secret=secret)
         lab = OpenStack(
             place=place,
@@ -173,6 +187,8 @@ def open_openstack(
             neutron=neutron_server(place, port=ports[0]),
             rest=NeutronClient(neutron_url, namespace),
             agent=agent_server(place, nova_port=ports[1], secret=secret),
+            compute=compute_server(place, port=ports[2]),
+            compute_url=compute_url,
             lookups=lookups_of(seed),
         )
         for file, text in (

@@ -11,7 +11,13 @@ from support.lab import run, within
 from support.openstack.install import INSIDE, Environments
 from support.openstack.neutron_rest import ask
 from support.openstack.servers import Server, ends_with_us
-from support.openstack.settings import VENDOR_DATA, render_agent, render_neutron, render_nova
+from support.openstack.settings import (
+    COMPUTE_PASTE,
+    VENDOR_DATA,
+    render_agent,
+    render_neutron,
+    render_nova,
+)
 
 _AGENT: Final = "metadata_agent.py"
 _THREADS: Final = 4
@@ -51,6 +57,7 @@ class Place:
         for name in ("db", "etc", "lock", "log"):
             (self.path / name).mkdir(parents=True, exist_ok=True)
         (self.etc / "vendor_data.json").write_text(VENDOR_DATA)
+        (self.etc / "compute-paste.ini").write_text(COMPUTE_PASTE)
         (self.etc / "neutron.conf").write_text(
             render_neutron(paste=self.environments.paste("neutron"), broker=self.broker)
         )
@@ -88,6 +95,13 @@ def nova_server(place: Place, *, port: int) -> Server:
     return _wsgi(place, "nova", module, files, port=port, ready="/")
 
 
+def compute_server(place: Place, *, port: int) -> Server:
+    """Nova's own API, to which every caller is an administrator."""
+    module = ("--module", "nova.wsgi.osapi_compute:application", "--pythonpath", str(INSIDE))
+    ready = "/v2.1/servers"
+    return _wsgi(place, "nova", module, "compute-paste.ini;nova.conf", port=port, ready=ready)
+
+
 def neutron_server(place: Place, *, port: int) -> Server:
     """The REST API."""
     module = ("--wsgi-file", str(INSIDE / "neutron_app.py"))
@@ -119,7 +133,7 @@ def _agent_listens(path: Path) -> bool:
 
 
 def _wsgi(
-    place: Place, name: str, module: tuple[str, str], files: str, *, port: int, ready: str
+    place: Place, name: str, module: tuple[str, ...], files: str, *, port: int, ready: str
 ) -> Server:
     argv = [
         *place.prefix,

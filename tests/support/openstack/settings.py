@@ -99,6 +99,22 @@ driver = noop
 """
 
 
+COMPUTE_PASTE = """\
+[composite:osapi_compute]
+use = call:nova.api.openstack.urlmap:urlmap_factory
+/v2.1/+: compute
+[composite:compute]
+use = call:nova.api.auth:pipeline_factory_v21
+keystone = everybody_is_admin keystonecontext osapi_compute_app_v21
+[filter:everybody_is_admin]
+paste.filter_factory = everybody_is_admin:filter_factory
+[filter:keystonecontext]
+paste.filter_factory = nova.api.auth:NovaKeystoneContext.factory
+[app:osapi_compute_app_v21]
+paste.app_factory = nova.api.openstack.compute:APIRouterV21.factory
+"""
+
+
 def render_agent(*, socket: Path, nova_port: int, secret: str) -> str:
     """metadata_agent.ini of Neutron's own agent."""
     return f"""\

@@ -45,6 +45,7 @@ class TokenBody(_Body):
     network: _Name
     audience: str = Field(max_length=128)
     nonce: str | None = Field(default=None, max_length=256)
+    project: _Name | None = None
 
 
 class TokensBody(_Body):
@@ -76,7 +77,9 @@ async def give_tokens(
 ) -> TokensShape:
     """Sign tokens for guests that the fleet has placed on the calling host."""
     asked = [
-        Asked(InstanceId(one.instance), NetworkId(one.network), one.audience, one.nonce)
+        Asked(
+            InstanceId(one.instance), NetworkId(one.network), one.audience, one.nonce, one.project
+        )
         for one in body.tokens
     ]
     answers = await issuer.sign(HostId(caller.identity.name), asked)

@@ -16,7 +16,8 @@ from imdsproxy.fleet import layout
 from imdsproxy.fleet.codec import Json, attempt
 from imdsproxy.fleet.layout import HostId, StoredIssuer, View, parse_issuer, render_issuer
 from imdsproxy.host.clock import Clock
-from imdsproxy.hub.hosts.subjects import find_subject
+from imdsproxy.hub.hosts.cloud import CloudGuests
+from imdsproxy.hub.hosts.subjects import find_subject, is_recorded, subject_of
 from imdsproxy.hub.store.etcd_messages import unchanged
 from imdsproxy.hub.store.state import FleetState
 from imdsproxy.hub.store.transactions import Transaction, refuse_suspect
@@ -34,7 +35,8 @@ from imdsproxy.issuer.exchange import (
 from imdsproxy.issuer.local_signer import SignerClient
 from imdsproxy.issuer.ring import KeyRing, parse_ring
 from imdsproxy.issuer.rotation import IssuerKeys, Pace, describe_keys, plan_rotation
-from imdsproxy.model.entities import InstanceId, NetworkId
+from imdsproxy.model.entities import Instance, InstanceId, NetworkId, Port
+from imdsproxy.model.subject import Subject
 
 _EVERY_S: Final = 2.0
 _HINT: Final = "journalctl -u imdsproxy-hub-signer"
@@ -49,6 +51,12 @@ class Asked:
     network: NetworkId
     audience: str
     nonce: str | None = None
+    project: str | None = None
+    """Project by the host's word."""
+
+    @property
+    def guest(self) -> tuple[InstanceId, NetworkId, str | None]:
+        return self.instance, self.network, self.project
 
 
 @dataclass(slots=True)
@@ -57,6 +65,7 @@ class FleetIssuer:
 
     Args:
         pace: Times of a rotation of keys.
+        cloud: OpenStack of the fleet's guests of Nova; `None` without one.
         find_wrong_clocks: Returns the seconds by which other hubs' clocks are ahead, if the difference is large.
 
     Attributes:
@@ -70,6 +79,7 @@ class FleetIssuer:
     clock: Clock
     pace: Pace
     find_wrong_clocks: Callable[[], Awaitable[Mapping[str, float]]]
+    cloud: CloudGuests | None = None
     waits: str | None = None
     problem: str | None = "the signer was not asked yet"
     _loaded: int | None = None
@@ -79,22 +89,22 @@ class FleetIssuer:
         """Return a token, or the reason why there is none, for each request of a host.
 
         Raises:
-            SourceUnavailable: The signer does not answer, or has no key.
+            SourceUnavailable: The signer does not answer, or has no key; or the fleet's OpenStack does not answer.
             SourceCorrupt: A record or policy is not readable.
         """
         await self._load()
         # Most hosts request several audiences of a guest at once.
-        places = {(one.instance, one.network) for one in asked}
-        subjects = {place: find_subject(self.state, host, *place) for place in places}
+        places = {one.guest for one in asked}
+        subjects = {guest: await self._place(host, *guest) for guest in places}
         found: list[Token | Refusal | None] = []
         lines: list[bytes] = []
         for one in asked:
-            subject = subjects[one.instance, one.network]
+            subject, placement = subjects[one.guest]
             if subject is None:
                 found.append(Refusal.SUBJECT)
                 continue
             found.append(None)
-            request = TokenRequest(subject, one.audience, one.nonce, Placement.FLEET)
+            request = TokenRequest(subject, one.audience, one.nonce, placement)
             lines.append(render_request(request))
         answers = iter(await self.signer.send(lines) if lines else ())
         return [_read(next(answers)) if one is None else one for one in found]
@@ -104,14 +114,28 @@ class FleetIssuer:
     ) -> dict[str, str] | Refusal:
         """Return the document of an instance on a host, with its signatures; raise as `sign`."""
         await self._load()
-        subject = find_subject(self.state, host, instance, network)
-        if subject is None:
+        subject, placement = await self._place(host, instance, network)
+        if subject is None or placement is Placement.HOST:
+            # A document has no claim that says on whose word it is.
             return Refusal.SUBJECT
         (line,) = await self.signer.send([render_document_request(subject)])
         try:
             return parse_documents(json.loads(line))
         except ValueError as error:
             raise SourceUnavailable("the signer cannot sign", hint=_HINT) from error
+
+    async def _place(
+        self, host: HostId, instance: InstanceId, network: NetworkId, project: str | None = None
+    ) -> tuple[Subject | None, Placement]:
+        """Return the subject of an instance on a host, and the proof that it is there; see `sign` for errors."""
+        if is_recorded(self.state, instance):
+            return find_subject(self.state, host, instance, network), Placement.FLEET
+        if self.cloud is not None:
+            found = await self.cloud.find(host, instance)
+            subject = None if found is None else subject_of(self.state, host, found, network)
+            return subject, Placement.NOVA
+        told = Instance(instance, instance, instance, project, (Port(network),))
+        return subject_of(self.state, host, told, network), Placement.HOST
 
     def stored(self) -> tuple[StoredIssuer, int] | None:
         """Return the keys in etcd with their revision; `None` while there are none."""
@@ -148,7 +172,11 @@ class FleetIssuer:
         return answer
 
     def problems(self) -> dict[str, str]:
-        found = {"identity tokens": self.problem, "keys of identity tokens": self.waits}
+        found = {
+            "identity tokens": self.problem,
+            "keys of identity tokens": self.waits,
+            "placement of Nova's guests": None if self.cloud is None else self.cloud.failure,
+        }
         return {name: why for name, why in found.items() if why is not None}
 
     def describe(self) -> IssuerKeys:

@@ -1,4 +1,4 @@
-"""Subjects of identity tokens, from a fleet's records: nothing in them is a host's word."""
+"""Subjects of identity tokens by a fleet's records and policies."""
 
 from imdsproxy.errors import SourceCorrupt
 from imdsproxy.fleet import layout
@@ -31,7 +31,18 @@ def find_subject(
     """
     if host not in state.hosts_of(instance):
         return None
-    record = _instance(state, instance)
+    return subject_of(state, host, _instance(state, instance), network)
+
+
+def is_recorded(state: FleetState, instance: InstanceId) -> bool:
+    """Return whether the fleet's records have an instance, so that nobody else is asked where it is."""
+    return state.value(layout.instance_key(instance)) is not None
+
+
+def subject_of(
+    state: FleetState, host: HostId, record: Instance, network: NetworkId
+) -> Subject | None:
+    """Return the subject of an instance on a host by the fleet's policies; `None` and errors as `find_subject`."""
     ports = [port for port in record.ports if port.network == network]
     if not ports:
         return None
@@ -41,9 +52,9 @@ def find_subject(
     book = PolicyBook(
         fleet=FleetRules(_rules(state, "fleet"), _rules(state, f"host/{host}"), of_project)
     )
-    place = PolicyPlace(network, project, instance, _network_rules(state, network), record.policy)
+    place = PolicyPlace(network, project, record.id, _network_rules(state, network), record.policy)
     policy = book.fold(place).policy
-    return plan_subject(policy, _override(state, instance), record, network, project)
+    return plan_subject(policy, _override(state, record.id), record, network, project)
 
 
 def _instance(state: FleetState, instance: InstanceId) -> Instance:

@@ -220,7 +220,7 @@ class RestClient:
             if root is None:
                 raise self._unfindable("no endpoint")
             answer = session.get(
-                root.rstrip("/").removesuffix(self._service.version) + path,
+                _root_of(root, self._service.version) + path,
                 # Only `queries` decides when to retry.
                 connect_retries=0,
                 status_code_retries=0,
@@ -295,9 +295,9 @@ class RestClient:
 class NeutronClient(RestClient):
     """Client for Neutron's list of ports."""
 
-    def __init__(self, settings: NeutronSourceSettings) -> None:
+    def __init__(self, settings: NeutronSourceSettings, service: Service = NEUTRON) -> None:
         place = Place(settings.cloud, settings.clouds_path, settings.endpoint, settings.timeout_s)
-        super().__init__(NEUTRON, place, settings.max_queries)
+        super().__init__(service, place, settings.max_queries)
 
     async def ports(self, query: PortQuery) -> tuple[NeutronPort, ...]:
         """Return the ports, in Neutron's order. If Neutron does not know a filter, it returns additional ports.
@@ -311,6 +311,11 @@ class NeutronClient(RestClient):
             return parse_ports(answer)
         except (ValueError, RecursionError) as error:
             raise self.misunderstood(error) from error
+
+
+def _root_of(endpoint: str, version: str) -> str:
+    """Return an endpoint without the version, which may be followed by a project's id, as Nova's once was."""
+    return re.sub(rf"{re.escape(version)}(/[0-9a-f-]+)?$", "", endpoint.rstrip("/"))
 
 
 def _cause(error: BaseException) -> str:
