@@ -11,16 +11,23 @@ from imdsproxy.api.bodies import DocumentBody, DocumentView
 from imdsproxy.api.records import no_such, refuse_unknown
 from imdsproxy.controller.lookup import Lookup
 from imdsproxy.controller.parts import Parts
-from imdsproxy.controller.record_plan import record_key
+from imdsproxy.controller.record_plan import GuestPolicy, record_key
 from imdsproxy.documents.resolver_app import CollectedAnswer, GuestRequest
 from imdsproxy.errors import NotFound, RuntimeUnavailable
 from imdsproxy.haproxy.master import WorkerEnded
-from imdsproxy.model import entities, identity
+from imdsproxy.model import entities, identity, policy_word
+from imdsproxy.model.identity_paths import METHODS, IdentityPlace, decide_identity, list_guards
 from imdsproxy.model.inventory import Inventory
 from imdsproxy.model.observation import AddressKey, Claimant, Expired, SourceName
 from imdsproxy.model.path_rules import PathRules
 from imdsproxy.model.policy_report import Decided, PolicyInForce, decide_read, report_policy
-from imdsproxy.model.wire import HEADER_AUDITED, MISMATCH_TEXT, NovaRecord, hide_signatures
+from imdsproxy.model.wire import (
+    DOCUMENT_PATHS,
+    HEADER_AUDITED,
+    MISMATCH_TEXT,
+    NovaRecord,
+    hide_signatures,
+)
 from imdsproxy.network.anti_spoofing.plan import ANY_MAC, plan_pair
 from imdsproxy.network.endpoints import networks_of
 from imdsproxy.network.listeners.loop import ListenerLoop
@@ -67,16 +74,20 @@ class NicReport:
 
 @dataclass(frozen=True, slots=True)
 class PathDecision:
-    """Decision of the policy on a GET, whether or not the document exists.
+    """Decision of the policy on a request, whether or not the document exists.
 
     Attributes:
         without_token: Decision if the guest sends no session token.
         with_token: Decision if the guest sends a valid session token.
+        method: GET, or the method by which guests request identity tokens at this path.
+        guards: Other conditions of a request for identity, one sentence each.
     """
 
     path: str
     without_token: Decided
     with_token: Decided
+    method: str = "GET"
+    guards: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +216,7 @@ async def explain(
     """Explain which instance owns an address in a network, or behind a router; never raises for an unknown address.
 
     Args:
-        path: Also show the policy's decision on a GET of this path.
+        path: Also show the policy's decision on a GET of this path, or on the request for identity there.
         probe: Also send a GET of `path`, or of a document that every instance has.
     """
     network, lookup, listeners = key[0], parts.lookup, parts.listeners
@@ -345,8 +356,7 @@ def _explain_found(
     found.rules = replace(rules, of_fleet=of_fleet)
     paths = folded.policy.paths
     if path is not None:
-        decide = partial(decide_read, found.rules.word, now, path, paths=paths)
-        found.decision = PathDecision(path, decide(token=False), decide(token=True))
+        found.decision = _decide(parts, found.network, instance, in_force, path)
     if instance.upstream is entities.Upstream.EMBEDDED:
         found.policy = {"dialects": ", ".join(sorted(instance.dialects)) or "none"}
         found.answer = 200 if instance.dialects else 404
@@ -376,6 +386,29 @@ def _explain_found(
     found.source = ", ".join(lookup.inventory.sources_of_instance(instance.id))
     found.how = (known.how if at == key else identity.How.ROUTER).value
     found.revision = records.compiler.revisions.get(instance.id)
+
+
+def _decide(
+    parts: Parts,
+    network: entities.NetworkId,
+    instance: entities.Instance,
+    in_force: GuestPolicy,
+    path: str,
+) -> PathDecision:
+    """Return the policy's decision on a request to a path, without and with a session token."""
+    now, name = int(parts.clock.now().timestamp()), path.partition("?")[0]
+    word = parts.listeners.hop_limits.effective(network, in_force.word)
+    enabled, settings = parts.records.planner().identity, parts.holder.settings.identity
+    paths, subject = in_force.folded.policy.paths, in_force.beside.subject
+    # Nova answers requests for documents that the policy does not allow, and each request while identity is off.
+    ours = policy_word.DOCUMENT.is_on(word) if name in DOCUMENT_PATHS else enabled
+    if name in METHODS and (ours or instance.upstream is entities.Upstream.EMBEDDED):
+        place = IdentityPlace(word, paths, subject, settings.openstack_audience, enabled)
+        by = partial(decide_identity, place, now, path)
+        guards = list_guards(place, name)
+        return PathDecision(path, by(token=False), by(token=True), METHODS[name], guards)
+    decide = partial(decide_read, word, now, path, paths=paths)
+    return PathDecision(path, decide(token=False), decide(token=True))
 
 
 def _needs_token(word: str, now: int, path: str, paths: PathRules) -> bool:

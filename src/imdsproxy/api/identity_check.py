@@ -131,8 +131,8 @@ def _find_subject(parts: Parts, record: Explanation, audience: str) -> Subject |
     """Return the subject of a guest's tokens, or the finding that the policy allows no token."""
     if audience.startswith(RESERVED):
         return failed(Link.POLICY, f"audiences that begin with {RESERVED} are no guest's")
-    if record.decision is not None and record.decision.with_token.status is not None:
-        decided = record.decision.with_token
+    decided = None if record.decision is None else record.decision.with_token
+    if decided is not None and decided.status is not None and decided.rule != "audiences":
         return failed(Link.POLICY, f"{decided.rule} refuses {IDENTITY_PATH}: {decided.why}")
     planned = parts.records.planned((record.network, record.address))
     subject = getattr(getattr(planned, "beside", None), "subject", None)

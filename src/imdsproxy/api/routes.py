@@ -44,7 +44,10 @@ router = APIRouter(dependencies=[Depends(open_store)])
 
 _Address = Annotated[str, Query(description="The guest's address, as its packets carry it.")]
 _Path = Annotated[
-    str | None, Query(description="Also show the policy's decision on a GET of this path.")
+    str | None,
+    Query(
+        description="Also show the policy's decision on a GET of this path, or on the request for identity there."
+    ),
 ]
 _Probe = Annotated[
     bool, Query(description="Also send a GET of the path as the guest would, and show the status.")

@@ -79,7 +79,7 @@ def explain(
         str | None,
         flag(
             "--path PATH",
-            "Also show whether the policy allows a GET of this path, as /latest/user-data.",
+            "Also show whether the policy allows a request of this path, as /latest/user-data.",
         ),
     ] = None,
     probe: Annotated[
@@ -143,7 +143,8 @@ def _explanation(shape: Shape) -> Iterator[tuple[str, str]]:
         origins = {rule["name"]: f", {rule['origin']}" for rule in policy["rules"]}
         without = f"without a token: {_decided(decision['without_token'], origins)}"
         given = f"with a valid token: {_decided(decision['with_token'], origins)}"
-        yield "policy", f"to GET {decision['path']}:\n{without}\n{given}"
+        answers = "\n".join((without, given, *decision["guards"]))
+        yield "policy", f"to {decision['method']} {decision['path']}:\n{answers}"
     if steps := [f"{number}. {step}" for number, step in enumerate(shape["why"], 1)]:
         yield "why", "\n".join(steps)
 

@@ -143,7 +143,8 @@ class IdentityService:
         if subject is None:
             return retry_later()
         if not subject.allows(asked.audience):
-            return refusal(403)
+            # As HAProxy answers an instance without a subject, which this one has for its signed document alone.
+            return refusal(403 if subject.audiences else 404)
         held = await self.holder.get(asked.subject, subject, asked.audience, asked.nonce)
         if isinstance(held, Refusal):
             reason = held.value

@@ -38,6 +38,9 @@ class Letter:
         """Return whether the letter is on in the word; off if the word is too short."""
         return word[self.index : self.index + 1] == self.on
 
+    def turn_off(self, word: str) -> str:
+        return word[: self.index] + self.off + word[self.index + 1 :]
+
 
 @dataclass(frozen=True, slots=True)
 class Field:
