@@ -160,7 +160,7 @@ defaults
     timeout connect 5s
 frontend service
     bind 127.0.0.1:8080
-    http-request return status 200 content-type text/plain lf-string "%[req.hdr(x-instance)]\\n"
+    http-request return status 200 content-type text/plain lf-string "%[req.hdr(x-subject)]\\n"
 """
 _SYSTEMCTL: Final = """#!/bin/sh
 [ "$1 $2" = "reload haproxy" ] || exit 1
@@ -177,7 +177,7 @@ raise SystemExit(0 if "Success=1" in answer else answer)
 
 @pytest.fixture
 def haproxy(site: Site, tmp_path: Path) -> Iterator[Site]:
-    """HAProxy in front of a service that answers with the header `X-Instance`."""
+    """HAProxy in front of a service that answers with the header `X-Subject`."""
     own = site.authority.issue("service", names=["DNS:service.example"])
     site.write("/etc/haproxy/service.pem", own.bundle.read_text())
     site.write("/etc/haproxy/haproxy.cfg", _HAPROXY_CFG)
