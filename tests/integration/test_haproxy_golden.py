@@ -11,6 +11,7 @@ import pytest
 
 from imdsproxy.haproxy.rules.model import Bind, DataplaneSpec
 from imdsproxy.model.entities import NetworkId
+from support.certificates import make_authority
 from support.haproxy_alone import paths_below, run_haproxy
 from support.lab import until
 
@@ -25,8 +26,11 @@ def test_haproxy_accepts_the_golden_file(golden: Path) -> None:
     # Not below pytest's own directory: a socket's path has 107 bytes.
     with TemporaryDirectory(prefix="imdst-") as name:
         paths_below(Path(name))
-        for one in ("empty.map", "silence.http"):
+        for one in ("empty.map", "identity.map", "silence.http"):
             Path(name, one).touch()
+        Path(name, "jwks").write_text('{"keys": []}')
+        issuer = make_authority(Path(name), "ca").issue("issuer", names=["IP:192.0.2.10"])
+        issuer.bundle.rename(Path(name, "issuer.pem"))
         # There are no such namespaces; that HAProxy binds in some is proved wherever a daemon runs.
         text = re.sub(r" namespace \S+", "", golden.read_text()).replace("/run/imdsproxy", name)
         Path(name, "haproxy.cfg").write_text(text)

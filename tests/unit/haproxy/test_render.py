@@ -22,6 +22,7 @@ from imdsproxy.haproxy.rules.config import render_config
 from imdsproxy.haproxy.rules.model import (
     Bind,
     DataplaneSpec,
+    IssuerFrontend,
     Limits,
     NovaBackend,
     NovaServer,
@@ -70,7 +71,15 @@ _PROXY = NamespaceProxySpec(
 )
 _AS_HAPROXY = replace(_PLAIN, user="haproxy", group="haproxy")
 
+_ISSUER = IssuerFrontend(
+    "192.0.2.10:443",
+    "/run/imdsproxy/issuer.pem",
+    "0123456789abcdef",
+    (("/jwks", "application/json", "/run/imdsproxy/jwks"),),
+)
+
 _CASES = {
+    "with-identity": replace(_AS_HAPROXY, audit=1, identity=True, issuer=_ISSUER),
     "empty": replace(_AS_HAPROXY, binds=()),
     "three-networks": replace(
         _AS_HAPROXY,
@@ -142,8 +151,8 @@ def test_the_configuration_is_the_golden_one_whatever_the_order_of_binds(name: s
     text = render_config(spec)
     assert render_config(replace(spec, binds=spec.binds[::-1])) == text
     for bind in re.findall("^  bind (?!.*/fairness.sock).*", text, re.MULTILINE):
-        # No guest speaks HTTP/2, and none takes the connections of another network.
-        assert " proto h1" in bind
+        # No guest speaks HTTP/2, and none takes the connections of another network. Verifiers are no guests.
+        assert " proto h1" in bind or " name issuer " in bind
         assert " maxconn " in bind or " unix@" in bind
     assert _is_golden(name, text)
 
@@ -294,3 +303,11 @@ def test_no_template_of_a_rule_is_an_f_string() -> None:
                 name = node.func.id if isinstance(node.func, ast.Name) else node.func.attr
                 text = [one for one in node.args if isinstance(one, ast.JoinedStr)]
                 assert not text or name not in {"fill", "fill_sections", "Block"}, path
+
+
+@pytest.mark.parametrize("name", [name for name in _CASES if name != "with-identity"])
+def test_no_rule_of_identity_is_there_while_identity_is_off(name: str) -> None:
+    spec = _CASES[name]
+    text = render_config(replace(spec, audit=0))
+    assert not re.search(r"identity|issuer|oauth2", text)
+    assert re.search(r"identity|oauth2", render_config(replace(spec, audit=0, identity=True)))
