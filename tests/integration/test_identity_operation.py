@@ -1,6 +1,7 @@
 """What operators see of identity tokens, beside what guests are answered."""
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
@@ -131,3 +132,11 @@ def test_explain_names_the_guards_of_identity_and_guests_meet_each(world: World)
     assert f"to PUT {IDENTITY_PATH}:" in shown
     assert "without a token: 401, identity needs a session token" in " ".join(shown.split())
     assert "another gets 403" in " ".join(shown.split())
+
+
+def test_the_signer_has_the_library_that_no_process_has_while_identity_is_off(
+    world: World,
+) -> None:
+    signer = int((world.daemon.runtime / "signer.pid").read_text().split()[0])
+    assert "/cryptography/" in Path(f"/proc/{signer}/maps").read_text()
+    assert "issuer" in world.daemon.processes()[signer]
