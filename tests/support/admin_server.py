@@ -84,6 +84,7 @@ class Listeners(Part):
     failure: Problem | None = None
     working: bool = False
     unix: Part = field(default_factory=Part)
+    hop_limits: HopLimits = field(default_factory=no_hop_limits)
     haproxy: Haproxy | None = None
 
     def problems(self) -> list[Problem]:

@@ -19,7 +19,7 @@ async def list_keys(parts: Parts) -> IssuerKeys:
     identity = _signing(parts)
     shape = await identity.ask({"keys": None})
     ring = parse_ring(json.dumps(shape["ring"]).encode())
-    return describe_keys(identity.issuer, ring, shape["keys"], identity.pace)
+    return describe_keys(identity.documents.issuer, ring, shape["keys"], identity.pace)
 
 
 async def rotate_keys(parts: Parts, *, compromised: bool) -> IssuerKeys:

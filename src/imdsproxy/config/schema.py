@@ -421,7 +421,7 @@ class Settings(Section):
     """Messages."""
 
     def model_post_init(self, _: object) -> None:
-        """Refuse Neutron's ports without a Nova."""
+        """Refuse Neutron's ports without a Nova, and settings of identity that contradict other sections."""
         if self.sources.neutron.enabled and not self.nova.endpoint_sets:
             raise cross(
                 ("sources", "neutron", "enabled"),
@@ -439,6 +439,17 @@ class Settings(Section):
                 ("identity", "key_file"),
                 "the hubs of a fleet sign, and share keys of their own",
                 "remove it, or sources.fleet",
+            )
+
+        taken = {
+            self.metrics.listen: "metrics.listen",
+            self.metrics.haproxy_listen: "metrics.haproxy_listen",
+        }
+        listen = self.identity.listen
+        if listen is not None and listen in taken:
+            # HAProxy would share the port between both frontends, and answer by either.
+            raise cross(
+                ("identity", "listen"), f"{listen} is taken by {taken[listen]}", "another port"
             )
 
     @property

@@ -1,23 +1,20 @@
-"""Identity tokens on a host: the two processes, and the issuer's documents as HAProxy serves them."""
+"""Identity tokens on a host: the two processes, and the rotation of the host's keys."""
 
 import asyncio
-import contextlib
 import json
-import ssl
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from hashlib import blake2b
 from http import HTTPStatus
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final
-from urllib.parse import urlsplit
 
 import httpcore
 import structlog
 
 from imdsproxy.config.schema import Settings
 from imdsproxy.controller.companion import Companion
+from imdsproxy.controller.issuer_documents import IssuerDocuments, find_key_ids
 from imdsproxy.controller.key_file import SIGNER_USER, find_key_error
 from imdsproxy.controller.subjects import IdentityReport, Subjects
 from imdsproxy.errors import (
@@ -31,12 +28,11 @@ from imdsproxy.errors import (
 from imdsproxy.haproxy.launch import kill_process
 from imdsproxy.haproxy.layout import Layout
 from imdsproxy.haproxy.records import RecordApplier
-from imdsproxy.haproxy.rules.model import IssuerFrontend
 from imdsproxy.host.account import Account, find_account
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import ensure_directory, write_atomic
 from imdsproxy.host.http import Unanswered, ask
-from imdsproxy.issuer.documents import DOCUMENTS, KEYS_PATH, render_documents
+from imdsproxy.issuer.documents import render_documents
 from imdsproxy.issuer.hub_source import AUTHORITY_FILE, CERTIFICATE_FILE, HUBS_FILE
 from imdsproxy.issuer.ring import parse_ring
 from imdsproxy.issuer.rotation import Pace, plan_rotation
@@ -166,29 +162,21 @@ class IdentityHost(Part):
         fleet: Files for the hubs, which sign in this host's place; `None` without a fleet.
         key_file: File of the operator's keys; `None` if the signer makes its keys.
         find_key_error: Returns why the signer cannot use this file.
-        on_documents: Callback for new documents of the issuer: HAProxy needs them.
-
-    Attributes:
-        documents: Documents of the issuer by path, with their types; empty until the signer has answered.
     """
 
     impact: ClassVar = Impact.HARMS
 
     layout: Layout
     subjects: Subjects | None
-    issuer: str
-    public: Path
+    documents: IssuerDocuments
     service: Companion
     signer: Companion
-    on_documents: Callable[[], object]
     pace: Pace
     clock: Clock
     forget: Callable[[], Awaitable[object]]
     fleet: FleetFiles | None = None
     key_file: Path | None = None
     find_key_error: Callable[[], ImdsproxyError | None] = lambda: None
-    documents: dict[str, tuple[str, str]] = field(default_factory=dict)
-    _certificate: Problem | None = None
     _unsigned: Problem | None = None
     _key: Problem | None = None
     _state: Mapping[str, Any] = field(default_factory=dict)
@@ -205,44 +193,9 @@ class IdentityHost(Part):
         )
     )
 
-    def frontend(self, settings: Settings) -> IssuerFrontend | None:
-        """Return the frontend for the issuer's documents; `None` without documents, a certificate or an address."""
-        listen, certificate = settings.identity.listen, settings.identity.certificate
-        self._certificate = None
-        if listen is None or certificate is None or not self.documents:
-            return None
-        try:
-            # HAProxy would refuse the whole configuration, and guests' networks would not change any more.
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate)
-            digest = blake2b(certificate.read_bytes(), digest_size=8)
-        except OSError as error:
-            self._certificate = Problem(
-                "identity.certificate",
-                f"cannot use {certificate}: {error.strerror or error}",
-                "a PEM file with the certificate chain and the private key",
-            )
-            return None
-        below = urlsplit(self.issuer).path
-        digest.update(repr(self.documents).encode())
-        documents = (
-            (below + path, content_type, str(self._file(path)))
-            for path, (content_type, _) in self.documents.items()
-        )
-        return IssuerFrontend(str(listen), str(certificate), digest.hexdigest(), tuple(documents))
-
-    def _file(self, path: str) -> Path:
-        return self.public / path.lstrip("/")
-
     def problems(self) -> tuple[Problem | None, ...]:
         failures = self.service.failure, self.signer.failure, self._reads.failure
-        return (*failures, self._certificate, self._unsigned, self._key)
-
-    def load(self) -> None:
-        """Take the documents of the last run, so that an adopted HAProxy goes on serving them."""
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            self.documents = {
-                path: (kind, self._file(path).read_text()) for path, kind in DOCUMENTS.items()
-            }
+        return (*failures, self.documents.problem, self._unsigned, self._key)
 
     async def run(self) -> None:
         await asyncio.gather(
@@ -257,6 +210,7 @@ class IdentityHost(Part):
         while self.service.needed:
             await asyncio.sleep(_EVERY_S)
             await self.refresh()
+            self.documents.follow_certificate()
 
     async def refresh(self) -> None:
         """Ask the process that answers guests for its counts, and whether it gets tokens."""
@@ -284,7 +238,7 @@ class IdentityHost(Part):
         pids = (self.service.read().parent, self.signer.read().parent)
         state = self._state
         report = IdentityReport(
-            self.issuer,
+            self.documents.issuer,
             self._signing_key,
             tuple(pid for pid in pids if pid is not None),
             state.get("held", 0),
@@ -329,27 +283,20 @@ class IdentityHost(Part):
             DataplaneError: A file cannot be written, or HAProxy keeps tokens of a key that is gone.
         """
         shape = await self._rotate(await self.ask({"keys": None}))
-        documents = render_documents(self.issuer, shape["keys"], shape["ring"]["sequence"])
+        documents = render_documents(
+            self.documents.issuer, shape["keys"], shape["ring"]["sequence"]
+        )
         self._signing_key = parse_ring(json.dumps(shape["ring"]).encode()).signing
-        if documents != self.documents:
-            signed = _ids_of(self.documents)[:1]
-            self._stale_tokens |= not {*signed} <= {*_ids_of(documents)}
-            self._publish(documents)
+        if documents != self.documents.current:
+            signed = find_key_ids(self.documents.current)[:1]
+            self._stale_tokens |= not {*signed} <= {*find_key_ids(documents)}
+            self.documents.publish(documents)
         if self._stale_tokens:
             if (pid := self.service.read().parent) is not None:
                 # The supervisor starts it again, without a token.
                 kill_process(pid)
             await self.forget()
             self._stale_tokens = False
-
-    def _publish(self, documents: dict[str, tuple[str, str]]) -> None:
-        for path, (_, text) in documents.items():
-            place = self._file(path)
-            ensure_directory(place.parent)
-            write_atomic(place, text.encode(), mode=0o644)
-        self.documents = documents
-        _log.info("issuer's documents written", directory=str(self.public))
-        self.on_documents()
 
     async def ask(self, question: Mapping[str, object]) -> dict[str, Any]:
         """Send one request about keys to the signer; raise `SourceUnavailable`."""
@@ -390,15 +337,6 @@ class IdentityHost(Part):
             )
         await self.ask({"change": "replace" if compromised else "add"})
         await self.read_keys()
-
-
-def _ids_of(documents: Mapping[str, tuple[str, str]]) -> list[str]:
-    """Return the ids of the keys in an issuer's documents, the signing key first; empty without documents."""
-    try:
-        return [one["kid"] for one in json.loads(documents[KEYS_PATH][1])["keys"]]
-    except (KeyError, ValueError, TypeError):
-        # Documents of the last run are files, which may be damaged.
-        return []
 
 
 async def ask_signer(socket: Path, question: Mapping[str, object]) -> dict[str, Any]:
@@ -443,7 +381,11 @@ def build_identity(
         touch: Requests a round of the listeners, which renders HAProxy's configuration; gets the reason and networks.
     """
     identity = settings.identity
-    public = identity.static_dir or layout.public_documents
+    documents = IssuerDocuments(
+        identity.issuer or "",
+        identity.static_dir or layout.public_documents,
+        partial(touch, "issuer's documents changed", ()),
+    )
     subjects = fleet = None
     if identity.enabled:
         account = find_identity_account(settings)
@@ -457,10 +399,8 @@ def build_identity(
     host = IdentityHost(
         layout,
         subjects,
-        identity.issuer or "",
-        public,
+        documents,
         *companions,
-        on_documents=partial(touch, "issuer's documents changed", ()),
         pace=Pace(identity.longest_cache_s, identity.longest_life_s),
         clock=clock,
         forget=partial(applier.apply_table, layout.identity_map, {}),
@@ -469,5 +409,5 @@ def build_identity(
         find_key_error=partial(find_key_error, identity),
     )
     if identity.enabled:
-        host.load()
+        documents.load()
     return host

@@ -363,7 +363,7 @@ def build_parts(
 
     def spec() -> DataplaneSpec:
         spec = build.build_spec(holder.settings, layout, nova)
-        issuer = None if identity is None else identity.frontend(holder.settings)
+        issuer = None if identity is None else identity.documents.frontend(holder.settings)
         return replace(
             spec, watched=watching.wanted, fleet=FLEET in inventory.reports, issuer=issuer
         )

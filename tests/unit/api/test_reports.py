@@ -26,6 +26,7 @@ from imdsproxy.api.metrics import Metrics
 from imdsproxy.api.status import report_readiness, report_status
 from imdsproxy.controller.companion import Companion
 from imdsproxy.controller.identity import IdentityHost
+from imdsproxy.controller.issuer_documents import IssuerDocuments
 from imdsproxy.controller.parts import Parts
 from imdsproxy.controller.traffic import count_traffic
 from imdsproxy.errors import Problem, RuntimeUnavailable
@@ -442,11 +443,9 @@ def _identity(controller: Parts) -> IdentityHost:
     return IdentityHost(
         controller.layout,
         None,
-        "https://id.example",
-        Path("public"),
+        IssuerDocuments("https://id.example", Path("public"), lambda: None),
         beside,
         beside,
-        lambda: None,
         Pace(3600, 600),
         controller.clock,
         lambda: asyncio.sleep(0),

@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 from imdsproxy.config.schema import UnixListenerSettings
 from imdsproxy.errors import HostRefused, Problem
 from imdsproxy.haproxy.layout import Layout
-from imdsproxy.haproxy.rules.model import DataplaneSpec, Limits
+from imdsproxy.haproxy.rules.model import DataplaneSpec, IssuerFrontend, Limits
 from imdsproxy.haproxy.unix_listener.listener import UnixListener
 from imdsproxy.host.clock import Clock
 from imdsproxy.host.names import Naming
@@ -123,7 +123,7 @@ class Rig:
     loop: ListenerLoop
     layout: Layout
     fake: FakeHaproxy
-    taken: list[str | None]
+    taken: set[int]
 
     def say(self, *names: str, in_sync: bool = True) -> None:
         networks = {
@@ -179,10 +179,20 @@ async def rig(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[R
     fake, _, haproxy = control_fake(layout, script)
     host = FakeHost(directory / "netns", lambda: haproxy.pids)
     inventory = Inventory(["a"])
-    taken: list[str | None] = [None]
+    taken: set[int] = set()
+
+    def try_listen(host: str, port: int) -> str | None:
+        return f"{host} port {port}: Address already in use" if port in taken else None
+
     path = directory / "agents" / (agents or "metadata_proxy")
     wanted = UnixListenerSettings(enabled=agents is not None, path=path)
-    spec = DataplaneSpec((), layout.haproxy_paths(), Limits(maxconn=0), exporter="127.0.0.1:9")
+    spec = DataplaneSpec(
+        (),
+        layout.haproxy_paths(),
+        Limits(maxconn=0),
+        exporter="127.0.0.1:9",
+        issuer=IssuerFrontend("127.0.0.1:8", "/issuer.pem", "digest", ()),
+    )
     loop = ListenerLoop(
         inventory,
         ListenerRequests(host),
@@ -198,7 +208,7 @@ async def rig(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[R
             lambda: wanted, haproxy, lambda _path, _pids: SeenSocket(SocketState.MISSING), Clock()
         ),
     )
-    with patch("imdsproxy.network.listeners.loop.try_tcp_listen", lambda _host, _port: taken[0]):
+    with patch("imdsproxy.network.listeners.loop.try_tcp_listen", try_listen):
         await loop.first_round()
         task = asyncio.create_task(loop.run())
         try:
@@ -339,19 +349,29 @@ async def test_after_a_look_that_failed_or_is_not_enough_any_more_all_is_looked_
     assert rig.bound() == {"red"}
 
 
-async def test_an_exporter_whose_port_is_taken_costs_no_guest_anything(rig: Rig) -> None:
-    assert "name exporter" in rig.layout.config.read_text()
-    rig.taken[0] = "127.0.0.1 port 9: Address already in use"
+@pytest.mark.parametrize(
+    ("port", "name", "setting"),
+    [(9, "exporter", "metrics.haproxy_listen"), (8, "issuer", "identity.listen")],
+)
+async def test_a_frontend_of_the_host_whose_port_is_taken_costs_no_guest_anything(
+    rig: Rig, port: int, name: str, setting: str
+) -> None:
+    frontend = f"bind 127.0.0.1:{port} name {name} "
+    assert frontend in rig.layout.config.read_text()
+    # The socket is HAProxy's own.
+    rig.taken.add(port)
     await rig.serve("red")
-    assert "name exporter" in rig.layout.config.read_text()
+    assert frontend in rig.layout.config.read_text()
     rig.loop.haproxy.processes = None
     await rig.fake.close()
     await rig.settle("haproxy did not start", "red")
     assert rig.bound() == {"red"}
-    assert "name exporter" not in rig.layout.config.read_text()
-    assert [problem.field for problem in rig.loop.last_plan.problems] == ["metrics.haproxy_listen"]
-    rig.taken[0] = None
-    await until(lambda: "name exporter" in rig.layout.config.read_text())
+    text = rig.layout.config.read_text()
+    assert f" name {name} " not in text
+    assert " name exporter " in text or " name issuer " in text
+    assert [problem.field for problem in rig.loop.last_plan.problems] == [setting]
+    rig.taken.clear()
+    await until(lambda: frontend in rig.layout.config.read_text())
 
 
 async def test_the_host_answers_arp_only_where_a_network_listens_on_its_device_or_says_why(

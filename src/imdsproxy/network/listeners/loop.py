@@ -110,7 +110,7 @@ class ListenerLoop(Part):
     tickets: Tickets = field(init=False)
     last_plan: ListenerPlan = field(default_factory=ListenerPlan)
     working: bool = False
-    unexported: Problem | None = None
+    taken: tuple[Problem, ...] = ()
     rounds: int = 0
     durations: Durations = field(default_factory=Durations)
     watch: HostWatch = field(init=False)
@@ -204,29 +204,47 @@ class ListenerLoop(Part):
         unverified = plan_binds(listening.unverified, links)
         maxconn = compute_maxconn(settings.limits.maxconn, binds + unverified, descriptor_limit())
         return replace(
-            settings,
+            self._leave_out_taken(settings),
             binds=binds,
             unverified=unverified,
             limits=replace(settings.limits, maxconn=maxconn),
-            exporter=self._choose_exporter(settings.exporter),
             unix=self.unix.bind,
         )
 
-    def _choose_exporter(self, wanted: str | None) -> str | None:
-        """Return the exporter's address if it can be bound; else set `unexported` to the reason."""
-        self.unexported = None
+    def _leave_out_taken(self, wanted: DataplaneSpec) -> DataplaneSpec:
+        """Return the settings without frontends whose address cannot be bound; set `taken` to the reasons."""
+        exporter, issuer = wanted.exporter, wanted.issuer
+        no_exporter = self._find_taken(
+            "metrics.haproxy_listen", "HAProxy's exporter", "exporter", exporter
+        )
+        listen = None if issuer is None else issuer.listen
+        no_issuer = self._find_taken("identity.listen", "the issuer's documents", "issuer", listen)
+        self.taken = tuple(one for one in (no_exporter, no_issuer) if one is not None)
+        return replace(
+            wanted,
+            exporter=None if no_exporter else exporter,
+            issuer=None if no_issuer else issuer,
+        )
+
+    def _find_taken(
+        self, setting: str, served: str, name: str, address: str | None
+    ) -> Problem | None:
+        """Return the reason why HAProxy cannot bind this address; `None` if it can, or need not.
+
+        Args:
+            served: Subject of the reason's sentence.
+            name: Name of the bind in HAProxy's configuration.
+        """
         # If no HAProxy of ours runs, the configuration proves nothing: another program may have the port.
         config = "" if self.haproxy.processes is None else self.haproxy.in_force()
-        if wanted is None or f" bind {wanted} name exporter " in config:
-            return wanted
-        host, _, port = wanted.rpartition(":")
+        if address is None or f" bind {address} name {name} " in config:
+            return None
+        host, _, port = address.rpartition(":")
         refused = try_tcp_listen(host.strip("[]"), int(port))
         if refused is None:
-            return wanted
-        reason = f"HAProxy's exporter is not served: {refused}"
+            return None
         hint = "free the port, or choose another; guests are served meanwhile"
-        self.unexported = Problem("metrics.haproxy_listen", reason, hint)
-        return None
+        return Problem(setting, f"{served} cannot be served: {refused}", hint)
 
     def render(self) -> str:
         """Render HAProxy's configuration as of now, without changing anything.
@@ -297,7 +315,7 @@ class ListenerLoop(Part):
             one.network for one in plan.not_served if one.code is NotServedCode.LISTENER_SHARED
         }
         self.kept.keep({key: one for key, one in networks.items() if key not in shared})
-        own = (one for one in (self.unexported, self.unix.problem) if one is not None)
+        own = () if self.unix.problem is None else (self.unix.problem,)
         no_tables = (self.mac_filters.refused, self.hop_limits.refused)
         refused = (
             *(some[network] for some in no_tables for network in sorted(some)),
@@ -311,7 +329,7 @@ class ListenerLoop(Part):
             plan,
             at=self.clock.now().timestamp(),
             endpoints=endpoints,
-            problems=(*plan.problems, *own, *refused),
+            problems=(*plan.problems, *self.taken, *own, *refused),
             operations=operations,
             reasons=reasons,
             seconds=self.clock.monotonic() - began,
