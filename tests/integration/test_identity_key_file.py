@@ -89,9 +89,15 @@ def file(world: World, place: Path, first: SigningKey) -> Iterator[Path]:
 
 
 @pytest.fixture
-def guest(world: World) -> Guest:
+def guest(world: World, first: SigningKey, shared: tuple[World, Issuer]) -> Guest:
+    """A guest whose tokens verifiers accept: the keys of the test before may still be published."""
     record = instance("red-5", "red", fields={"project": _PROJECT})
     assert world.daemon.put(instances=[record])["applied"]
+    until(
+        lambda: [one["kid"] for one in published(world, shared[1])] == [first.id],
+        within_s=20,
+        what="the first key alone",
+    )
     wait_token(world.red)
     return world.red
 

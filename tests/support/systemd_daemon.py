@@ -37,7 +37,7 @@ for bridge in $(ip -o link show type bridge | cut -d " " -f 2 | tr -d :); do
     ip link delete "$bridge"
 done
 """
-_PROGRAM: Final = "/usr/local/bin/imdsproxy"
+PROGRAM: Final = "/usr/local/bin/imdsproxy"
 _GUESTS: Final = {"blue": "fa:16:3e:00:00:01", "red": "fa:16:3e:00:00:02"}
 _SETTINGS: Final = (
     *("ipv6/conf/all/accept_dad=0", "ipv6/conf/default/accept_dad=0"),
@@ -105,7 +105,7 @@ class UnitDaemon:
     def install(self) -> None:
         """Install it as docs/how-to/install.md says, with the program of this repository."""
         # The machine has what this host has, which may be an imdsproxy that is installed.
-        self.machine.run("ln", "-sf", f"{Path(sys.executable).parent}/imdsproxy", _PROGRAM)
+        self.machine.run("ln", "-sf", f"{Path(sys.executable).parent}/imdsproxy", PROGRAM)
         # What is installed lies where a service may look; this Python and this checkout may not.
         places = {Path(sys.base_prefix).parts[1], REPOSITORY.parts[1]}
         lines = [
@@ -207,7 +207,7 @@ link add port-{name} master br-{name} up type veth peer name eth0 address {mac} 
 
     def command(self, *arguments: str) -> str:
         """Run the command line, which must succeed."""
-        return self.machine.run(_PROGRAM, *arguments)
+        return self.machine.run(PROGRAM, *arguments)
 
     def status(self) -> Mapping[str, Any]:
         """What the controller says of itself."""

@@ -14,6 +14,7 @@ import structlog
 
 from imdsproxy.config.schema import Settings
 from imdsproxy.controller.companion import Companion
+from imdsproxy.controller.identity_files import IdentityFiles
 from imdsproxy.controller.issuer_documents import IssuerDocuments, find_key_ids
 from imdsproxy.controller.key_file import SIGNER_USER, find_key_error
 from imdsproxy.controller.subjects import IdentityReport, Subjects
@@ -30,10 +31,8 @@ from imdsproxy.haproxy.layout import Layout
 from imdsproxy.haproxy.records import RecordApplier
 from imdsproxy.host.account import Account, find_account
 from imdsproxy.host.clock import Clock
-from imdsproxy.host.files import ensure_directory, write_atomic
 from imdsproxy.host.http import Unanswered, ask
 from imdsproxy.issuer.documents import render_documents
-from imdsproxy.issuer.hub_source import AUTHORITY_FILE, CERTIFICATE_FILE, HUBS_FILE
 from imdsproxy.issuer.ring import parse_ring
 from imdsproxy.issuer.rotation import Pace, plan_rotation
 from imdsproxy.issuer.serve import Plan
@@ -114,44 +113,6 @@ def plan_signer(settings: Settings, *, hub: bool) -> Plan:
 
 
 @dataclass(slots=True)
-class FleetFiles:
-    """Copies of this host's files for its fleet, which the process that answers guests may read.
-
-    Args:
-        group: Group of that process; -1 keeps the present group.
-    """
-
-    directory: Path
-    files: HostFiles
-    hubs: tuple[str, ...]
-    group: int = -1
-
-    async def copy(self) -> None:
-        """Copy what has changed: the controller renews the certificate, and the fleet may replace its CA.
-
-        Raises:
-            SourceUnavailable: A file cannot be read.
-            HostRefused: The file system refuses.
-        """
-        hubs = self.hubs or self.files.read_hubs()
-        try:
-            certificate, key = self.files.certificate.read_bytes(), self.files.key.read_bytes()
-            wanted = {
-                HUBS_FILE: json.dumps(hubs).encode(),
-                CERTIFICATE_FILE: certificate if certificate == key else certificate + key,
-                AUTHORITY_FILE: self.files.authority.read_bytes(),
-            }
-        except OSError as error:
-            raise SourceUnavailable(f"this host's certificate cannot be read: {error}") from error
-        owner = -1, self.group
-        ensure_directory(self.directory, mode=0o750, owner=owner)
-        for name, content in wanted.items():
-            path = self.directory / name
-            if not path.exists() or path.read_bytes() != content:
-                write_atomic(path, content, mode=0o640, owner=owner)
-
-
-@dataclass(slots=True)
 class IdentityHost(Part):
     """Identity tokens on this host.
 
@@ -174,7 +135,7 @@ class IdentityHost(Part):
     pace: Pace
     clock: Clock
     forget: Callable[[], Awaitable[object]]
-    fleet: FleetFiles | None = None
+    fleet: IdentityFiles | None = None
     key_file: Path | None = None
     find_key_error: Callable[[], ImdsproxyError | None] = lambda: None
     _unsigned: Problem | None = None
@@ -182,6 +143,7 @@ class IdentityHost(Part):
     _state: Mapping[str, Any] = field(default_factory=dict)
     _signing_key: str | None = None
     _stale_tokens: bool = False
+    _keys_known: asyncio.Event = field(default_factory=asyncio.Event)
     _reads: Reconciler = field(
         default_factory=partial(
             Reconciler,
@@ -199,12 +161,18 @@ class IdentityHost(Part):
 
     async def run(self) -> None:
         await asyncio.gather(
-            self.service.run(),
+            self._run_service(),
             self.signer.run(),
             self._follow_keys(),
             self._follow_fleet(),
             self._follow_state(),
         )
+
+    async def _run_service(self) -> None:
+        if self.signer.needed and not self.documents.current:
+            # If the signer's key changed before its first reading, tokens of the old key would be kept.
+            await self._keys_known.wait()
+        await self.service.run()
 
     async def _follow_state(self) -> None:
         while self.service.needed:
@@ -291,6 +259,7 @@ class IdentityHost(Part):
             signed = find_key_ids(self.documents.current)[:1]
             self._stale_tokens |= not {*signed} <= {*find_key_ids(documents)}
             self.documents.publish(documents)
+        self._keys_known.set()
         if self._stale_tokens:
             if (pid := self.service.read().parent) is not None:
                 # The supervisor starts it again, without a token.
@@ -395,7 +364,7 @@ def build_identity(
         if in_fleet(settings):
             wanted = settings.sources.fleet
             files = HostFiles.configured(wanted, layout.state)
-            fleet = FleetFiles(layout.identity_files, files, tuple(wanted.hubs), group)
+            fleet = IdentityFiles(layout.identity_files, files, tuple(wanted.hubs), group)
     host = IdentityHost(
         layout,
         subjects,

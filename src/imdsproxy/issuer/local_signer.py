@@ -28,9 +28,14 @@ _HINT: Final = "journalctl -u imdsproxy-signer"
 
 @dataclass(slots=True)
 class SignerClient:
-    """Connection to the signer; requests wait for each other."""
+    """Connection to the signer; requests wait for each other.
+
+    Args:
+        resends: Whether a request is sent once more if the signer was started anew. A hub must bring keys first.
+    """
 
     path: Path
+    resends: bool = False
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     _streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
@@ -48,6 +53,10 @@ class SignerClient:
         async with self._turn:
             try:
                 async with asyncio.timeout(_PATIENCE_S):
+                    if self.resends and self._streams is not None:
+                        with contextlib.suppress(OSError, EOFError):
+                            return await self._exchange(lines)
+                        self.close()
                     return await self._exchange(lines)
             except (OSError, ValueError, TimeoutError, EOFError) as error:
                 self.close()

@@ -154,7 +154,7 @@ async def _serve_guests(plan: Plan, listener: socket.socket, clock: Clock) -> As
             Path(plan.fleet), lambda: clock.now().timestamp(), random.SystemRandom().random
         )
     else:
-        source = LocalSigner(SignerClient(Path(plan.signer)))
+        source = LocalSigner(SignerClient(Path(plan.signer), resends=True))
     uniform = random.SystemRandom().uniform
     holder = TokenHolder(Path(plan.subjects), source, clock.monotonic, uniform)
     async with serving(IdentityService(holder, plan.openstack_audience), listener, grace_s=1.0):

@@ -24,6 +24,7 @@ from support.openstack.servers import NotUp
 
 _DIRECTORY: Final = REPOSITORY / ".cache" / "openstack" / "up"
 _UP_S: Final = 600.0
+_SERVERS: Final = ("neutron", "nova", "agent")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -78,7 +79,11 @@ def _ask(directory: Path, options: argparse.Namespace) -> str:
         raise NotUp(f"there is no lab in {directory}")
     with connection:
         connection.send(options)
-        answer: str | NotUp = connection.recv()
+        try:
+            answer: str | NotUp = connection.recv()
+        except EOFError as error:
+            log = (directory / "holder.log").read_text()
+            raise NotUp(f"the lab ended:\n{log}") from error
     if isinstance(answer, NotUp):
         raise answer
     return answer
@@ -108,8 +113,8 @@ def _answer(lab: OpenStack, options: argparse.Namespace) -> str | NotUp:
     try:
         match options.command:
             case "up":
-                for server in servers.values():
-                    server.start()
+                for name in _SERVERS:
+                    servers[name].start()
             case "start":
                 servers[options.server].start()
             case "stop":
@@ -135,8 +140,11 @@ def _status(lab: OpenStack) -> str:
     at = {"neutron": lab.neutron_url, "nova": lab.nova_url, "agent": f"unix:{place.agent_socket}"}
     shape = {
         "servers": {
-            name: {"at": at[name], "pid": server.pid if server.running else None}
-            for name, server in lab.servers.items()
+            name: {
+                "at": at[name],
+                "pid": lab.servers[name].pid if lab.servers[name].running else None,
+            }
+            for name in _SERVERS
         },
         "secret": lab.secret,
         "openstacksdk": f"OS_CLIENT_CONFIG_FILE={lab.clouds_yaml} OS_CLOUD=lab",
@@ -171,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("hold")
     for verb in ("start", "stop"):
         one = commands.add_parser(verb, help=f"{verb} one server")
-        one.add_argument("server", choices=("neutron", "nova", "agent"))
+        one.add_argument("server", choices=_SERVERS)
     front = commands.add_parser(
         "front", help="print the HAProxy configuration that Neutron's agents write"
     )
