@@ -105,7 +105,8 @@ def _have_guests(site: _Site) -> None:
     }
     nova = {"endpoint_sets": {"default": chosen}}
     daemon.configure({**daemon.settings, "sources": {**sources, "file": files}, "nova": nova})
-    daemon.start()
+    # HAProxy's check takes Nova out sooner or later, and no host is ready without Nova.
+    daemon.start(ready=False)
 
 
 def _ask(site: _Site, instance: str, **request: object) -> dict[str, Any]:
