@@ -11,7 +11,7 @@ import shutil
 import socket
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -37,7 +37,7 @@ _PROVIDER: Final = "imds"
 _PASSWORD: Final = "admin"
 _MANAGE_S: Final = 120
 _CLIENT_S: Final = 60
-_MODULES: Final = (
+_LOADED: Final = (
     "mpm_event",
     "authn_core",
     "authz_core",
@@ -46,7 +46,6 @@ _MODULES: Final = (
     "ssl",
     "proxy",
     "proxy_http",
-    "auth_openidc",
 )
 
 _KEYSTONE_CONF: Final = """
@@ -59,12 +58,16 @@ connection = sqlite:///{directory}/keystone.sqlite
 key_repository = {directory}/tokens
 [credential]
 key_repository = {directory}/credentials
+[cache]
+enabled = false
+{more}
+"""
+
+_METHODS: Final = """
 [auth]
 methods = password,token,openid
 [openid]
 remote_id_attribute = HTTP_OIDC_ISS
-[cache]
-enabled = false
 """
 
 # uWSGI closes each connection after its answer: a connection that Apache keeps would end in a 502.
@@ -76,7 +79,7 @@ DefaultRuntimeDir {directory}
 PidFile {directory}/apache.pid
 Mutex sem
 ErrorLog /dev/stderr
-LogLevel warn auth_openidc:info
+LogLevel warn
 User nobody
 Group nogroup
 Listen {address}:{port}
@@ -88,13 +91,18 @@ MaxRequestWorkers 8
 SSLEngine on
 SSLCertificateFile {directory}/keystone.crt
 SSLCertificateKeyFile {directory}/keystone.key
+ProxyPass / http://{behind}/ retry=0 disablereuse=on
+{more}
+"""
+
+_TRUST: Final = """
+LoadModule auth_openidc_module {modules}/mod_auth_openidc.so
 OIDCCryptoPassphrase not-used-for-access-tokens
 OIDCClaimPrefix "OIDC-"
 OIDCClaimDelimiter ";"
 OIDCCABundlePath {directory}/issuer.crt
 OIDCOAuthVerifyJwksUri {jwks_url}
 OIDCOAuthRemoteUserClaim sub
-ProxyPass / http://{behind}/ retry=0 disablereuse=on
 <Location /v3/OS-FEDERATION/identity_providers/{provider}/protocols/openid/auth>
   AuthType oauth20
   Require claim aud:{audience}
@@ -102,11 +110,18 @@ ProxyPass / http://{behind}/ retry=0 disablereuse=on
 """
 
 _APPLICATION: Final = """
-import sys
+import os, pathlib, sys
 sys.argv = ["keystone", "--config-file", {settings!r}]
+if os.path.isdir({more!r}):
+    sys.argv += ["--config-dir", {more!r}]
 from keystone.server.wsgi import initialize_public_application
 application = initialize_public_application()
+pathlib.Path({started!r}).touch()
 """
+
+SETTINGS_DIRECTORY: Final = "/etc/keystone/keystone.conf.d"
+MODULES: Final = Path("/usr/lib/apache2/modules")
+"""Directory of Apache's modules."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,13 +138,25 @@ class Keystone:
     ca_file: Path
     _token: str = field(repr=False)
 
+    def administer(self, project: str) -> dict[str, str]:
+        """Return the environment of an administrator of all projects, who works in one."""
+        return {
+            "OS_AUTH_URL": self.url,
+            "OS_CACERT": str(self.ca_file),
+            "OS_USERNAME": "admin",
+            "OS_PASSWORD": _PASSWORD,
+            "OS_USER_DOMAIN_ID": "default",
+            "OS_PROJECT_DOMAIN_ID": "default",
+            "OS_PROJECT_NAME": project,
+        }
+
     def add_project(self, name: str) -> str:
         """Make a project with the group of its guests, which reads the project; return the project's id."""
         domain = {"domain_id": "default"}
-        project = self._send("POST", "projects", project={"name": name, **domain})["project"]["id"]
-        group = self._send("POST", "groups", group={"name": f"vm-{project}", **domain})["group"]
-        roles = self._send("GET", "roles?name=reader")["roles"]
-        self._send("PUT", f"projects/{project}/groups/{group['id']}/roles/{roles[0]['id']}")
+        project = self.send("POST", "projects", project={"name": name, **domain})["project"]["id"]
+        group = self.send("POST", "groups", group={"name": f"vm-{project}", **domain})["group"]
+        roles = self.send("GET", "roles?name=reader")["roles"]
+        self.send("PUT", f"projects/{project}/groups/{group['id']}/roles/{roles[0]['id']}")
         return str(project)
 
     def write_clouds(self, path: Path, *, project: str, token_url: str) -> None:
@@ -169,11 +196,11 @@ class Keystone:
             ],
         }
         place = f"OS-FEDERATION/identity_providers/{_PROVIDER}"
-        self._send("PUT", place, identity_provider=provider)
-        self._send("PUT", "OS-FEDERATION/mappings/guests", mapping={"rules": [rule]})
-        self._send("PUT", f"{place}/protocols/openid", protocol={"mapping_id": "guests"})
+        self.send("PUT", place, identity_provider=provider)
+        self.send("PUT", "OS-FEDERATION/mappings/guests", mapping={"rules": [rule]})
+        self.send("PUT", f"{place}/protocols/openid", protocol={"mapping_id": "guests"})
 
-    def _send(self, method: str, path: str, **body: object) -> dict[str, Any]:
+    def send(self, method: str, path: str, **body: object) -> dict[str, Any]:
         answer = _ask(self.namespace, method, path, body, token=self._token)
         shape: dict[str, Any] = json.loads(answer.body) if answer.body else {}
         return shape
@@ -182,7 +209,7 @@ class Keystone:
 def run_openstack(namespace: str, clouds: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """Run the stock client in a guest's namespace."""
     return subprocess.run(
-        (*within(namespace), str(_program("openstack")), "--os-cloud", "me", *words),
+        (*within(namespace), str(program("openstack")), "--os-cloud", "me", *words),
         env={"OS_CLIENT_CONFIG_FILE": str(clouds), "HOME": str(clouds.parent)},
         capture_output=True,
         text=True,
@@ -193,29 +220,47 @@ def run_openstack(namespace: str, clouds: Path, *words: str) -> subprocess.Compl
 
 @contextlib.contextmanager
 def open_keystone(namespace: str, address: str, issuer: Issuer) -> Iterator[Keystone]:
-    """Run Keystone at an address of a namespace, with no project but the administrator's."""
-    with contextlib.ExitStack() as stack:
-        temporary = tempfile.TemporaryDirectory(prefix="imdst-keystone-")
-        directory = Path(stack.enter_context(temporary))
+    """Run Keystone at an address of a namespace, with trust in an issuer and without projects of guests."""
+    with new_directory() as directory:
+        shutil.copy(issuer.ca_file, directory / "issuer.crt")
+        authority = make_authority(directory, "ca")
+        authority.issue("keystone", names=[f"IP:{address}"])
+        place = Place(directory, namespace, within(namespace), f"https://{address}:{_PORT}")
+        trust = _TRUST.format(
+            modules=MODULES,
+            directory=directory,
+            jwks_url=issuer.jwks_url,
+            provider=_PROVIDER,
+            audience=AUDIENCE,
+        )
+        keystone = place.keystone_server(write_settings(directory, place.url, _METHODS))
+        with running(keystone, place.apache_server(address, trust)):
+            made = Keystone(namespace, f"{place.url}/v3", authority.ca_file, log_in(namespace))
+            made.trust(issuer)
+            yield made
+
+
+@contextlib.contextmanager
+def new_directory() -> Iterator[Path]:
+    """Yield a directory with a new Keystone's database and keys."""
+    with tempfile.TemporaryDirectory(prefix="imdst-keystone-") as temporary:
+        directory = Path(temporary)
         reap_at_the_end(directory=directory)
         # Apache's workers are `nobody`, and read the issuer's certificate here.
         directory.chmod(0o755)
         shutil.copytree(_template(), directory, dirs_exist_ok=True)
-        shutil.copy(issuer.ca_file, directory / "issuer.crt")
-        authority = make_authority(directory, "ca")
-        authority.issue("keystone", names=[f"IP:{address}"])
-        url = f"https://{address}:{_PORT}"
-        settings = _write_settings(directory, url)
-        keystone = _keystone_server(namespace, directory, settings)
-        apache = _apache_server(namespace, directory, address, issuer)
-        for server in (keystone, apache):
+        yield directory
+
+
+@contextlib.contextmanager
+def running(*servers: Server) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for server in servers:
             stack.callback(server.stop)
             server.launch()
-        for server in (keystone, apache):
+        for server in servers:
             server.wait_up()
-        made = Keystone(namespace, f"{url}/v3", authority.ca_file, _log_in(namespace))
-        made.trust(issuer)
-        yield made
+        yield
 
 
 def _template() -> Path:
@@ -225,7 +270,7 @@ def _template() -> Path:
 
 
 def _make(path: Path) -> None:
-    settings = _write_settings(path, "https://keystone.invalid")
+    settings = write_settings(path, "https://keystone.invalid", _METHODS)
     account = ("--keystone-user", "root", "--keystone-group", "root")
     for words in (
         ("db_sync",),
@@ -233,61 +278,82 @@ def _make(path: Path) -> None:
         ("credential_setup", *account),
         ("bootstrap", "--bootstrap-password", _PASSWORD),
     ):
-        program = str(_program("keystone-manage"))
-        run(program, "--config-file", str(settings), *words, timeout_s=_MANAGE_S)
+        run(
+            str(program("keystone-manage")),
+            "--config-file",
+            str(settings),
+            *words,
+            timeout_s=_MANAGE_S,
+        )
 
 
-def _write_settings(directory: Path, url: str) -> Path:
+def write_settings(directory: Path, url: str, more: str) -> Path:
     path = directory / "keystone.conf"
-    path.write_text(_KEYSTONE_CONF.format(directory=directory, url=url))
+    path.write_text(_KEYSTONE_CONF.format(directory=directory, url=url, more=more))
     return path
 
 
-def _keystone_server(namespace: str, directory: Path, settings: Path) -> Server:
-    application = directory / "application.py"
-    application.write_text(_APPLICATION.format(settings=str(settings)))
-    words = (
-        *("--http-socket", _BEHIND, "--add-header", "Connection: close"),
-        *("--virtualenv", str(pinned_venv("identity"))),
-        *("--wsgi-file", str(application), "--need-app"),
-        *("--processes", "1", "--threads", "4", "--buffer-size", "65535", "--die-on-term"),
-    )
-    return Server(
-        name="Keystone",
-        argv=[*ends_with_us(), *within(namespace), str(_program("uwsgi")), *words],
-        cwd=directory,
-        environment={},
-        log=directory / "keystone.log",
-        is_up=lambda: _answers(namespace),
-    )
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Surroundings of the two servers.
 
+    Attributes:
+        directory: With Apache's certificate and key.
+        within: Words before a command that runs in the namespace.
+        url: That clients use.
+    """
 
-def _apache_server(namespace: str, directory: Path, address: str, issuer: Issuer) -> Server:
-    modules = Path("/usr/lib/apache2/modules")
-    settings = directory / "apache.conf"
-    settings.write_text(
-        _APACHE_CONF.format(
-            modules="\n".join(
-                f"LoadModule {name}_module {modules}/mod_{name}.so" for name in _MODULES
-            ),
-            directory=directory,
-            address=address,
-            port=_PORT,
-            jwks_url=issuer.jwks_url,
-            behind=_BEHIND,
-            provider=_PROVIDER,
-            audience=AUDIENCE,
+    directory: Path
+    namespace: str
+    within: Sequence[str]
+    url: str
+
+    def keystone_server(self, settings: Path) -> Server:
+        application = self.directory / "application.py"
+        started = self.directory / "started"
+        application.write_text(
+            _APPLICATION.format(
+                settings=str(settings), more=SETTINGS_DIRECTORY, started=str(started)
+            )
         )
-    )
-    words = ("/usr/sbin/apache2", "-D", "FOREGROUND", "-f", str(settings))
-    return Server(
-        name="Apache",
-        argv=[*ends_with_us(), *within(namespace), *words],
-        cwd=directory,
-        environment={},
-        log=directory / "apache.log",
-        is_up=lambda: _listens(namespace, address),
-    )
+        words = (
+            *("--http-socket", _BEHIND, "--add-header", "Connection: close"),
+            *("--virtualenv", str(pinned_venv("identity"))),
+            *("--wsgi-file", str(application), "--need-app", "--master", "--lazy-apps"),
+            *("--touch-workers-reload", str(application)),
+            *("--processes", "1", "--threads", "4", "--buffer-size", "65535", "--die-on-term"),
+        )
+        return Server(
+            name="Keystone",
+            argv=[*ends_with_us(), *self.within, str(program("uwsgi")), *words],
+            cwd=self.directory,
+            environment={},
+            log=self.directory / "keystone.log",
+            is_up=lambda: started.exists() and _answers(self.namespace),
+        )
+
+    def apache_server(self, address: str, more: str) -> Server:
+        settings = self.directory / "apache.conf"
+        loaded = (f"LoadModule {name}_module {MODULES}/mod_{name}.so" for name in _LOADED)
+        settings.write_text(
+            _APACHE_CONF.format(
+                modules="\n".join(loaded),
+                directory=self.directory,
+                address=address,
+                port=_PORT,
+                behind=_BEHIND,
+                more=more,
+            )
+        )
+        words = ("/usr/sbin/apache2", "-D", "FOREGROUND", "-f", str(settings))
+        return Server(
+            name="Apache",
+            argv=[*ends_with_us(), *self.within, *words],
+            cwd=self.directory,
+            environment={},
+            log=self.directory / "apache.log",
+            is_up=lambda: _listens(self.namespace, address),
+        )
 
 
 def _listens(namespace: str, address: str) -> bool:
@@ -305,7 +371,7 @@ def _answers(namespace: str) -> bool:
         return False
 
 
-def _log_in(namespace: str) -> str:
+def log_in(namespace: str) -> str:
     """Return a token of the administrator."""
     domain = {"id": "default"}
     user = {"name": "admin", "domain": domain, "password": _PASSWORD}
@@ -339,5 +405,5 @@ def _ask(
     return answer
 
 
-def _program(name: str) -> Path:
+def program(name: str) -> Path:
     return pinned_venv("identity") / "bin" / name
