@@ -173,6 +173,14 @@ def test_an_outage_of_nova_is_said_and_no_token_is_given_meanwhile(site: _Site) 
         return status == 503 and "Nova cannot be asked" in shape["message"]
 
     until(is_refused, within_s=20, what="the refusal")
+    recorded = instance("recorded", site.network, 7)
+    site.world.place(recorded, site.host.name)
+    # The fleet's own record does not need Nova, and is not refused with the guest of Nova.
+    until(lambda: "token" in _ask(site, "recorded"), what="a token of the fleet's record")
+    status, shape = _post(site, IDENTITY_PATH, {"tokens": [one, {**one, "instance": "recorded"}]})
+    assert (status, shape["answers"][0]) == (200, {"refused": "unreadable"})
+    assert "token" in shape["answers"][1]
+    site.world.place(recorded)
     assert "Nova cannot be asked" in json.dumps(operator.do("fleet", "status", "--json").json)
     site.openstack.compute.start()
     until(lambda: "token" in _ask(site, site.uuid("blue-1")), within_s=20, what="a token")

@@ -145,6 +145,12 @@ def judge_refusal(reason: Refusal, audience: str, *, in_fleet: bool) -> Finding:
                 f"the subject of {audience} holds a project, and the instance has none",
                 "give the instance a project, or identity.audiences another subject",
             )
+        case Refusal.UNREADABLE:
+            return failed(
+                Link.PLACEMENT,
+                "the hub cannot read the instance's record or policy now",
+                "the hub's log has the reason",
+            )
         case Refusal.AUDIENCE | Refusal.REQUEST | Refusal.DOCUMENT:
             whose = "the fleet's policy on the hub" if in_fleet else "the signer"
             return failed(Link.POLICY, f"{whose} does not allow {audience}", "check again")

@@ -59,6 +59,9 @@ class Refusal(StrEnum):
     REQUEST = "request"
     """The audience or the nonce has a wrong form."""
 
+    UNREADABLE = "unreadable"
+    """A hub cannot read the instance's record or policy now, or the fleet's OpenStack does not answer."""
+
 
 @dataclass(frozen=True, slots=True)
 class AudienceRules:

@@ -160,12 +160,15 @@ class TokenHolder:
         try:
             if nonce is not None:
                 return (await self._request([wanted]))[0]
-            return await self._share_request(key, wanted)
+            found: Held | Refusal = await self._share_request(key, wanted)
         except SourceUnavailable:
             # A token in the second half of its life is still good.
             if held is None or held.left_s(now) <= 0:
                 raise
             return held
+        if found is Refusal.UNREADABLE and held is not None and held.left_s(now) > 0:
+            return held
+        return found
 
     async def try_source(self, name: str, audience: str) -> Token | Refusal:
         """Request a token that no guest gets, for an operator's check; raise `SourceUnavailable` without an answer."""
@@ -242,11 +245,12 @@ class TokenHolder:
             part: Part of the token's life after which it is renewed.
         """
         now = self.monotonic()
+        held = self.held.get(key)
         if isinstance(found, Refusal):
-            self.held.pop(key, None)
+            if found is not Refusal.UNREADABLE or (held is not None and held.left_s(now) <= 0):
+                self.held.pop(key, None)
             self._due[key] = now + _REFUSED_S
             return found
-        held = self.held.get(key)
         if held is None or held.fresh_s(now) <= 0:
             held = self.held[key] = found
             part = self.uniform(EARLIEST, LATEST) if part is None else part
@@ -305,9 +309,18 @@ class TokenHolder:
             else:
                 wanted.append(Wanted(name, subject, audience))
         if wanted:
-            for one, found in zip(wanted, await self._request(wanted), strict=True):
+            for one, found in zip(wanted, await self._request_due(wanted), strict=True):
                 self._keep((one.id, one.audience), found, part)
         return 0.0 if len(due) == MOST_AT_ONCE else _EVERY_S
+
+    async def _request_due(self, wanted: Sequence[Wanted]) -> list[Held | Refusal]:
+        try:
+            return await self._request(wanted)
+        except SourceUnavailable:
+            # The next attempt begins with other tokens: none waits for those that are never answered.
+            for one in wanted:
+                self._due[one.id, one.audience] = self.monotonic() + _RETRY_S
+            raise
 
     def _is_old(self, key: TokenKey, due: float, now: float) -> bool:
         """Return whether a token is due, or in the second half of its life."""

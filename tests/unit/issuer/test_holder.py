@@ -10,7 +10,7 @@ import pytest
 
 from imdsproxy.errors import SourceUnavailable
 from imdsproxy.issuer.claims import Refusal
-from imdsproxy.issuer.exchange import Token
+from imdsproxy.issuer.exchange import MOST_AT_ONCE, Token
 from imdsproxy.issuer.holder import Held, TokenHolder, Wanted
 from imdsproxy.model.entities import InstanceId, NetworkId
 from imdsproxy.model.subject import Subject
@@ -34,6 +34,7 @@ class Rig:
     rounds: int = 1
     parts: list[float] = field(default_factory=list)
     batches: list[int] = field(default_factory=list)
+    broken: str = ""
 
     def holder(self) -> TokenHolder:
         return TokenHolder(self.directory, self, lambda: self.now, self._uniform, pause=self._pause)
@@ -48,7 +49,7 @@ class Rig:
 
     async def request(self, wanted: Sequence[Wanted]) -> list[Token | Refusal]:
         await asyncio.sleep(0)
-        if self.away:
+        if self.away or any(one.subject.instance == self.broken for one in wanted):
             raise SourceUnavailable("no hub")
         self.batches.append(len(wanted))
         self.asked += [(one.audience, one.nonce) for one in wanted]
@@ -191,6 +192,31 @@ async def test_a_token_that_only_a_guest_has_requested_is_not_renewed(rig: Rig) 
     rig.now += _LIFE_S
     await _run(rig, holder, 2)
     assert "free" not in {audience for _, audience in holder.held}
+
+
+async def test_a_held_token_outlives_a_record_that_a_hub_cannot_read(rig: Rig) -> None:
+    holder = rig.holder()
+    first = await _get(holder)
+    rig.refuses = Refusal.UNREADABLE
+    rig.now += _LIFE_S - 1
+    await _run(rig, holder)
+    assert await _get(holder) == first
+    rig.now += 2
+    assert await _get(holder) is Refusal.UNREADABLE
+
+
+async def test_tokens_that_are_never_answered_keep_no_other_token_from_its_renewal(
+    rig: Rig,
+) -> None:
+    audiences = tuple(f"a{number}" for number in range(MOST_AT_ONCE))
+    broken = replace(_SUBJECT, instance=InstanceId("broken"), audiences=audiences)
+    rig.have(broken)
+    rig.broken = "broken"
+    holder = rig.holder()
+    await _run(rig, holder)
+    rig.have(broken, _SUBJECT)
+    await _run(rig, holder)
+    assert {audience for _, audience in holder.held} == {"keystone", "vault"}
 
 
 @pytest.mark.parametrize("name", ["", "..", "../../etc/shadow", "x" * 32])

@@ -5,13 +5,13 @@ The hub decides who gets a token, and holds no key. The signer has the keys, and
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import structlog
 
-from imdsproxy.errors import SourceUnavailable
+from imdsproxy.errors import SourceCorrupt, SourceError, SourceUnavailable
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.codec import Json, attempt
 from imdsproxy.fleet.layout import HostId, StoredIssuer, View, parse_issuer, render_issuer
@@ -42,6 +42,9 @@ _EVERY_S: Final = 2.0
 _HINT: Final = "journalctl -u imdsproxy-hub-signer"
 _log: Final = structlog.get_logger()
 
+_Guest: TypeAlias = tuple[InstanceId, NetworkId, str | None]
+"""Instance, network, and project by the host's word."""
+
 
 @dataclass(frozen=True, slots=True)
 class Asked:
@@ -55,7 +58,7 @@ class Asked:
     """Project by the host's word."""
 
     @property
-    def guest(self) -> tuple[InstanceId, NetworkId, str | None]:
+    def guest(self) -> _Guest:
         return self.instance, self.network, self.project
 
 
@@ -89,19 +92,18 @@ class FleetIssuer:
         """Return a token, or the reason why there is none, for each request of a host.
 
         Raises:
-            SourceUnavailable: The signer does not answer, or has no key; or the fleet's OpenStack does not answer.
-            SourceCorrupt: A record or policy is not readable.
+            SourceUnavailable: The signer does not answer, or has no key; or no place is known without OpenStack.
+            SourceCorrupt: No record or policy of the guests is readable.
         """
         await self._load()
-        # Most hosts request several audiences of a guest at once.
-        places = {one.guest for one in asked}
-        subjects = {guest: await self._place(host, *guest) for guest in places}
+        subjects = await self._place_all(host, {one.guest for one in asked})
         found: list[Token | Refusal | None] = []
         lines: list[bytes] = []
         for one in asked:
-            subject, placement = subjects[one.guest]
+            place = subjects.get(one.guest)
+            subject, placement = place or (None, Placement.HOST)
             if subject is None:
-                found.append(Refusal.SUBJECT)
+                found.append(Refusal.UNREADABLE if place is None else Refusal.SUBJECT)
                 continue
             found.append(None)
             request = TokenRequest(subject, one.audience, one.nonce, placement)
@@ -123,6 +125,25 @@ class FleetIssuer:
             return parse_documents(json.loads(line))
         except ValueError as error:
             raise SourceUnavailable("the signer cannot sign", hint=_HINT) from error
+
+    async def _place_all(
+        self, host: HostId, guests: Collection[_Guest]
+    ) -> dict[_Guest, tuple[Subject | None, Placement]]:
+        """Return the places of guests; a guest whose place cannot be read now has none, and harms no other guest.
+
+        Most hosts request several audiences of a guest at once. If no place can be read, raise as `sign`.
+        """
+        found: dict[_Guest, tuple[Subject | None, Placement]] = {}
+        failure: SourceError | None = None
+        for guest in guests:
+            try:
+                found[guest] = await self._place(host, *guest)
+            except (SourceCorrupt, SourceUnavailable) as error:
+                failure = error
+                _log.error("no identity token", host=host, instance=guest[0], reason=error.message)
+        if failure is not None and not found:
+            raise failure
+        return found
 
     async def _place(
         self, host: HostId, instance: InstanceId, network: NetworkId, project: str | None = None
