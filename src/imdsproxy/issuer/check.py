@@ -148,7 +148,7 @@ def judge_refusal(reason: Refusal, audience: str, *, in_fleet: bool) -> Finding:
         case Refusal.UNREADABLE:
             return failed(
                 Link.PLACEMENT,
-                "the hub cannot read the instance's record or policy now",
+                "the hub cannot read the instance's record or policy, or OpenStack does not answer",
                 "the hub's log has the reason",
             )
         case Refusal.AUDIENCE | Refusal.REQUEST | Refusal.DOCUMENT:

@@ -135,12 +135,15 @@ class FleetIssuer:
         """
         found: dict[_Guest, tuple[Subject | None, Placement]] = {}
         failure: SourceError | None = None
-        for guest in guests:
+        # Guests that need OpenStack come last: after one that has waited in vain, none waits again.
+        for guest in sorted(guests, key=lambda one: not is_recorded(self.state, one[0])):
             try:
                 found[guest] = await self._place(host, *guest)
             except (SourceCorrupt, SourceUnavailable) as error:
                 failure = error
                 _log.error("no identity token", host=host, instance=guest[0], reason=error.message)
+                if isinstance(error, SourceUnavailable):
+                    break
         if failure is not None and not found:
             raise failure
         return found
