@@ -160,15 +160,12 @@ class TokenHolder:
         try:
             if nonce is not None:
                 return (await self._request([wanted]))[0]
-            found: Held | Refusal = await self._share_request(key, wanted)
+            return await self._share_request(key, wanted)
         except SourceUnavailable:
             # A token in the second half of its life is still good.
             if held is None or held.left_s(now) <= 0:
                 raise
             return held
-        if found is Refusal.UNREADABLE and held is not None and held.left_s(now) > 0:
-            return held
-        return found
 
     async def try_source(self, name: str, audience: str) -> Token | Refusal:
         """Request a token that no guest gets, for an operator's check; raise `SourceUnavailable` without an answer."""
@@ -239,7 +236,7 @@ class TokenHolder:
     def _keep(
         self, key: TokenKey, found: Held | Refusal, part: float | None = None
     ) -> Held | Refusal:
-        """Hold a token, unless another request has just brought one; return the token that guests get.
+        """Hold a token, unless another request has just brought one; return what guests get.
 
         Args:
             part: Part of the token's life after which it is renewed.
@@ -247,9 +244,10 @@ class TokenHolder:
         now = self.monotonic()
         held = self.held.get(key)
         if isinstance(found, Refusal):
-            if found is not Refusal.UNREADABLE or (held is not None and held.left_s(now) <= 0):
-                self.held.pop(key, None)
             self._due[key] = now + _REFUSED_S
+            if found is Refusal.UNREADABLE and held is not None and held.left_s(now) > 0:
+                return held
+            self.held.pop(key, None)
             return found
         if held is None or held.fresh_s(now) <= 0:
             held = self.held[key] = found
