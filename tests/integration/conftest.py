@@ -3,6 +3,7 @@ from collections.abc import Iterator
 import pytest
 
 from support.hostlab import HostLab, host_lab
+from support.identity.site import Site, open_site
 from support.world import World, open_world
 
 
@@ -26,3 +27,18 @@ def lab() -> Iterator[HostLab]:
     """Namespaces, links and servers that are gone at the end."""
     with host_lab() as made:
         yield made
+
+
+@pytest.fixture(scope="module")
+def shared_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """One site for a module, whose `shared_world` is the site's world; use `site`."""
+    with open_site(tmp_path_factory.mktemp("site")) as made:
+        yield made
+
+
+@pytest.fixture
+def site(shared_site: Site, world: World) -> Site:
+    """The site with `web-1` in its project, and no file in `conf.d`."""
+    assert not list((world.daemon.directory / "conf.d").iterdir())
+    shared_site.have_guest()
+    return shared_site

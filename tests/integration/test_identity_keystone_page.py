@@ -14,7 +14,7 @@ from support.document_blocks import Block, missing_lines
 from support.identity.keystone import AUDIENCE, Keystone
 from support.identity.keystone_site import open_keystone_of
 from support.identity.rotation import signer_pid
-from support.identity.site import OTHER_PROJECT, PROJECT, Site, open_site
+from support.identity.site import OTHER_PROJECT, PROJECT, Site
 from support.lab import until
 from support.world import World
 
@@ -24,22 +24,8 @@ _PAGE: Final = "identity-keystone.md"
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    with open_site(tmp_path_factory.mktemp("site")) as site:
-        yield site
-
-
-@pytest.fixture(scope="module")
-def shared_world(shared: Site) -> World:
-    return shared.world
-
-
-@pytest.fixture
-def site(shared: Site, world: World) -> Site:
-    """The site with `web-1` in its project, and no file in `conf.d`."""
-    assert not list((world.daemon.directory / "conf.d").iterdir())
-    shared.have_guest()
-    return shared
+def shared_world(shared_site: Site) -> World:
+    return shared_site.world
 
 
 @pytest.fixture
@@ -47,16 +33,6 @@ def keystone(site: Site) -> Iterator[Keystone]:
     with open_keystone_of(site) as made:
         site.variables = made.administer("admin")
         yield made
-
-
-def _follow(site: Site, *headings: str) -> None:
-    for heading in headings:
-        assert site.follow(_PAGE, heading) == "", heading
-
-
-def _administer(site: Site, script: str) -> None:
-    done = site.run(script)
-    assert done.returncode == 0, done
 
 
 def _token(site: Site) -> str:
@@ -76,30 +52,30 @@ def _is_alive(site: Site) -> bool:
 
 def _keep_token(site: Site) -> None:
     script = "openstack --os-cloud me token issue -f value -c id >token"
-    assert site.run(script, in_guest=True).returncode == 0
+    site.succeed(script, in_guest=True)
     assert _is_alive(site)
 
 
 @pytest.mark.usefixtures("keystone")
 def test_a_guest_uses_openstack_as_the_page_says_until_the_trust_ends(site: Site) -> None:
-    _follow(
-        site,
+    site.follow(
+        _PAGE,
         "## Keystone takes the issuer's tokens",
         "## imdsproxy gives tokens for Keystone",
         "## The guest uses OpenStack",
     )
     _keep_token(site)
-    _follow(site, "### For one project")
+    site.follow(_PAGE, "### For one project")
     assert "HTTP 404" in _token(site)
     assert not _is_alive(site)
     for script in ("sh mapping.sh", "sh audience.sh"):
-        assert site.run(script).returncode == 0
+        site.succeed(script)
     until(lambda: PROJECT in _token(site), what="a token again")
     _keep_token(site)
-    _follow(site, "### For all guests")
+    site.follow(_PAGE, "### For all guests")
     assert not _is_alive(site)
     assert "HTTP 401" in _token(site)
-    _administer(site, "rm /etc/imdsproxy/conf.d/*; imdsproxy reload --allow-dropped")
+    site.succeed("rm /etc/imdsproxy/conf.d/*; imdsproxy reload --allow-dropped")
 
 
 def test_the_page_names_the_reason_of_each_refusal(site: Site, keystone: Keystone) -> None:
@@ -115,32 +91,30 @@ def test_the_page_names_the_reason_of_each_refusal(site: Site, keystone: Keyston
 
     def lose_the_role() -> None:
         site.have_guest()
-        _administer(
-            site,
+        site.succeed(
             f"openstack role remove reader --group vm-{PROJECT} --group-domain default --project {PROJECT}",
         )
 
     def change_apache(change: str) -> None:
-        _administer(site, "sh mapping.sh")
-        _administer(site, f"sed --in-place {change} /etc/apache2/conf-enabled/imds.conf")
-        _administer(site, "systemctl restart apache2 keystone")
+        site.succeed("sh mapping.sh")
+        site.succeed(f"sed --in-place {change} /etc/apache2/conf-enabled/imds.conf")
+        site.succeed("systemctl restart apache2 keystone")
 
     def change_issuer() -> None:
         change_apache("s/aud:other/aud:keystone/")
-        _administer(site, "openstack identity provider set imds --remote-id https://before.example")
+        site.succeed("openstack identity provider set imds --remote-id https://before.example")
 
     def is_seen(failure: str, cause: Callable[[], object] | None) -> bool:
         if cause is not None:
             cause()
         return not missing_lines(Block(0, "", (failure,)), _token(site))
 
-    _follow(site, "## Keystone takes the issuer's tokens")
-    _administer(
-        site,
+    site.follow(_PAGE, "## Keystone takes the issuer's tokens")
+    site.succeed(
         f"imdsproxy identity setup keystone --part guest --project {PROJECT} --url {keystone.url} |"
         " sed 's/# cacert:/cacert:/' >clouds.sh",
     )
-    assert site.run("sh clouds.sh", in_guest=True).returncode == 0
+    site.succeed("sh clouds.sh", in_guest=True)
     causes: dict[str, Callable[[], object]] = {
         "Not Found (HTTP 404)": lambda: None,
         "Unrecognized schema in response body. (HTTP 400)": lambda: allow("vault"),
@@ -157,8 +131,7 @@ def test_the_page_names_the_reason_of_each_refusal(site: Site, keystone: Keyston
         seen = partial(is_seen, failure, cause if again else None)
         until(seen, within_s=30, what=failure)
     # As the page says of the last.
-    _administer(
-        site,
+    site.succeed(
         "openstack identity provider delete imds; openstack mapping delete imds; sh mapping.sh",
     )
     until(lambda: PROJECT in _token(site), what="a token again")

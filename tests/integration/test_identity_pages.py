@@ -13,7 +13,7 @@ from support.certificates import server_context
 from support.document_blocks import Block, missing_lines
 from support.identity.kubernetes import ADMIN, ApiServer
 from support.identity.openbao import open_openbao
-from support.identity.site import ADDRESS, OTHER_PROJECT, PROJECT, Site, open_site
+from support.identity.site import ADDRESS, OTHER_PROJECT, PROJECT, Site
 from support.lab import until
 from support.openstack.servers import Server, ends_with_us
 from support.pinned_venv import pinned_venv
@@ -24,27 +24,8 @@ pytestmark = pytest.mark.root
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    with open_site(tmp_path_factory.mktemp("site")) as site:
-        yield site
-
-
-@pytest.fixture(scope="module")
-def shared_world(shared: Site) -> World:
-    return shared.world
-
-
-@pytest.fixture
-def site(shared: Site, world: World) -> Site:
-    """The site with `web-1` in its project, and no file in `conf.d`."""
-    assert not list((world.daemon.directory / "conf.d").iterdir())
-    shared.have_guest()
-    return shared
-
-
-def _follow(site: Site, page: str, *headings: str) -> None:
-    for heading in headings:
-        assert site.follow(page, heading) == "", heading
+def shared_world(shared_site: Site) -> World:
+    return shared_site.world
 
 
 _BAO: Final = "identity-openbao.md"
@@ -75,19 +56,18 @@ printf 'X-Vault-Token: %s' $(cat token) | curl --silent --header @- \
 
 
 def test_a_guest_reads_its_project_s_secrets_of_openbao_as_the_page_says(bao: Site) -> None:
-    _follow(
-        bao,
+    bao.follow(
         _BAO,
         "## OpenBao takes the issuer's tokens",
         "## imdsproxy gives tokens for OpenBao",
         "## The guest logs in",
     )
-    assert bao.run("sh login.sh >token", in_guest=True).returncode == 0
-    _follow(bao, _BAO, "### For one project")
+    bao.succeed("sh login.sh >token", in_guest=True)
+    bao.follow(_BAO, "### For one project")
     assert "404" in bao.run("sh login.sh", in_guest=True).stdout
     assert "permission denied" in bao.run(_SECRET, in_guest=True).stdout
-    assert bao.run("BAO_TOKEN=$(cat token) bao token lookup").returncode == 0
-    _follow(bao, _BAO, "### For all guests")
+    bao.succeed("BAO_TOKEN=$(cat token) bao token lookup")
+    bao.follow(_BAO, "### For all guests")
     assert "permission denied" in bao.run("BAO_TOKEN=$(cat token) bao token lookup").stdout
 
 
@@ -98,27 +78,23 @@ def test_the_page_of_openbao_names_the_reason_of_each_refusal(bao: Site) -> None
     def is_seen(failure: str) -> bool:
         return not missing_lines(Block(0, "", (failure,)), login())
 
-    def be_admin(script: str) -> None:
-        done = bao.run(script)
-        assert done.returncode == 0, done
-
     def allow(audience: str) -> None:
         bao.world.have_policy({"host": {"audiences": [audience]}})
 
     def admit(role: str) -> None:
         allow("openbao")
-        be_admin(f"bao write auth/jwt/role/vm role_type=jwt user_claim=sub {role}")
+        bao.succeed(f"bao write auth/jwt/role/vm role_type=jwt user_claim=sub {role}")
 
     def believe(issuer: str) -> None:
         url = "oidc_discovery_url=https://id.cloud.example"
-        be_admin(f"sh openbao.sh; bao write auth/jwt/config {url} bound_issuer={issuer}")
+        bao.succeed(f"sh openbao.sh; bao write auth/jwt/config {url} bound_issuer={issuer}")
 
     def lose_the_project() -> None:
-        be_admin("sh openbao.sh")
+        bao.succeed("sh openbao.sh")
         bao.have_guest(None)
 
-    _follow(bao, _BAO, "## OpenBao takes the issuer's tokens")
-    be_admin("imdsproxy identity setup openbao --part guest >login.sh")
+    bao.follow(_BAO, "## OpenBao takes the issuer's tokens")
+    bao.succeed("imdsproxy identity setup openbao --part guest >login.sh")
     causes: dict[str, Callable[[], object]] = {
         "curl: (22) … error: 404": lambda: None,
         "curl: (22) … error: 403": lambda: allow("vault"),
@@ -142,8 +118,7 @@ def test_vault_s_recipe_gives_a_guest_its_project_s_policy(bao: Site) -> None:
     bao.install("vault", '#!/bin/sh\nexec bao "$@"\n')
     words = f"--project {PROJECT} --url https://bao.example:8200"
     for part in ("admin", "host"):
-        done = bao.run(f"imdsproxy identity setup vault {words} --part {part} | sh")
-        assert done.returncode == 0, done
+        bao.succeed(f"imdsproxy identity setup vault {words} --part {part} | sh")
     assert bao.run(f"imdsproxy identity setup vault {words} --part guest >login.sh").stdout == ""
     token = bao.run("sh login.sh", in_guest=True).stdout.strip()
     shown = bao.run(f"BAO_TOKEN={token} bao token lookup -format=json").stdout
@@ -205,8 +180,7 @@ def test_haproxy_guards_a_service_as_the_page_says(haproxy: Site) -> None:
     def ask(script: str = "sh ask.sh") -> str:
         return haproxy.run(script, in_guest=True).stdout
 
-    _follow(
-        haproxy,
+    haproxy.follow(
         _HAPROXY,
         "## HAProxy verifies tokens",
         "## imdsproxy gives tokens for the service",
@@ -216,7 +190,7 @@ def test_haproxy_guards_a_service_as_the_page_says(haproxy: Site) -> None:
         f"curl: (22) … error: {status}" for status in (404, 401, 403, 503)
     ]
     # The recipe of another verifier keeps the project's audiences.
-    assert haproxy.run("imdsproxy identity setup openbao --part host | sh").returncode == 0
+    haproxy.succeed("imdsproxy identity setup openbao --part host | sh")
     foreign = "sed 's/audience: internal/audience: openbao/' ask.sh | sh"
     forged = 'sed \'s/"$token" |/"${token%??????}AAAAAA" |/\' ask.sh | sh'
     assert ("401" in ask(foreign), "401" in ask(forged)) == (True, True)
@@ -225,7 +199,7 @@ def test_haproxy_guards_a_service_as_the_page_says(haproxy: Site) -> None:
     until(lambda: "403" in ask(), what="the refusal of another project")
     haproxy.have_guest()
     until(lambda: ask().endswith("/instance/blue-5\n"), what="the answer")
-    _follow(haproxy, _HAPROXY, "## When the issuer rotates its keys", "## End the trust")
+    haproxy.follow(_HAPROXY, "## When the issuer rotates its keys", "## End the trust")
     assert "404" in ask()
 
 
@@ -241,8 +215,7 @@ def test_haproxy_knows_a_key_before_it_signs_if_the_page_is_followed(haproxy: Si
         )
         return done.stdout.splitlines()[-2:]
 
-    _follow(
-        haproxy,
+    haproxy.follow(
         _HAPROXY,
         "## HAProxy verifies tokens",
         "## imdsproxy gives tokens for the service",
@@ -251,14 +224,14 @@ def test_haproxy_knows_a_key_before_it_signs_if_the_page_is_followed(haproxy: Si
     )
     first, same = files()
     assert first == same
-    assert haproxy.run("imdsproxy identity rotate").returncode == 0
+    haproxy.succeed("imdsproxy identity rotate")
     until(lambda: files()[0] != files()[1], what="the next key")
     assert files()[0] == first
-    assert haproxy.run("imdsproxy identity rotate --compromised").returncode == 0
+    haproxy.succeed("imdsproxy identity rotate --compromised")
     until(lambda: "401" in ask(), what="the refusal of a key that HAProxy does not know")
     until(lambda: first not in files(), what="other keys")
     until(lambda: ask().endswith("/instance/blue-5\n"), what="the answer")
-    _follow(haproxy, _HAPROXY, "## End the trust")
+    haproxy.follow(_HAPROXY, "## End the trust")
 
 
 _KUBERNETES: Final = "identity-kubernetes.md"
@@ -277,14 +250,9 @@ def cluster(site: Site, tmp_path: Path) -> Iterator[tuple[Site, ApiServer]]:
     """A stand-in for a cluster, and `kubectl` as its administrator."""
     own = site.authority.issue("kubernetes", names=["DNS:kubernetes.example"])
 
-    def read(script: str) -> str:
-        done = site.run(script)
-        assert done.returncode == 0, done
-        return done.stdout
-
     server = ApiServer(
-        lambda: read("cat /etc/kubernetes/authentication.yaml"),
-        lambda issuer: read(f"curl -sSf {issuer}/jwks"),
+        lambda: site.succeed("cat /etc/kubernetes/authentication.yaml"),
+        lambda issuer: site.succeed(f"curl -sSf {issuer}/jwks"),
     )
     (site.directory / "ca.crt").write_bytes(site.authority.ca_file.read_bytes())
     kubeconfig = tmp_path / "admin.conf"
@@ -302,8 +270,7 @@ def test_kubectl_in_a_guest_is_its_project_s_user_as_the_page_says(
     cluster: tuple[Site, ApiServer],
 ) -> None:
     site, server = cluster
-    _follow(
-        site,
+    site.follow(
         _KUBERNETES,
         "## The API server takes the issuer's tokens",
         "## imdsproxy gives tokens for the cluster",
@@ -313,9 +280,9 @@ def test_kubectl_in_a_guest_is_its_project_s_user_as_the_page_says(
     assert (f"vm:project:{PROJECT}".encode() in binding, b"view" in binding) == (True, True)
     forbidden = site.run("kubectl get --raw /version", in_guest=True).stdout
     other = "sed --in-place s/kubernetes/other/ /etc/kubernetes/authentication.yaml"
-    assert site.run(other).returncode == 0
+    site.succeed(other)
     refused = site.run("kubectl auth whoami", in_guest=True).stdout
-    _follow(site, _KUBERNETES, "## End the trust")
+    site.follow(_KUBERNETES, "## End the trust")
     assert not server.bindings
     ended = site.run("kubectl auth whoami", in_guest=True).stdout
     named = site.failures(_KUBERNETES)

@@ -110,16 +110,13 @@ OIDCOAuthRemoteUserClaim sub
 """
 
 _APPLICATION: Final = """
-import os, pathlib, sys
-sys.argv = ["keystone", "--config-file", {settings!r}]
-if os.path.isdir({more!r}):
-    sys.argv += ["--config-dir", {more!r}]
+import pathlib, sys
+sys.argv = {argv!r}
 from keystone.server.wsgi import initialize_public_application
 application = initialize_public_application()
 pathlib.Path({started!r}).touch()
 """
 
-SETTINGS_DIRECTORY: Final = "/etc/keystone/keystone.conf.d"
 MODULES: Final = Path("/usr/lib/apache2/modules")
 """Directory of Apache's modules."""
 
@@ -233,7 +230,7 @@ def open_keystone(namespace: str, address: str, issuer: Issuer) -> Iterator[Keys
             provider=_PROVIDER,
             audience=AUDIENCE,
         )
-        keystone = place.keystone_server(write_settings(directory, place.url, _METHODS))
+        keystone = place.keystone_server(_METHODS)
         with running(keystone, place.apache_server(address, trust)):
             made = Keystone(namespace, f"{place.url}/v3", authority.ca_file, log_in(namespace))
             made.trust(issuer)
@@ -270,7 +267,7 @@ def _template() -> Path:
 
 
 def _make(path: Path) -> None:
-    settings = write_settings(path, "https://keystone.invalid", _METHODS)
+    settings = _write_settings(path, "https://keystone.invalid", _METHODS)
     account = ("--keystone-user", "root", "--keystone-group", "root")
     for words in (
         ("db_sync",),
@@ -287,7 +284,7 @@ def _make(path: Path) -> None:
         )
 
 
-def write_settings(directory: Path, url: str, more: str) -> Path:
+def _write_settings(directory: Path, url: str, more: str) -> Path:
     path = directory / "keystone.conf"
     path.write_text(_KEYSTONE_CONF.format(directory=directory, url=url, more=more))
     return path
@@ -308,15 +305,17 @@ class Place:
     within: Sequence[str]
     url: str
 
-    def keystone_server(self, settings: Path) -> Server:
+    def keystone_server(self, more: str, *words: str) -> Server:
+        """Return Keystone, not yet started, with more settings and words of its command line."""
+        settings = _write_settings(self.directory, self.url, more)
         application = self.directory / "application.py"
         started = self.directory / "started"
         application.write_text(
             _APPLICATION.format(
-                settings=str(settings), more=SETTINGS_DIRECTORY, started=str(started)
+                argv=["keystone", "--config-file", str(settings), *words], started=str(started)
             )
         )
-        words = (
+        options = (
             *("--http-socket", _BEHIND, "--add-header", "Connection: close"),
             *("--virtualenv", str(pinned_venv("identity"))),
             *("--wsgi-file", str(application), "--need-app", "--master", "--lazy-apps"),
@@ -325,7 +324,7 @@ class Place:
         )
         return Server(
             name="Keystone",
-            argv=[*ends_with_us(), *self.within, str(program("uwsgi")), *words],
+            argv=[*ends_with_us(), *self.within, str(program("uwsgi")), *options],
             cwd=self.directory,
             environment={},
             log=self.directory / "keystone.log",
@@ -333,6 +332,7 @@ class Place:
         )
 
     def apache_server(self, address: str, more: str) -> Server:
+        """Return Apache in front of Keystone, not yet started, with more settings."""
         settings = self.directory / "apache.conf"
         loaded = (f"LoadModule {name}_module {MODULES}/mod_{name}.so" for name in _LOADED)
         settings.write_text(

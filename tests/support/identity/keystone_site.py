@@ -9,18 +9,17 @@ from typing import Final
 
 from support.identity.keystone import (
     MODULES,
-    SETTINGS_DIRECTORY,
     Keystone,
     Place,
     log_in,
     new_directory,
     program,
     running,
-    write_settings,
 )
 from support.identity.site import ADDRESS, OTHER_PROJECT, PROJECT, Site
 from support.openstack.servers import ends_with_us
 
+_SETTINGS: Final = "/etc/keystone/keystone.conf.d"
 _ENABLED: Final = "/etc/apache2/conf-enabled"
 
 # The machine has Apache's program alone, without the commands of Debian's package, and no systemd.
@@ -68,10 +67,10 @@ def open_keystone_of(site: Site) -> Iterator[Keystone]:
         shutil.copy(own.certificate, directory / "keystone.crt")
         shutil.copy(own.key, directory / "keystone.key")
         _have_projects(directory / "keystone.sqlite")
-        for path in (SETTINGS_DIRECTORY, "/etc/apache2/conf-available"):
+        for path in (_SETTINGS, "/etc/apache2/conf-available"):
             site.write(f"{path}/.placeholder", "")
         place = Place(directory, host, site.within(host), "https://keystone.example:5000")
-        keystone = place.keystone_server(write_settings(directory, place.url, ""))
+        keystone = place.keystone_server("", "--config-dir", _SETTINGS)
         apache = place.apache_server(ADDRESS, f"IncludeOptional {_ENABLED}/*.conf")
         apache.argv = [*ends_with_us(), "sh", "-c", _AGAIN, "sh", *apache.argv]
         stack.enter_context(running(keystone, apache))

@@ -107,14 +107,20 @@ class Site:
             timeout=_WITHIN_S * patience(),
         )
 
-    def follow(self, page: str, heading: str) -> str:
-        """Run all blocks below a heading; return how a block did not go as the page says, or nothing."""
-        for block in blocks_of(REPOSITORY / "docs/how-to" / page, heading):
-            done = self.run(block.script, in_guest=_is_in_guest(block))
-            missing = missing_lines(block, done.stdout)
-            if done.returncode or missing:
-                return f"line {block.line} ended with {done.returncode}, without {missing}:\n{done.stdout}"
-        return ""
+    def succeed(self, script: str, *, in_guest: bool = False) -> str:
+        """Run a script as `run`, fail unless it succeeds, and return what it prints."""
+        done = self.run(script, in_guest=in_guest)
+        assert done.returncode == 0, done
+        return done.stdout
+
+    def follow(self, page: str, *headings: str) -> None:
+        """Run all blocks below headings, and fail unless each goes as the page says."""
+        for heading in headings:
+            for block in blocks_of(REPOSITORY / "docs/how-to" / page, heading):
+                done = self.run(block.script, in_guest=_is_in_guest(block))
+                missing = missing_lines(block, done.stdout)
+                place = f"{heading}, line {block.line}, without {missing}: {done}"
+                assert (done.returncode, missing) == (0, []), place
 
     def failures(self, page: str) -> list[str]:
         """Return the first cells of the page's table of failures: what a program prints, with `…` for what varies."""
@@ -124,8 +130,7 @@ class Site:
 
     def write(self, path: str, text: str) -> None:
         """Write a file below `/etc`."""
-        done = self.run(f"mkdir -p $(dirname {path}); cat >{path} <<'SITE'\n{text}SITE")
-        assert done.returncode == 0, done
+        self.succeed(f"mkdir -p $(dirname {path}); cat >{path} <<'SITE'\n{text}SITE")
 
     def install(self, name: str, script: str) -> None:
         """Have a program before the machine's."""
