@@ -1,13 +1,15 @@
 """Keys of the issuer, as operators rotate them while guests and verifiers go on."""
 
+import json
 import subprocess
 from collections.abc import Iterator
 from typing import Final
 
+import jwt
 import pytest
 
 from support.daemon import instance
-from support.guest import Guest
+from support.guest import Guest, take_token
 from support.identity.requests import claims_of, identity_settings, request_token, wait_token
 from support.identity.rotation import Verifying, is_good, keys_of, make_due, published
 from support.identity.signing import Issuer
@@ -83,6 +85,35 @@ def test_after_a_theft_no_key_and_no_token_of_before_is_left(
     assert (is_good(new, published(world, issuer)), new != token) == (True, True)
     files = {path.stem for path in (world.daemon.state / "identity/keys").glob("*.pem")}
     assert files == {after[0]["id"]}
+
+
+def test_a_kill_between_the_new_keys_and_the_end_of_old_tokens_leaves_no_old_token(
+    world: World, guest: Guest
+) -> None:
+    # Another web server has the issuer's documents: HAProxy is not reloaded with them, which would clear its map.
+    kept = {"listen": None, "certificate": None}
+    identity = {**world.settings["identity"], **kept}
+    world.daemon.reconfigure({**world.settings, "identity": identity})
+    session, token = take_token(guest), wait_token(guest)
+    assert request_token(guest, session=session).text == token
+    tokens = world.daemon.runtime / "identity.map"
+    tokens.unlink()
+    tokens.mkdir()
+    before = keys_of(world)
+    assert world.daemon.command("identity", "rotate", "--compromised").status != 0
+    keys = world.daemon.state / "identity" / "public" / "jwks"
+    assert json.loads(keys.read_text())["keys"][0]["kid"] != before[0]["id"]
+    world.daemon.kill_controller()
+    tokens.rmdir()
+    assert request_token(guest, session=session).text == token
+    world.daemon.start()
+    until(
+        lambda: request_token(guest, session=session).text not in {token, ""},
+        within_s=20,
+        what="a token of the new key",
+    )
+    new = wait_token(guest)
+    assert jwt.get_unverified_header(new)["kid"] == keys_of(world)[0]["id"]
 
 
 def test_a_token_is_shown_with_its_claims_and_whose_it_is(world: World, guest: Guest) -> None:

@@ -13,6 +13,7 @@ import httpcore
 import structlog
 
 from imdsproxy.config.schema import Settings
+from imdsproxy.controller.cached_keys import CachedKeys
 from imdsproxy.controller.companion import Companion
 from imdsproxy.controller.identity_files import IdentityFiles
 from imdsproxy.controller.issuer_documents import IssuerDocuments, find_key_ids
@@ -34,7 +35,7 @@ from imdsproxy.host.clock import Clock
 from imdsproxy.host.http import Unanswered, ask
 from imdsproxy.issuer.documents import render_documents
 from imdsproxy.issuer.ring import parse_ring
-from imdsproxy.issuer.rotation import Pace, plan_rotation
+from imdsproxy.issuer.rotation import Pace, ends_tokens, plan_rotation
 from imdsproxy.issuer.serve import Plan
 from imdsproxy.reconcile.part import By, Gauge, Impact, Part
 from imdsproxy.reconcile.reconciler import Reconciler
@@ -142,7 +143,7 @@ class IdentityHost(Part):
     _key: Problem | None = None
     _state: Mapping[str, Any] = field(default_factory=dict)
     _signing_key: str | None = None
-    _stale_tokens: bool = False
+    _cached: CachedKeys = field(init=False)
     _keys_known: asyncio.Event = field(default_factory=asyncio.Event)
     _reads: Reconciler = field(
         default_factory=partial(
@@ -154,6 +155,9 @@ class IdentityHost(Part):
             retried=(SourceUnavailable, DataplaneError),
         )
     )
+
+    def __post_init__(self) -> None:
+        self._cached = CachedKeys(self.layout.cached_keys)
 
     def problems(self) -> tuple[Problem | None, ...]:
         failures = self.service.failure, self.signer.failure, self._reads.failure
@@ -244,28 +248,27 @@ class IdentityHost(Part):
     async def read_keys(self) -> None:
         """Read the public keys from the signer; write and publish changed documents.
 
-        If a key that signed is gone, tokens that this host holds are worth nothing, and are forgotten.
+        If a key that signed is gone, tokens that this host holds are worth nothing, and are forgotten: also if the
+        controller was killed after it had published the keys.
 
         Raises:
             SourceUnavailable: The signer does not answer.
             DataplaneError: A file cannot be written, or HAProxy keeps tokens of a key that is gone.
         """
         shape = await self._rotate(await self.ask({"keys": None}))
-        documents = render_documents(
-            self.documents.issuer, shape["keys"], shape["ring"]["sequence"]
-        )
-        self._signing_key = parse_ring(json.dumps(shape["ring"]).encode()).signing
+        ring = parse_ring(json.dumps(shape["ring"]).encode())
+        documents = render_documents(self.documents.issuer, shape["keys"], ring.sequence)
+        self._signing_key = ring.signing
+        before = self._cached.read(next(iter(find_key_ids(self.documents.current)), None))
         if documents != self.documents.current:
-            signed = find_key_ids(self.documents.current)[:1]
-            self._stale_tokens |= not {*signed} <= {*find_key_ids(documents)}
             self.documents.publish(documents)
         self._keys_known.set()
-        if self._stale_tokens:
+        if ends_tokens(before, ring, self.pace, self._now()):
             if (pid := self.service.read().parent) is not None:
                 # The supervisor starts it again, without a token.
                 kill_process(pid)
             await self.forget()
-            self._stale_tokens = False
+        self._cached.write(ring)
 
     async def ask(self, question: Mapping[str, object]) -> dict[str, Any]:
         """Send one request about keys to the signer; raise `SourceUnavailable`."""
@@ -274,7 +277,7 @@ class IdentityHost(Part):
     async def _rotate(self, shape: dict[str, Any]) -> dict[str, Any]:
         """Carry out the steps of a rotation that are due; return the signer's newest answer."""
         ring = parse_ring(json.dumps(shape["ring"]).encode())
-        planned = plan_rotation(ring, self.pace, int(self.clock.now().timestamp()))
+        planned = plan_rotation(ring, self.pace, self._now())
         if planned == ring:
             return shape
         if planned.signing != ring.signing:
@@ -285,6 +288,9 @@ class IdentityHost(Part):
             shape = await self.ask({"change": {"drop": sorted(gone)}})
             _log.info("old keys of identity tokens removed", keys=sorted(gone))
         return shape
+
+    def _now(self) -> int:
+        return int(self.clock.now().timestamp())
 
     async def rotate(self, *, compromised: bool) -> None:
         """Begin a rotation; or, if the key is compromised, replace all keys at once and forget all tokens.

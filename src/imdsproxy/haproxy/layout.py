@@ -153,6 +153,9 @@ class Layout:
     identity_map = _Below("identity.map")
     """Empty file: a new worker starts without the identity tokens that it keeps itself."""
 
+    cached_keys = _Below("identity-keys.json")
+    """Keys of the identity tokens that HAProxy and the process for guests may keep."""
+
     signer_socket = _Below("signer.sock")
     """Socket of the signer of identity tokens."""
 

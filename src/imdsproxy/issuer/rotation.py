@@ -47,6 +47,16 @@ def plan_rotation(ring: KeyRing, pace: Pace, now: int) -> KeyRing:
     return ring
 
 
+def ends_tokens(before: KeyRing, after: KeyRing, pace: Pace, now: int) -> bool:
+    """Return whether a key is gone whose tokens may still be valid: replaced, or removed before its time."""
+    kept = {one.id for one in after.entries}
+    for entry in before.entries:
+        due = pace.due_at(entry)
+        if entry.id not in kept and entry.state is not KeyState.NEXT and (due is None or now < due):
+            return True
+    return False
+
+
 @dataclass(frozen=True, slots=True)
 class IssuerKey:
     """Key of the issuer.

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from imdsproxy.issuer.ring import KeyRing, KeyState
-from imdsproxy.issuer.rotation import MARGIN_S, Pace, plan_rotation
+from imdsproxy.issuer.rotation import MARGIN_S, Pace, ends_tokens, plan_rotation
 
 _PACE: Final = Pace(3600, 600)
 
@@ -57,3 +57,16 @@ def test_no_key_signs_before_its_time_by_a_clock_that_is_behind() -> None:
     ring = KeyRing().add("a", 100_000)
     assert ring.explain_early(100_000 - 60) is None
     assert "39940 s before" in (ring.explain_early(60_060) or "")
+
+
+def test_tokens_end_with_a_key_that_goes_before_its_time_and_with_no_other() -> None:
+    ring = KeyRing().add("a", 0)
+    both = ring.add("b", 10)
+    promoted = both.promote("b", 1000)
+    assert not ends_tokens(KeyRing(), ring, _PACE, 0)
+    assert not ends_tokens(both, ring, _PACE, 10)
+    assert not ends_tokens(both, promoted, _PACE, 1000)
+    assert ends_tokens(ring, KeyRing().add("b", 1000), _PACE, 1000)
+    dropped = promoted.drop(["a"])
+    assert ends_tokens(promoted, dropped, _PACE, 1000 + 600 + MARGIN_S - 1)
+    assert not ends_tokens(promoted, dropped, _PACE, 1000 + 600 + MARGIN_S)
