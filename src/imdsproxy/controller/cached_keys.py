@@ -1,5 +1,6 @@
 """Keys of the identity tokens that HAProxy and the process for guests may keep, over a kill of the controller."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +14,13 @@ class CachedKeys:
     """File with the ring by which all kept tokens were signed.
 
     The file is in the runtime directory: after a boot, nothing keeps a token.
+
+    Args:
+        rules: Settings that tokens depend on. A ring that was written with others counts as a ring of an unknown key.
     """
 
     path: Path
+    rules: str
     _written: KeyRing | None = None
 
     def read(self, published: str | None) -> KeyRing:
@@ -33,14 +38,23 @@ class CachedKeys:
             ring = KeyRing()
             if content is None:
                 return ring if published is None else ring.add(published, 0)
-            try:
-                self._written = parse_ring(content)
-            except ValueError:
+            found = self._parse(content)
+            if found is None:
                 return ring.add("unknown", 0)
+            self._written = found
         return self._written
 
     def write(self, ring: KeyRing) -> None:
         """Write the ring if it has changed; raise `HostRefused` if the file system refuses."""
         if ring != self._written:
-            write_atomic(self.path, ring.render(), mode=0o600)
+            shape = {"rules": self.rules, "ring": json.loads(ring.render())}
+            write_atomic(self.path, json.dumps(shape).encode(), mode=0o600)
             self._written = ring
+
+    def _parse(self, content: bytes) -> KeyRing | None:
+        try:
+            shape = json.loads(content)
+            ring = parse_ring(json.dumps(shape["ring"]).encode())
+        except (ValueError, TypeError, KeyError):
+            return None
+        return ring if shape.get("rules") == self.rules else None

@@ -16,12 +16,14 @@ from imdsproxy.config.schema import Settings
 from imdsproxy.controller.cached_keys import CachedKeys
 from imdsproxy.controller.companion import Companion
 from imdsproxy.controller.identity_files import IdentityFiles
+from imdsproxy.controller.identity_plans import end_outdated, spell_rules
 from imdsproxy.controller.issuer_documents import IssuerDocuments, find_key_ids
 from imdsproxy.controller.key_file import SIGNER_USER, find_key_error
 from imdsproxy.controller.subjects import IdentityReport, Subjects
 from imdsproxy.errors import (
     ConfigInvalid,
     DataplaneError,
+    HostRefused,
     ImdsproxyError,
     Problem,
     RequestRefused,
@@ -124,6 +126,8 @@ class IdentityHost(Part):
         fleet: Files for the hubs, which sign in this host's place; `None` without a fleet.
         key_file: File of the operator's keys; `None` if the signer makes its keys.
         find_key_error: Returns why the signer cannot use this file.
+        plans: Settings of the process that answers guests, and of the signer.
+        rules: Settings that tokens depend on (`identity_plans.spell_rules`).
     """
 
     impact: ClassVar = Impact.HARMS
@@ -139,6 +143,8 @@ class IdentityHost(Part):
     fleet: IdentityFiles | None = None
     key_file: Path | None = None
     find_key_error: Callable[[], ImdsproxyError | None] = lambda: None
+    plans: tuple[Plan, ...] = ()
+    rules: str = ""
     _unsigned: Problem | None = None
     _key: Problem | None = None
     _state: Mapping[str, Any] = field(default_factory=dict)
@@ -157,13 +163,16 @@ class IdentityHost(Part):
     )
 
     def __post_init__(self) -> None:
-        self._cached = CachedKeys(self.layout.cached_keys)
+        self._cached = CachedKeys(self.layout.cached_keys, self.rules)
 
     def problems(self) -> tuple[Problem | None, ...]:
         failures = self.service.failure, self.signer.failure, self._reads.failure
         return (*failures, self.documents.problem, self._unsigned, self._key)
 
     async def run(self) -> None:
+        for companion, plan in zip((self.service, self.signer), self.plans, strict=False):
+            if companion.needed:
+                end_outdated(companion.read().parent, plan)
         await asyncio.gather(
             self._run_service(),
             self.signer.run(),
@@ -248,8 +257,8 @@ class IdentityHost(Part):
     async def read_keys(self) -> None:
         """Read the public keys from the signer; write and publish changed documents.
 
-        If a key that signed is gone, tokens that this host holds are worth nothing, and are forgotten: also if the
-        controller was killed after it had published the keys.
+        If a key that signed is gone, or settings have changed, tokens that this host holds are worth nothing, and are
+        forgotten: also if the controller was killed after it had published the keys.
 
         Raises:
             SourceUnavailable: The signer does not answer.
@@ -340,6 +349,14 @@ async def ask_signer(socket: Path, question: Mapping[str, object]) -> dict[str, 
     return found
 
 
+def _plan_both(settings: Settings) -> tuple[Plan, ...]:
+    try:
+        return plan_service(settings), plan_signer(settings, hub=False)
+    except HostRefused:
+        # An account does not exist: the process that needs it ends with the reason.
+        return ()
+
+
 def build_identity(
     settings: Settings,
     layout: Layout,
@@ -382,6 +399,8 @@ def build_identity(
         fleet=fleet,
         key_file=identity.key_file,
         find_key_error=partial(find_key_error, identity),
+        plans=_plan_both(settings),
+        rules=spell_rules(identity),
     )
     if identity.enabled:
         documents.load()
