@@ -14,6 +14,7 @@ import structlog
 from imdsproxy.errors import ImdsproxyError, SourceUnavailable, refusing
 from imdsproxy.issuer.claims import Refusal
 from imdsproxy.issuer.exchange import MOST_AT_ONCE, Token
+from imdsproxy.issuer.rotation import MARGIN_S
 from imdsproxy.model.subject import ID_PATTERN, Subject, parse_subject
 
 CHECK_NONCE: Final = "imdsproxy-identity-check"
@@ -27,6 +28,9 @@ _EVERY_S: Final = 1.0
 _RETRY_S: Final = 5.0
 _REFUSED_S: Final = 60.0
 """Seconds until a token that was refused is requested again: the policy may have changed."""
+
+_DOCUMENT_S: Final = float(MARGIN_S)
+"""Seconds for which a signed document is given: after a rotation its key stays published at least so long."""
 
 EARLIEST: Final = 0.5
 LATEST: Final = 0.6
@@ -110,7 +114,7 @@ class TokenHolder:
     given: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
     failure: str | None = None
-    _documents: dict[str, dict[str, str]] = field(default_factory=dict)
+    _documents: dict[str, tuple[dict[str, str], float]] = field(default_factory=dict)
     _due: dict[TokenKey, float] = field(default_factory=dict)
     _known: dict[str, Subject] = field(default_factory=dict)
     _listed: set[str] = field(default_factory=set)
@@ -178,18 +182,23 @@ class TokenHolder:
         """Return a subject's document with its signatures, or why there is none; `None` after too many requests.
 
         Raises:
-            SourceUnavailable: No signer answers.
+            SourceUnavailable: No signer answers, and no document is held.
         """
         if subject.document is None:
             return Refusal.DOCUMENT
-        known = self._documents.get(name)
-        if known is not None:
+        known, since = self._documents.get(name, (None, 0.0))
+        if known is not None and self.monotonic() < since + _DOCUMENT_S:
             return known
         if not self._take_share(subject):
-            return None
-        found = await self.source.document(name, subject)
+            return known
+        try:
+            found = await self.source.document(name, subject)
+        except SourceUnavailable:
+            if known is None:
+                raise
+            return known
         if not isinstance(found, Refusal):
-            self._documents[name] = found
+            self._documents[name] = found, self.monotonic()
         return found
 
     def _take_share(self, subject: Subject) -> bool:

@@ -12,6 +12,7 @@ from imdsproxy.errors import SourceUnavailable
 from imdsproxy.issuer.claims import Refusal
 from imdsproxy.issuer.exchange import MOST_AT_ONCE, Token
 from imdsproxy.issuer.holder import Held, TokenHolder, Wanted
+from imdsproxy.issuer.rotation import MARGIN_S
 from imdsproxy.model.entities import InstanceId, NetworkId
 from imdsproxy.model.subject import Subject
 
@@ -35,6 +36,7 @@ class Rig:
     parts: list[float] = field(default_factory=list)
     batches: list[int] = field(default_factory=list)
     broken: str = ""
+    key: str = "by key 1"
 
     def holder(self) -> TokenHolder:
         return TokenHolder(self.directory, self, lambda: self.now, self._uniform, pause=self._pause)
@@ -62,7 +64,7 @@ class Rig:
         if self.away:
             raise SourceUnavailable("no hub")
         self.asked.append((name, None))
-        return self.refuses or {"document": subject.document or ""}
+        return self.refuses or {"document": subject.document or "", "signature": self.key}
 
     def have(self, *subjects: Subject) -> None:
         """Have these subjects, and no other."""
@@ -229,13 +231,34 @@ async def test_a_document_is_signed_once_and_goes_with_its_subject(rig: Rig) -> 
     rig.have(subject)
     holder = rig.holder()
     for _ in range(30):
-        assert await holder.document(subject.id, subject) == {"document": "{}"}
+        assert await holder.document(subject.id, subject) == _signed("by key 1")
     assert len(rig.asked) == 1
     assert await holder.document(_SUBJECT.id, _SUBJECT) is Refusal.DOCUMENT
     rig.have()
     assert holder.read(subject.id) is None
     await holder.document(subject.id, subject)
     assert len(rig.asked) == 2
+
+
+def _signed(key: str) -> dict[str, str]:
+    return {"document": "{}", "signature": key}
+
+
+async def test_a_document_of_an_old_key_is_given_no_longer_than_the_key_is_published(
+    rig: Rig,
+) -> None:
+    subject = replace(_SUBJECT, document="{}")
+    rig.have(subject)
+    holder = rig.holder()
+    await holder.document(subject.id, subject)
+    rig.key = "by key 2"
+    rig.now += MARGIN_S - 1
+    assert await holder.document(subject.id, subject) == _signed("by key 1")
+    rig.now += 1
+    rig.away = True
+    assert await holder.document(subject.id, subject) == _signed("by key 1")
+    rig.away = False
+    assert await holder.document(subject.id, subject) == _signed("by key 2")
 
 
 async def test_named_audiences_are_fetched_ahead_though_a_guest_has_requested_another(
