@@ -26,6 +26,9 @@ _BURST: Final = 20.0
 _KEPT: Final = 100_000
 _EVERY_S: Final = 1.0
 _RETRY_S: Final = 5.0
+_SET_S: Final = 10.0
+"""Seconds by which a clock must have been set to be noticed; tokens are back-dated by more."""
+
 _REFUSED_S: Final = 60.0
 """Seconds until a token that was refused is requested again: the policy may have changed."""
 
@@ -98,6 +101,7 @@ class TokenHolder:
     Args:
         monotonic: Returns seconds since an arbitrary start.
         uniform: Returns a random number between two.
+        wall: Returns the wall clock's time, Unix time.
 
     Attributes:
         given: Number of tokens by origin: `held`, `new`.
@@ -109,6 +113,7 @@ class TokenHolder:
     source: TokenSource
     monotonic: Callable[[], float]
     uniform: Callable[[float, float], float]
+    wall: Callable[[], float]
     pause: Callable[[float], Awaitable[None]] = asyncio.sleep
     held: dict[TokenKey, Held] = field(default_factory=dict)
     given: Counter[str] = field(default_factory=Counter)
@@ -120,6 +125,7 @@ class TokenHolder:
     _listed: set[str] = field(default_factory=set)
     _pending: dict[TokenKey, asyncio.Task[Held | Refusal]] = field(default_factory=dict)
     _shares: dict[str, _Share] = field(default_factory=dict)
+    _offset: float | None = None
 
     def read(self, name: str) -> Subject | None:
         """Return a subject by its id; `None` if the controller has removed it.
@@ -152,6 +158,7 @@ class TokenHolder:
         Raises:
             SourceUnavailable: No signer answers, and no held token is valid.
         """
+        self._follow_clock()
         now, key = self.monotonic(), (name, audience)
         held = self.held.get(key) if nonce is None else None
         if held is not None and held.fresh_s(now) > 0:
@@ -271,10 +278,23 @@ class TokenHolder:
             self._due.pop(key)
             self.held.pop(key, None)
 
+    def _follow_clock(self) -> None:
+        """Forget all tokens if the clock was set, or the host was suspended: the times in them do not fit any more."""
+        offset = self.wall() - self.monotonic()
+        before = self._offset
+        if before is not None and abs(offset - before) <= _SET_S:
+            return
+        self._offset = offset
+        if before is not None:
+            _log.warning("the clock was set: all tokens are new", by_s=round(offset - before))
+            self.held.clear()
+            self._due = dict.fromkeys(self._due, self.monotonic())
+
     async def run(self) -> None:
         """Fetch and renew tokens until cancelled."""
         while True:
             try:
+                self._follow_clock()
                 self._look()
                 pause = await self._renew()
             except ImdsproxyError as error:

@@ -37,9 +37,17 @@ class Rig:
     batches: list[int] = field(default_factory=list)
     broken: str = ""
     key: str = "by key 1"
+    ahead_s: float = 0.0
 
     def holder(self) -> TokenHolder:
-        return TokenHolder(self.directory, self, lambda: self.now, self._uniform, pause=self._pause)
+        return TokenHolder(
+            self.directory,
+            self,
+            lambda: self.now,
+            self._uniform,
+            lambda: self.now + self.ahead_s,
+            pause=self._pause,
+        )
 
     def _uniform(self, low: float, _: float) -> float:
         return self.parts.pop(0) if self.parts else low
@@ -144,6 +152,24 @@ async def test_a_held_token_outlives_an_outage_of_the_source(rig: Rig) -> None:
     rig.now += 2
     with pytest.raises(SourceUnavailable):
         await _get(holder)
+
+
+@pytest.mark.parametrize("step_s", [-86_400, -60, 60, 86_400])
+async def test_no_held_token_is_given_after_the_clock_was_set_or_the_host_suspended(
+    rig: Rig, step_s: int
+) -> None:
+    holder = rig.holder()
+    await _run(rig, holder)
+    first = await _get(holder)
+    rig.ahead_s = step_s
+    # No token of before, though no other one can be had.
+    rig.away = True
+    with pytest.raises(SourceUnavailable):
+        await _get(holder)
+    rig.away = False
+    await _run(rig, holder)
+    assert len(holder.held) == 2
+    assert await _get(holder) != first
 
 
 async def test_requests_at_one_time_share_one_signature(rig: Rig) -> None:
