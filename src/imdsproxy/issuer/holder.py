@@ -26,6 +26,9 @@ _BURST: Final = 20.0
 _KEPT: Final = 100_000
 _EVERY_S: Final = 1.0
 _RETRY_S: Final = 5.0
+_MOST_FREE: Final = 16
+"""Held tokens of a subject for audiences that no policy names: with `*` a guest could fill the memory."""
+
 _SET_S: Final = 10.0
 """Seconds by which a clock must have been set to be noticed; tokens are back-dated by more."""
 
@@ -125,6 +128,7 @@ class TokenHolder:
     _listed: set[str] = field(default_factory=set)
     _pending: dict[TokenKey, asyncio.Task[Held | Refusal]] = field(default_factory=dict)
     _shares: dict[str, _Share] = field(default_factory=dict)
+    _free: dict[str, set[str]] = field(default_factory=dict)
     _offset: float | None = None
 
     def read(self, name: str) -> Subject | None:
@@ -169,7 +173,7 @@ class TokenHolder:
             return None
         wanted = Wanted(name, subject, audience, nonce)
         try:
-            if nonce is not None:
+            if nonce is not None or self._is_full(wanted):
                 return (await self._request([wanted]))[0]
             return await self._share_request(key, wanted)
         except SourceUnavailable:
@@ -231,8 +235,20 @@ class TokenHolder:
             task.add_done_callback(lambda _: self._pending.pop(key, None))
         return await asyncio.shield(task)
 
+    def _is_full(self, wanted: Wanted) -> bool:
+        """Return whether a token is not held, since its subject has enough of those that no policy names."""
+        free = self._free.get(wanted.id, set())
+        named = wanted.audience in wanted.subject.named_audiences
+        return not named and wanted.audience not in free and len(free) >= _MOST_FREE
+
     async def _fetch(self, key: TokenKey, wanted: Wanted) -> Held | Refusal:
-        return self._keep(key, (await self._request([wanted]))[0])
+        if wanted.audience not in wanted.subject.named_audiences:
+            self._free.setdefault(wanted.id, set()).add(wanted.audience)
+        try:
+            return self._keep(key, (await self._request([wanted]))[0])
+        finally:
+            if key not in self._due:
+                self._free.get(wanted.id, set()).discard(wanted.audience)
 
     async def _request(self, wanted: Sequence[Wanted]) -> list[Held | Refusal]:
         try:
@@ -274,6 +290,7 @@ class TokenHolder:
     def _forget(self, name: str) -> None:
         self._known.pop(name, None)
         self._documents.pop(name, None)
+        self._free.pop(name, None)
         for key in [key for key in self._due if key[0] == name]:
             self._due.pop(key)
             self.held.pop(key, None)
@@ -332,6 +349,7 @@ class TokenHolder:
             if subject is None or audience not in subject.named_audiences:
                 # A guest has requested it, of an audience that `*` allows.
                 del self._due[name, audience]
+                self._free.get(name, set()).discard(audience)
                 self.held.pop((name, audience), None)
             else:
                 wanted.append(Wanted(name, subject, audience))

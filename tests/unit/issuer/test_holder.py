@@ -222,6 +222,27 @@ async def test_a_token_that_only_a_guest_has_requested_is_not_renewed(rig: Rig) 
     assert "free" not in {audience for _, audience in holder.held}
 
 
+async def test_a_guest_that_may_request_any_audience_fills_no_memory(rig: Rig) -> None:
+    holder = rig.holder()
+    await _run(rig, holder)
+    for number in range(100):
+        rig.now += 1
+        assert isinstance(await _get(holder, f"free{number}"), Held)
+    assert len(holder.held) == 2 + 16
+    # Named audiences, and those that are held, are held on.
+    first = await _get(holder, "free0")
+    assert await _get(holder, "free0") == first
+    # A failure takes no place, and the places come free.
+    rig.now += _LIFE_S
+    rig.away = True
+    for number in range(20):
+        with pytest.raises(SourceUnavailable):
+            await _get(holder, f"lost{number}")
+    rig.away = False
+    await _run(rig, holder, 2)
+    assert await _get(holder, "other") == await _get(holder, "other")
+
+
 async def test_a_held_token_outlives_a_record_that_a_hub_cannot_read(rig: Rig) -> None:
     holder = rig.holder()
     first = await _get(holder)
