@@ -126,6 +126,7 @@ class TokenHolder:
     _due: dict[TokenKey, float] = field(default_factory=dict)
     _known: dict[str, Subject] = field(default_factory=dict)
     _listed: set[str] = field(default_factory=set)
+    _unread: set[str] = field(default_factory=set)
     _pending: dict[TokenKey, asyncio.Task[Held | Refusal]] = field(default_factory=dict)
     _shares: dict[str, _Share] = field(default_factory=dict)
     _free: dict[str, set[str]] = field(default_factory=dict)
@@ -326,12 +327,19 @@ class TokenHolder:
         for name in {key[0] for key in self._due} - names:
             self._forget(name)
         # A guest's request may have read a subject before: its other audiences are fetched all the same.
-        new, now = names - self._listed, self.monotonic()
-        self._listed = names
-        for name in new:
-            subject = self.read(name)
+        unread = set[str]()
+        for name in names - self._listed:
+            try:
+                subject = self.read(name)
+            except ImdsproxyError as error:
+                # It harms no other subject, and is read again in the next round.
+                unread.add(name)
+                if name not in self._unread:
+                    _log.error("a subject is not read", reason=error.message)
+                continue
             for audience in () if subject is None else subject.named_audiences:
-                self._due.setdefault((name, audience), now)
+                self._due.setdefault((name, audience), self.monotonic())
+        self._listed, self._unread = names - unread, unread
 
     async def _renew(self) -> float:
         """Renew tokens if one is due; return the seconds until the next look.

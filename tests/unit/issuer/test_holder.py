@@ -268,6 +268,18 @@ async def test_tokens_that_are_never_answered_keep_no_other_token_from_its_renew
     assert {audience for _, audience in holder.held} == {"keystone", "vault"}
 
 
+async def test_a_damaged_subject_keeps_no_other_one_from_its_tokens(rig: Rig) -> None:
+    others = [replace(_SUBJECT, instance=InstanceId(f"i{number}")) for number in range(20)]
+    rig.have(_SUBJECT, *others)
+    (rig.directory / _SUBJECT.id).write_bytes(b"damaged")
+    holder = rig.holder()
+    await _run(rig, holder)
+    assert {name for name, _ in holder.held} == {one.id for one in others}
+    (rig.directory / _SUBJECT.id).write_bytes(_SUBJECT.render())
+    await _run(rig, holder)
+    assert _SUBJECT.id in {name for name, _ in holder.held}
+
+
 @pytest.mark.parametrize("name", ["", "..", "../../etc/shadow", "x" * 32])
 def test_no_other_file_is_taken_for_a_subject(rig: Rig, name: str) -> None:
     assert rig.holder().read(name) is None
