@@ -1,5 +1,6 @@
 """Keys of a host without a fleet: in a directory, or given by the operator."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,12 +11,13 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from imdsproxy.errors import SecretUnreadable, refusing
 from imdsproxy.host.clock import Clock
-from imdsproxy.host.files import write_atomic
+from imdsproxy.host.files import sweep_unfinished, write_atomic
 from imdsproxy.issuer.key_file import GivenKey
 from imdsproxy.issuer.keys import Algorithm, SigningKey, make_certificate, make_key, parse_key
 from imdsproxy.issuer.ring import KeyRing, parse_ring
 
 _RING: Final = "ring.json"
+_ID: Final = re.compile("[A-Za-z0-9_-]{43}")
 _SECRET: Final = 0o600
 _RESTORE: Final = "restore the directory from a backup; or name the operator's key that it was in identity.key_file"
 
@@ -64,6 +66,16 @@ class KeyStore:
                 self._take_given()
             elif ring.signing is None:
                 self.add()
+            if content is not None:
+                self._sweep()
+
+    def _sweep(self) -> None:
+        """Remove private keys outside the ring: a signer that was killed meanwhile has left them."""
+        sweep_unfinished(self.directory)
+        ids = {one.id for one in self.ring.entries}
+        for path in self.directory.glob("*.pem"):
+            if path.stem not in ids and _ID.fullmatch(path.stem):
+                path.unlink()
 
     def _take_given(self) -> None:
         for one in self.given:

@@ -136,6 +136,46 @@ def test_each_start_has_the_same_certificate(tmp_path: Path) -> None:
     assert other.signing.jwk()["x5c"] != first["x5c"]
 
 
+class _KilledError(Exception):
+    """End of a signer at this place."""
+
+
+def _die(*_: object, **__: object) -> None:
+    raise _KilledError
+
+
+def test_a_signer_that_was_killed_before_it_removed_a_stolen_key_removes_it_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = _open(tmp_path)
+    stolen = store.signing.id
+    added = store.add()
+    ring = store.ring.promote(added, 0).drop([stolen])
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", _die)
+        with pytest.raises(_KilledError):
+            store.keep(ring)
+    assert (tmp_path / f"{stolen}.pem").exists()
+    (tmp_path / "operator.pem").write_text("a file of the operator")
+    (tmp_path / f".{stolen}.pem.{2**22 + 1}-1.tmp").write_text("a part of a key")
+    assert _open(tmp_path).signing.id == added
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"ring.json", "operator.pem", f"{added}.pem"}
+
+
+def test_a_signer_that_was_killed_before_a_new_key_was_in_its_ring_forgets_the_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = _open(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(KeyStore, "keep", _die)
+        with pytest.raises(_KilledError):
+            store.add()
+    assert len([*tmp_path.glob("*.pem")]) == 2
+    kept = _open(tmp_path).signing.id
+    assert {path.name for path in tmp_path.iterdir()} == {"ring.json", f"{kept}.pem"}
+
+
 def test_a_signer_with_the_operator_s_key_makes_none(tmp_path: Path) -> None:
     store = _open(tmp_path, GivenKey(_P256))
     with pytest.raises(ValueError, match="the operator"):
