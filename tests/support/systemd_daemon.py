@@ -21,6 +21,7 @@ UNITS: Final = (CONTROLLER, HAPROXY, DOCUMENTS)
 HUB: Final = "imdsproxy-hub.service"
 IDENTITY: Final = "imdsproxy-identity.service"
 SIGNER: Final = "imdsproxy-signer.service"
+HUB_SIGNER: Final = "imdsproxy-hub-signer.service"
 
 USER_DATA: Final = "/latest/user-data"
 
@@ -113,7 +114,7 @@ class UnitDaemon:
             *(["PrivateTmp=no"] if places & {"tmp", "var"} else []),
         ]
         if lines:
-            for unit in (DOCUMENTS, HUB, IDENTITY, SIGNER):
+            for unit in (DOCUMENTS, HUB, HUB_SIGNER, IDENTITY, SIGNER):
                 drop_in = f"/etc/systemd/system/{unit}.d/places.conf"
                 self.machine.write(drop_in, "\n".join(["[Service]", *lines, ""]))
         self.machine.run(f"{REPOSITORY}/packaging/install")

@@ -1,16 +1,16 @@
-"""Files of another account, opened only if just root and that account can change the file or a directory above."""
+"""Files of another account: opened only if just root and that account can change them, or given to the account."""
 
 import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from imdsproxy.errors import ConfigUnreadable, FileUntrusted
-from imdsproxy.host.files import Owner, opened
+from imdsproxy.errors import ConfigUnreadable, FileUntrusted, refusing
+from imdsproxy.host.files import Owner, ensure_directory, opened
 
 _MOST_LINKS: Final = 40
 """Maximum number of symbolic links, as in the kernel (path_resolution(7))."""
@@ -120,3 +120,30 @@ def _check(descriptor: int, shown: str, owner: Owner) -> None:
         raise FileUntrusted(
             f"group {status.st_gid} may write to {shown}", hint=f"chmod g-w {shown}"
         )
+
+
+def give_files(directory: Path, paths: Iterable[Path], owner: Owner) -> None:
+    """Give regular files of a directory, and the directory, to an account, as root; raise `HostRefused`."""
+    with refusing(f"give {directory} to its account"):
+        for path in paths:
+            with opened_regular(path) as file:
+                if file is not None:
+                    os.fchown(file, *owner)
+    ensure_directory(directory, mode=0o700, owner=owner)
+
+
+@contextlib.contextmanager
+def opened_regular(path: Path) -> Iterator[int | None]:
+    """Open a regular file without other names; yield `None` otherwise, for example for a link the account created."""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno not in {errno.ENOENT, errno.ELOOP}:
+            raise
+        yield None
+        return
+    try:
+        status = os.fstat(file)
+        yield file if stat.S_ISREG(status.st_mode) and status.st_nlink == 1 else None
+    finally:
+        os.close(file)

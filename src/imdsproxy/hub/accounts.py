@@ -3,11 +3,7 @@
 A hub that root starts takes its account before any communication. HAProxy's process exists by then.
 """
 
-import contextlib
-import errno
 import os
-import stat
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -23,6 +19,7 @@ from imdsproxy.host.files import (
     read_secret,
     write_atomic,
 )
+from imdsproxy.host.owned_files import give_files, opened_regular
 from imdsproxy.hub.pki.files import FleetFiles
 
 _SHARED: Final = 0o640
@@ -104,43 +101,20 @@ def give_places(settings: HubSettings, accounts: Accounts) -> Places:
     places, owner = Places(settings.runtime_dir), accounts.shared
     if accounts.hub is not None:
         owner = accounts.hub.user, (accounts.haproxy or accounts.hub).group
-        files = FleetFiles(settings.directory)
+        files, hub = FleetFiles(settings.directory), (accounts.hub.user, accounts.hub.group)
         # If there is no fleet, the hub reports that when it reads the files.
         if settings.directory.is_dir():
-            _give(settings.directory, files.of_hub, accounts.hub)
-        with refusing(f"have the hub read {files.operator}"), _regular(files.operator) as file:
+            give_files(settings.directory, files.of_hub, hub)
+        with (
+            refusing(f"have the hub read {files.operator}"),
+            opened_regular(files.operator) as file,
+        ):
             if file is not None:
                 apply_owner_and_mode(file, _SHARED, (-1, accounts.hub.group))
         ensure_directory(settings.state_dir, mode=0o700)
-        _give(settings.state_dir, settings.state_dir.iterdir(), accounts.hub)
+        give_files(settings.state_dir, settings.state_dir.iterdir(), hub)
     ensure_directory(places.directory, mode=0o710, owner=owner)
     return places
-
-
-def _give(directory: Path, paths: Iterable[Path], account: Account) -> None:
-    with refusing(f"give {directory} to the hub's account"):
-        for path in paths:
-            with _regular(path) as file:
-                if file is not None:
-                    os.fchown(file, account.user, account.group)
-    ensure_directory(directory, mode=0o700, owner=(account.user, account.group))
-
-
-@contextlib.contextmanager
-def _regular(path: Path) -> Iterator[int | None]:
-    """Open a regular file without other names; yield `None` otherwise, for example for a link the account created."""
-    try:
-        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        if error.errno not in {errno.ENOENT, errno.ELOOP}:
-            raise
-        yield None
-        return
-    try:
-        status = os.fstat(file)
-        yield file if stat.S_ISREG(status.st_mode) and status.st_nlink == 1 else None
-    finally:
-        os.close(file)
 
 
 def read_certificate(identity: IdentitySettings) -> bytes | None:

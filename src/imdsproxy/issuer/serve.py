@@ -31,6 +31,7 @@ from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import ensure_directory
 from imdsproxy.host.logs import open_logging
 from imdsproxy.host.notify import ServiceNotifier, is_journal
+from imdsproxy.host.owned_files import give_files
 from imdsproxy.host.process import leave_no_dumps
 from imdsproxy.host.servers import open_unix_socket
 
@@ -104,8 +105,7 @@ async def _run(plan: Plan, clock: Clock) -> int:
             ensure_directory(path.parent)
     pid_file = PidFile(Path(plan.pid_file))
     if plan.keys:
-        owner = None if plan.user is None else (plan.user, plan.group or -1)
-        ensure_directory(Path(plan.keys), mode=_PRIVATE, owner=owner)
+        _give_keys(plan)
         # The signer's account may not enter the directories above.
         os.chdir(plan.keys)
     serving = partial(_serve_signer, _read_given(plan)) if plan.keys else _serve_guests
@@ -130,6 +130,14 @@ async def _run(plan: Plan, clock: Clock) -> int:
     return 0
 
 
+def _give_keys(plan: Plan) -> None:
+    """Give the signer's directory to its account, with files that an operator has copied there as root."""
+    directory = Path(plan.keys)
+    ensure_directory(directory, mode=_PRIVATE)
+    if plan.user is not None and os.geteuid() == 0:
+        give_files(directory, directory.iterdir(), (plan.user, plan.group or -1))
+
+
 def _read_given(plan: Plan) -> bytes:
     """Read the operator's keys as root, which may be alone to read them; empty without such a file."""
     if not plan.key_file:
@@ -146,16 +154,17 @@ async def _serve_guests(plan: Plan, listener: socket.socket, clock: Clock) -> As
     from imdsproxy.issuer.local_signer import LocalSigner, SignerClient
     from imdsproxy.issuer.service import IdentityService
 
-    wall: Callable[[], float] = lambda: clock.now().timestamp()  # noqa: E731 - shorter than a function
     source: TokenSource
     if plan.fleet:
         from imdsproxy.issuer.hub_source import HubSource
 
-        source = HubSource(Path(plan.fleet), wall, random.SystemRandom().random)
+        source = HubSource(
+            Path(plan.fleet), lambda: clock.now().timestamp(), random.SystemRandom().random
+        )
     else:
         source = LocalSigner(SignerClient(Path(plan.signer), resends=True))
     uniform = random.SystemRandom().uniform
-    holder = TokenHolder(Path(plan.subjects), source, clock.monotonic, uniform, wall)
+    holder = TokenHolder(Path(plan.subjects), source, clock.monotonic, uniform)
     async with serving(IdentityService(holder, plan.openstack_audience), listener, grace_s=1.0):
         renewing = asyncio.create_task(holder.run())
         try:

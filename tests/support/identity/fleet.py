@@ -72,7 +72,6 @@ class Signers(BesideHub):
             keys.mkdir(parents=True)
             until((self._first / "seal.key").exists, what="the first signer's key")
             shutil.copy(self._first / "seal.key", keys / "seal.key")
-            shutil.chown(keys / "seal.key", "nobody")
         log = (hub.directory / f"{hub.name}.signer.log").open("ab")
         self.processes[hub.name] = subprocess.Popen(
             (
