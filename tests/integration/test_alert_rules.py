@@ -50,6 +50,7 @@ _SERIES: Final[Mapping[str, Mapping[str, str]]] = {
     "ProcessRestarted": {'imdsproxy_process_restarts_total{process="haproxy"}': _grows()},
     "ControllerRestarting": {"imdsproxy_start_time_seconds": f"5x{_BEGINS_M - 1} 6+60x120"},
     "DocumentServerDown": {"imdsproxy_documents_processes": _becomes("2", "0")},
+    "IdentityFailing": {"imdsproxy_identity_failing": _ON},
     "SettingsRefused": {"imdsproxy_settings_refused": _ON},
     "FewFileDescriptors": {
         'process_open_fds{job="imdsproxy"}': _becomes("80", "81"),
@@ -111,6 +112,14 @@ _SERIES: Final[Mapping[str, Mapping[str, str]]] = {
     "HubDown": {'up{job="imdsproxy-hub"}': _OFF},
     "HubAbsent": {"imdsproxy_hub_absent_hubs": _ON},
     "HubNotFollowing": {"imdsproxy_hub_ready": _OFF},
+    "HubCannotSign": {
+        'imdsproxy_hub_identity_failing{instance="a"}': "0x130",
+        'imdsproxy_hub_identity_failing{instance="b"}': _ON,
+    },
+    "FleetCannotSign": {
+        'imdsproxy_hub_identity_failing{instance="a"}': "1x130",
+        'imdsproxy_hub_identity_failing{instance="b"}': _ON,
+    },
     "HubsApart": {"imdsproxy_hub_silent_hubs": _ON},
     "EtcdMemberDown": {
         'imdsproxy_hub_etcd_member_up{member="m1",instance="a"}': "1x130",

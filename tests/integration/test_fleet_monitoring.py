@@ -33,6 +33,7 @@ from support.daemon import instance
 from support.dashboards import layout_faults, without_data
 from support.demonstration import REPOSITORY
 from support.fleet_world import METRICS_PORT, FleetHost, FleetWorld, fleet_world
+from support.identity.fleet import Signers
 from support.lab import until
 from support.prometheus import RULES, Prometheus, alerts, open_prometheus
 
@@ -54,21 +55,29 @@ class Monitored:
 
     world: FleetWorld
     host: FleetHost
+    signers: Signers
     prometheus: Prometheus
 
 
 @pytest.fixture(scope="module")
-def fleet() -> Iterator[Monitored]:
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Monitored]:
     metrics = {"listen": _METRICS, "haproxy_listen": None}
-    with fleet_world(etcd_flags=(f"--quota-backend-bytes={_QUOTA}",), metrics=metrics) as world:
+    identity = {"enabled": True, "user": "daemon"}
+    signers = Signers(tmp_path_factory.mktemp("issuer"))
+    flags = (f"--quota-backend-bytes={_QUOTA}",)
+    with fleet_world(
+        etcd_flags=flags, beside_hub=signers, metrics=metrics, identity=identity
+    ) as world:
         host = world.add_host("a", start=False)
         _join(world, host)
         world.store_network("blue")
+        # The host requests tokens of its hub.
+        world.write({f"{layout.POLICIES}host/a": b'{"audiences":["vault"]}'})
         world.place(instance("web", "blue"), "a")
         targets = [f"{one.address}:{METRICS_PORT}" for one in world.hubs]
         jobs = {"imdsproxy-hub": targets, "imdsproxy": [_METRICS]}
         with open_prometheus(world.etcd.lab.host, world.directory, jobs) as prometheus:
-            yield Monitored(world, host, prometheus)
+            yield Monitored(world, host, signers, prometheus)
 
 
 def _short_lived(world: FleetWorld, role: Role, name: str) -> tuple[bytes, str]:
@@ -120,6 +129,12 @@ def test_a_fleets_dashboard_has_data_and_each_fault_of_the_fleet_fires_its_alert
 
     world, (first, second) = fleet.world, fleet.world.hubs
     wait_for("HostCertificateEnds")
+    fleet.signers.kill(second.name)
+    wait_for("HubCannotSign")
+    fleet.signers.kill(first.name)
+    wait_for("FleetCannotSign")
+    for hub in world.hubs:
+        fleet.signers.start(hub)
     before = _replace_certificates(world)
     world.write({host_key(HostId("b")): render_host(StoredHost(HostState.ENROLLED, ("1",)))})
     world.store_network("away")

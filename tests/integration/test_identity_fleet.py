@@ -24,7 +24,7 @@ from imdsproxy.sources.fleet.client import HubClient
 from support.daemon import instance
 from support.fleet_member import Member
 from support.fleet_operator import Operator
-from support.fleet_world import FleetHost, FleetWorld, fleet_world
+from support.fleet_world import METRICS_PORT, FleetHost, FleetWorld, HubProcess, fleet_world
 from support.guest import Guest, take_token, with_token
 from support.identity.fleet import Signers
 from support.identity.requests import claims_of, request_token, wait_token
@@ -232,6 +232,42 @@ def test_tokens_go_on_when_a_hub_or_its_signer_ends(
     signers.start(world.hubs[0])
     world.hubs[0].start()
     until(lambda: _as_host(world, hosts[0])[0] == 200, within_s=20, what="the first hub's again")
+
+
+def test_a_hub_whose_signer_has_ended_is_not_ready_and_each_hub_s_status_names_it_with_the_remedy(
+    world: FleetWorld, signers: Signers, operator: Operator
+) -> None:
+    def read(path: str) -> str:
+        url = f"http://{world.hubs[0].address}:{METRICS_PORT}{path}"
+        return run(*within(world.hubs[0].namespace), "curl", "-s", url)
+
+    def named(hub: HubProcess) -> str | None:
+        found = operator.at(hub).do("fleet", "status", "--json").json
+        problem: str | None = found["problems"].get("hub hub1, signer")
+        assert (problem is None) == (
+            not any("signer" in one for one in found["readiness"]["degraded"])
+        )
+        return problem
+
+    until(lambda: json.loads(read("/readyz"))["ready"], within_s=20, what="readiness")
+    assert [named(hub) for hub in world.hubs] == [None, None]
+    assert "imdsproxy_hub_identity_failing 0.0" in read("/metrics")
+    signers.kill("hub1")
+    try:
+        until(lambda: not json.loads(read("/readyz"))["ready"], within_s=20, what="the refusal")
+        assert "the signer does not answer" in read("/readyz")
+        assert "imdsproxy_hub_identity_failing 1.0" in read("/metrics")
+        for hub in world.hubs:
+            until(lambda hub=hub: named(hub) is not None, within_s=20, what="the problem")  # type: ignore[misc] # as above
+            assert "systemctl status imdsproxy-hub-signer" in str(named(hub))
+        assert "the signer does not answer" in str(named(world.hubs[0]))
+        assert "its /readyz has the reason" in str(named(world.hubs[1]))
+        shown = " ".join(operator.at(world.hubs[1]).run("fleet", "status").out.split())
+        assert "hub hub1, signer: it signs no identity token" in shown
+    finally:
+        signers.start(world.hubs[0])
+    until(lambda: json.loads(read("/readyz"))["ready"], within_s=20, what="readiness again")
+    assert [named(hub) for hub in world.hubs] == [None, None]
 
 
 def test_a_revoked_host_gets_no_token_within_a_second(world: FleetWorld) -> None:

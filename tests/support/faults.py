@@ -333,6 +333,16 @@ def _all_novas_are_down(host: Monitored) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _a_signer_that_does_not_start(host: Monitored) -> Iterator[None]:
+    ring = host.daemon.state / "identity/keys/ring.json"
+    good = ring.read_bytes()
+    ring.write_text("damaged")
+    os.kill(int((host.daemon.runtime / "signer.pid").read_text().split()[0]), signal.SIGKILL)
+    yield
+    ring.write_bytes(good)
+
+
+@contextlib.contextmanager
 def _a_document_server_that_does_not_start(host: Monitored) -> Iterator[None]:
     good = host.daemon.config.read_text()
     host.daemon.config.write_text(_BROKEN)
@@ -445,6 +455,7 @@ TOGETHER: Final = (
     (
         Fault(_the_socket_is_left_to_an_agent, ("ImdsproxyUnixListenerDown",)),
         Fault(_all_novas_are_down, ("ImdsproxyNovaDown",)),
+        Fault(_a_signer_that_does_not_start, ("ImdsproxyIdentityFailing",)),
         Fault(_more_connections_than_haproxy_has, ("ImdsproxyHaproxyFull",)),
     ),
     (

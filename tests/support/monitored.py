@@ -13,6 +13,7 @@ from typing import Final
 
 from support.daemon import Daemon, instance
 from support.guest import Guest
+from support.identity.requests import identity_settings
 from support.lab import RecordMapping, run, until
 from support.nova_world import SECRET, nova_instance
 from support.prometheus import Prometheus, open_prometheus
@@ -79,8 +80,12 @@ def _nova(novas: Sequence[Recorder]) -> Mapping[str, object]:
     return {**times, "endpoint_sets": {"default": chosen}}
 
 
-def _settings(novas: Sequence[Recorder]) -> Mapping[str, Mapping[str, object]]:
+def _settings(
+    novas: Sequence[Recorder], identity: Mapping[str, object]
+) -> Mapping[str, Mapping[str, object]]:
     return {
+        "identity": identity,
+        "policy": {"host": {"audiences": ["vault"]}},
         "metrics": {"listen": CONTROLLER, "haproxy_listen": HAPROXY},
         "haproxy": {"binary": "{directory}/haproxy", "maxconn": 150, "hard_stop_after_s": 60},
         "resolver": {"hold_s": 3.0, "max_held_per_network": 4},
@@ -153,7 +158,9 @@ def open_monitored() -> Iterator[Monitored]:
             novas.extend(
                 stack.enter_context(Recorder(namespace=lab.host, secret=SECRET)) for _ in range(2)
             )
-            daemon.configure(_settings(novas))
+            place = daemon.directory / "issuer"
+            place.mkdir()
+            daemon.configure(_settings(novas, identity_settings(place)[0]))
 
         world = stack.enter_context(open_world(prepare=prepare))
         guest = world.lab.guest("green", 6)

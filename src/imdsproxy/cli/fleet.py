@@ -331,7 +331,7 @@ def _show_status(output: Output, shape: Shape) -> None:
         "CA": _authority(shape["authority_ends"]),
         "not in force on": _named(shape["behind"]),
         "imports": "\n".join(unfinished) or None,
-        "refused values": "\n".join(
+        "problems": "\n".join(
             f"{clean(key)}: {clean(why)}" for key, why in shape["problems"].items()
         )
         or None,

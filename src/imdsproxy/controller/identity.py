@@ -39,7 +39,7 @@ from imdsproxy.issuer.documents import render_documents
 from imdsproxy.issuer.ring import parse_ring
 from imdsproxy.issuer.rotation import Pace, ends_tokens, plan_rotation
 from imdsproxy.issuer.serve import Plan
-from imdsproxy.reconcile.part import By, Gauge, Impact, Part
+from imdsproxy.reconcile.part import By, Count, Gauge, Impact, Part
 from imdsproxy.reconcile.reconciler import Reconciler
 from imdsproxy.sources.fleet.client import HostFiles
 
@@ -240,9 +240,18 @@ class IdentityHost(Part):
         """Identity tokens refused, by reason."""
         return self._state.get("refused", {}) if self.service.needed else None
 
+    def identity_answers(self) -> Count:
+        """Answers of the signer or of a hub to requests for identity tokens; a request may be for several tokens."""
+        return self._state.get("answers") if self.service.needed else None
+
+    def identity_answer_seconds(self) -> Count:
+        """Seconds that these answers took."""
+        return self._state.get("answered_s") if self.service.needed else None
+
     def identity_failing(self) -> Gauge:
-        """1 while guests get no identity tokens; `imdsproxy status` has the reason."""
-        return float(self._unsigned is not None) if self.service.needed else None
+        """1 while guests get no new identity tokens; `imdsproxy status` has the reason."""
+        failures = self.service.failure, self.signer.failure, self._unsigned
+        return float(any(failures)) if self.service.needed else None
 
     async def _follow_fleet(self) -> None:
         while self.fleet is not None:

@@ -20,7 +20,7 @@ from imdsproxy.host.clock import Clock
 from imdsproxy.host.files import read_secret
 from imdsproxy.hub.hosts.cloud import open_cloud
 from imdsproxy.hub.hosts.in_force import Peers
-from imdsproxy.hub.hosts.issuer import FleetIssuer
+from imdsproxy.hub.hosts.issuer import FleetIssuer, explain_unsigned
 from imdsproxy.hub.hosts.sealed import TokenKeyRing, password_item
 from imdsproxy.hub.hosts.streams import Streams
 from imdsproxy.hub.pki.authority import Authority
@@ -102,6 +102,12 @@ class Hub:
         """Return the problems of this hub itself by their subject."""
         found = {f"loop {name}": why for name, why in self.loop_failures().items()}
         return found if self.issuer is None else found | self.issuer.problems()
+
+    def unsigned(self) -> str | None:
+        """Return the reason why this hub can sign no identity token; `None` if it can, or if its settings give none."""
+        if self.issuer is None or self.issuer.problem is None:
+            return None
+        return explain_unsigned(codec.plain(self.issuer.problem))
 
     def unready(self) -> str | None:
         return explain_unready(self.state, self.envelope)

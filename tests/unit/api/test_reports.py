@@ -412,6 +412,8 @@ metadata_no_token_rejected_total{{network="blue"}} 2.0
 metadata_no_token_rejected_total{{network="red"}} 0.0
 identity_failing 0.0
 identity_tokens_held 3.0
+identity_answers_total 3.0
+identity_answer_seconds_total 0.5
 identity_tokens_total{{origin="new"}} 2.0
 identity_refusals_total{{reason="audience"}} 1.0
 fleet_connected 1.0
@@ -439,7 +441,8 @@ def exposed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def _identity(controller: Parts) -> IdentityHost:
     """Identity tokens of a host that has given some."""
     beside = Companion(Path("pid"), Path("log"), (), {})
-    state = {"held": 3, "given": {"new": 2}, "refused": {"audience": 1}, "failure": None}
+    counts = {"given": {"new": 2}, "refused": {"audience": 1}, "answers": 3, "answered_s": 0.5}
+    state = {"held": 3, **counts, "failure": None}
     return IdentityHost(
         controller.layout,
         None,

@@ -8,6 +8,7 @@ import pytest
 from imdsproxy.errors import SourceUnavailable
 from imdsproxy.fleet import layout
 from imdsproxy.fleet.layout import HostId, StoredIssuer, parse_issuer, render_issuer
+from imdsproxy.host.clock import Clock
 from imdsproxy.hub.hosts.cloud import CloudGuests
 from imdsproxy.hub.hosts.issuer import Asked, FleetIssuer, plan_steps
 from imdsproxy.issuer.rotation import Pace
@@ -54,7 +55,7 @@ async def test_an_outage_of_openstack_is_waited_for_once_in_a_batch() -> None:
         url="https://id.cloud.example",
         signer=cast("Any", SimpleNamespace(is_open=True)),
         state=fleet,
-        clock=unused,
+        clock=Clock(),
         pace=_PACE,
         find_wrong_clocks=unused,
         cloud=CloudGuests(ask_in_vain, list_ports, 60.0, lambda: 100.0),

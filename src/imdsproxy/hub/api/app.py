@@ -59,6 +59,7 @@ def build_api(hub: Hub) -> FastAPI:
         authority=hub.authority,
         hub_problems=hub.problems,
         unready=hub.unready,
+        unsigned=hub.unsigned,
     )
     app = operators_app(operations)
     app.state.hub = hub

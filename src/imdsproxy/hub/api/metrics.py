@@ -83,8 +83,8 @@ class HubMetrics(Exposed, prefix="imdsproxy_hub_"):
             return Readiness(ready=False, reasons=("etcd was not read yet",))
         if (why := self.hub.unready()) is not None:
             return Readiness(ready=False, reasons=(why,))
-        if self.hub.issuer is not None and (why := self.hub.issuer.problem) is not None:
-            return Readiness(ready=False, reasons=(f"no identity token can be signed: {why}",))
+        if (why := self.hub.unsigned()) is not None:
+            return Readiness(ready=False, reasons=(why,))
         if replica.failure is not None:
             reason = f"etcd is not followed: {replica.failure.reason}"
             return Readiness(ready=False, reasons=(reason,))
@@ -103,7 +103,9 @@ class HubMetrics(Exposed, prefix="imdsproxy_hub_"):
         return {__version__: 1}
 
     def ready(self) -> Gauge:
-        """1 while the hub follows etcd and serves current records; for a 0, the hub's /readyz has the reason."""
+        """1 while the hub follows etcd, serves current records, and can sign identity tokens if its settings give any;
+        for a 0, the hub's /readyz has the reason.
+        """
         return self.readiness().ready
 
     def start_time_seconds(self) -> Gauge:
@@ -197,6 +199,27 @@ class HubMetrics(Exposed, prefix="imdsproxy_hub_"):
     def token_keys_unreadable(self) -> Gauge:
         """1 while the newest session token keys in etcd cannot be read; the earlier keys stay in force."""
         return self.hub.state.unread_keys() is not None
+
+    def identity_failing(self) -> Gauge:
+        """1 while this hub can sign no identity token; `imdsproxy fleet status` has the reason. No series if the hub's
+        settings give no tokens.
+        """
+        return None if self.hub.issuer is None else self.hub.unsigned() is not None
+
+    def identity_tokens(self) -> Annotated[By, "counter", "outcome"]:
+        """Identity tokens that hosts requested of this hub, by outcome: signed, or the reason of the refusal."""
+        issuer = self.hub.issuer
+        return None if issuer is None else issuer.answered
+
+    def identity_answers(self) -> Count:
+        """Answers to hosts that requested identity tokens; a request may be for several tokens."""
+        issuer = self.hub.issuer
+        return None if issuer is None else issuer.answers
+
+    def identity_answer_seconds(self) -> Count:
+        """Seconds that these answers took, with the proof of the guests' place."""
+        issuer = self.hub.issuer
+        return None if issuer is None else issuer.answered_s
 
     def certificate_end_seconds(self) -> Annotated[By, "gauge", "certificate"]:
         """Unix time at which a certificate in the hub's directory expires: authority, hub, and operator if present."""

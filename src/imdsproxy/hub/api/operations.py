@@ -24,6 +24,7 @@ from imdsproxy.fleet.stream import ItemKey
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub.api.verdict import judge_fleet
 from imdsproxy.hub.hosts.in_force import COMING, InForce, Peers, Reported
+from imdsproxy.hub.hosts.issuer import explain_unsigned
 from imdsproxy.hub.hosts.sealed import Passwords
 from imdsproxy.hub.hosts.streams import Streams
 from imdsproxy.hub.pki.authority import Authority
@@ -112,7 +113,8 @@ class FleetStatus:
         regained: Memberships, revocations and overrides that etcd had lost and hubs put back, by owner.
         problems: Reasons by subject. An etcd key: another program wrote or deleted its value. `host NAME`: the host
             had other items than its own, or presents an invalid certificate. `loop NAME`: a part of the hub failed and
-            was restarted. `hub NAME`: this hub serves no host. `etcd`: the quorum is lost.
+            was restarted. `hub NAME`: this hub serves no host. `hub NAME, signer`: this hub signs no identity token.
+            `etcd`: the quorum is lost.
         token_keys: Reason why the newest keys of session tokens cannot be read; the older keys stay in force.
         imports: Unfinished imports with the number of stored records and of all records; empty while etcd is away.
         etcd: Members of etcd: `url`, `leads`, size and quota of the database in bytes, and `problems` in words.
@@ -161,6 +163,7 @@ class Operations:
     authority: Authority | None = None
     hub_problems: Callable[[], Mapping[str, str]] = dict
     unready: Callable[[], str | None] = lambda: None
+    unsigned: Callable[[], str | None] = lambda: None
     imports: dict[str, tuple[Import, asyncio.Task[FleetWritten]]] = field(default_factory=dict)
 
     def begin(self, one: Import) -> str:
@@ -267,15 +270,16 @@ class Operations:
         return found
 
     async def report(self) -> FleetStatus:
-        (reported, answering), (imports, damaged), members, ahead = await asyncio.gather(
+        (reported, answering), (imports, damaged), members, alive = await asyncio.gather(
             self.in_force.ask_hubs(),
             self._imports(),
             self.etcd.status(),
-            self.peers.find_wrong_clocks(),
+            self.peers.ask_alive(),
         )
+        unsigned = self._list_unsigned(alive)
         clocks = {
             name: f"its clock is {ahead_s:+.0f} s from that of {self.peers.name}: set the clocks by NTP"
-            for name, ahead_s in ahead.items()
+            for name, ahead_s in self.peers.compare_clocks(alive).items()
         }
         state = self.state
         enrolled = [one for one in self._hosts(reported) if one.state == HostState.ENROLLED]
@@ -305,6 +309,7 @@ class Operations:
                 **{f"host {host}": why for host, why in self.streams.refused().items()},
                 **{f"host {host}": why for host, why in self.streams.differing().items()},
                 **self.hub_problems(),
+                **{f"hub {name}, signer": why for name, why in unsigned.items()},
                 **{f"hub {name}": why for name, why in clocks.items()},
                 **({} if unready is None else {f"hub {self.peers.name}": unready}),
                 **({} if (lost := _lost_quorum(members)) is None else {"etcd": lost}),
@@ -317,6 +322,14 @@ class Operations:
         reasons = [] if unready is None else [unready]
         reasons += [f"this hub has no answer of etcd for {age_s:.0f} s"] if age_s > SILENT_S else []
         return replace(status, readiness=judge_fleet(status, members, reasons))
+
+    def _list_unsigned(self, alive: Mapping[str, Any]) -> dict[str, str]:
+        """Return why hubs sign no identity token, by hub: this hub, and the others that have answered."""
+        unsigned = [name for name, answer in alive.items() if answer.get("unsigned") is True]
+        reasons = dict.fromkeys(unsigned, explain_unsigned("its /readyz has the reason"))
+        if (why := self.unsigned()) is not None:
+            reasons[self.peers.name] = why
+        return dict(sorted(reasons.items()))
 
     def _own_problems(self) -> dict[str, str]:
         found, name = {}, self.peers.name

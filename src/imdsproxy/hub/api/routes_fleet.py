@@ -162,8 +162,13 @@ async def reseal_secrets(body: ResealBody, operations: Uses, _: FleetOperator) -
 
 @fleet.get(ALIVE_PATH.removeprefix("/fleet"), include_in_schema=False)
 async def show_alive(operations: Uses) -> JSONResponse:
-    """Show that this hub does not hang, and its clock (Unix time); operators and hubs ask this before slow requests."""
-    return JSONResponse({"now": operations.clock.now().timestamp()})
+    """Show that this hub does not hang; operators and hubs ask this before slow requests.
+
+    The answer has the hub's clock (Unix time), and whether the hub signs identity tokens, if its settings give any.
+    Any certificate of the fleet may ask, so the answer has no reason.
+    """
+    now = operations.clock.now().timestamp()
+    return JSONResponse({"now": now, "unsigned": operations.unsigned() is not None})
 
 
 @fleet.get("/envelope", include_in_schema=False)

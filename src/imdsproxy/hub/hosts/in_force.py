@@ -68,9 +68,16 @@ class Peers:
 
     async def find_wrong_clocks(self) -> dict[str, float]:
         """Return the seconds by which other hubs' clocks are ahead of this hub's, for differences above `CLOCKS_S`."""
-        answers = await self.ask_all(ALIVE_PATH, {}, CONNECT_S)
+        return self.compare_clocks(await self.ask_alive())
+
+    async def ask_alive(self) -> dict[str, Any]:
+        """Ask all other hubs whether they run; return the answers of hubs that answer."""
+        return await self.ask_all(ALIVE_PATH, {}, CONNECT_S)
+
+    def compare_clocks(self, alive: Mapping[str, Any]) -> dict[str, float]:
+        """Return the seconds of `find_wrong_clocks` for answers of `ask_alive`."""
         now, found = self.clock.now().timestamp(), dict[str, float]()
-        for name, answer in answers.items():
+        for name, answer in alive.items():
             match answer.get("now"):
                 case int() | float() as theirs if abs(theirs - now) > CLOCKS_S:
                     found[name] = theirs - now

@@ -5,6 +5,7 @@ The hub decides who gets a token, and holds no key. The signer has the keys, and
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeAlias
@@ -46,6 +47,13 @@ _Guest: TypeAlias = tuple[InstanceId, NetworkId, str | None]
 """Instance, network, and project by the host's word."""
 
 
+def explain_unsigned(reason: str) -> str:
+    """Return the problem of a hub that signs no identity token."""
+    return (
+        f"it signs no identity token: {reason}; systemctl status imdsproxy-hub-signer on this hub"
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Asked:
     """Request of a host for a token of one of its guests."""
@@ -73,6 +81,8 @@ class FleetIssuer:
 
     Attributes:
         problem: Reason why no token can be signed; `None` if tokens can be signed.
+        answered: Number of tokens and refusals by outcome: `signed`, or the reason of the refusal.
+        answers: Number of requests of hosts that were answered, and their seconds.
         waits: Reason why a step of a rotation that is due is not carried out.
     """
 
@@ -85,6 +95,9 @@ class FleetIssuer:
     cloud: CloudGuests | None = None
     waits: str | None = None
     problem: str | None = "the signer was not asked yet"
+    answered: Counter[str] = field(default_factory=Counter)
+    answers: int = 0
+    answered_s: float = 0.0
     _loaded: int | None = None
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -95,6 +108,14 @@ class FleetIssuer:
             SourceUnavailable: The signer does not answer, or has no key; or no place is known without OpenStack.
             SourceCorrupt: No record or policy of the guests is readable.
         """
+        begun = self.clock.monotonic()
+        found = await self._sign(host, asked)
+        self.answers += 1
+        self.answered_s += self.clock.monotonic() - begun
+        self.answered.update(one.value if isinstance(one, Refusal) else "signed" for one in found)
+        return found
+
+    async def _sign(self, host: HostId, asked: Sequence[Asked]) -> list[Token | Refusal]:
         await self._load()
         subjects = await self._place_all(host, {one.guest for one in asked})
         found: list[Token | Refusal | None] = []
@@ -197,7 +218,6 @@ class FleetIssuer:
 
     def problems(self) -> dict[str, str]:
         found = {
-            "identity tokens": self.problem,
             "keys of identity tokens": self.waits,
             "placement of Nova's guests": None if self.cloud is None else self.cloud.failure,
         }
