@@ -5,6 +5,8 @@ from typing import Final
 
 import pytest
 
+from imdsproxy.model.wire import DOCUMENT_PATHS
+from support.guest import take_token, with_token
 from support.world import World
 
 pytestmark = pytest.mark.root
@@ -24,3 +26,15 @@ def test_a_daemon_without_identity_has_no_process_library_or_rule_for_it(world: 
     config = (daemon.runtime / "haproxy.cfg").read_text()
     assert "backend documents" in config
     assert not [one for one in ("identity", "oauth2", "issuer") if one in config]
+
+
+def test_explain_says_that_a_host_without_identity_has_no_signed_document_as_guests_are_answered(
+    world: World,
+) -> None:
+    world.have_policy({"host": {"identity_document": True}})
+    headers = with_token(take_token(world.red))
+    path = DOCUMENT_PATHS[0]
+    assert world.red.ask(path, headers=headers).status == 404
+    query = {"network": "red", "address": "10.0.0.5", "path": path}
+    decided = world.daemon.admin.get("/v1/explain", query)["decision"]["with_token"]
+    assert (decided["status"], decided["rule"]) == (404, "identity.enabled")

@@ -397,18 +397,29 @@ def _decide(
 ) -> PathDecision:
     """Return the policy's decision on a request to a path, without and with a session token."""
     now, name = int(parts.clock.now().timestamp()), path.partition("?")[0]
-    word = parts.listeners.hop_limits.effective(network, in_force.word)
-    enabled, settings = parts.records.planner().identity, parts.holder.settings.identity
-    paths, subject = in_force.folded.policy.paths, in_force.beside.subject
+    place = find_identity_place(parts, network, in_force)
     # Nova answers requests for documents that the policy does not allow, and each request while identity is off.
-    ours = policy_word.DOCUMENT.is_on(word) if name in DOCUMENT_PATHS else enabled
+    allowed = name not in DOCUMENT_PATHS or policy_word.DOCUMENT.is_on(place.word)
+    ours = place.enabled and allowed
     if name in METHODS and (ours or instance.upstream is entities.Upstream.EMBEDDED):
-        place = IdentityPlace(word, paths, subject, settings.openstack_audience, enabled)
         by = partial(decide_identity, place, now, path)
         guards = list_guards(place, name)
         return PathDecision(path, by(token=False), by(token=True), METHODS[name], guards)
-    decide = partial(decide_read, word, now, path, paths=paths)
+    decide = partial(decide_read, place.word, now, path, paths=place.paths)
     return PathDecision(path, decide(token=False), decide(token=True))
+
+
+def find_identity_place(
+    parts: Parts, network: entities.NetworkId, in_force: GuestPolicy
+) -> IdentityPlace:
+    """Return the facts on which a guest's requests for identity in a network depend."""
+    return IdentityPlace(
+        parts.listeners.hop_limits.effective(network, in_force.word),
+        in_force.folded.policy.paths,
+        in_force.beside.subject,
+        parts.holder.settings.identity.openstack_audience,
+        parts.records.planner().identity,
+    )
 
 
 def _needs_token(word: str, now: int, path: str, paths: PathRules) -> bool:

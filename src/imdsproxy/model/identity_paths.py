@@ -70,10 +70,12 @@ def decide_identity(place: IdentityPlace, now: int, target: str, *, token: bool)
     checked = decide_read(word, now, target, token=token, paths=place.paths)
     if checked.status is not None:
         return checked
-    if path in DOCUMENT_PATHS:
+    if not place.enabled:
+        allowed: Decided | None = _OFF
+    elif path in DOCUMENT_PATHS:
         allowed = None if DOCUMENT.is_on(word) else _NO_DOCUMENT
     elif subject is None:
-        allowed = _NO_AUDIENCE if place.enabled else _OFF
+        allowed = _NO_AUDIENCE
     elif path == OPENSTACK_TOKEN_PATH:
         return _decide_keystone(subject, place.openstack_audience, int(HOP_LIMIT.read(word)))
     elif not token or subject.audiences:
