@@ -30,6 +30,19 @@ class Step:
     lines: tuple[str, ...] = ()
 
 
+def spell_rule(value: object) -> str:
+    """Return the value of a policy's rule in words."""
+    match value:
+        case None:
+            return "as in the settings"
+        case bool():
+            return "on" if value else "off"
+        case list():
+            return ", ".join(map(str, value)) or "none"
+        case _:
+            return str(value)
+
+
 def plan_path(found: Mapping[str, Any]) -> list[Step]:
     """Return the steps for one address, from the guest to the answer."""
     return list(_steps(found))
@@ -92,14 +105,8 @@ def _owner(found: Mapping[str, Any]) -> Step:
 
 def _policy(rules: Mapping[str, Any]) -> Step:
     own = [one for one in rules["rules"] if one["origin"] != "default"]
-    lines = tuple(f"{one['name']}: {_spell(one['value'])} ({one['origin']})" for one in own)
+    lines = tuple(f"{one['name']}: {spell_rule(one['value'])} ({one['origin']})" for one in own)
     return Step("Policy", f"{len(own)} rules set" if own else "defaults", "plain", lines)
-
-
-def _spell(value: object) -> str:
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return str(value)
 
 
 def _answer(found: Mapping[str, Any]) -> Step:

@@ -14,6 +14,7 @@ from starlette.responses import HTMLResponse
 from imdsproxy import __version__
 from imdsproxy.api.client import AdminClient
 from imdsproxy.console.access import TOKEN, Access
+from imdsproxy.console.explained import spell_rule
 from imdsproxy.console.rates import Rates
 
 Shape: TypeAlias = Mapping[str, Any]
@@ -34,6 +35,7 @@ def make_environment() -> Environment:
     )
     environment.filters["moment"] = _spell_time
     environment.filters["code"] = _mark_code
+    environment.filters["rule"] = spell_rule
     environment.filters["number"] = "{:,}".format
     environment.globals["ui"] = environment.get_template("macros.html").module
     return environment

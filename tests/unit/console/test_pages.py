@@ -99,11 +99,21 @@ def test_the_mac_filter_is_on_the_path_where_macs_are_checked(pair: PairReport, 
     assert _named(_explained(**_FOUND, pair=pair), "MAC filter").name == name
 
 
-def test_rules_that_a_scope_sets_are_on_the_path() -> None:
-    rules = (RuleInForce("tokens", "required", "host"), RuleInForce("endpoint", True, "default"))
+@pytest.mark.parametrize(
+    ("value", "spelled"),
+    [
+        ("required", "required"),
+        (True, "on"),
+        (("keystone", "vault"), "keystone, vault"),
+        ((), "none"),
+        (None, "as in the settings"),
+    ],
+)
+def test_rules_that_a_scope_sets_are_on_the_path(value: Any, spelled: str) -> None:
+    rules = (RuleInForce("rule", value, "host"), RuleInForce("endpoint", True, "default"))
     policy = PolicyInForce(rules, 0, None, boot_over=True, reopened_at=None, word="")
     step = _named(_explained(**_FOUND, rules=policy), "Policy")
-    assert step.lines == ("tokens: required (host)",)
+    assert step.lines == (f"rule: {spelled} (host)",)
 
 
 # Problems
