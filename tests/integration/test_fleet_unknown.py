@@ -143,6 +143,7 @@ _ASKS: Final = (
         "GET /v1/instances/{instance}/identity-check",
         query={"audience": "vault", "network": "rednet", "host": "red-host"},
     ),
+    *_of("instance", "GET /v1/instances/{instance}/identity", query={"host": "red-host"}),
     *_of(
         "instance",
         "GET /v1/instances/{instance}/password",

@@ -196,6 +196,27 @@ def test_an_operator_of_the_fleet_checks_the_chain_by_the_instance_s_host(
     assert (refused.status, refused.json["failed"]) == (1, "policy")
 
 
+def test_operators_see_an_instance_s_last_tokens_by_its_host_and_those_of_a_project_its_own_alone(
+    world: FleetWorld,
+    hosts: tuple[FleetHost, FleetHost],
+    guests: tuple[Guest, Guest],
+    operator: Operator,
+) -> None:
+    created = _place(world, "web", hosts[0].name)
+    token = wait_token(guests[0], instance_created=created)
+    mine, other = (Operator.new(world, one, Role.READER, one) for one in (_PROJECT, "other"))
+    for one in (operator, mine):
+        ran = one.do("identity", "tokens", "web", "--json")
+        assert (ran.json["host"], ran.json["instance"]) == (hosts[0].name, "web")
+        (use,) = ran.json["networks"]
+        last = {each["audience"]: each["last"] for each in use["audiences"]}
+        assert last["vault"]["token_id"] == claims_of(token)["jti"]
+        assert last["keystone"]["outcome"] == "unasked"
+        assert not [part for part in token.split(".")[1:] if part in ran.out]
+    assert other.run("identity", "tokens", "web").status == 66
+    assert claims_of(token)["jti"] in operator.do("identity", "tokens", "web").out
+
+
 def test_a_policy_of_the_fleet_ends_tokens_at_once(
     world: FleetWorld, hosts: tuple[FleetHost, FleetHost], guests: tuple[Guest, Guest]
 ) -> None:

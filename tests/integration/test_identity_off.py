@@ -38,3 +38,15 @@ def test_explain_says_that_a_host_without_identity_has_no_signed_document_as_gue
     query = {"network": "red", "address": "10.0.0.5", "path": path}
     decided = world.daemon.admin.get("/v1/explain", query)["decision"]["with_token"]
     assert (decided["status"], decided["rule"]) == (404, "identity.enabled")
+
+
+def test_an_instance_of_a_host_without_identity_may_request_nothing(world: World) -> None:
+    world.have_policy({"host": {"audiences": ["*"], "identity_document": True}})
+    shape = world.daemon.admin.get("/v1/instances/red-5/identity")
+    assert not shape["enabled"]
+    (use,) = shape["networks"]
+    reasons = {one["why"] for one in use["requests"]}
+    assert reasons == {"this host gives no identity tokens"}
+    assert not [one for one in use["audiences"] if one["allowed"]]
+    shown = world.daemon.command("identity", "tokens", "red-5").out
+    assert "identity.enabled turns them on" in shown

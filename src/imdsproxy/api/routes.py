@@ -7,7 +7,15 @@ from fastapi import APIRouter, Depends, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import PlainTextResponse, StreamingResponse
 
-from imdsproxy.api import bodies, guests, identity, identity_check, status, tokens
+from imdsproxy.api import (
+    bodies,
+    guests,
+    identity,
+    identity_check,
+    identity_uses,
+    status,
+    tokens,
+)
 from imdsproxy.api.answers import Written
 from imdsproxy.api.host_records import HostRecords
 from imdsproxy.api.record_routes import InstanceOf, NetworkOf, RecordApi, add_record_routes
@@ -131,6 +139,12 @@ async def check_identity(
     """Check each link between the instance and a verifier of its identity tokens, until one fails."""
     asked = None if network is None else NetworkId(network)
     return await identity_check.check_identity(parts, InstanceId(instance), audience, asked)
+
+
+@router.get("/instances/{instance}/identity")
+async def show_identity(instance: InstanceOf, parts: _Uses) -> identity_uses.IdentityUses:
+    """Show which identity tokens the instance may request, and the last answer for each audience, without any token."""
+    return await identity_uses.report_uses(parts, instance)
 
 
 @router.get("/documents", response_model_exclude_unset=True)

@@ -36,7 +36,7 @@ _URL: Final = re.compile(r"https?://[A-Za-z0-9._:/\[\]-]+")
 _TIMES: Final = ("iat", "nbf", "exp", "instance_created")
 
 identity_app = typer.Typer(
-    help="Manage identity tokens, by which guests prove who they are: keys, rotate, check, show, setup.",
+    help="Manage identity tokens, by which guests prove who they are: keys, rotate, check, tokens, show, setup.",
     no_args_is_help=True,
 )
 
@@ -227,6 +227,52 @@ def check(
     run.output.answer(shape, show)
     if shape["failed"] is not None:
         raise typer.Exit(NO)
+
+
+@identity_app.command("tokens")
+@command
+def tokens(
+    run: Invocation,
+    instance: Annotated[str, argument("INSTANCE", "An instance's id or name.", complete_instances)],
+) -> None:
+    """Show which tokens an instance may request, and the last answer for each audience, without any token.
+
+    HAProxy gives a token again for half its life without a note here; the audit log has each request.
+    """
+    shape = run.api().get(path_to("instances", instance, "identity"))
+    run.output.answer(shape, _show_uses)
+
+
+def _show_uses(output: Output, shape: Shape) -> None:
+    if not shape["enabled"]:
+        output.text("this host gives no identity tokens: identity.enabled turns them on")
+        return
+    for use in clean_all(shape["networks"]):
+        output.styled(f"network {use['network']}: {', '.join(map(str, use['addresses']))}")
+        for one in use["requests"]:
+            allowed = (
+                "[green]allowed[/]" if one["allowed"] else f"[dim]not allowed:[/] {one['why']}"
+            )
+            output.styled(f"  {one['method']:4} {one['path']}  {allowed}")
+        if use["problem"]:
+            output.styled(f"  [red]last answers are unknown:[/] {use['problem']}")
+        output.table(_spell_use(one) for one in use["audiences"])
+
+
+def _spell_use(use: Shape) -> dict[str, str]:
+    last = use["last"] or {}
+    times = {name: last.get(name) for name in ("at", "expires_at", "ready_until")}
+    spelled = {name: "-" if at is None else spell_time(at) for name, at in times.items()}
+    return {
+        "AUDIENCE": use["audience"],
+        "POLICY": "allowed" if use["allowed"] else "not allowed",
+        "LAST ANSWER": spelled["at"],
+        "REASON": use["reason"] or "-",
+        "TOKEN GIVEN": last.get("token_id") or "-",
+        "EXPIRES": spelled["expires_at"],
+        "TOKEN READY": last.get("ready_id") or "-",
+        "UNTIL": spelled["ready_until"],
+    }
 
 
 @identity_app.command("setup")

@@ -25,7 +25,7 @@ from imdsproxy.network.listeners.loop import ListenerLoop
 
 _MAY_ASK: Final = re.compile(
     r"GET /v1/(status|explain|documents|watch|networks(/[^/?]+)?"
-    r"|instances(/[^/?]+(/(explain|identity-check|password))?)?)(\?[^#]*)?"
+    r"|instances(/[^/?]+(/(explain|identity|identity-check|password))?)?)(\?[^#]*)?"
     r"|DELETE /v1/instances/[^/?]+/password"
 )
 _MOST_OF_ANSWER: Final = 1024 * 1024

@@ -138,7 +138,7 @@ class RecordPlanner:
         instance = self.inventory.instances.get(owner)
         if instance is None:
             return None
-        project = _project_at(instance, place)
+        project = project_at(instance, place)
         in_force = self.find_policy(network, project, instance)
         word, beside = in_force.word, in_force.beside
         if instance.upstream is not Upstream.NOVA:
@@ -177,7 +177,8 @@ def policy_place(
     return PolicyPlace(network, project, instance.id, of_network, instance.policy)
 
 
-def _project_at(instance: Instance, place: AddressKey) -> str | None:
+def project_at(instance: Instance, place: AddressKey) -> str | None:
+    """Return the project of the port by which an instance has an address."""
     projects = _projects_in(instance, place[0])
     if len(projects) == 1:
         return projects.pop()

@@ -210,6 +210,12 @@ class TokenHolder:
             self._shares.clear()
         return self._shares.setdefault(subject.instance, _Share(at=now)).take(now)
 
+    def valid_tokens(self, name: str) -> dict[str, Held]:
+        """Return the tokens of a subject that are held and valid, by audience."""
+        now = self.monotonic()
+        own = {audience: one for (id_, audience), one in self.held.items() if id_ == name}
+        return {audience: one for audience, one in own.items() if one.left_s(now) > 0}
+
     def state(self) -> dict[str, object]:
         """Return the counts, and the reason why tokens cannot be had, as JSON."""
         return {

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, cast
 from urllib.parse import parse_qs, parse_qsl
 
@@ -15,13 +15,18 @@ from imdsproxy.issuer.claims import Refusal, is_audience, is_nonce
 from imdsproxy.issuer.exchange import render_problem, render_shape
 from imdsproxy.issuer.formats import TokenFormat, render_token
 from imdsproxy.issuer.holder import Held, TokenHolder
+from imdsproxy.issuer.recent import UNSIGNED, RecentAnswers, render_answers
 from imdsproxy.model import wire
+from imdsproxy.model.subject import Subject
 
 STATE_PATH: Final = b"/state"
 """Path of the process's counts, for the controller."""
 
 CHECK_PATH: Final = b"/check"
 """Path of an operator's check, for the controller; its query has `subject` (an id) and `audience`."""
+
+RECENT_PATH: Final = b"/recent"
+"""Path of the last answers to a guest, for the controller; its query has `subject` (an id)."""
 
 _TEXT: Final = wire.TEXT
 _JSON: Final = b"application/json"
@@ -58,6 +63,7 @@ class IdentityService:
 
     holder: TokenHolder
     openstack_audience: str | None = None
+    recent: RecentAnswers = field(default_factory=RecentAnswers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = cast("Iterable[Header]", scope["headers"])
@@ -91,8 +97,10 @@ class IdentityService:
         path, query = scope["raw_path"], cast("bytes", scope["query_string"])
         if path == STATE_PATH:
             return _json(200, self.holder.state())
+        values = dict(parse_qsl(query.decode("latin-1")))
+        if path == RECENT_PATH:
+            return self._list_recent(values.get("subject", ""))
         if path == CHECK_PATH:
-            values = dict(parse_qsl(query.decode("latin-1")))
             return await self._check(values.get("subject", ""), values.get("audience", ""))
         return refusal(200 if path == LIVENESS_PATH else 400)
 
@@ -102,6 +110,25 @@ class IdentityService:
             return _json(200, render_shape(await self.holder.try_source(name, audience)))
         except ImdsproxyError as error:
             return _json(200, render_problem(error))
+
+    def _list_recent(self, name: str) -> Answer:
+        subject = self.holder.read(name)
+        if subject is None:
+            return refusal(404)
+        answers = self.recent.list_answers(subject, self.holder.valid_tokens(name))
+        return _json(200, render_answers(answers))
+
+    async def _get(
+        self, name: str, subject: Subject, audience: str, nonce: str | None
+    ) -> Held | Refusal | None:
+        """Return a token as `TokenHolder.get`, and note the answer."""
+        try:
+            found = await self.holder.get(name, subject, audience, nonce)
+        except ImdsproxyError:
+            self.recent.note(subject, audience, UNSIGNED, self.holder.wall())
+            raise
+        self.recent.note(subject, audience, found, self.holder.wall())
+        return found
 
     async def _document(self, name: str, path: str) -> Answer:
         subject = self.holder.read(name)
@@ -124,8 +151,10 @@ class IdentityService:
         if subject is None:
             return retry_later()
         if audience is None or not subject.allows(audience):
+            if audience is not None:
+                self.recent.note(subject, audience, Refusal.AUDIENCE, self.holder.wall())
             return _oauth_error("unauthorized_client")
-        held = await self.holder.get(name, subject, audience, None)
+        held = await self._get(name, subject, audience, None)
         if held in _STATUS:
             return _oauth_error("unauthorized_client")
         if held is None or isinstance(held, Refusal):
@@ -143,9 +172,10 @@ class IdentityService:
         if subject is None:
             return retry_later()
         if not subject.allows(asked.audience):
+            self.recent.note(subject, asked.audience, Refusal.AUDIENCE, self.holder.wall())
             # As HAProxy answers an instance without a subject, which this one has for its signed document alone.
             return refusal(403 if subject.audiences else 404)
-        held = await self.holder.get(asked.subject, subject, asked.audience, asked.nonce)
+        held = await self._get(asked.subject, subject, asked.audience, asked.nonce)
         if isinstance(held, Refusal):
             reason = held.value
             _log.warning(

@@ -244,7 +244,7 @@ def test_commands_on_records_guests_and_the_fleet_itself_ask_one() -> None:
     wholly = tuple(path for path in EXAMPLES if path.startswith(kinds))
     of_guests = ("get", "explain", "watch", "token revoke", "token rotate")
     of_fleet = ("enrol", "revoke", "status", "hosts", "wait", "accept-restore", "reseal")
-    of_issuer = ("identity check", "identity keys", "identity rotate", "identity show")
+    of_issuer = tuple(f"identity {one}" for one in ("check", "keys", "rotate", "show", "tokens"))
     assert {"", *wholly, *of_guests, *of_issuer, *(f"fleet {one}" for one in of_fleet)} == _ASKING
 
 

@@ -116,6 +116,28 @@ def test_rules_that_a_scope_sets_are_on_the_path(value: Any, spelled: str) -> No
     assert step.lines == (f"rule: {spelled} (host)",)
 
 
+# Identity tokens
+
+
+def test_texts_of_a_captured_process_are_escaped_on_a_guest_s_page() -> None:
+    hostile = "<img src=x onerror=alert(1)>"
+    last = {"at": 1, "outcome": hostile, "token_id": hostile, "expires_at": 2}
+    last |= {"ready_id": hostile, "ready_until": 3}
+    audience = {"audience": hostile, "allowed": False, "keystone": True}
+    use = {
+        "network": hostile,
+        "addresses": [hostile],
+        "requests": [{"method": "PUT", "path": hostile, "allowed": False, "why": hostile}],
+        "audiences": [{**audience, "last": last, "reason": hostile}],
+        "origin": hostile,
+        "problem": hostile,
+    }
+    template = make_environment().get_template("identity.html")
+    html = template.render(identity={"enabled": True, "networks": [use]})
+    assert "<img" not in html
+    assert html.count("&lt;img") == 11
+
+
 # Problems
 
 

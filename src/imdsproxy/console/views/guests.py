@@ -36,6 +36,7 @@ def show_guest(console: Console, request: Request) -> Response:
         "more": len(explanations) - len(shown),
         "rules": next((one["rules"] for one in explanations if one["rules"]), None),
         "tokens": console.daemon.get(path_to("instances", name, "tokens")),
+        "identity": console.daemon.get(path_to("instances", name, "identity")),
         **_usage_of(console, record["id"]),
     }
     return console.page(request, "guest.html", values)

@@ -64,6 +64,16 @@ async def check_identity(
     return JSONResponse({**answer, "host": asked})
 
 
+@guests.get("/instances/{instance}/identity")
+async def show_identity(store: Reading, instance: InstanceOf, host: _Host = None) -> JSONResponse:
+    """Show which identity tokens an instance may request, and the last answers: the answer of the instance's host."""
+    asked = _one_of(store.views.stored(instance)[0].hosts, host)
+    answer = await ask_for_object(
+        store.operations, asked, path_to("instances", instance, "identity"), {}
+    )
+    return JSONResponse({**answer, "host": asked})
+
+
 @guests.get("/explain")
 async def explain(
     store: Reading, network: NetworkOf, address: str, path: _Query = None, host: _Host = None
