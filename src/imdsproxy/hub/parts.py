@@ -188,9 +188,7 @@ def build_hub(whole: Settings, clock: Clock) -> Hub:
         cloud = None
         if identity.openstack.enabled:
             cloud = open_cloud(identity.openstack, clock.monotonic)
-        issuer = FleetIssuer(
-            identity.issuer, signer, state, clock, pace, peers.find_wrong_clocks, cloud
-        )
+        issuer = FleetIssuer(identity.issuer, signer, state, clock, pace, peers.doubt_clock, cloud)
     return Hub(
         settings=settings,
         files=files,

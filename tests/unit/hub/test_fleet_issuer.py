@@ -57,7 +57,7 @@ async def test_an_outage_of_openstack_is_waited_for_once_in_a_batch() -> None:
         state=fleet,
         clock=Clock(),
         pace=_PACE,
-        find_wrong_clocks=unused,
+        doubt_clock=unused,
         cloud=CloudGuests(ask_in_vain, list_ports, 60.0, lambda: 100.0),
         _loaded=5,
     )

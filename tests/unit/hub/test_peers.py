@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from support.hand_clock import HandClock
 from support.patience import patience
 
 _LONG_S = 3600.0
+
+_NOWHERE = "http://127.0.0.1:1"
+"""URL of a hub whose machine refuses connections."""
 
 
 @contextlib.asynccontextmanager
@@ -79,6 +83,30 @@ async def test_a_hub_that_answers_is_asked_once_a_second_whether_it_runs() -> No
         for _ in range(3):
             assert await peers.ask_all("/fleet/applied", {}, _LONG_S) == {"good": {}}
     assert asked == ["/fleet/alive", *["/fleet/applied"] * 3]
+
+
+@pytest.mark.parametrize(
+    ("ahead_s", "doubt"),
+    [(0.0, None), (86400.0, "the clocks of other hubs differ from this hub's: good by +86400 s")],
+)
+async def test_a_clock_is_compared_with_that_of_each_hub_that_answers(
+    ahead_s: float, doubt: str | None
+) -> None:
+    now = HandClock().now().timestamp() + ahead_s
+    async with (
+        _hub(json.dumps({"now": now}).encode()) as (good, _),
+        _peers(good=good, away=_NOWHERE) as peers,
+    ):
+        assert await peers.doubt_clock() == doubt
+
+
+async def test_a_clock_that_no_running_hub_confirms_is_doubted_and_that_of_the_only_hub_is_not() -> (
+    None
+):
+    async with _peers(away=_NOWHERE) as peers:
+        assert await peers.doubt_clock() == "no other hub answers with its clock"
+    async with _peers() as alone:
+        assert await alone.doubt_clock() is None
 
 
 @pytest.mark.parametrize("answer", [b"[1, 2]", b"7", b"no JSON", b"null"])

@@ -66,16 +66,24 @@ class Peers:
         answers = await asyncio.gather(*asked)
         return {name: one for name, one in zip(urls, answers, strict=True) if one is not None}
 
-    async def find_wrong_clocks(self) -> dict[str, float]:
-        """Return the seconds by which other hubs' clocks are ahead of this hub's, for differences above `CLOCKS_S`."""
-        return self.compare_clocks(await self.ask_alive())
+    async def doubt_clock(self) -> str | None:
+        """Return the reason why this hub's clock may be wrong; `None` if a running hub agrees, or no other hub runs."""
+        alive = await self.ask_alive()
+        if wrong := self.compare_clocks(alive):
+            hubs = ", ".join(f"{hub} by {ahead_s:+.0f} s" for hub, ahead_s in sorted(wrong.items()))
+            return f"the clocks of other hubs differ from this hub's: {hubs}"
+        return "no other hub answers with its clock" if self.urls() and not alive else None
 
     async def ask_alive(self) -> dict[str, Any]:
         """Ask all other hubs whether they run; return the answers of hubs that answer."""
         return await self.ask_all(ALIVE_PATH, {}, CONNECT_S)
 
     def compare_clocks(self, alive: Mapping[str, Any]) -> dict[str, float]:
-        """Return the seconds of `find_wrong_clocks` for answers of `ask_alive`."""
+        """Return the seconds by which other hubs' clocks are ahead of this hub's, for differences above `CLOCKS_S`.
+
+        Args:
+            alive: Answers of `ask_alive`.
+        """
         now, found = self.clock.now().timestamp(), dict[str, float]()
         for name, answer in alive.items():
             match answer.get("now"):

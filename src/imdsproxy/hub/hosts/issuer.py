@@ -77,7 +77,7 @@ class FleetIssuer:
     Args:
         pace: Times of a rotation of keys.
         cloud: OpenStack of the fleet's guests of Nova; `None` without one.
-        find_wrong_clocks: Returns the seconds by which other hubs' clocks are ahead, if the difference is large.
+        doubt_clock: Returns the reason why this hub's clock may be wrong.
 
     Attributes:
         problem: Reason why no token can be signed; `None` if tokens can be signed.
@@ -91,7 +91,7 @@ class FleetIssuer:
     state: FleetState
     clock: Clock
     pace: Pace
-    find_wrong_clocks: Callable[[], Awaitable[Mapping[str, float]]]
+    doubt_clock: Callable[[], Awaitable[str | None]]
     cloud: CloudGuests | None = None
     waits: str | None = None
     problem: str | None = "the signer was not asked yet"
@@ -259,17 +259,14 @@ class FleetIssuer:
         _log.info("the first key of identity tokens was made", key=made.id)
 
     async def _take_due_steps(self, writes: Writes) -> None:
-        """Carry out the steps of a rotation that are due, unless the clocks of hubs differ."""
+        """Carry out the steps of a rotation that are due, unless this hub's clock may be wrong."""
         found = self.stored()
         if found is None or plan_steps(found[0], self.pace, self._now()) == found[0]:
             self.waits = None
             return
-        if wrong := await self.find_wrong_clocks():
+        if (doubt := await self.doubt_clock()) is not None:
             # A key that signs too early is unknown to verifiers, and each token is refused.
-            hubs = ", ".join(f"{hub} by {ahead_s:+.0f} s" for hub, ahead_s in sorted(wrong.items()))
-            self.waits = (
-                f"the rotation waits, since the clocks of other hubs differ from this hub's: {hubs}"
-            )
+            self.waits = f"the rotation waits: {doubt}"
             return
 
         def step(stored: StoredIssuer | None, now: int) -> StoredIssuer | None:
