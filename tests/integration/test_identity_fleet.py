@@ -5,7 +5,7 @@ import itertools
 import json
 import time
 from base64 import b64decode
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -87,7 +87,13 @@ def _as_host(world: FleetWorld, host: FleetHost, **request: object) -> tuple[int
 
 def _of(world: FleetWorld, member: Member, **request: object) -> tuple[int, Any]:
     one = {"instance": "of-c", "network": "blue", "audience": "vault", **request}
-    body = json.dumps({"tokens": [one]}).encode()
+    return _ask(world, member, [one])
+
+
+def _ask(
+    world: FleetWorld, member: Member, asked: Sequence[Mapping[str, object]]
+) -> tuple[int, Any]:
+    body = json.dumps({"tokens": asked}).encode()
     with world.etcd.entered():
         status, data = asyncio.run(
             HubClient(member.files, 5).request("POST", world.urls[0], IDENTITY_PATH, body=body)
@@ -119,6 +125,26 @@ def test_a_guest_gets_a_token_of_the_fleet_s_records_that_verifiers_take(
         token, audience="vault", issuer=signers.issuer, namespace=world.hubs[1].namespace
     )
     assert set(found.values()) == {claims["sub"]}
+
+
+def test_tags_that_are_too_long_cost_no_other_guest_its_token(
+    world: FleetWorld, hosts: tuple[FleetHost, FleetHost]
+) -> None:
+    _place(world, "web", hosts[0].name)
+    policy = {"identity_tags": ["role", "name"]}
+    tags = dict.fromkeys(("role", "name"), "\N{GRINNING FACE}" * 4096)
+    _place(world, "big", hosts[0].name, tags=tags, policy=policy)
+    member = Member.of_host(world, hosts[0])
+    names = ("web", "big", "web")
+    asked = [{"instance": one, "network": "blue", "audience": "vault"} for one in names]
+
+    def answers() -> list[str]:
+        status, shape = _ask(world, member, asked)
+        assert status == 200, shape
+        return [one.get("refused", "a token") for one in shape["answers"]]
+
+    expected = ["a token", "tags", "a token"]
+    until(lambda: answers() == expected, within_s=5, what="tokens of the other guest")
 
 
 def test_the_hubs_sign_the_document_about_an_instance(

@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import Any, Final, TypeAlias
 
 from imdsproxy.errors import ClockWrong, optional_library
-from imdsproxy.issuer.claims import BACK_DATED_S, Placement, Refusal
+from imdsproxy.issuer.claims import BACK_DATED_S, LONGEST_TAGS, Placement, Refusal
 from imdsproxy.issuer.documents import DISCOVERY_PATH
 from imdsproxy.issuer.exchange import CLOCKS_S, Token
 
@@ -151,9 +151,13 @@ def judge_refusal(reason: Refusal, audience: str, *, in_fleet: bool) -> Finding:
                 "the hub cannot read the instance's record or policy, or OpenStack does not answer",
                 "the hub's log has the reason",
             )
-        case Refusal.AUDIENCE | Refusal.REQUEST | Refusal.DOCUMENT:
+        case Refusal.AUDIENCE | Refusal.REQUEST | Refusal.DOCUMENT | Refusal.TAGS:
             whose = "the fleet's policy on the hub" if in_fleet else "the signer"
-            return failed(Link.POLICY, f"{whose} does not allow {audience}", "check again")
+            why, hint = f"{whose} does not allow {audience}", "check again"
+            if reason is Refusal.TAGS:
+                why = f"the tags that the policy names have more than {LONGEST_TAGS} bytes"
+                hint = "shorten the instance's tags, or name fewer in identity_tags"
+            return failed(Link.POLICY, why, hint)
 
 
 def judge_problem(shape: Mapping[str, Any]) -> Finding:

@@ -1,5 +1,6 @@
 """Claims of identity tokens."""
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,9 @@ BACK_DATED_S: Final = 30
 """Seconds by which `iat` and `nbf` precede the signature: Ceph's RGW refuses a token from the future without leeway."""
 
 LONGEST_S: Final = 3600
+LONGEST_TAGS: Final = 4096
+"""Bytes of all tags in a token: with more, HTTP servers and HAProxy's buffer would not take the token."""
+
 NONCE_PATTERN: Final = "^[A-Za-z0-9._~+/=:-]{1,256}$"
 _AUDIENCE: Final = re.compile(AUDIENCE_PATTERN)
 _NONCE: Final = re.compile(NONCE_PATTERN)
@@ -52,6 +56,9 @@ class Refusal(StrEnum):
 
     PROJECT = "project"
     """The audience's subject holds a project, and the instance has none."""
+
+    TAGS = "tags"
+    """The tags that the policy names are too long for a token."""
 
     DOCUMENT = "document"
     """The instance's policy allows no signed document, or the issuer's key is no RSA key."""
@@ -93,6 +100,11 @@ def is_nonce(text: str) -> bool:
     return _NONCE.fullmatch(text) is not None
 
 
+def fits(subject: Subject) -> bool:
+    """Return whether a token can hold the subject's tags."""
+    return not subject.tags or len(json.dumps(dict(subject.tags))) <= LONGEST_TAGS
+
+
 def plan_claims(
     subject: Subject,
     audience: str,
@@ -117,6 +129,8 @@ def plan_claims(
     template = chosen.subject or (_WITH_PROJECT if subject.project else _WITHOUT_PROJECT)
     if "{project}" in template and subject.project is None:
         return Refusal.PROJECT
+    if not fits(subject):
+        return Refusal.TAGS
     facts = {
         "trust_domain": rules.trust_domain,
         "instance": subject.instance,

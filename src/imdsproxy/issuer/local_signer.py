@@ -58,7 +58,7 @@ class SignerClient:
                             return await self._exchange(lines)
                         self.close()
                     return await self._exchange(lines)
-            except (OSError, ValueError, TimeoutError, EOFError) as error:
+            except (OSError, ValueError, EOFError, asyncio.LimitOverrunError) as error:
                 self.close()
                 raise SourceUnavailable(
                     f"the signer does not answer: {error}", hint=_HINT

@@ -38,6 +38,7 @@ _STATUS: Final = {
     Refusal.AUDIENCE: 403,
     Refusal.PLACEMENT: 403,
     Refusal.PROJECT: 403,
+    Refusal.TAGS: 403,
 }
 
 _log: Final = structlog.get_logger()

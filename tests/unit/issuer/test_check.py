@@ -67,6 +67,7 @@ def test_a_chain_without_a_failure_has_none() -> None:
         (Refusal.SUBJECT, False, Link.RECORD),
         (Refusal.PLACEMENT, True, Link.PLACEMENT),
         (Refusal.PROJECT, False, Link.POLICY),
+        (Refusal.TAGS, False, Link.POLICY),
         (Refusal.AUDIENCE, True, Link.POLICY),
     ],
 )

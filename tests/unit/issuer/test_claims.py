@@ -99,6 +99,7 @@ def test_an_audience_has_its_own_lifetime_and_subject() -> None:
         (_SUBJECT, "vault", "n" * 257, Placement.FLEET, Refusal.REQUEST),
         (_SUBJECT, "vault", None, Placement.HOST, Refusal.PLACEMENT),
         (_free(project=None), "entra", None, Placement.FLEET, Refusal.PROJECT),
+        (_free(tags=(("t", "é" * 700),)), "vault", None, Placement.FLEET, Refusal.TAGS),
     ],
 )
 def test_a_request_that_the_rules_do_not_allow_gets_no_claims(

@@ -23,7 +23,7 @@ from imdsproxy.hub.store.etcd_messages import unchanged
 from imdsproxy.hub.store.state import FleetState
 from imdsproxy.hub.store.transactions import Transaction, refuse_suspect
 from imdsproxy.hub.store.writes import Writes
-from imdsproxy.issuer.claims import Placement, Refusal
+from imdsproxy.issuer.claims import Placement, Refusal, fits
 from imdsproxy.issuer.documents import render_documents
 from imdsproxy.issuer.exchange import (
     Token,
@@ -125,6 +125,10 @@ class FleetIssuer:
             subject, placement = place or (None, Placement.HOST)
             if subject is None:
                 found.append(Refusal.UNREADABLE if place is None else Refusal.SUBJECT)
+                continue
+            if not fits(subject):
+                # The signer would end the connection at so long a line, and with it the requests for other guests.
+                found.append(Refusal.TAGS)
                 continue
             found.append(None)
             request = TokenRequest(subject, one.audience, one.nonce, placement)
