@@ -26,6 +26,12 @@ _BURST: Final = 20.0
 _KEPT: Final = 100_000
 _EVERY_S: Final = 1.0
 _RETRY_S: Final = 5.0
+_MOST_FREE: Final = 16
+"""Held tokens of a subject for audiences that no policy names: with `*` a guest could fill the memory."""
+
+_SET_S: Final = 10.0
+"""Seconds by which a clock must have been set to be noticed; tokens are back-dated by more."""
+
 _REFUSED_S: Final = 60.0
 """Seconds until a token that was refused is requested again: the policy may have changed."""
 
@@ -98,6 +104,7 @@ class TokenHolder:
     Args:
         monotonic: Returns seconds since an arbitrary start.
         uniform: Returns a random number between two.
+        wall: Returns the wall clock's time, Unix time.
 
     Attributes:
         given: Number of tokens by origin: `held`, `new`.
@@ -110,6 +117,7 @@ class TokenHolder:
     source: TokenSource
     monotonic: Callable[[], float]
     uniform: Callable[[float, float], float]
+    wall: Callable[[], float]
     pause: Callable[[float], Awaitable[None]] = asyncio.sleep
     held: dict[TokenKey, Held] = field(default_factory=dict)
     given: Counter[str] = field(default_factory=Counter)
@@ -121,8 +129,11 @@ class TokenHolder:
     _due: dict[TokenKey, float] = field(default_factory=dict)
     _known: dict[str, Subject] = field(default_factory=dict)
     _listed: set[str] = field(default_factory=set)
+    _unread: set[str] = field(default_factory=set)
     _pending: dict[TokenKey, asyncio.Task[Held | Refusal]] = field(default_factory=dict)
     _shares: dict[str, _Share] = field(default_factory=dict)
+    _free: dict[str, set[str]] = field(default_factory=dict)
+    _offset: float | None = None
 
     def read(self, name: str) -> Subject | None:
         """Return a subject by its id; `None` if the controller has removed it.
@@ -155,6 +166,7 @@ class TokenHolder:
         Raises:
             SourceUnavailable: No signer answers, and no held token is valid.
         """
+        self._follow_clock()
         now, key = self.monotonic(), (name, audience)
         held = self.held.get(key) if nonce is None else None
         if held is not None and held.fresh_s(now) > 0:
@@ -165,7 +177,7 @@ class TokenHolder:
             return None
         wanted = Wanted(name, subject, audience, nonce)
         try:
-            if nonce is not None:
+            if nonce is not None or self._is_full(wanted):
                 return (await self._request([wanted]))[0]
             return await self._share_request(key, wanted)
         except SourceUnavailable:
@@ -235,8 +247,20 @@ class TokenHolder:
             task.add_done_callback(lambda _: self._pending.pop(key, None))
         return await asyncio.shield(task)
 
+    def _is_full(self, wanted: Wanted) -> bool:
+        """Return whether a token is not held, since its subject has enough of those that no policy names."""
+        free = self._free.get(wanted.id, set())
+        named = wanted.audience in wanted.subject.named_audiences
+        return not named and wanted.audience not in free and len(free) >= _MOST_FREE
+
     async def _fetch(self, key: TokenKey, wanted: Wanted) -> Held | Refusal:
-        return self._keep(key, (await self._request([wanted]))[0])
+        if wanted.audience not in wanted.subject.named_audiences:
+            self._free.setdefault(wanted.id, set()).add(wanted.audience)
+        try:
+            return self._keep(key, (await self._request([wanted]))[0])
+        finally:
+            if key not in self._due:
+                self._free.get(wanted.id, set()).discard(wanted.audience)
 
     async def _request(self, wanted: Sequence[Wanted]) -> list[Held | Refusal]:
         begun = self.monotonic()
@@ -281,14 +305,28 @@ class TokenHolder:
     def _forget(self, name: str) -> None:
         self._known.pop(name, None)
         self._documents.pop(name, None)
+        self._free.pop(name, None)
         for key in [key for key in self._due if key[0] == name]:
             self._due.pop(key)
             self.held.pop(key, None)
+
+    def _follow_clock(self) -> None:
+        """Forget all tokens if the clock was set, or the host was suspended: the times in them do not fit any more."""
+        offset = self.wall() - self.monotonic()
+        before = self._offset
+        if before is not None and abs(offset - before) <= _SET_S:
+            return
+        self._offset = offset
+        if before is not None:
+            _log.warning("the clock was set: all tokens are new", by_s=round(offset - before))
+            self.held.clear()
+            self._due = dict.fromkeys(self._due, self.monotonic())
 
     async def run(self) -> None:
         """Fetch and renew tokens until cancelled."""
         while True:
             try:
+                self._follow_clock()
                 self._look()
                 pause = await self._renew()
             except ImdsproxyError as error:
@@ -303,12 +341,19 @@ class TokenHolder:
         for name in {key[0] for key in self._due} - names:
             self._forget(name)
         # A guest's request may have read a subject before: its other audiences are fetched all the same.
-        new, now = names - self._listed, self.monotonic()
-        self._listed = names
-        for name in new:
-            subject = self.read(name)
+        unread = set[str]()
+        for name in names - self._listed:
+            try:
+                subject = self.read(name)
+            except ImdsproxyError as error:
+                # It harms no other subject, and is read again in the next round.
+                unread.add(name)
+                if name not in self._unread:
+                    _log.error("a subject is not read", reason=error.message)
+                continue
             for audience in () if subject is None else subject.named_audiences:
-                self._due.setdefault((name, audience), now)
+                self._due.setdefault((name, audience), self.monotonic())
+        self._listed, self._unread = names - unread, unread
 
     async def _renew(self) -> float:
         """Renew tokens if one is due; return the seconds until the next look.
@@ -326,6 +371,7 @@ class TokenHolder:
             if subject is None or audience not in subject.named_audiences:
                 # A guest has requested it, of an audience that `*` allows.
                 del self._due[name, audience]
+                self._free.get(name, set()).discard(audience)
                 self.held.pop((name, audience), None)
             else:
                 wanted.append(Wanted(name, subject, audience))

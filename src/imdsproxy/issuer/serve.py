@@ -154,17 +154,16 @@ async def _serve_guests(plan: Plan, listener: socket.socket, clock: Clock) -> As
     from imdsproxy.issuer.local_signer import LocalSigner, SignerClient
     from imdsproxy.issuer.service import IdentityService
 
+    wall: Callable[[], float] = lambda: clock.now().timestamp()  # noqa: E731 - shorter than a function
     source: TokenSource
     if plan.fleet:
         from imdsproxy.issuer.hub_source import HubSource
 
-        source = HubSource(
-            Path(plan.fleet), lambda: clock.now().timestamp(), random.SystemRandom().random
-        )
+        source = HubSource(Path(plan.fleet), wall, random.SystemRandom().random)
     else:
         source = LocalSigner(SignerClient(Path(plan.signer), resends=True))
     uniform = random.SystemRandom().uniform
-    holder = TokenHolder(Path(plan.subjects), source, clock.monotonic, uniform)
+    holder = TokenHolder(Path(plan.subjects), source, clock.monotonic, uniform, wall)
     async with serving(IdentityService(holder, plan.openstack_audience), listener, grace_s=1.0):
         renewing = asyncio.create_task(holder.run())
         try:

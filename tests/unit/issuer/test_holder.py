@@ -37,9 +37,17 @@ class Rig:
     batches: list[int] = field(default_factory=list)
     broken: str = ""
     key: str = "by key 1"
+    ahead_s: float = 0.0
 
     def holder(self) -> TokenHolder:
-        return TokenHolder(self.directory, self, lambda: self.now, self._uniform, pause=self._pause)
+        return TokenHolder(
+            self.directory,
+            self,
+            lambda: self.now,
+            self._uniform,
+            lambda: self.now + self.ahead_s,
+            pause=self._pause,
+        )
 
     def _uniform(self, low: float, _: float) -> float:
         return self.parts.pop(0) if self.parts else low
@@ -146,6 +154,24 @@ async def test_a_held_token_outlives_an_outage_of_the_source(rig: Rig) -> None:
         await _get(holder)
 
 
+@pytest.mark.parametrize("step_s", [-86_400, -60, 60, 86_400])
+async def test_no_held_token_is_given_after_the_clock_was_set_or_the_host_suspended(
+    rig: Rig, step_s: int
+) -> None:
+    holder = rig.holder()
+    await _run(rig, holder)
+    first = await _get(holder)
+    rig.ahead_s = step_s
+    # No token of before, though no other one can be had.
+    rig.away = True
+    with pytest.raises(SourceUnavailable):
+        await _get(holder)
+    rig.away = False
+    await _run(rig, holder)
+    assert len(holder.held) == 2
+    assert await _get(holder) != first
+
+
 async def test_requests_at_one_time_share_one_signature(rig: Rig) -> None:
     holder = rig.holder()
     found = await asyncio.gather(*(_get(holder) for _ in range(10)))
@@ -196,6 +222,27 @@ async def test_a_token_that_only_a_guest_has_requested_is_not_renewed(rig: Rig) 
     assert "free" not in {audience for _, audience in holder.held}
 
 
+async def test_a_guest_that_may_request_any_audience_fills_no_memory(rig: Rig) -> None:
+    holder = rig.holder()
+    await _run(rig, holder)
+    for number in range(100):
+        rig.now += 1
+        assert isinstance(await _get(holder, f"free{number}"), Held)
+    assert len(holder.held) == 2 + 16
+    # Named audiences, and those that are held, are held on.
+    first = await _get(holder, "free0")
+    assert await _get(holder, "free0") == first
+    # A failure takes no place, and the places come free.
+    rig.now += _LIFE_S
+    rig.away = True
+    for number in range(20):
+        with pytest.raises(SourceUnavailable):
+            await _get(holder, f"lost{number}")
+    rig.away = False
+    await _run(rig, holder, 2)
+    assert await _get(holder, "other") == await _get(holder, "other")
+
+
 async def test_a_held_token_outlives_a_record_that_a_hub_cannot_read(rig: Rig) -> None:
     holder = rig.holder()
     first = await _get(holder)
@@ -219,6 +266,18 @@ async def test_tokens_that_are_never_answered_keep_no_other_token_from_its_renew
     rig.have(broken, _SUBJECT)
     await _run(rig, holder)
     assert {audience for _, audience in holder.held} == {"keystone", "vault"}
+
+
+async def test_a_damaged_subject_keeps_no_other_one_from_its_tokens(rig: Rig) -> None:
+    others = [replace(_SUBJECT, instance=InstanceId(f"i{number}")) for number in range(20)]
+    rig.have(_SUBJECT, *others)
+    (rig.directory / _SUBJECT.id).write_bytes(b"damaged")
+    holder = rig.holder()
+    await _run(rig, holder)
+    assert {name for name, _ in holder.held} == {one.id for one in others}
+    (rig.directory / _SUBJECT.id).write_bytes(_SUBJECT.render())
+    await _run(rig, holder)
+    assert _SUBJECT.id in {name for name, _ in holder.held}
 
 
 @pytest.mark.parametrize("name", ["", "..", "../../etc/shadow", "x" * 32])
