@@ -1,5 +1,9 @@
 """Keys of a fleet's issuer, as hubs change them in etcd."""
 
+import asyncio
+import json
+from collections.abc import Awaitable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final, cast
 
@@ -11,6 +15,8 @@ from imdsproxy.fleet.layout import HostId, StoredIssuer, parse_issuer, render_is
 from imdsproxy.host.clock import Clock
 from imdsproxy.hub.hosts.cloud import CloudGuests
 from imdsproxy.hub.hosts.issuer import Asked, FleetIssuer, plan_steps
+from imdsproxy.issuer.exchange import MOST_AT_ONCE, Token, render_answer
+from imdsproxy.issuer.local_signer import SignerClient
 from imdsproxy.issuer.rotation import Pace
 from imdsproxy.model.entities import InstanceId, NetworkId
 
@@ -38,6 +44,60 @@ def test_a_key_that_has_gone_leaves_neither_its_public_key_nor_its_sealed_one() 
     assert after.replaced == stored.replaced
 
 
+def _issuer(signer: SignerClient) -> FleetIssuer:
+    """Return an issuer of a fleet whose policy allows `vault`."""
+    values = {
+        layout.ISSUER: (render_issuer(_stored(("a", "signing", 0))), 5),
+        f"{layout.POLICIES}fleet": (b'{"audiences":["vault"]}', 6),
+    }
+    unused = cast("Any", None)
+    return FleetIssuer(
+        url="https://id.cloud.example",
+        signer=signer,
+        state=cast("Any", SimpleNamespace(value=values.get)),
+        clock=Clock(),
+        pace=_PACE,
+        doubt_clock=unused,
+        _loaded=5,
+    )
+
+
+async def test_a_host_that_requests_without_end_takes_no_more_than_its_turn(
+    tmp_path: Path,
+) -> None:
+    signed: list[str] = []
+    token = render_answer(Token("t", "id", 0, 600))
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while line := await reader.readline():
+            if "sign" not in (shape := json.loads(line)):
+                writer.write(b'{"loaded":1}\n')
+                continue
+            signed.append(json.loads(shape["sign"])["instance"])
+            await asyncio.sleep(0)
+            writer.write(token)
+        writer.close()
+
+    signer = SignerClient(tmp_path / "signer.sock")
+    issuer = _issuer(signer)
+
+    def ask(host: str, number: int) -> Awaitable[object]:
+        asked = [Asked(InstanceId(host), NetworkId("blue"), "vault", project="p")] * number
+        return issuer.sign(HostId(host), asked)
+
+    async with await asyncio.start_unix_server(answer, signer.path):
+        await ask("first", 1)
+        flood = [ask("captured", MOST_AT_ONCE) for _ in range(40)]
+        found = await asyncio.gather(*flood, ask("good", 1), return_exceptions=True)
+        signer.close()
+    assert not isinstance(found[-1], BaseException)
+    # One batch was under way.
+    assert signed.index("good") <= 1 + MOST_AT_ONCE
+    refused = [one for one in found if isinstance(one, SourceUnavailable)]
+    assert len(refused) == 40 - 16
+    assert signed.count("captured") == 16 * MOST_AT_ONCE
+
+
 async def test_an_outage_of_openstack_is_waited_for_once_in_a_batch() -> None:
     reads: list[HostId] = []
 
@@ -48,19 +108,8 @@ async def test_an_outage_of_openstack_is_waited_for_once_in_a_batch() -> None:
     async def list_ports(_: HostId) -> Any:
         return []
 
-    issuer = (render_issuer(_stored(("a", "signing", 0))), 5)
-    fleet = cast("Any", SimpleNamespace(value={layout.ISSUER: issuer}.get))
-    unused = cast("Any", None)
-    made = FleetIssuer(
-        url="https://id.cloud.example",
-        signer=cast("Any", SimpleNamespace(is_open=True)),
-        state=fleet,
-        clock=Clock(),
-        pace=_PACE,
-        doubt_clock=unused,
-        cloud=CloudGuests(ask_in_vain, list_ports, 60.0, lambda: 100.0),
-        _loaded=5,
-    )
+    made = _issuer(cast("Any", SimpleNamespace(is_open=True)))
+    made.cloud = CloudGuests(ask_in_vain, list_ports, 60.0, lambda: 100.0)
     asked = [
         Asked(InstanceId(name), NetworkId("blue"), audience)
         for name in ("web", "db", "cache")

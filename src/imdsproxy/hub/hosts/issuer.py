@@ -40,6 +40,9 @@ from imdsproxy.model.entities import Instance, InstanceId, NetworkId, Port
 from imdsproxy.model.subject import Subject
 
 _EVERY_S: Final = 2.0
+_LONGEST_QUEUE: Final = 16
+"""Requests of one host that wait for the signer; a host that is well sends four at once."""
+
 _HINT: Final = "journalctl -u imdsproxy-hub-signer"
 _log: Final = structlog.get_logger()
 
@@ -68,6 +71,14 @@ class Asked:
     @property
     def guest(self) -> _Guest:
         return self.instance, self.network, self.project
+
+
+@dataclass(slots=True)
+class _Queue:
+    """Requests of one host for the signer."""
+
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    length: int = 0
 
 
 @dataclass(slots=True)
@@ -100,6 +111,7 @@ class FleetIssuer:
     answered_s: float = 0.0
     _loaded: int | None = None
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _queues: dict[HostId, _Queue] = field(default_factory=dict)
 
     async def sign(self, host: HostId, asked: Sequence[Asked]) -> list[Token | Refusal]:
         """Return a token, or the reason why there is none, for each request of a host.
@@ -133,7 +145,7 @@ class FleetIssuer:
             found.append(None)
             request = TokenRequest(subject, one.audience, one.nonce, placement)
             lines.append(render_request(request))
-        answers = iter(await self.signer.send(lines) if lines else ())
+        answers = iter(await self._send(host, lines) if lines else ())
         return [_read(next(answers)) if one is None else one for one in found]
 
     async def sign_document(
@@ -145,11 +157,25 @@ class FleetIssuer:
         if subject is None or placement is Placement.HOST:
             # A document has no claim that says on whose word it is.
             return Refusal.SUBJECT
-        (line,) = await self.signer.send([render_document_request(subject)])
+        (line,) = await self._send(host, [render_document_request(subject)])
         try:
             return parse_documents(json.loads(line))
         except ValueError as error:
             raise SourceUnavailable("the signer cannot sign", hint=_HINT) from error
+
+    async def _send(self, host: HostId, lines: Sequence[bytes]) -> list[bytes]:
+        """Send a host's lines to the signer after its earlier ones: hosts take turns, whatever one of them requests."""
+        queue = self._queues.setdefault(host, _Queue())
+        if queue.length >= _LONGEST_QUEUE:
+            raise SourceUnavailable("the host has requested too much at once", hint="request later")
+        queue.length += 1
+        try:
+            async with queue.turn:
+                return await self.signer.send(lines)
+        finally:
+            queue.length -= 1
+            if not queue.length:
+                del self._queues[host]
 
     async def _place_all(
         self, host: HostId, guests: Collection[_Guest]
