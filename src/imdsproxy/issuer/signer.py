@@ -5,8 +5,9 @@ import json
 import re
 import socket
 import struct
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,6 +27,8 @@ from imdsproxy.model.subject import ID_PATTERN, Subject, parse_subject
 
 _SUBJECT_ID: Final = re.compile(ID_PATTERN)
 _CREDENTIALS: Final = struct.Struct("3i")
+_MOST_CONNECTIONS: Final = 32
+"""Connections of one account: a captured process keeps the controller, which replaces keys, from none."""
 
 _log: Final = structlog.get_logger()
 
@@ -47,6 +50,7 @@ class Signer:
     subjects: Path | None
     managers: frozenset[int]
     token_id: Callable[[], str]
+    _open: Counter[int] = field(default_factory=Counter)
 
     def sign(self, request: TokenRequest) -> Token | Refusal:
         subject, placement = request.subject, request.placement
@@ -101,15 +105,21 @@ class Signer:
             raise HostRefused(f"{path} is damaged: {error}") from error
 
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Answer the requests of one connection until it ends."""
+        """Answer the requests of one connection until it ends; close it at once if its account has too many."""
+        user = _user_of(writer)
+        self._open[user] += 1
         try:
+            if self._open[user] > _MOST_CONNECTIONS:
+                _log.warning("too many connections to the signer", user=user)
+                return
             while line := await reader.readline():
-                writer.write(self._reply(line, _user_of(writer)))
+                writer.write(self._reply(line, user))
                 await writer.drain()
         except (ConnectionError, ValueError) as error:
             # A line beyond the limit is a `ValueError` of `readline`.
             _log.warning("a connection to the signer ended", reason=str(error))
         finally:
+            self._open[user] -= 1
             writer.close()
 
     def _reply(self, line: bytes, user: int) -> bytes:
